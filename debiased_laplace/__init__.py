@@ -1,0 +1,56 @@
+"""Calibrated uncertainty for trained PyTorch networks: Laplace approximations with debiased curvature.
+
+Names are loaded when they are first used, so that importing the package stays light.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from debiased_laplace.fit import Fit
+    from debiased_laplace.laplace_torch import DebiasedLaplace
+    from debiased_laplace.likelihoods import Bernoulli, Categorical, Gaussian
+    from debiased_laplace.posterior import Posterior
+    from debiased_laplace.sampling import UniformSampler
+    from debiased_laplace.splits import Single, TwoBatch
+    from debiased_laplace.structures import Kronecker
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "DebiasedLaplace": "laplace_torch",
+    "Posterior": "posterior",
+    "Fit": "fit",
+    "Categorical": "likelihoods",
+    "Gaussian": "likelihoods",
+    "Bernoulli": "likelihoods",
+    "UniformSampler": "sampling",
+    "Single": "splits",
+    "TwoBatch": "splits",
+    "Kronecker": "structures",
+}
+
+__all__ = [
+    "Bernoulli",
+    "Categorical",
+    "DebiasedLaplace",
+    "Fit",
+    "Gaussian",
+    "Kronecker",
+    "Posterior",
+    "Single",
+    "TwoBatch",
+    "UniformSampler",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOMES])

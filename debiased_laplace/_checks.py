@@ -1,0 +1,64 @@
+"""Checks at public boundaries, and the wording of their errors: expected, got, what to do."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class NotFittedError(RuntimeError, AttributeError):
+    """Something was asked of a posterior that has not been fitted.
+
+    It is an ``AttributeError`` too, which is what laplace-torch raises there.
+    """
+
+
+class UnsupportedLayerError(NotImplementedError):
+    """A trainable parameter that no curvature block covers."""
+
+
+class NonFiniteError(ValueError):
+    """NaN or infinity where only finite numbers make sense."""
+
+
+def positive(value: Any, name: str) -> float:
+    """A positive, finite number as a float, or an error that names it."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(f"Expected a positive number for {name}, got {value!r}.") from None
+    if not (number > 0 and math.isfinite(number)):
+        raise ValueError(f"Expected a positive, finite {name}, got {number:g}.")
+    return number
+
+
+def prior_precisions(value: Any, n_blocks: int | None = None) -> Tensor:
+    """Prior precision(s) as a float64 vector of length one or ``n_blocks``, all positive."""
+    try:
+        precision = torch.as_tensor(value).detach().to("cpu", torch.float64)
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(f"Expected a prior precision that is a number or a tensor, got {value!r}.") from None
+    if precision.ndim > 1:
+        raise ValueError(f"Expected a prior precision with at most one dimension, got shape {tuple(precision.shape)}.")
+    precision = precision.reshape(-1)
+    if not bool(((precision > 0) & precision.isfinite()).all()) or len(precision) == 0:
+        raise ValueError(
+            f"Expected positive, finite prior precisions, got {precision.tolist()}. "
+            "Zero would make the posterior improper along flat directions."
+        )
+    if n_blocks is not None and len(precision) not in (1, n_blocks):
+        raise ValueError(
+            f"Expected one prior precision, or one for each of the {n_blocks} blocks that coverage() lists, "
+            f"got {len(precision)}."
+        )
+    return precision
+
+
+def finite(value: Tensor, what: str, remedy: str) -> None:
+    """Raise a :class:`NonFiniteError` that says what is not finite, and what to do."""
+    if not bool(value.isfinite().all()):
+        bad = int((~value.isfinite()).sum())
+        raise NonFiniteError(f"Expected finite numbers in {what}, got {bad} of {value.numel()} that are not. {remedy}")

@@ -1,0 +1,122 @@
+"""Batches of data: inputs of any nesting (a tensor, a dictionary, a tuple), targets one tensor.
+
+Only the first dimension has a meaning here: it counts the data. Everything that cuts, moves or
+joins batches is in this file, so that a dictionary-like input works wherever a tensor does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree
+
+Inputs = Any  # a tensor, or a nesting of dictionaries, lists and tuples with tensors at the leaves
+
+
+def map_tensors(function: Callable[[Tensor], Tensor], inputs: Inputs) -> Inputs:
+    """Apply a function to every tensor of an input, keeping its nesting."""
+    if isinstance(inputs, Tensor):
+        return function(inputs)
+    if isinstance(inputs, Mapping) and not isinstance(inputs, dict):
+        inputs = dict(inputs)  # transformers' BatchEncoding and the like
+    return _pytree.tree_map_only(Tensor, function, inputs)
+
+
+def tensors(inputs: Inputs) -> list[Tensor]:
+    """All tensors of an input."""
+    if isinstance(inputs, Mapping) and not isinstance(inputs, dict):
+        inputs = dict(inputs)
+    return [leaf for leaf in _pytree.tree_leaves(inputs) if isinstance(leaf, Tensor)]
+
+
+def count(inputs: Inputs) -> int:
+    """Number of data in a batch: the length of the first dimension, the same for all tensors.
+
+    Raises:
+        TypeError: If there is no tensor in the input.
+        ValueError: If the tensors disagree.
+    """
+    lengths = {leaf.shape[0] if leaf.ndim else None for leaf in tensors(inputs)}
+    if not lengths:
+        raise TypeError(
+            f"Expected inputs that are a tensor or a nesting of tensors, got {type(inputs).__name__}. "
+            "Let the loader yield (inputs, targets) with tensors in the inputs."
+        )
+    if len(lengths) > 1 or None in lengths:
+        raise ValueError(
+            "Expected all tensors of an input to have the data along their first dimension, got shapes "
+            f"{[tuple(leaf.shape) for leaf in tensors(inputs)]}. Put the batch dimension first everywhere."
+        )
+    (length,) = lengths
+    return int(length)  # type: ignore[arg-type]
+
+
+def take(inputs: Inputs, index: Tensor | slice) -> Inputs:
+    """The data at the given positions of a batch."""
+    return map_tensors(lambda leaf: leaf[index.to(leaf.device) if isinstance(index, Tensor) else index], inputs)
+
+
+def concatenate(batches: list[Inputs]) -> Inputs:
+    """Join batches of one nesting along the data."""
+    if isinstance(batches[0], Tensor):
+        return torch.cat(batches)
+    first, spec = _pytree.tree_flatten(map_tensors(lambda leaf: leaf, batches[0]))
+    columns = zip(
+        first,
+        *(_pytree.tree_leaves(map_tensors(lambda leaf: leaf, batch)) for batch in batches[1:]),
+        strict=True,
+    )
+    joined = [torch.cat(column) if isinstance(column[0], Tensor) else column[0] for column in columns]
+    return _pytree.tree_unflatten(joined, spec)
+
+
+def to_device(inputs: Inputs, device: torch.device) -> Inputs:
+    """Move a batch; tensors created in inference mode are copied, since autograd cannot use them."""
+
+    def move(leaf: Tensor) -> Tensor:
+        leaf = leaf.to(device, non_blocking=True)
+        return leaf.clone() if leaf.is_inference() else leaf
+
+    return map_tensors(move, inputs)
+
+
+def pairs(
+    batches: Iterable[Any], targets_key: str = "labels", *, with_targets: bool = True
+) -> Iterator[tuple[Inputs, Tensor | None]]:
+    """Inputs and targets of every batch of any iterable.
+
+    A batch is a pair ``(inputs, targets)``, or a dictionary that is given to the model whole and
+    has its targets under ``targets_key``.
+
+    Raises:
+        TypeError: If the batches are not iterable, or a batch is neither a pair nor a dictionary.
+    """
+    if not isinstance(batches, Iterable):
+        raise TypeError(
+            f"Expected an iterable of batches (a DataLoader, a list, a generator), got {type(batches).__name__}."
+        )
+    for batch in batches:
+        if isinstance(batch, Mapping):
+            if with_targets and targets_key not in batch:
+                raise TypeError(
+                    f"Expected a batch with its targets under {targets_key!r}, got the keys {sorted(batch)}. "
+                    "Name the right one with dict_key_y."
+                )
+            yield batch, batch.get(targets_key)
+        elif isinstance(batch, (tuple, list)) and len(batch) == 2:
+            yield batch[0], batch[1]
+        else:
+            kind = f"{type(batch).__name__} of length {len(batch)}" if hasattr(batch, "__len__") else type(batch).__name__
+            raise TypeError(
+                f"Expected batches that are pairs (inputs, targets) or dictionaries, got a {kind}. "
+                "Wrap the loader in a generator that yields (inputs, targets)."
+            )
+
+
+def slices(n: int, size: int) -> Iterator[slice]:
+    """Consecutive slices of at most ``size`` that cover ``range(n)``."""
+    for start in range(0, n, size):
+        yield slice(start, min(start + size, n))

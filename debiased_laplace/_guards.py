@@ -1,0 +1,52 @@
+"""Leave the user's things as they were: the model's modes, the global random states."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from torch import nn
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Put every module into evaluation mode and give each its own mode back afterwards.
+
+    Modes are kept per module, since users freeze single normalisation layers in an otherwise
+    training model. They come back also after an exception.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        for module, _ in modes:
+            module.training = False
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+@contextmanager
+def global_random_state() -> Iterator[None]:
+    """Give the global generators of torch, NumPy and Python their states back.
+
+    Iterating a shuffling ``DataLoader`` draws from torch's global generator, and data
+    augmentation from any of the three; a fit must not change what the user's program draws next.
+    """
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
+    try:
+        with torch.random.fork_rng(devices=devices):
+            yield
+    finally:
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)
+
+
+@contextmanager
+def gradients_enabled() -> Iterator[None]:
+    """Record gradients, whatever ``no_grad`` or ``inference_mode`` the caller is in."""
+    with torch.inference_mode(False), torch.enable_grad():
+        yield

@@ -1,0 +1,470 @@
+r"""Model and data become gradient factors (a, g) per block; the only file that traces a model.
+
+A forward pass runs under a :class:`~torch.overrides.TorchFunctionMode` that sees every call of a layer
+function whose weight *is* a trainable parameter: modules, functional calls, tied weights and, by
+entering the bodies of composite functions, multi-head attention. Gradient edges point at the value
+before an in-place activation, and back-propagation goes only as far as these edges, so that no
+weight gradient is ever computed.
+
+Blocks are what gets a curvature of its own. Every block is Kronecker: inputs ``a: [N, G, I, S]``,
+vectors ``g: [N, G, V, O, S]``. A block kept exactly (normalisation layers, lone parameters) is the
+same with one input, ``a = 1``.
+"""
+
+from __future__ import annotations
+
+import math
+import types
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree
+
+from debiased_laplace import _checks, _data
+from debiased_laplace._guards import evaluation_mode, gradients_enabled
+from debiased_laplace.blocks import Block, flatten, group_parameters, unflatten
+from debiased_laplace.layers import RULES, Call, Layout
+from debiased_laplace.likelihoods import Likelihood
+from debiased_laplace.sampling import WeightedData
+
+#: Bytes that activations and back-propagated vectors may take at a time.
+CHUNK_MEMORY = 2**28
+
+_NO_OVERRIDES = {
+    name: lambda *_: False
+    for name in ("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic")
+}
+
+
+@dataclass
+class _Recorder(TorchFunctionMode):
+    """Records the calls that use trainable parameters, in the order of the forward pass."""
+
+    names: dict[int, str]  # of the trainable parameters, by identity
+    calls: list[Call] = field(default_factory=list)
+    elsewhere: dict[str, str] = field(default_factory=dict)  # parameter -> function that no rule covers
+
+    def __post_init__(self) -> None:
+        super().__init__()
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types_: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        used = [leaf for leaf in _pytree.tree_leaves((args, kwargs)) if id(leaf) in self.names]
+        if not used:
+            return func(*args, **kwargs)
+        if isinstance(func, types.FunctionType) and func.__module__ == "torch.nn.functional":
+            # A composite function: run its body, with this mode seeing the calls inside.
+            namespace = {**func.__globals__, **_NO_OVERRIDES}
+            body = types.FunctionType(func.__code__, namespace, func.__name__, func.__defaults__, func.__closure__)
+            body.__kwdefaults__ = func.__kwdefaults__
+            with self:
+                return body(*args, **kwargs)
+        result = func(*args, **kwargs)
+        if any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in _pytree.tree_leaves(result)):
+            rule = RULES.get(func)
+            call = rule(*args, **kwargs) if rule else None
+            if call is None or not self._record(call, used, result):
+                function = getattr(func, "__name__", str(func))
+                self.elsewhere.update({self.names[id(leaf)]: function for leaf in used})
+        return result
+
+    def _record(self, call: dict[str, Any], used: list[Tensor], result: Tensor) -> bool:
+        kind, weight, bias, input = (call.pop(key) for key in ("kind", "weight", "bias", "input"))
+        slots = {id(argument) for argument in (weight, bias) if argument is not None}
+        if any(id(leaf) not in slots for leaf in used):
+            return False  # a parameter in the place of the input
+        if kind.exact and id(weight) not in self.names:
+            weight = None  # frozen: its gradient is not part of the factor
+        self.calls.append(
+            kind(
+                weight=weight,
+                bias=bias if id(bias) in self.names else None,
+                input=input.detach(),
+                output_shape=result.shape,
+                edge=torch.autograd.graph.get_gradient_edge(result),
+                version=input._version,
+                **call,
+            )
+        )
+        return True
+
+
+@dataclass
+class Factors:
+    """Gradient factors of some data, for one forward pass.
+
+    Attributes:
+        outputs: ``f: [N, C]``, detached.
+    """
+
+    network: Network
+    outputs: Tensor
+    model_inputs: _data.Inputs
+    _graph_outputs: Tensor
+    _calls: list[Call]
+    _lone: list[Tensor] | None = None
+
+    def inputs(self, block: Block) -> Tensor:
+        """Inputs of a block, a one appended for the bias, ``[N, G, I, S]``, at least in float32."""
+        n, dtype = len(self.outputs), self.network.dtype
+        if block.kind == "exact":
+            return self.outputs.new_ones((n, 1, 1, 1), dtype=dtype)
+        parts = []
+        for index in block.calls:
+            call = self._calls[index]
+            if call.input._version != call.version:
+                raise RuntimeError(
+                    f"The input of {block.name!r} was overwritten in place after the layer had used it, so its "
+                    "curvature cannot be computed. Make the operation after it out of place."
+                )
+            if block.weight:
+                parts.append(call.inputs(n, self.network.layouts[index], ones=block.bias).to(dtype))
+            else:
+                positions = math.prod(call.output_shape) // (n * block.groups * block.outputs)
+                parts.append(self.outputs.new_ones((n, block.groups, 1, positions), dtype=dtype))
+        return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+
+    def backpropagate(self, vectors: Tensor, chunk: int = 1) -> Iterator[tuple[slice, list[Tensor]]]:
+        """Back-propagate output vectors to every block.
+
+        Args:
+            vectors: ``[V, N, C]``.
+            chunk: Vectors at a time; above one they go through autograd's batched backward pass.
+
+        Yields:
+            The slice of vectors, and ``g: [N, G, v, O, S]`` for every block of the network.
+        """
+        # Blocks of lone parameters get their gradients another way, and need no call.
+        edges = [call.edge for call in self._calls]
+        for part in _data.slices(len(vectors), chunk):
+            vector = vectors[part].to(self._graph_outputs)
+            keep = part.stop < len(vectors)
+            if not edges:
+                gradients: tuple[Tensor | None, ...] = ()
+            elif chunk == 1:
+                gradients = torch.autograd.grad(
+                    self._graph_outputs, edges, vector[0], retain_graph=keep, allow_unused=True
+                )
+                gradients = tuple(None if g is None else g[None] for g in gradients)
+            else:
+                gradients = torch.autograd.grad(
+                    self._graph_outputs, edges, vector, retain_graph=keep, allow_unused=True, is_grads_batched=True
+                )
+            with torch.no_grad():
+                factors = [self._vectors_of(block, gradients, vector) for block in self.network.blocks]
+            yield part, factors
+
+    def _vectors_of(self, block: Block, gradients: tuple[Tensor | None, ...], vector: Tensor) -> Tensor:
+        n, dtype = len(self.outputs), self.network.dtype
+        if not block.calls:
+            jacobian = self._lone_jacobian(block)  # [N, C, P]
+            return torch.einsum("vnc,ncp->nvp", vector.to(dtype), jacobian)[:, None, :, :, None]
+        parts = []
+        for index in block.calls:
+            call, layout, gradient = self._calls[index], self.network.layouts[index], gradients[index]
+            if gradient is None:  # a layer without influence on the outputs
+                gradient = vector.new_zeros((len(vector), *call.output_shape))
+            own = [call.outputs(g, n, layout) for g in gradient.to(dtype)]
+            parts.append(own[0][:, :, None] if len(own) == 1 else torch.stack(own, 2))
+        if len(parts) == 1:
+            return parts[0]
+        return torch.stack(parts).sum(0) if block.kind == "exact" else torch.cat(parts, -1)
+
+    def _lone_jacobian(self, block: Block) -> Tensor:
+        if self._lone is None:
+            self._lone = self.network.lone_jacobians(self.model_inputs)
+        return self._lone[self.network.lone_blocks.index(block)]
+
+
+class Network:
+    """A model together with its blocks; it never changes the model.
+
+    Attributes:
+        model: The user's model.
+        blocks: Its curvature blocks, in the order of the parameters.
+        layouts: For every recorded call, where the data are.
+        n_outputs: C.
+        shapes: Shapes of the trainable parameters by name, in the order of ``model.named_parameters()``.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        if not trainable:
+            raise ValueError(
+                "Expected a model with trainable parameters, got none with requires_grad=True. "
+                "Set requires_grad_(True) on the parameters that the posterior is about."
+            )
+        self.shapes = {name: p.shape for name, p in trainable.items()}
+        self._identities = {id(p): name for name, p in trainable.items()}
+        first = next(iter(trainable.values()))
+        self.device = first.device
+        self.dtype = first.dtype if first.dtype in (torch.float32, torch.float64) else torch.float32
+        #: Vectors to back-propagate at a time: one by one is faster on the CPU, batched on an accelerator.
+        self.vector_chunk = 1 if self.device.type == "cpu" else 16
+        self.n_params = sum(p.numel() for p in trainable.values())
+        self.blocks: list[Block] = []
+        self.layouts: list[Layout] = []
+        self.n_outputs = 0
+        self._activations = self._largest_inputs = 1
+
+    @classmethod
+    def discover(cls, model: nn.Module, inputs: _data.Inputs, *, separate_bias: bool = False) -> Network:
+        """Find the blocks of a model by one forward and one backward pass over a few data.
+
+        Args:
+            model: Any module whose output is ``[N, C]`` (or ``[N]``), each row depending on one datum.
+            inputs: Some data; three of them are used.
+            separate_bias: Give weights and biases blocks of their own, as laplace-torch does.
+
+        Raises:
+            ValueError: If no parameter is trainable, or outputs mix data, or have another shape.
+            UnsupportedLayerError: If nothing covers a trainable parameter.
+        """
+        network = cls(model)
+        network._discover(inputs, separate_bias)
+        return network
+
+    @classmethod
+    def restore(cls, model: nn.Module, description: dict[str, Any]) -> Network:
+        """The network of a :meth:`description`, without data.
+
+        Raises:
+            ValueError: If the model has other trainable parameters; it names those that differ.
+        """
+        network = cls(model)
+        own, other = (
+            {name: tuple(shape) for name, shape in shapes.items()} for shapes in (network.shapes, description["shapes"])
+        )
+        if own != other:
+            differ = sorted(set(own.items()) ^ set(other.items()))
+            raise ValueError(f"Expected a model with the same trainable parameters; these differ: {differ}.")
+        network.blocks = [
+            Block(**{**block, "shapes": tuple(torch.Size(shape) for shape in block["shapes"])})
+            for block in description["blocks"]
+        ]
+        network.layouts = [Layout(dim) for dim in description["layouts"]]
+        network.n_outputs, network._activations, network._largest_inputs = description["sizes"]
+        return network
+
+    def description(self) -> dict[str, Any]:
+        """What :meth:`discover` found, as plain Python objects."""
+        return {
+            "shapes": {name: tuple(shape) for name, shape in self.shapes.items()},
+            "blocks": [
+                {**vars(block), "shapes": tuple(tuple(shape) for shape in block.shapes)} for block in self.blocks
+            ],
+            "layouts": [layout.batch_dimension for layout in self.layouts],
+            "sizes": (self.n_outputs, self._activations, self._largest_inputs),
+        }
+
+    @property
+    def lone_blocks(self) -> list[Block]:
+        """Blocks of parameters that no layer rule covers; their gradients come from ``torch.func``."""
+        return [block for block in self.blocks if not block.calls]
+
+    # -- passes over data ----------------------------------------------------------------------
+
+    def factors(self, inputs: _data.Inputs) -> Factors:
+        """One forward pass that records what :meth:`Factors.backpropagate` needs."""
+        factors, _ = self._forward(_data.to_device(inputs, self.device))
+        if len(factors._calls) != len(self.layouts):
+            raise RuntimeError(
+                f"The model called {len(factors._calls)} layers with trainable parameters, {len(self.layouts)} when its "
+                "blocks were found. Its forward pass must not depend on the data; fit again if you changed the model."
+            )
+        return factors
+
+    def outputs(self, inputs: _data.Inputs) -> Tensor:
+        """Outputs ``[N, C]`` in evaluation mode, without a graph."""
+        with torch.no_grad(), evaluation_mode(self.model):
+            return self._check_outputs(self.model(_data.to_device(inputs, self.device)), _data.count(inputs))
+
+    def call(self, parameters: dict[str, Tensor], inputs: _data.Inputs) -> Tensor:
+        """Outputs ``[N, C]`` under other parameters; the model's own are not touched."""
+        outputs = torch.func.functional_call(self.model, parameters, (inputs,))
+        return self._check_outputs(outputs, _data.count(inputs))
+
+    def mean(self) -> Tensor:
+        """The trainable parameters as one vector ``[D]`` (a copy)."""
+        return self.to_vector({name: p.detach() for name, p in self.model.named_parameters() if name in self.shapes})
+
+    def to_vector(self, parameters: dict[str, Tensor]) -> Tensor:
+        """Named tensors ``[..., *shape]`` as vectors ``[..., D]``."""
+        return flatten(parameters, self.shapes).to(self.dtype)
+
+    def from_vector(self, vector: Tensor) -> dict[str, Tensor]:
+        """Inverse of :meth:`to_vector`, in the dtypes of the model."""
+        dtypes = {name: p.dtype for name, p in self.model.named_parameters()}
+        return {name: part.to(dtypes[name]) for name, part in unflatten(vector, self.shapes).items()}
+
+    def lone_jacobians(self, inputs: _data.Inputs) -> list[Tensor]:
+        """Jacobians of the outputs in the lone parameters, datum by datum: ``[N, C, P]`` for each block."""
+        parameters = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        lone = {name: parameters[name].detach() for block in self.lone_blocks for name in block.parameters}
+
+        def outputs_of_one(lone: dict[str, Tensor], datum: _data.Inputs) -> Tensor:
+            batch = _data.map_tensors(lambda leaf: leaf[None], datum)
+            return torch.func.functional_call(self.model, lone, (batch,)).reshape(-1)
+
+        with evaluation_mode(self.model):
+            try:
+                jacobians = torch.func.vmap(torch.func.jacrev(outputs_of_one), in_dims=(None, 0))(lone, inputs)
+            except RuntimeError as error:
+                names = [name for block in self.lone_blocks for name in block.parameters]
+                raise _checks.UnsupportedLayerError(
+                    f"The exact block of the parameters {names} needs torch.func.vmap over the model, which failed: "
+                    f"{error} Freeze them with requires_grad_(False) to leave them out of the posterior."
+                ) from error
+        return [
+            torch.cat([jacobians[name].flatten(2) for name in block.parameters], -1).to(self.dtype)
+            for block in self.lone_blocks
+        ]
+
+    def chunk_size(self, memory: int, vectors: int = 1) -> int:
+        """Data at a time such that activations, inputs and back-propagated vectors stay within ``memory`` bytes."""
+        per_datum = self._activations * (3 + vectors) + self._largest_inputs * 2
+        return max(1, memory // max(1, per_datum * torch.finfo(self.dtype).bits // 8))
+
+    def _forward(self, inputs: _data.Inputs) -> tuple[Factors, _Recorder]:
+        with gradients_enabled(), evaluation_mode(self.model):
+            recorder = _Recorder(self._identities)
+            with recorder:
+                outputs = self.model(inputs)
+            outputs = self._check_outputs(outputs, _data.count(inputs))
+        return Factors(self, outputs.detach(), inputs, outputs, recorder.calls), recorder
+
+    @staticmethod
+    def _check_outputs(outputs: Any, n: int) -> Tensor:
+        if not isinstance(outputs, Tensor):
+            raise TypeError(
+                f"Expected a model that returns a tensor of outputs [N, C], got {type(outputs).__name__}. "
+                "Wrap it in a module whose forward returns the logits alone."
+            )
+        if outputs.ndim == 1:
+            outputs = outputs[:, None]
+        if outputs.ndim != 2 or len(outputs) != n:
+            raise ValueError(
+                f"Expected outputs of shape [{n}, C], one row for each datum, got {tuple(outputs.shape)}. "
+                "Wrap the model in one that pools or flattens its outputs."
+            )
+        return outputs
+
+    # -- discovery -----------------------------------------------------------------------------
+
+    def _discover(self, inputs: _data.Inputs, separate_bias: bool) -> None:
+        inputs = _data.to_device(_data.take(inputs, slice(0, 3)), self.device)
+        if _data.count(inputs) == 1:  # two data at least, to see which dimension counts them
+            inputs = _data.concatenate([inputs, inputs])
+        factors, recorder = self._forward(inputs)
+        _checks.finite(
+            factors.outputs, "the model's outputs", "Check the inputs and the weights for NaN before fitting."
+        )
+        self.n_outputs = factors.outputs.shape[1]
+        n, calls, elsewhere = len(factors.outputs), factors._calls, dict(recorder.elsewhere)
+        names = [(self._identities.get(id(call.weight)), self._identities.get(id(call.bias))) for call in calls]
+        for call, pair, layout in zip(calls, names, self._find_layouts(factors, names, n), strict=True):
+            if layout is None:  # its output has no dimension for the data
+                elsewhere.update({name: type(call).__name__ for name in pair if name is not None})
+            self.layouts.append(layout or Layout())
+        self.blocks = group_parameters(self.shapes, calls, names, elsewhere, separate_bias=separate_bias)
+        self._activations = sum(math.prod(call.output_shape) for call in calls) // n + 1
+        self._largest_inputs = max((factors.inputs(block)[0].numel() for block in self.blocks), default=1)
+
+    @staticmethod
+    def _find_layouts(
+        factors: Factors, names: list[tuple[str | None, str | None]], n: int
+    ) -> list[Layout | None]:
+        """Find the data in every call's output: what the outputs of datum 0 depend on must belong to datum 0."""
+        calls = factors._calls
+        if not calls:
+            return []
+        vector = torch.zeros_like(factors.outputs)
+        vector[0] = torch.linspace(1, 2, vector.shape[1])
+        edges = [call.edge for call in calls]
+        gradients = torch.autograd.grad(factors._graph_outputs, edges, vector, allow_unused=True)
+        layouts: list[Layout | None] = []
+        for call, pair, gradient in zip(calls, names, gradients, strict=True):
+            possible = Layout.candidates(call.output_shape, n, call.n_trailing)
+            consistent = [
+                layout for layout in possible
+                if gradient is None or not layout.by_datum(gradient, n, call.n_trailing)[1:].any()
+            ]  # fmt: skip
+            if possible and not consistent:
+                raise ValueError(
+                    f"The output for one datum depends on other data of its batch, after the layer of {pair[0] or pair[1]!r}. "
+                    "A posterior needs outputs that are independent given the weights; a normalisation by batch "
+                    "statistics (track_running_stats=False) is the usual cause. Replace it, or give it running statistics."
+                )
+            layouts.append(consistent[0] if consistent else None)
+        return layouts
+
+
+@dataclass(frozen=True)
+class WeightedFactors:
+    """Factors of a chunk of data, with what the curvature needs besides.
+
+    Attributes:
+        factors: The forward pass.
+        weights: ``[N]``, on the CPU; they sum over chunks.
+        vectors: ``sqrt(w_n) S_n: [V, N, C]``, the weighted square root of the loss Hessian to back-propagate;
+            weighing it here saves weighing it in every layer.
+    """
+
+    factors: Factors
+    weights: Tensor
+    vectors: Tensor
+
+
+class CurvatureData:
+    """Weighted data as a re-iterable sequence of :class:`WeightedFactors`.
+
+    Random vectors are drawn once for all data, so that every pass and every chunk size sees the same.
+
+    Args:
+        network: The model with its blocks.
+        data: What to iterate over.
+        likelihood: Gives the square root of the loss Hessian.
+        mc_samples: Random vectors for each datum; ``None`` for the exact square root.
+        generator: Source of the random vectors, on the CPU.
+        chunk_size: Data at a time; ``None`` chooses by :data:`CHUNK_MEMORY`.
+        progress: Called with the number of data after each chunk.
+    """
+
+    def __init__(
+        self,
+        network: Network,
+        data: WeightedData,
+        likelihood: Likelihood,
+        *,
+        mc_samples: int | None = None,
+        generator: torch.Generator | None = None,
+        chunk_size: int | None = None,
+        progress: Callable[[int], Any] | None = None,
+    ) -> None:
+        self.network, self.data, self.likelihood, self.progress = network, data, likelihood, progress
+        self.chunk_size = chunk_size or network.chunk_size(CHUNK_MEMORY, network.vector_chunk)
+        self.uniforms: Tensor | None = None
+        if mc_samples is not None:
+            shape = (len(data), mc_samples, network.n_outputs)
+            # Open interval: the inverse normal distribution is infinite at zero.
+            self.uniforms = torch.rand(shape, generator=generator, dtype=torch.float64).clamp_min_(1e-12)
+
+    def __iter__(self) -> Iterator[WeightedFactors]:
+        for part in _data.slices(len(self.data), self.chunk_size):
+            factors = self.network.factors(_data.take(self.data.inputs, part))
+            outputs = factors.outputs.to(self.network.dtype)
+            if self.uniforms is None:
+                vectors = self.likelihood.hessian_square_root(outputs)
+            else:
+                vectors = self.likelihood.sampled_square_root(outputs, self.uniforms[part].to(outputs))
+            weights = self.data.weights[part]
+            yield WeightedFactors(factors, weights, vectors * weights.to(vectors).sqrt()[:, None])
+            if self.progress is not None:
+                self.progress(part.stop - part.start)

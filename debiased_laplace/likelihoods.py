@@ -1,0 +1,292 @@
+r"""Output space: what the loss looks like as a function of the network's outputs.
+
+Outputs are ``f: [N, C]``. The loss of a datum is :math:`\ell_n = -\log p(y_n \mid f_n)` with no
+other factors, and its Hessian in the outputs has a square root,
+:math:`\nabla^2_f \ell_n = S_n S_n^\top`, with ``S: [V, N, C]`` (V vectors for each datum).
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class Likelihood(ABC):
+    """What a likelihood has to provide; everything else in the package is the same for all."""
+
+    links: ClassVar[tuple[str, ...]]
+    is_regression: ClassVar[bool] = False
+
+    @abstractmethod
+    def check_targets(self, targets: Tensor, n_outputs: int) -> None:
+        """Raise a ``TypeError`` or ``ValueError`` that says what is wrong with the targets."""
+
+    @abstractmethod
+    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        r"""Negative log-likelihood of every datum, up to the constants that (3) of the theory adds.
+
+        Args:
+            outputs: ``[N, C]``.
+            targets: ``[N]`` or ``[N, C]``.
+
+        Returns:
+            ``[N]``, in nats.
+        """
+
+    @abstractmethod
+    def hessian_square_root(self, outputs: Tensor) -> Tensor:
+        r"""Exact square root of the loss Hessian, ``[N, C] -> [V, N, C]``."""
+
+    @abstractmethod
+    def sampled_square_root(self, outputs: Tensor, uniforms: Tensor) -> Tensor:
+        r"""Random vectors with :math:`E[S S^\top] = \nabla^2_f \ell` (the Fisher, never the empirical one).
+
+        Args:
+            outputs: ``[N, C]``.
+            uniforms: ``[N, M, C]``, uniform in (0, 1); drawn by the caller, so that the same seed
+                gives the same vectors however the data are cut into chunks.
+
+        Returns:
+            ``[M, N, C]``.
+        """
+
+    @abstractmethod
+    def predictive(self, mean: Tensor, spread: Tensor, link: str, normals: Tensor | None = None) -> Tensor:
+        r"""Probabilities under Gaussian outputs, averaged over the link.
+
+        Args:
+            mean: ``[N, C]``.
+            spread: Variances ``[..., N, C]``, or covariances ``[..., N, C, C]`` for a link that
+                :meth:`needs_covariance`; leading dimensions are a grid of posteriors.
+            link: One of ``self.links``.
+            normals: ``[M, C]``, standard normal, for ``link="mc"``; shared by all data, so that
+                predictions vary smoothly with the input.
+
+        Returns:
+            ``[..., N, C]``.
+        """
+
+    def log_loss(self, probabilities: Tensor, targets: Tensor) -> Tensor:
+        """Negative log predictive probability of every datum: ``[..., N, C]`` and targets to ``[..., N]``, in nats."""
+        raise TypeError(f"{type(self).__name__} has no predictive probabilities.")
+
+    def needs_covariance(self, link: str) -> bool:
+        """Whether the link needs the covariance between outputs, or only the variances."""
+        return link != "probit"
+
+    def check_link(self, link: str) -> None:
+        """Raise a ``ValueError`` for a link that this likelihood does not have."""
+        if link not in self.links:
+            raise ValueError(f"Expected a link_approx out of {list(self.links)}, got {link!r}.")
+
+
+class Categorical(Likelihood):
+    """Softmax and cross-entropy; targets are class indices, ``[N]``."""
+
+    links = ("probit", "mc", "bridge", "bridge_norm")
+
+    def check_targets(self, targets: Tensor, n_outputs: int) -> None:
+        if targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool:
+            raise TypeError(
+                f"Expected class indices of an integer dtype as targets, got {targets.dtype}. "
+                "Use targets.long(), or argmax over a one-hot encoding."
+            )
+        if targets.ndim != 1:
+            raise ValueError(
+                f"Expected targets of shape [N] (one class index for each datum), got {tuple(targets.shape)}."
+            )
+        if n_outputs < 2:
+            raise ValueError(
+                f"Expected a classifier with at least two outputs, got {n_outputs}. For a single logit use Bernoulli()."
+            )
+        if len(targets) and (int(targets.min()) < 0 or int(targets.max()) >= n_outputs):
+            raise ValueError(
+                f"Expected class indices from 0 to {n_outputs - 1} (the model has {n_outputs} outputs), got "
+                f"{int(targets.min())} to {int(targets.max())}."
+            )
+
+    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(outputs, targets.long(), reduction="none")
+
+    def hessian_square_root(self, outputs: Tensor) -> Tensor:
+        # S = diag(r) - p r^T with r = sqrt(p) has the null vector r. A Householder reflection that maps r to
+        # the last axis leaves C - 1 columns: one backward pass less, and the same S S^T.
+        probabilities = outputs.softmax(-1)
+        roots = probabilities.sqrt()
+        root = torch.diag_embed(roots) - probabilities[:, :, None] * roots[:, None, :]
+        reflected = root[:, :, :-1] - root[:, :, -1:] * (roots[:, :-1] / (1 + roots[:, -1:]))[:, None, :]
+        return reflected.movedim(2, 0)
+
+    def sampled_square_root(self, outputs: Tensor, uniforms: Tensor) -> Tensor:
+        probabilities = outputs.softmax(-1)
+        cumulative = probabilities.cumsum(-1)
+        # The last entry may round to below one: a class beyond it would not exist.
+        drawn = torch.searchsorted(cumulative, uniforms[..., 0].to(cumulative) * cumulative[:, -1:]).clamp_(
+            max=outputs.shape[-1] - 1
+        )
+        one_hot = F.one_hot(drawn, outputs.shape[-1]).to(outputs)  # [N, M, C]
+        return ((probabilities[:, None] - one_hot) / math.sqrt(uniforms.shape[1])).movedim(1, 0)
+
+    def predictive(self, mean: Tensor, spread: Tensor, link: str, normals: Tensor | None = None) -> Tensor:
+        self.check_link(link)
+        if link == "probit":
+            return torch.softmax(mean / torch.sqrt(1 + math.pi / 8 * spread), -1)
+        if link == "mc":
+            return _sampled_mean(mean, spread, normals, torch.nn.Softmax(-1))
+        return _laplace_bridge(mean, spread, normalise=link == "bridge_norm")
+
+    def log_loss(self, probabilities: Tensor, targets: Tensor) -> Tensor:
+        index = targets.long().expand(probabilities.shape[:-1])[..., None]
+        return -probabilities.clamp_min(_smallest(probabilities)).gather(-1, index)[..., 0].log()
+
+
+class Bernoulli(Likelihood):
+    """Independent sigmoids, one for each output; targets in [0, 1], ``[N]`` or ``[N, C]``."""
+
+    links = ("probit", "mc")
+
+    def check_targets(self, targets: Tensor, n_outputs: int) -> None:
+        if targets.ndim > 2 or targets.numel() != len(targets) * n_outputs:
+            raise ValueError(
+                f"Expected targets of shape [N, {n_outputs}]{' or [N]' if n_outputs == 1 else ''}, "
+                f"got {tuple(targets.shape)}."
+            )
+        if len(targets) and not bool(((targets >= 0) & (targets <= 1)).all()):
+            raise ValueError(
+                f"Expected targets from 0 to 1, got {float(targets.min()):g} to {float(targets.max()):g}."
+            )
+
+    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        targets = targets.reshape(outputs.shape).to(outputs)
+        return F.binary_cross_entropy_with_logits(outputs, targets, reduction="none").sum(-1)
+
+    def hessian_square_root(self, outputs: Tensor) -> Tensor:
+        # sqrt(p (1 - p)), written so that it does not round to zero for large logits.
+        return torch.diag_embed((0.5 * (F.logsigmoid(outputs) + F.logsigmoid(-outputs))).exp()).movedim(1, 0)
+
+    def sampled_square_root(self, outputs: Tensor, uniforms: Tensor) -> Tensor:
+        probabilities = outputs.sigmoid()[:, None]
+        drawn = (uniforms.to(outputs) < probabilities).to(outputs)
+        return ((probabilities - drawn) / math.sqrt(uniforms.shape[1])).movedim(1, 0)
+
+    def predictive(self, mean: Tensor, spread: Tensor, link: str, normals: Tensor | None = None) -> Tensor:
+        self.check_link(link)
+        if link == "probit":
+            return torch.sigmoid(mean / torch.sqrt(1 + math.pi / 8 * spread))
+        return _sampled_mean(mean, spread, normals, torch.nn.Sigmoid())
+
+    def log_loss(self, probabilities: Tensor, targets: Tensor) -> Tensor:
+        targets = targets.reshape(probabilities.shape[-2:]).to(probabilities)
+        floor = _smallest(probabilities)
+        positive, negative = probabilities.clamp_min(floor).log(), (1 - probabilities).clamp_min(floor).log()
+        return -(targets * positive + (1 - targets) * negative).sum(-1)
+
+
+class Gaussian(Likelihood):
+    r"""Unit-variance regression, :math:`\ell = \frac12 \|f - y\|^2`; targets ``[N, C]``.
+
+    The noise variance :math:`\sigma^2` is part of the posterior, not of the likelihood: it enters in
+    equation (3) and nowhere else.
+    """
+
+    is_regression = True
+    links = ("probit", "mc", "bridge", "bridge_norm")  # accepted and without effect, as in laplace-torch
+
+    def check_targets(self, targets: Tensor, n_outputs: int) -> None:
+        if not targets.is_floating_point():
+            raise TypeError(f"Expected targets of a floating-point dtype for regression, got {targets.dtype}.")
+        if targets.ndim != 2 or targets.shape[1] != n_outputs:
+            raise ValueError(
+                f"Expected targets of shape [N, {n_outputs}], as the model's outputs have, got {tuple(targets.shape)}. "
+                "A target of shape [N] would broadcast against [N, 1]: use targets.unsqueeze(-1)."
+            )
+
+    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return 0.5 * (outputs - targets.to(outputs)).square().sum(-1)
+
+    def hessian_square_root(self, outputs: Tensor) -> Tensor:
+        return unit_vectors(outputs)
+
+    def sampled_square_root(self, outputs: Tensor, uniforms: Tensor) -> Tensor:
+        return (torch.special.ndtri(uniforms).to(outputs) / math.sqrt(uniforms.shape[1])).movedim(1, 0)
+
+    def predictive(self, mean: Tensor, spread: Tensor, link: str, normals: Tensor | None = None) -> Tensor:
+        raise TypeError("A regression predictive is a mean and a variance; it has no probabilities.")
+
+    def log_loss(self, probabilities: Tensor, targets: Tensor) -> Tensor:
+        """Negative log predictive probability of every datum: ``[..., N, C]`` and targets to ``[..., N]``, in nats."""
+        raise TypeError(f"{type(self).__name__} has no predictive probabilities.")
+
+    def needs_covariance(self, link: str) -> bool:
+        return False
+
+
+def unit_vectors(outputs: Tensor) -> Tensor:
+    """The C unit vectors of output space for every datum, ``[N, C] -> [C, N, C]``."""
+    n, c = outputs.shape
+    return torch.eye(c, dtype=outputs.dtype, device=outputs.device)[:, None].expand(c, n, c)
+
+
+def resolve_likelihood(likelihood: str | Likelihood) -> Likelihood:
+    """The likelihood a name of laplace-torch stands for; an object is returned as it is."""
+    if isinstance(likelihood, Likelihood):
+        return likelihood
+    names: dict[str, type[Likelihood]] = {
+        "classification": Categorical,
+        "regression": Gaussian,
+        "bernoulli": Bernoulli,
+    }
+    name = str(getattr(likelihood, "value", likelihood))
+    if name not in names:
+        raise ValueError(f"Expected a likelihood out of {list(names)}, or a Likelihood, got {likelihood!r}.")
+    return names[name]()
+
+
+def _sampled_mean(mean: Tensor, covariance: Tensor, normals: Tensor | None, link: torch.nn.Module) -> Tensor:
+    if normals is None:
+        raise ValueError("Expected standard normal draws for link_approx='mc', got None.")
+    total = torch.zeros_like(covariance[..., 0])
+    root = square_root(covariance)
+    for normal in normals.to(mean):
+        total += link(mean + root @ normal)
+    return total / len(normals)
+
+
+def _smallest(probabilities: Tensor) -> float:
+    """Probability below which a logarithm would be infinite by underflow alone."""
+    return torch.finfo(probabilities.dtype).tiny
+
+
+def square_root(covariance: Tensor) -> Tensor:
+    r"""A square root ``R`` with :math:`R R^\top = \Sigma` of positive semi-definite matrices, possibly singular.
+
+    Eigenvalues that are negative by no more than rounding are zero; more negative ones are an error.
+    """
+    values, vectors = torch.linalg.eigh(covariance.double())
+    largest = values.abs().amax(-1, keepdim=True)
+    if bool((values < -1e-3 * largest - 1e-30).any()):
+        raise ValueError("Expected a positive semi-definite output covariance; its eigenvalues are negative.")
+    return (vectors * values.clamp_min(0).sqrt()[..., None, :]).to(covariance)
+
+
+def _laplace_bridge(mean: Tensor, covariance: Tensor, *, normalise: bool) -> Tensor:
+    r"""Dirichlet mean of the Laplace bridge (Hobbhahn et al., arXiv 2003.01227), with zero-sum correction."""
+    n_classes = mean.shape[-1]
+    row = covariance.sum(-1)
+    total = row.sum(-1, keepdim=True)
+    mean = mean - row * mean.sum(-1, keepdim=True) / total
+    covariance = covariance - row[..., :, None] * row[..., None, :] / total[..., None]
+    variance = covariance.diagonal(dim1=-2, dim2=-1)
+    if normalise:
+        scale = variance.mean(-1, keepdim=True) / math.sqrt(n_classes / 2)
+        mean, variance = mean / scale.sqrt(), variance / scale
+    # In logarithms: exp(f_c) sum_k exp(-f_k) overflows in single precision for confident networks.
+    log_ratio = mean + torch.logsumexp(-mean, -1, keepdim=True) - 2 * math.log(n_classes)
+    shift = log_ratio.amax(-1, keepdim=True).clamp_min(0)
+    alpha = ((1 - 2 / n_classes) * (-shift).exp() + (log_ratio - shift).exp()) / variance
+    return alpha / alpha.sum(-1, keepdim=True)

@@ -1,0 +1,128 @@
+r"""K-FAC: Kronecker-factored statistics and their eigenbasis.
+
+For every block and group, with a and g as in :mod:`debiased_laplace.gradients`,
+
+.. math::
+    A = \sum_n w_n \sum_s a_{ns} a_{ns}^\top, \qquad
+    B = \sum_n w_n \frac1S \sum_{s,v} g_{nsv} g_{nsv}^\top, \qquad
+    G \approx A \otimes B, \qquad U = Q_A \otimes Q_B.
+
+Source: Martens and Grosse (arXiv 1503.05671); for convolutions Grosse and Martens (arXiv
+1602.01407); in general weight-sharing layers "expand" of Eschenhagen et al. (arXiv 2311.00636).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from debiased_laplace._checks import NonFiniteError
+from debiased_laplace.basis import Basis, KroneckerBasis
+from debiased_laplace.gradients import Network, WeightedFactors
+
+
+@dataclass(frozen=True)
+class KroneckerStatistics:
+    """Additive statistics; sums over data, so that weights of one mean sum to one over all parts.
+
+    Attributes:
+        inputs: A of every block, ``[G, I, I]``.
+        outputs: B of every block, ``[G, O, O]``.
+    """
+
+    inputs: list[Tensor]
+    outputs: list[Tensor]
+
+    def __add__(self, other: KroneckerStatistics) -> KroneckerStatistics:
+        """Statistics of both data together."""
+        return KroneckerStatistics(
+            [a + b for a, b in zip(self.inputs, other.inputs, strict=True)],
+            [a + b for a, b in zip(self.outputs, other.outputs, strict=True)],
+        )
+
+    def all_reduce(self) -> KroneckerStatistics:
+        """Sum over the processes of ``torch.distributed``; each process weighs its data for all of them."""
+        reduced = KroneckerStatistics([a.clone() for a in self.inputs], [b.clone() for b in self.outputs])
+        for tensor in reduced.inputs + reduced.outputs:
+            torch.distributed.all_reduce(tensor)
+        return reduced
+
+
+@dataclass(frozen=True)
+class Kronecker:
+    """The K-FAC structure.
+
+    Attributes:
+        eigh_dtype: Precision of the eigendecompositions; single precision is faster and less safe.
+    """
+
+    eigh_dtype: torch.dtype = torch.float64
+
+    def measure(self, network: Network, data: Iterable[WeightedFactors]) -> KroneckerStatistics:
+        """Statistics of weighted data, in one pass.
+
+        Args:
+            network: The model with its blocks.
+            data: Factors of consecutive chunks of data, with their weights and output vectors.
+        """
+        new = {"device": network.device, "dtype": network.dtype}
+        inputs = [torch.zeros(block.groups, block.inputs, block.inputs, **new) for block in network.blocks]
+        outputs = [torch.zeros(block.groups, block.outputs, block.outputs, **new) for block in network.blocks]
+        positions = [1] * len(inputs)
+        for chunk in data:
+            for index, block in enumerate(network.blocks):
+                columns = chunk.factors.inputs(block)
+                positions[index] = columns.shape[-1]
+                inputs[index] += _weighted_gram(columns, chunk.weights)
+            for _, vectors in chunk.factors.backpropagate(chunk.vectors, network.vector_chunk):
+                for total, columns, n in zip(outputs, vectors, positions, strict=True):
+                    for column in columns.unbind(2):
+                        total += _gram(column) / n
+        for kind, totals in (("input", inputs), ("back-propagated gradient", outputs)):
+            for block, total in zip(network.blocks, totals, strict=True):
+                if not bool(total.isfinite().all()):
+                    raise NonFiniteError(
+                        f"Expected finite {kind}s at the layer {block.name!r}, got NaN or infinity. "
+                        "Look for NaN in the data, or for an overflow in that layer (a half-precision model?)."
+                    )
+        return KroneckerStatistics(inputs, outputs)
+
+    def eigenbasis(self, network: Network, statistics: KroneckerStatistics) -> Basis:
+        """Eigenvectors of the factors of every block, by descending eigenvalues."""
+        parts = [
+            KroneckerBasis(self._eigenvectors(b, block.name), self._eigenvectors(a, block.name))
+            for block, a, b in zip(network.blocks, statistics.inputs, statistics.outputs, strict=True)
+        ]
+        return Basis(network.blocks, network.shapes, parts)
+
+    def _eigenvectors(self, matrices: Tensor, name: str) -> Tensor:
+        symmetric = 0.5 * (matrices + matrices.mT).to(self.eigh_dtype)
+        try:
+            vectors = torch.linalg.eigh(symmetric).eigenvectors
+        except RuntimeError:  # near-degenerate matrices fail on some devices (pytorch #94772)
+            try:
+                vectors = torch.linalg.eigh(symmetric.cpu().double()).eigenvectors
+            except RuntimeError as error:
+                raise RuntimeError(
+                    f"The eigendecomposition of the curvature of {name!r} failed on the CPU in double precision: {error}"
+                ) from error
+        # Dead units leave entries that are noise of the decomposition. Dropping them moves a vector by less than
+        # a tenth of its rounding error; kept, their products underflow and slow every contraction tenfold.
+        negligible = 0.1 * torch.finfo(matrices.dtype).eps / matrices.shape[-1] ** 0.5
+        return torch.where(vectors.abs() < negligible, 0.0, vectors).flip(-1).to(matrices)
+
+
+def _weighted_gram(columns: Tensor, weights: Tensor) -> Tensor:
+    """The same with a weight for every datum; equal weights (known on the CPU) need no product with the data."""
+    if bool((weights == weights[0]).all()):
+        return _gram(columns) * float(weights[0])
+    return _gram(columns * weights.to(columns).sqrt()[:, None, None, None])
+
+
+def _gram(columns: Tensor) -> Tensor:
+    """``[N, G, P, S] -> [G, P, P]``, sums of outer products over data and positions."""
+    flat = columns.permute(1, 2, 0, 3).flatten(2)
+    return flat @ flat.mT
