@@ -109,7 +109,9 @@ def pairs(
         elif isinstance(batch, (tuple, list)) and len(batch) == 2:
             yield batch[0], batch[1]
         else:
-            kind = f"{type(batch).__name__} of length {len(batch)}" if hasattr(batch, "__len__") else type(batch).__name__
+            kind = (
+                f"{type(batch).__name__} of length {len(batch)}" if hasattr(batch, "__len__") else type(batch).__name__
+            )
             raise TypeError(
                 f"Expected batches that are pairs (inputs, targets) or dictionaries, got a {kind}. "
                 "Wrap the loader in a generator that yields (inputs, targets)."

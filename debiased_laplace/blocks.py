@@ -71,7 +71,7 @@ class Block:
         parts = matrix.split([shape.numel() // per_unit for shape in self.shapes], dim)
         leading = matrix.shape[:-3]
         return {
-            name: part.reshape(*leading, *shape)
+            name: part.reshape((*leading, *shape))
             for name, shape, part in zip(self.parameters, self.shapes, parts, strict=True)
         }
 
@@ -167,6 +167,6 @@ def unflatten(vector: Tensor, shapes: dict[str, torch.Size]) -> dict[str, Tensor
     """Inverse of :func:`flatten`."""
     parts = vector.split([shape.numel() for shape in shapes.values()], -1)
     return {
-        name: part.reshape(*vector.shape[:-1], *shape)
+        name: part.reshape((*vector.shape[:-1], *shape))
         for (name, shape), part in zip(shapes.items(), parts, strict=True)
     }

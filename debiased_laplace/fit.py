@@ -96,7 +96,9 @@ def fit(
     """
     if estimator not in ESTIMATORS:
         raise ValueError(f"Expected an estimator out of {list(ESTIMATORS)}, got {estimator!r}.")
-    structure, sampler, split = structure or Kronecker(), sampler or UniformSampler(), split or TwoBatch()
+    structure = structure or Kronecker()
+    sampler = sampler if sampler is not None else UniformSampler()
+    split = split if split is not None else TwoBatch()
     generator = make_generator(generator)
     with torch.inference_mode(False), global_random_state():
         folds, n_seen = sampler.draw(
@@ -137,7 +139,9 @@ def make_generator(generator: torch.Generator | int) -> torch.Generator:
     """A CPU generator from a seed; a generator is returned as it is."""
     if isinstance(generator, torch.Generator):
         if generator.device.type != "cpu":
-            raise ValueError(f"Expected a generator on the CPU, got one on {generator.device}: draws are the same everywhere.")
+            raise ValueError(
+                f"Expected a generator on the CPU, got one on {generator.device}: draws are the same everywhere."
+            )
         return generator
     return torch.Generator().manual_seed(generator)
 

@@ -1,9 +1,6 @@
-r"""Model and data become gradient factors (a, g) per block; the only file that traces a model.
+r"""Model and data become gradient factors (a, g) per block.
 
-A forward pass runs under a :class:`~torch.overrides.TorchFunctionMode` that sees every call of a layer
-function whose weight *is* a trainable parameter: modules, functional calls, tied weights and, by
-entering the bodies of composite functions, multi-head attention. Gradient edges point at the value
-before an in-place activation, and back-propagation goes only as far as these edges, so that no
+Back-propagation goes from the outputs to the outputs of the recorded calls, and no further, so that no
 weight gradient is ever computed.
 
 Blocks are what gets a curvature of its own. Every block is Kronecker: inputs ``a: [N, G, I, S]``,
@@ -14,85 +11,26 @@ same with one input, ``a = 1``.
 from __future__ import annotations
 
 import math
-import types
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
-from torch.utils import _pytree
 
 from debiased_laplace import _checks, _data
 from debiased_laplace._guards import evaluation_mode, gradients_enabled
 from debiased_laplace.blocks import Block, flatten, group_parameters, unflatten
-from debiased_laplace.layers import RULES, Call, Layout
+from debiased_laplace.layers import Call, Layout
 from debiased_laplace.likelihoods import Likelihood
 from debiased_laplace.sampling import WeightedData
+from debiased_laplace.tracing import Recorder, find_layouts
 
 #: Bytes that activations and back-propagated vectors may take at a time.
 CHUNK_MEMORY = 2**28
 
-_NO_OVERRIDES = {
-    name: lambda *_: False
-    for name in ("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic")
-}
-
-
-@dataclass
-class _Recorder(TorchFunctionMode):
-    """Records the calls that use trainable parameters, in the order of the forward pass."""
-
-    names: dict[int, str]  # of the trainable parameters, by identity
-    calls: list[Call] = field(default_factory=list)
-    elsewhere: dict[str, str] = field(default_factory=dict)  # parameter -> function that no rule covers
-
-    def __post_init__(self) -> None:
-        super().__init__()
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types_: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        used = [leaf for leaf in _pytree.tree_leaves((args, kwargs)) if id(leaf) in self.names]
-        if not used:
-            return func(*args, **kwargs)
-        if isinstance(func, types.FunctionType) and func.__module__ == "torch.nn.functional":
-            # A composite function: run its body, with this mode seeing the calls inside.
-            namespace = {**func.__globals__, **_NO_OVERRIDES}
-            body = types.FunctionType(func.__code__, namespace, func.__name__, func.__defaults__, func.__closure__)
-            body.__kwdefaults__ = func.__kwdefaults__
-            with self:
-                return body(*args, **kwargs)
-        result = func(*args, **kwargs)
-        if any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in _pytree.tree_leaves(result)):
-            rule = RULES.get(func)
-            call = rule(*args, **kwargs) if rule else None
-            if call is None or not self._record(call, used, result):
-                function = getattr(func, "__name__", str(func))
-                self.elsewhere.update({self.names[id(leaf)]: function for leaf in used})
-        return result
-
-    def _record(self, call: dict[str, Any], used: list[Tensor], result: Tensor) -> bool:
-        kind, weight, bias, input = (call.pop(key) for key in ("kind", "weight", "bias", "input"))
-        slots = {id(argument) for argument in (weight, bias) if argument is not None}
-        if any(id(leaf) not in slots for leaf in used):
-            return False  # a parameter in the place of the input
-        if kind.exact and id(weight) not in self.names:
-            weight = None  # frozen: its gradient is not part of the factor
-        self.calls.append(
-            kind(
-                weight=weight,
-                bias=bias if id(bias) in self.names else None,
-                input=input.detach(),
-                output_shape=result.shape,
-                edge=torch.autograd.graph.get_gradient_edge(result),
-                version=input._version,
-                **call,
-            )
-        )
-        return True
+#: Bytes of layer inputs at a time on the CPU: larger ones fall out of the cache between two uses.
+CACHE_MEMORY = 2**23
 
 
 @dataclass
@@ -110,25 +48,42 @@ class Factors:
     _calls: list[Call]
     _lone: list[Tensor] | None = None
 
-    def inputs(self, block: Block) -> Tensor:
-        """Inputs of a block, a one appended for the bias, ``[N, G, I, S]``, at least in float32."""
+    def inputs(self, block: Block, part: slice | None = None) -> Tensor:
+        """Inputs of a block, a one appended for the bias, ``[N, G, I, S]``, at least in float32.
+
+        With ``part``, those of some of the data, formed for them alone where the layer allows it.
+        """
         n, dtype = len(self.outputs), self.network.dtype
+        part = part or slice(0, n)
+        size = part.stop - part.start
         if block.kind == "exact":
-            return self.outputs.new_ones((n, 1, 1, 1), dtype=dtype)
+            return self.outputs.new_ones((size, 1, 1, 1), dtype=dtype)
         parts = []
         for index in block.calls:
-            call = self._calls[index]
+            call, layout = self._calls[index], self.network.layouts[index]
             if call.input._version != call.version:
                 raise RuntimeError(
                     f"The input of {block.name!r} was overwritten in place after the layer had used it, so its "
                     "curvature cannot be computed. Make the operation after it out of place."
                 )
-            if block.weight:
-                parts.append(call.inputs(n, self.network.layouts[index], ones=block.bias).to(dtype))
-            else:
+            if not block.weight:
                 positions = math.prod(call.output_shape) // (n * block.groups * block.outputs)
-                parts.append(self.outputs.new_ones((n, block.groups, 1, positions), dtype=dtype))
+                parts.append(self.outputs.new_ones((size, block.groups, 1, positions), dtype=dtype))
+            elif (narrowed := call.narrow(part, n, layout)) is not None:
+                parts.append(narrowed.inputs(size, layout, ones=block.bias).to(dtype))
+            else:
+                parts.append(call.inputs(n, layout, ones=block.bias)[part].to(dtype))
         return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+
+    def input_pieces(self, block: Block) -> Iterator[tuple[slice, Tensor]]:
+        """Inputs of a block for as many data at a time as a processor's cache holds."""
+        n, per_datum = len(self.outputs), 1
+        if block.kind == "kronecker":
+            outputs = sum(math.prod(self._calls[index].output_shape) for index in block.calls) // n
+            per_datum = outputs // block.outputs * block.inputs * (torch.finfo(self.network.dtype).bits // 8)
+        size = n if self.network.device.type != "cpu" else max(1, CACHE_MEMORY // max(1, per_datum))
+        for part in _data.slices(n, size):
+            yield part, self.inputs(block, part)
 
     def backpropagate(self, vectors: Tensor, chunk: int = 1) -> Iterator[tuple[slice, list[Tensor]]]:
         """Back-propagate output vectors to every block.
@@ -276,8 +231,9 @@ class Network:
         factors, _ = self._forward(_data.to_device(inputs, self.device))
         if len(factors._calls) != len(self.layouts):
             raise RuntimeError(
-                f"The model called {len(factors._calls)} layers with trainable parameters, {len(self.layouts)} when its "
-                "blocks were found. Its forward pass must not depend on the data; fit again if you changed the model."
+                f"The model called {len(factors._calls)} layers with trainable parameters, but {len(self.layouts)} "
+                "when its blocks were found. Its forward pass must not depend on the data; if you changed the model, "
+                "fit again."
             )
         return factors
 
@@ -332,9 +288,9 @@ class Network:
         per_datum = self._activations * (3 + vectors) + self._largest_inputs * 2
         return max(1, memory // max(1, per_datum * torch.finfo(self.dtype).bits // 8))
 
-    def _forward(self, inputs: _data.Inputs) -> tuple[Factors, _Recorder]:
+    def _forward(self, inputs: _data.Inputs) -> tuple[Factors, Recorder]:
         with gradients_enabled(), evaluation_mode(self.model):
-            recorder = _Recorder(self._identities)
+            recorder = Recorder(self._identities)
             with recorder:
                 outputs = self.model(inputs)
             outputs = self._check_outputs(outputs, _data.count(inputs))
@@ -369,41 +325,13 @@ class Network:
         self.n_outputs = factors.outputs.shape[1]
         n, calls, elsewhere = len(factors.outputs), factors._calls, dict(recorder.elsewhere)
         names = [(self._identities.get(id(call.weight)), self._identities.get(id(call.bias))) for call in calls]
-        for call, pair, layout in zip(calls, names, self._find_layouts(factors, names, n), strict=True):
+        for call, pair, layout in zip(calls, names, find_layouts(factors._graph_outputs, calls, names), strict=True):
             if layout is None:  # its output has no dimension for the data
                 elsewhere.update({name: type(call).__name__ for name in pair if name is not None})
             self.layouts.append(layout or Layout())
         self.blocks = group_parameters(self.shapes, calls, names, elsewhere, separate_bias=separate_bias)
         self._activations = sum(math.prod(call.output_shape) for call in calls) // n + 1
         self._largest_inputs = max((factors.inputs(block)[0].numel() for block in self.blocks), default=1)
-
-    @staticmethod
-    def _find_layouts(
-        factors: Factors, names: list[tuple[str | None, str | None]], n: int
-    ) -> list[Layout | None]:
-        """Find the data in every call's output: what the outputs of datum 0 depend on must belong to datum 0."""
-        calls = factors._calls
-        if not calls:
-            return []
-        vector = torch.zeros_like(factors.outputs)
-        vector[0] = torch.linspace(1, 2, vector.shape[1])
-        edges = [call.edge for call in calls]
-        gradients = torch.autograd.grad(factors._graph_outputs, edges, vector, allow_unused=True)
-        layouts: list[Layout | None] = []
-        for call, pair, gradient in zip(calls, names, gradients, strict=True):
-            possible = Layout.candidates(call.output_shape, n, call.n_trailing)
-            consistent = [
-                layout for layout in possible
-                if gradient is None or not layout.by_datum(gradient, n, call.n_trailing)[1:].any()
-            ]  # fmt: skip
-            if possible and not consistent:
-                raise ValueError(
-                    f"The output for one datum depends on other data of its batch, after the layer of {pair[0] or pair[1]!r}. "
-                    "A posterior needs outputs that are independent given the weights; a normalisation by batch "
-                    "statistics (track_running_stats=False) is the usual cause. Replace it, or give it running statistics."
-                )
-            layouts.append(consistent[0] if consistent else None)
-        return layouts
 
 
 @dataclass(frozen=True)

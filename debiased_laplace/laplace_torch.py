@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Sized
 from dataclasses import replace
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from debiased_laplace import _checks
 from debiased_laplace.basis import Basis, KroneckerBasis
-from debiased_laplace.fit import Fit, fit, make_generator
+from debiased_laplace.fit import Fit, fit
 from debiased_laplace.gradients import Network
 from debiased_laplace.likelihoods import Bernoulli, Gaussian, Likelihood, resolve_likelihood
 from debiased_laplace.posterior import Posterior, standard_normals
@@ -167,7 +167,9 @@ class DebiasedLaplace(ParametricLaplace):
             NonFiniteError: If outputs or gradients are not finite; it names the layer.
         """
         if not override:
-            raise NotImplementedError("Adding to an earlier fit is not supported: pass all loaders' batches to one fit.")
+            raise NotImplementedError(
+                "Adding to an earlier fit is not supported: pass all loaders' batches to one fit."
+            )
         if sampler is not None and budget != 1024:
             raise ValueError("Expected either a budget or a sampler, got both. Give the budget to the sampler.")
         self.fitted = fit(
@@ -178,11 +180,13 @@ class DebiasedLaplace(ParametricLaplace):
             chunk_size=chunk_size, targets_key=self.dict_key_y, progress_bar=progress_bar,
         )  # fmt: skip
         self._adopt(self.fitted)
-        dataset_size = len(train_loader.dataset) if hasattr(getattr(train_loader, "dataset", None), "__len__") else None
+        dataset = getattr(train_loader, "dataset", None)
+        dataset_size = len(dataset) if isinstance(dataset, Sized) else None
         if n_data is None and dataset_size is not None and dataset_size != self.fitted.n_seen:
             logger.warning(
                 "The loader gave %d data, its dataset has %d: the posterior is that of %d data. "
-                "Set n_data if the training set has another size.", self.fitted.n_seen, dataset_size, self.fitted.n_seen,
+                "Set n_data if the training set has another size.",
+                self.fitted.n_seen, dataset_size, self.fitted.n_seen,
             )  # fmt: skip
 
     def _adopt(self, fitted: Fit) -> None:
@@ -213,7 +217,9 @@ class DebiasedLaplace(ParametricLaplace):
 
     def _require_fit(self) -> Fit:
         if self.fitted is None:
-            raise _checks.NotFittedError("Expected a fitted posterior. Call fit(train_loader) or load_state_dict first.")
+            raise _checks.NotFittedError(
+                "Expected a fitted posterior. Call fit(train_loader) or load_state_dict first."
+            )
         return self.fitted
 
     def _check_H_init(self) -> None:
@@ -254,7 +260,9 @@ class DebiasedLaplace(ParametricLaplace):
         frozen = [name for name, p in self.model.named_parameters() if name not in network.shapes]
         total = sum(block.size for block in network.blocks)
         widths = [max(len(row[i]) for row in rows) for i in range(4)]
-        lines = ["  ".join([*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[4]]).rstrip() for row in rows]
+        lines = [
+            "  ".join([*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[4]]).rstrip() for row in rows
+        ]
         lines.append(f"{total} of {network.n_params} trainable parameters covered by {len(network.blocks)} blocks.")
         if frozen:
             lines.append(f"Frozen and left out: {', '.join(frozen)}.")
@@ -292,7 +300,7 @@ class DebiasedLaplace(ParametricLaplace):
         return self.posterior.square_norm(value)
 
     @property
-    def posterior_precision(self) -> Posterior:
+    def posterior_precision(self) -> Posterior:  # type: ignore[override]  # a structure of its own, as in KronLaplace
         """The posterior, whose ``matvec`` is the product with the precision."""
         return self.posterior
 
@@ -354,8 +362,8 @@ class DebiasedLaplace(ParametricLaplace):
                 raise ValueError(f"Expected a pred_type out of ['glm', 'nn', 'linearized'], got {pred_type!r}.")
             if link_approx not in (None, "mc"):
                 raise ValueError(
-                    f'Samples have no link approximation: expected link_approx="mc" or none with pred_type={pred_type!r}, '
-                    f"got {link_approx!r}."
+                    'Samples have no link approximation: expected link_approx="mc" or none with '
+                    f"pred_type={pred_type!r}, got {link_approx!r}."
                 )
             samples = self._output_samples(x, pred_type, n_samples, generator)
             if likelihood.is_regression:
@@ -477,11 +485,13 @@ class DebiasedLaplace(ParametricLaplace):
         if method == "marglik":
             if prior_structure not in ("scalar", "layerwise"):
                 raise ValueError(
-                    f"Expected prior_structure 'scalar' or 'layerwise' (one for each block), got {prior_structure!r}: a "
-                    "prior precision for each parameter does not commute with a Kronecker basis."
+                    "Expected prior_structure 'scalar' or 'layerwise' (one for each block), got "
+                    f"{prior_structure!r}: one for each parameter does not commute with a Kronecker basis."
                 )
             if val_loader is not None:
-                warnings.warn("val_loader has no effect with method='marglik'. Did you mean 'gridsearch'?", stacklevel=2)
+                warnings.warn(
+                    "val_loader has no effect with method='marglik'. Did you mean 'gridsearch'?", stacklevel=2
+                )
             self.prior_precision = maximise_marginal_likelihood(posterior, per_block=prior_structure == "layerwise")
         elif method == "gridsearch":
             if val_loader is None:

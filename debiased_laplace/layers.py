@@ -19,7 +19,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -84,6 +84,15 @@ class Call(ABC):
     def groups(self) -> int:
         """Number of groups G."""
         return 1
+
+    def narrow(self, part: slice, n_data: int, layout: Layout) -> Call | None:
+        """The same call for some of the data alone; None if the data do not come first in its tensors."""
+        if layout.batch_dimension is not None:
+            return None
+        copies = self.output_shape[0] // n_data
+        rows = slice(part.start * copies, part.stop * copies)
+        shape = torch.Size((rows.stop - rows.start, *self.output_shape[1:]))
+        return replace(self, input=self.input[rows], output_shape=shape)
 
     @abstractmethod
     def inputs(self, n_data: int, layout: Layout, *, ones: bool) -> Tensor:

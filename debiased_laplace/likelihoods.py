@@ -157,9 +157,7 @@ class Bernoulli(Likelihood):
                 f"got {tuple(targets.shape)}."
             )
         if len(targets) and not bool(((targets >= 0) & (targets <= 1)).all()):
-            raise ValueError(
-                f"Expected targets from 0 to 1, got {float(targets.min()):g} to {float(targets.max()):g}."
-            )
+            raise ValueError(f"Expected targets from 0 to 1, got {float(targets.min()):g} to {float(targets.max()):g}.")
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
         targets = targets.reshape(outputs.shape).to(outputs)

@@ -113,8 +113,10 @@ class Posterior:
         return (self._parameter_prior * (self.mean - self.prior_mean).double().square()).sum()
 
     def log_marginal_likelihood(self, log_likelihood: Tensor | float) -> Tensor:
-        r"""Laplace approximation :math:`\log p(\mathcal D) \approx \log p(\mathcal D \mid \theta^*)
-        - \frac12(\log\det P - \log\det P_0 + \|\theta^* - \mu_0\|^2_{P_0})`, in nats.
+        r"""Laplace approximation of the log marginal likelihood, in nats.
+
+        .. math:: \log p(\mathcal D \mid \theta^*)
+            - \tfrac12 \big(\log\det P - \log\det P_0 + \|\theta^* - \mu_0\|^2_{P_0}\big)
         """
         return log_likelihood - 0.5 * (self.log_det_ratio + self.scatter())
 

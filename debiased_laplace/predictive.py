@@ -46,7 +46,7 @@ def functional_moments(
         Epistemic variance alone, in squared units of the outputs: no observation noise.
     """
     several = not isinstance(posteriors, Posterior)
-    grid: list[Posterior] = list(posteriors) if several else [posteriors]  # type: ignore[list-item]
+    grid = [posteriors] if isinstance(posteriors, Posterior) else list(posteriors)
     basis = grid[0].basis
     scales = basis.split(torch.stack([p.precisions for p in grid]).reciprocal().to(network.dtype))
     complement = None
@@ -91,7 +91,11 @@ def joint_covariance(network: Network, posterior: Posterior, inputs: _data.Input
 
 
 def linearized_samples(
-    network: Network, posterior: Posterior, inputs: _data.Inputs, n_samples: int, generator: torch.Generator | None = None
+    network: Network,
+    posterior: Posterior,
+    inputs: _data.Inputs,
+    n_samples: int,
+    generator: torch.Generator | None = None,
 ) -> Tensor:
     r"""Samples of the linearised network, :math:`f(\theta^*) + J (\theta - \theta^*)`, ``[n_samples, N, C]``.
 
@@ -108,13 +112,17 @@ def linearized_samples(
     samples = []
     with torch.inference_mode(False), torch.no_grad(), evaluation_mode(network.model):
         for deviation in posterior.deviations(n_samples, generator):
-            mean, change = torch.func.jvp(outputs, (parameters,), (network.from_vector(deviation),))
+            mean, change = torch.func.jvp(outputs, (parameters,), (network.from_vector(deviation),))[:2]
             samples.append(mean + change)
     return torch.stack(samples)
 
 
 def weight_sample_outputs(
-    network: Network, posterior: Posterior, inputs: _data.Inputs, n_samples: int, generator: torch.Generator | None = None
+    network: Network,
+    posterior: Posterior,
+    inputs: _data.Inputs,
+    n_samples: int,
+    generator: torch.Generator | None = None,
 ) -> Iterator[Tensor]:
     """Outputs ``[N, C]`` under sampled weights, one sample after the other, without writing into the model."""
     inputs = _data.to_device(inputs, network.device)
@@ -143,4 +151,3 @@ def _project(
             yield part.project_gradients(part.prepare_inputs(a, n_outputs), vectors), raw
 
     return factors.outputs.to(network.dtype), blocks()
-

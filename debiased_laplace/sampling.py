@@ -59,7 +59,14 @@ class Sampler(Protocol):
     """Reads a stream of batches once and keeps folds of it."""
 
     def draw(
-        self, batches: Iterable[Any], folds: int, generator: torch.Generator, **stream: Any
+        self,
+        batches: Iterable[Any],
+        folds: int,
+        generator: torch.Generator,
+        *,
+        likelihood: Likelihood | None = None,
+        targets_key: str = "labels",
+        progress_bar: bool = False,
     ) -> tuple[list[WeightedData], int]:
         """Disjoint folds of weighted data, and the number of data seen."""
         ...
@@ -143,7 +150,9 @@ class UniformSampler:
                 kept_targets = [_data.take(torch.cat(kept_targets), smallest)]
                 keys, indices = keys[smallest], indices[smallest]
         if seen == 0:
-            raise ValueError("Expected at least one batch to fit on, got an empty loader. A generator can be read only once.")
+            raise ValueError(
+                "Expected at least one batch to fit on, got an empty loader. A generator can be read only once."
+            )
         if seen < folds:
             raise ValueError(
                 f"Expected at least {folds} data, one for each fold, got {seen}. Give more data, or use split=Single()."
@@ -158,7 +167,5 @@ class UniformSampler:
         for fold in range(folds):
             own = dealt[fold::folds].sort().values
             weights = torch.full((len(own),), 1 / len(own), dtype=torch.float64)
-            drawn.append(
-                WeightedData(_data.take(all_inputs, own), _data.take(all_targets, own), weights, indices[own])
-            )
+            drawn.append(WeightedData(_data.take(all_inputs, own), _data.take(all_targets, own), weights, indices[own]))
         return drawn, seen

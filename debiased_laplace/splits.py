@@ -33,6 +33,7 @@ class Single:
     folds: int = 1
 
     def __call__(self, folds: list[WeightedData]) -> tuple[WeightedData, WeightedData]:
+        """All data, twice."""
         data = WeightedData.union(folds)
         return data, data
 
@@ -47,5 +48,6 @@ class TwoBatch:
     folds: int = 2
 
     def __call__(self, folds: list[WeightedData]) -> tuple[WeightedData, WeightedData]:
+        """The first half of the folds, and the second."""
         half = len(folds) // 2
         return WeightedData.union(folds[:half]), WeightedData.union(folds[half:])

@@ -94,7 +94,9 @@ def grid_search(
     _checks.finite(losses, "the validation losses", "Look for NaN in the validation data.")
     curve = PriorCurve(torch.stack([p.prior_precision[0] for p in grid]).cpu(), losses, link)
     if curve.at_edge and len(grid) > 1:
-        side, name = ("smallest", "log_prior_prec_min") if int(losses.argmin()) == 0 else ("largest", "log_prior_prec_max")
+        side, name = (
+            ("smallest", "log_prior_prec_min") if int(losses.argmin()) == 0 else ("largest", "log_prior_prec_max")
+        )
         warnings.warn(
             f"The best prior precision, {curve.best:.3g}, is the {side} of the grid: the optimum may lie beyond. "
             f"Change {name}" + (

@@ -24,7 +24,14 @@ def all_cnn_c(n_classes: int = 100) -> nn.Module:
     layers: list[nn.Module] = []
     for inputs, outputs, kernel, stride in widths:
         layers += [nn.Conv2d(inputs, outputs, kernel, stride, padding=1), nn.ReLU()]
-    layers += [nn.Conv2d(192, 192, 3), nn.ReLU(), nn.Conv2d(192, 192, 1), nn.ReLU(), nn.Conv2d(192, n_classes, 1), nn.ReLU()]
+    layers += [
+        nn.Conv2d(192, 192, 3),
+        nn.ReLU(),
+        nn.Conv2d(192, 192, 1),
+        nn.ReLU(),
+        nn.Conv2d(192, n_classes, 1),
+        nn.ReLU(),
+    ]
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
 
 
@@ -53,12 +60,15 @@ class CifarResNet(nn.Module):
         self.bn1 = nn.BatchNorm2d(16)
         inputs = 16
         for index, (outputs, stride) in enumerate([(16, 1), (32, 2), (64, 2)], start=1):
-            layer = [_BasicBlock(inputs if i == 0 else outputs, outputs, stride if i == 0 else 1) for i in range(blocks)]
+            layer = [
+                _BasicBlock(inputs if i == 0 else outputs, outputs, stride if i == 0 else 1) for i in range(blocks)
+            ]
             setattr(self, f"layer{index}", nn.Sequential(*layer))
             inputs = outputs
         self.linear = nn.Linear(64, n_classes)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Logits ``[N, 10]`` of images ``[N, 3, 32, 32]``."""
         out = F.relu(self.bn1(self.conv1(x)))
         out = self.layer3(self.layer2(self.layer1(out)))
         return self.linear(out.mean((2, 3)))

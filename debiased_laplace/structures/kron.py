@@ -68,15 +68,15 @@ class Kronecker:
             network: The model with its blocks.
             data: Factors of consecutive chunks of data, with their weights and output vectors.
         """
-        new = {"device": network.device, "dtype": network.dtype}
-        inputs = [torch.zeros(block.groups, block.inputs, block.inputs, **new) for block in network.blocks]
-        outputs = [torch.zeros(block.groups, block.outputs, block.outputs, **new) for block in network.blocks]
+        like = torch.empty(0, device=network.device, dtype=network.dtype)
+        inputs = [like.new_zeros(block.groups, block.inputs, block.inputs) for block in network.blocks]
+        outputs = [like.new_zeros(block.groups, block.outputs, block.outputs) for block in network.blocks]
         positions = [1] * len(inputs)
         for chunk in data:
             for index, block in enumerate(network.blocks):
-                columns = chunk.factors.inputs(block)
-                positions[index] = columns.shape[-1]
-                inputs[index] += _weighted_gram(columns, chunk.weights)
+                for part, columns in chunk.factors.input_pieces(block):
+                    positions[index] = columns.shape[-1]
+                    inputs[index] += _weighted_gram(columns, chunk.weights[part])
             for _, vectors in chunk.factors.backpropagate(chunk.vectors, network.vector_chunk):
                 for total, columns, n in zip(outputs, vectors, positions, strict=True):
                     for column in columns.unbind(2):
@@ -107,7 +107,8 @@ class Kronecker:
                 vectors = torch.linalg.eigh(symmetric.cpu().double()).eigenvectors
             except RuntimeError as error:
                 raise RuntimeError(
-                    f"The eigendecomposition of the curvature of {name!r} failed on the CPU in double precision: {error}"
+                    f"The eigendecomposition of the curvature of {name!r} failed in double precision on the CPU: "
+                    f"{error}"
                 ) from error
         # Dead units leave entries that are noise of the decomposition. Dropping them moves a vector by less than
         # a tenth of its rounding error; kept, their products underflow and slow every contraction tenfold.
