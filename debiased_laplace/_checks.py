@@ -27,12 +27,18 @@ class NonFiniteError(ValueError):
 def positive(value: Any, name: str) -> float:
     """A positive, finite number as a float, or an error that names it."""
     try:
-        number = float(value)
+        number = float(value.detach() if isinstance(value, Tensor) else value)
     except (TypeError, ValueError, RuntimeError):
         raise TypeError(f"Expected a positive number for {name}, got {value!r}.") from None
     if not (number > 0 and math.isfinite(number)):
         raise ValueError(f"Expected a positive, finite {name}, got {number:g}.")
     return number
+
+
+def chunk_size(value: int | None) -> None:
+    """Raise a ``ValueError`` for a number of data at a time below one."""
+    if value is not None and value < 1:
+        raise ValueError(f"Expected a chunk_size of at least one datum, or None to choose it, got {value}.")
 
 
 def prior_precisions(value: Any, n_blocks: int | None = None) -> Tensor:

@@ -20,16 +20,17 @@ def map_tensors(function: Callable[[Tensor], Tensor], inputs: Inputs) -> Inputs:
     """Apply a function to every tensor of an input, keeping its nesting."""
     if isinstance(inputs, Tensor):
         return function(inputs)
-    if isinstance(inputs, Mapping) and not isinstance(inputs, dict):
-        inputs = dict(inputs)  # transformers' BatchEncoding and the like
-    return _pytree.tree_map_only(Tensor, function, inputs)
+    return _pytree.tree_map_only(Tensor, function, _plain(inputs))
 
 
 def tensors(inputs: Inputs) -> list[Tensor]:
     """All tensors of an input."""
-    if isinstance(inputs, Mapping) and not isinstance(inputs, dict):
-        inputs = dict(inputs)
-    return [leaf for leaf in _pytree.tree_leaves(inputs) if isinstance(leaf, Tensor)]
+    return [leaf for leaf in _pytree.tree_leaves(_plain(inputs)) if isinstance(leaf, Tensor)]
+
+
+def _plain(inputs: Inputs) -> Inputs:
+    """Other mappings (transformers' BatchEncoding and the like) as dictionaries, which are known as nestings."""
+    return dict(inputs) if isinstance(inputs, Mapping) and type(inputs) is not dict else inputs
 
 
 def count(inputs: Inputs) -> int:
@@ -80,7 +81,13 @@ def to_device(inputs: Inputs, device: torch.device) -> Inputs:
         leaf = leaf.to(device, non_blocking=True)
         return leaf.clone() if leaf.is_inference() else leaf
 
-    return map_tensors(move, inputs)
+    with torch.inference_mode(False):  # a copy made in inference mode would be no better
+        return map_tensors(move, inputs)
+
+
+def copy(inputs: Inputs) -> Inputs:
+    """A copy of a batch, for models that overwrite their inputs in place."""
+    return map_tensors(torch.clone, inputs)
 
 
 def pairs(
@@ -116,6 +123,22 @@ def pairs(
                 f"Expected batches that are pairs (inputs, targets) or dictionaries, got a {kind}. "
                 "Wrap the loader in a generator that yields (inputs, targets)."
             )
+
+
+def labelled(batches: Iterable[Any], targets_key: str = "labels") -> Iterator[tuple[Inputs, Tensor, int]]:
+    """Inputs, targets and the number of data of every batch.
+
+    Raises:
+        ValueError: If a batch has not one target for each of its inputs.
+    """
+    for inputs, targets in pairs(batches, targets_key):
+        n, targets = count(inputs), torch.as_tensor(targets)
+        if targets.ndim == 0 or len(targets) != n:
+            raise ValueError(
+                f"Expected one target for each of the {n} inputs of a batch, got targets of shape "
+                f"{tuple(targets.shape)}."
+            )
+        yield inputs, targets, n
 
 
 def slices(n: int, size: int) -> Iterator[slice]:

@@ -74,7 +74,7 @@ class KroneckerBasis:
         rotate_last = n_vectors * (width * size * size + width * width * size)
         if positions > 1 and rotate_last < rotate_first:
             return BlockInputs(inputs, rotated=False)
-        return BlockInputs(self.inputs.mT @ inputs, rotated=True)
+        return BlockInputs(_rotate(self.inputs, inputs[:, :, None])[:, :, 0], rotated=True)
 
     def project_gradients(self, inputs: BlockInputs, vectors: Tensor) -> ProjectedGradients:
         r""":math:`Z_n = U^\top \sum_s g_{ns} a_{ns}^\top` of every vector and datum, in its cheapest form.
@@ -84,7 +84,7 @@ class KroneckerBasis:
             vectors: ``g: [N, G, V, O, S]``.
         """
         if inputs.rotated:
-            vectors = self.outputs.mT[:, None] @ vectors
+            vectors = _rotate(self.outputs, vectors)
         return ProjectedGradients(inputs.values, vectors, None if inputs.rotated else self)
 
 
@@ -193,6 +193,15 @@ class ProjectedGradients:
         for part, some, projected in self._pieces():
             rows[part, :, :, some] = projected.transpose(1, 2)
         return rows.flatten(2)
+
+
+def _rotate(rotation: Tensor, columns: Tensor) -> Tensor:
+    """``Q^T c`` for ``Q: [G, P, p]`` and ``c: [N, G, V, P, S]``, as ``[N, G, V, p, S]``."""
+    if columns.shape[-1] > 1:
+        return rotation.mT[:, None] @ columns
+    # One position: a single product of matrices instead of a product with a vector for every datum.
+    rows = columns[..., 0].transpose(0, 1)  # [G, N, V, P]
+    return (rows.flatten(1, 2) @ rotation).unflatten(1, rows.shape[1:3]).transpose(0, 1)[..., None]
 
 
 @dataclass(frozen=True)

@@ -130,7 +130,7 @@ def fit(
         mean_loss = _mean_loss(network, likelihood, folds)
     precision = _checks.prior_precisions(prior_precision, len(network.blocks)).to(network.device)
     return Fit(
-        Posterior(network.mean(), basis, curvatures, n_data or n_seen, precision, **posterior),
+        Posterior(network.mean(), basis, curvatures, n_seen if n_data is None else n_data, precision, **posterior),
         network, mean_loss, n_seen, directions.indices, measured.indices, mc_samples,
     )  # fmt: skip
 

@@ -279,7 +279,9 @@ class Network:
                     f"{error} Freeze them with requires_grad_(False) to leave them out of the posterior."
                 ) from error
         return [
-            torch.cat([jacobians[name].flatten(2) for name in block.parameters], -1).to(self.dtype)
+            torch.cat([jacobians[name].reshape(*jacobians[name].shape[:2], -1) for name in block.parameters], -1).to(
+                self.dtype
+            )
             for block in self.lone_blocks
         ]
 

@@ -17,6 +17,7 @@ from laplace import ParametricLaplace
 from torch import Tensor, nn
 
 from debiased_laplace import _checks
+from debiased_laplace._guards import evaluation_mode
 from debiased_laplace.basis import Basis, KroneckerBasis
 from debiased_laplace.fit import Fit, fit
 from debiased_laplace.gradients import Network
@@ -26,7 +27,7 @@ from debiased_laplace.predictive import (
     functional_moments,
     joint_covariance,
     linearized_samples,
-    weight_sample_outputs,
+    weight_samples,
 )
 from debiased_laplace.sampling import Sampler, UniformSampler
 from debiased_laplace.splits import Split, TwoBatch
@@ -36,6 +37,7 @@ from debiased_laplace.tuning import PriorCurve, grid_search, maximise_marginal_l
 logger = logging.getLogger(__name__)
 
 STATE_FORMAT = 1
+PRED_TYPES = ("glm", "nn", "linearized")
 
 
 class DebiasedLaplace(ParametricLaplace):
@@ -118,6 +120,7 @@ class DebiasedLaplace(ParametricLaplace):
         self.link: str | None = None
         self.curve: PriorCurve | None = None
         self._generator = torch.Generator().manual_seed(seed)
+        self._draws: tuple[tuple[Any, ...], Tensor] | None = None  # key and deviations
         name = "regression" if self.output_likelihood.is_regression else "classification"
         super().__init__(
             model, name, sigma_noise, prior_precision, prior_mean, temperature, enable_backprop, dict_key_x, dict_key_y
@@ -190,6 +193,7 @@ class DebiasedLaplace(ParametricLaplace):
             )  # fmt: skip
 
     def _adopt(self, fitted: Fit) -> None:
+        self._draws = None
         self.mean = fitted.posterior.mean
         self.n_data = fitted.posterior.n_data
         self.n_outputs = fitted.network.n_outputs
@@ -240,6 +244,16 @@ class DebiasedLaplace(ParametricLaplace):
         self._prior_precision = checked
 
     @property
+    def sigma_noise(self) -> Tensor:
+        """Standard deviation of the observation noise, a scalar."""
+        return self._sigma_noise
+
+    @sigma_noise.setter
+    def sigma_noise(self, sigma_noise: float | Tensor) -> None:
+        _checks.positive(sigma_noise, "sigma_noise")
+        ParametricLaplace.sigma_noise.fset(self, sigma_noise)  # type: ignore[attr-defined]
+
+    @property
     def _float_dtype(self) -> torch.dtype:
         return self._dtype if self._dtype in (torch.float32, torch.float64) else torch.float32
 
@@ -273,6 +287,7 @@ class DebiasedLaplace(ParametricLaplace):
     @property
     def log_likelihood(self) -> Tensor:
         """Log-likelihood of the training data; estimated from the data drawn, unless all were."""
+        self._require_fit()
         return super().log_likelihood
 
     @property
@@ -353,13 +368,12 @@ class DebiasedLaplace(ParametricLaplace):
         """
         if model_kwargs:
             raise TypeError(f"Extra model arguments are not supported, got {sorted(model_kwargs)}. Wrap the model.")
-        generator = generator or torch.Generator().manual_seed(self.seed)
+        self._check_pred_type(pred_type)
         likelihood = self.output_likelihood
         with torch.inference_mode(False):
             if pred_type == "glm":
-                return self._glm(x, joint, link_approx or self.link or "probit", n_samples, diagonal_output, generator)
-            if pred_type not in ("nn", "linearized"):
-                raise ValueError(f"Expected a pred_type out of ['glm', 'nn', 'linearized'], got {pred_type!r}.")
+                draws = generator or torch.Generator().manual_seed(self.seed)
+                return self._glm(x, joint, link_approx or self.link or "probit", n_samples, diagonal_output, draws)
             if link_approx not in (None, "mc"):
                 raise ValueError(
                     'Samples have no link approximation: expected link_approx="mc" or none with '
@@ -392,16 +406,36 @@ class DebiasedLaplace(ParametricLaplace):
     ) -> tuple[Tensor, Tensor]:
         if self.enable_backprop:  # differentiable in the inputs: the base class's Jacobians
             self._require_fit()
-            self.model.output_size = self.n_outputs  # type: ignore[assignment]
-            return super()._glm_predictive_distribution(X, joint=joint, diagonal_output=diagonal_output)
+            missing = not hasattr(self.model, "output_size")
+            if missing:
+                self.model.output_size = self.n_outputs  # type: ignore[assignment]
+            try:
+                with evaluation_mode(self.model):
+                    return super()._glm_predictive_distribution(X, joint=joint, diagonal_output=diagonal_output)
+            finally:
+                if missing:
+                    del self.model.output_size
         if joint:
             return joint_covariance(self.network, self.posterior, X)
         return functional_moments(self.network, self.posterior, X, covariance=not diagonal_output)
 
-    def _output_samples(self, x: Any, pred_type: str, n_samples: int, generator: torch.Generator) -> Tensor:
-        if pred_type == "linearized":
-            return linearized_samples(self.network, self.posterior, x, n_samples, generator)
-        return torch.stack(list(weight_sample_outputs(self.network, self.posterior, x, n_samples, generator)))
+    @staticmethod
+    def _check_pred_type(pred_type: str) -> None:
+        if pred_type not in PRED_TYPES:
+            raise ValueError(f"Expected a pred_type out of {list(PRED_TYPES)}, got {pred_type!r}.")
+
+    def _output_samples(self, x: Any, pred_type: str, n_samples: int, generator: torch.Generator | None) -> Tensor:
+        evaluate = linearized_samples if pred_type == "linearized" else weight_samples
+        posterior = self.posterior
+        if generator is not None:
+            return evaluate(self.network, posterior.mean, posterior.deviations(n_samples, generator), x)
+        # Without a generator every call has the same draws: they are kept, since drawing costs as much as using them.
+        numbers = (*posterior.prior_precision.tolist(), float(self.sigma_noise), float(self.temperature))
+        key = (n_samples, self.seed, numbers)
+        if self._draws is None or self._draws[0] != key:
+            own = torch.Generator().manual_seed(self.seed)
+            self._draws = key, posterior.deviations(n_samples, own)
+        return evaluate(self.network, posterior.mean, self._draws[1], x)
 
     def _link(self, outputs: Tensor) -> Tensor:
         if isinstance(self.output_likelihood, Gaussian):
@@ -417,6 +451,7 @@ class DebiasedLaplace(ParametricLaplace):
         generator: torch.Generator | None = None,
     ) -> Tensor:
         """Samples of the outputs, ``[n_samples, N, C]``."""
+        self._check_pred_type(pred_type)
         generator = generator or self._generator
         if pred_type != "glm":
             return self._output_samples(x, pred_type, n_samples, generator)

@@ -149,7 +149,8 @@ class ConvolutionCall(Call):
             ),
         )  # fmt: skip
         size = per_group * math.prod(kernel)
-        columns = padded.new_empty(n, self.groups, size + ones, math.prod(spatial))
+        # Data next to positions in memory: sums over both are then products of matrices without another copy.
+        columns = padded.new_empty(self.groups, size + ones, n, math.prod(spatial)).permute(2, 0, 1, 3)
         columns[:, :, :size].unflatten(-1, spatial).unflatten(2, (per_group, *kernel)).copy_(patches)
         columns[:, :, size:] = 1
         return self._merge(columns, n_data, layout)

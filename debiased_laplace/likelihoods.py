@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from debiased_laplace import _checks
+
 
 class Likelihood(ABC):
     """What a likelihood has to provide; everything else in the package is the same for all."""
@@ -203,6 +205,7 @@ class Gaussian(Likelihood):
                 f"Expected targets of shape [N, {n_outputs}], as the model's outputs have, got {tuple(targets.shape)}. "
                 "A target of shape [N] would broadcast against [N, 1]: use targets.unsqueeze(-1)."
             )
+        _checks.finite(targets, "the targets", "Look for NaN or infinity in the training data.")
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
         return 0.5 * (outputs - targets.to(outputs)).square().sum(-1)
@@ -248,6 +251,8 @@ def resolve_likelihood(likelihood: str | Likelihood) -> Likelihood:
 def _sampled_mean(mean: Tensor, covariance: Tensor, normals: Tensor | None, link: torch.nn.Module) -> Tensor:
     if normals is None:
         raise ValueError("Expected standard normal draws for link_approx='mc', got None.")
+    if not len(normals):
+        raise ValueError("Expected at least one sample for link_approx='mc', got none.")
     total = torch.zeros_like(covariance[..., 0])
     root = square_root(covariance)
     for normal in normals.to(mean):

@@ -54,8 +54,8 @@ class Posterior:
                 f"Expected one curvature for each of the {self.basis.rank} directions, got shape "
                 f"{tuple(self.curvatures.shape)}."
             )
-        if bool((self.curvatures < 0).any()):
-            raise ValueError("Expected non-negative curvatures: equation (2) is a sum of squares.")
+        if not bool(((self.curvatures >= 0) & self.curvatures.isfinite()).all()):
+            raise ValueError("Expected finite, non-negative curvatures: equation (2) is a sum of squares.")
 
     @property
     def scale(self) -> float | Tensor:

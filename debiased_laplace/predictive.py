@@ -11,9 +11,12 @@ allows, plus ``PROJECTION_MEMORY`` for the projections of one block. Never a Jac
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import BaseTorchFunctionMode
 
 from debiased_laplace import _data
 from debiased_laplace._guards import evaluation_mode
@@ -90,45 +93,45 @@ def joint_covariance(network: Network, posterior: Posterior, inputs: _data.Input
     return mean.flatten(), covariance
 
 
-def linearized_samples(
-    network: Network,
-    posterior: Posterior,
-    inputs: _data.Inputs,
-    n_samples: int,
-    generator: torch.Generator | None = None,
-) -> Tensor:
-    r"""Samples of the linearised network, :math:`f(\theta^*) + J (\theta - \theta^*)`, ``[n_samples, N, C]``.
+def linearized_samples(network: Network, mean: Tensor, deviations: Tensor, inputs: _data.Inputs) -> Tensor:
+    r"""Outputs of the linearised network, :math:`f(\theta^*) + J (\theta - \theta^*)`, at given deviations.
 
-    Forward-mode products with sampled weights: the cost does not depend on the number of outputs, which
-    makes it the way for many outputs (Immer et al., arXiv 2008.08400). The samples are of the same
-    Gaussian that :func:`functional_moments` describes, jointly over all data.
+    Forward-mode products: the cost does not depend on the number of outputs, which makes it the way for
+    many outputs (Immer et al., arXiv 2008.08400). With deviations sampled from a posterior the results are
+    samples of the same Gaussian that :func:`functional_moments` describes, jointly over all data.
+
+    Args:
+        network: The model with its blocks.
+        mean: ``[D]``, the parameters to linearise at.
+        deviations: ``[M, D]``, from :meth:`Posterior.deviations`; the same for several inputs share the draws.
+        inputs: N data.
+
+    Returns:
+        ``[M, N, C]``.
     """
     inputs = _data.to_device(inputs, network.device)
-    parameters = network.from_vector(posterior.mean)
+    parameters = network.from_vector(mean)
 
     def outputs(parameters: dict[str, Tensor]) -> Tensor:
         return network.call(parameters, inputs)
 
     samples = []
-    with torch.inference_mode(False), torch.no_grad(), evaluation_mode(network.model):
-        for deviation in posterior.deviations(n_samples, generator):
-            mean, change = torch.func.jvp(outputs, (parameters,), (network.from_vector(deviation),))[:2]
-            samples.append(mean + change)
+    # Fused attention has no forward-mode derivative: the plain kernels have, and any mode turns off the fused layers.
+    plain_attention = sdpa_kernel(SDPBackend.MATH), BaseTorchFunctionMode()
+    with ExitStack() as stack:
+        for context in (torch.inference_mode(False), torch.no_grad(), evaluation_mode(network.model), *plain_attention):
+            stack.enter_context(context)
+        for deviation in deviations:
+            value, change = torch.func.jvp(outputs, (parameters,), (network.from_vector(deviation),))[:2]
+            samples.append(value + change)
     return torch.stack(samples)
 
 
-def weight_sample_outputs(
-    network: Network,
-    posterior: Posterior,
-    inputs: _data.Inputs,
-    n_samples: int,
-    generator: torch.Generator | None = None,
-) -> Iterator[Tensor]:
-    """Outputs ``[N, C]`` under sampled weights, one sample after the other, without writing into the model."""
+def weight_samples(network: Network, mean: Tensor, deviations: Tensor, inputs: _data.Inputs) -> Tensor:
+    """Outputs of the network itself at ``mean + deviations``, ``[M, N, C]``; nothing is written into the model."""
     inputs = _data.to_device(inputs, network.device)
     with torch.no_grad(), evaluation_mode(network.model):
-        for sample in posterior.sample(n_samples, generator):
-            yield network.call(network.from_vector(sample), inputs)
+        return torch.stack([network.call(network.from_vector(mean + d), inputs) for d in deviations])
 
 
 def _project(

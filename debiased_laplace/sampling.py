@@ -121,16 +121,10 @@ class UniformSampler:
         keys = torch.empty(0, dtype=torch.float64)
         indices = torch.empty(0, dtype=torch.int64)
         seen = 0
-        for inputs, targets in tqdm(
-            _data.pairs(batches, targets_key), desc="Drawing data", unit="batch", disable=not progress_bar, leave=False
+        stream = _data.labelled(batches, targets_key)
+        for inputs, targets, n in tqdm(
+            stream, desc="Drawing data", unit="batch", disable=not progress_bar, leave=False
         ):
-            n = _data.count(inputs)
-            targets = torch.as_tensor(targets)
-            if targets.ndim == 0 or len(targets) != n:
-                raise ValueError(
-                    f"Expected one target for each of the {n} inputs of a batch, got targets of shape "
-                    f"{tuple(targets.shape)}."
-                )
             new = torch.rand(n, generator=generator, dtype=torch.float64)
             position = torch.arange(seen, seen + n)
             seen += n

@@ -32,6 +32,10 @@ class Single:
 
     folds: int = 1
 
+    def __post_init__(self) -> None:
+        if self.folds < 1:
+            raise ValueError(f"Expected at least one fold in folds, got {self.folds}.")
+
     def __call__(self, folds: list[WeightedData]) -> tuple[WeightedData, WeightedData]:
         """All data, twice."""
         data = WeightedData.union(folds)
@@ -46,6 +50,10 @@ class TwoBatch:
     """
 
     folds: int = 2
+
+    def __post_init__(self) -> None:
+        if self.folds < 2:
+            raise ValueError(f"Expected folds for directions and for curvatures, at least two, got {self.folds}.")
 
     def __call__(self, folds: list[WeightedData]) -> tuple[WeightedData, WeightedData]:
         """The first half of the folds, and the second."""

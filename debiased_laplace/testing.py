@@ -491,11 +491,12 @@ def problems(seed: int = 0, device: torch.device | str = "cpu", dtype: torch.dty
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         mlp = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3))
+        normalisation = nn.BatchNorm2d(4)
+        normalisation.load_state_dict({"running_var": 0.5 + torch.rand(4)}, strict=False)
         convolutional = nn.Sequential(
-            nn.Conv2d(2, 4, 3, stride=2, padding=1, groups=2), nn.BatchNorm2d(4), nn.ReLU(inplace=True),
+            nn.Conv2d(2, 4, 3, stride=2, padding=1, groups=2), normalisation, nn.ReLU(inplace=True),
             nn.Conv2d(4, 2, 2, bias=False), nn.Flatten(), nn.Linear(2, 2),
         )  # fmt: skip
-        convolutional[1].running_var.uniform_(0.5, 1.5)
         frozen = nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 2))
         frozen[0].requires_grad_(False)
         frozen[2].bias.requires_grad_(False)

@@ -53,6 +53,9 @@ class Recorder(TorchFunctionMode):
         if any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in _pytree.tree_leaves(result)):
             rule = RULES.get(func)
             call = rule(*args, **kwargs) if rule else None
+            if isinstance(result, Tensor) and result._is_view():
+                # An in-place activation would replace the history of a view, and its edge would see nothing.
+                result = result.clone()
             if call is None or not self._record(call, used, result):
                 function = getattr(func, "__name__", str(func))
                 self.elsewhere.update({self.names[id(leaf)]: function for leaf in used})
@@ -80,7 +83,10 @@ class Recorder(TorchFunctionMode):
 
 
 def find_layouts(outputs: Tensor, calls: list[Call], names: list[tuple[str | None, str | None]]) -> list[Layout | None]:
-    """Find the data in every call's output: what the outputs of datum 0 depend on must belong to datum 0.
+    """Find the data in every call's output: what the outputs of a datum depend on must belong to that datum.
+
+    Every datum is looked at, since one alone can be ambiguous: of three data at three positions, the first
+    position of the first datum comes first whichever dimension counts the data.
 
     Args:
         outputs: ``[N, C]``, with the graph of the forward pass.
@@ -96,15 +102,17 @@ def find_layouts(outputs: Tensor, calls: list[Call], names: list[tuple[str | Non
     if not calls:
         return []
     n = len(outputs)
-    vector = torch.zeros_like(outputs)
-    vector[0] = torch.linspace(1, 2, vector.shape[1])
-    gradients = torch.autograd.grad(outputs, [call.edge for call in calls], vector, allow_unused=True)
+    vectors = torch.linspace(1, 2, outputs.shape[1]).to(outputs) * torch.eye(n).to(outputs)[:, :, None]
+    edges = [call.edge for call in calls]
+    gradients = [torch.autograd.grad(outputs, edges, v, retain_graph=True, allow_unused=True) for v in vectors]
     layouts: list[Layout | None] = []
-    for call, pair, gradient in zip(calls, names, gradients, strict=True):
+    for call, pair, of_data in zip(calls, names, zip(*gradients, strict=True), strict=True):
         possible = Layout.candidates(call.output_shape, n, call.n_trailing)
         consistent = [
             layout for layout in possible
-            if gradient is None or not layout.by_datum(gradient, n, call.n_trailing)[1:].any()
+            if all(
+                g is None or _is_of(datum, layout.by_datum(g, n, call.n_trailing)) for datum, g in enumerate(of_data)
+            )
         ]  # fmt: skip
         if possible and not consistent:
             raise ValueError(
@@ -115,3 +123,8 @@ def find_layouts(outputs: Tensor, calls: list[Call], names: list[tuple[str | Non
             )
         layouts.append(consistent[0] if consistent else None)
     return layouts
+
+
+def _is_of(datum: int, gradient: Tensor) -> bool:
+    """Whether a gradient ``[N, ...]`` is zero for all other data."""
+    return not bool(gradient[:datum].any()) and not bool(gradient[datum + 1 :].any())

@@ -74,11 +74,10 @@ def grid_search(
     generator = torch.Generator().manual_seed(seed)
     normals = standard_normals((n_samples, network.n_outputs), posterior.mean, generator) if link == "mc" else None
     total, n = torch.zeros(len(grid), dtype=torch.float64, device=network.device), 0
-    bar = tqdm(
-        _data.pairs(batches, targets_key), desc="Prior precision", unit="batch", disable=not progress_bar, leave=False
-    )
-    for inputs, targets in bar:
-        targets = torch.as_tensor(targets)
+    stream = _data.labelled(batches, targets_key)
+    for inputs, targets, n_batch in tqdm(
+        stream, desc="Prior precision", unit="batch", disable=not progress_bar, leave=False
+    ):
         likelihood.check_targets(targets, network.n_outputs)
         mean, spread = functional_moments(network, grid, inputs, covariance=covariance)
         targets = targets.to(network.device)
@@ -87,7 +86,7 @@ def grid_search(
         else:
             losses = likelihood.log_loss(likelihood.predictive(mean, spread, link, normals), targets)
         total += losses.double().sum(-1)
-        n += len(targets)
+        n += n_batch
     if n == 0:
         raise ValueError("Expected validation data, got an empty val_loader. A generator can be read only once.")
     losses = (total / n).cpu()

@@ -80,7 +80,7 @@ class Kronecker:
             for _, vectors in chunk.factors.backpropagate(chunk.vectors, network.vector_chunk):
                 for total, columns, n in zip(outputs, vectors, positions, strict=True):
                     for column in columns.unbind(2):
-                        total += _gram(column) / n
+                        total.add_(_gram(column), alpha=1 / n)
         for kind, totals in (("input", inputs), ("back-propagated gradient", outputs)):
             for block, total in zip(network.blocks, totals, strict=True):
                 if not bool(total.isfinite().all()):
@@ -125,5 +125,7 @@ def _weighted_gram(columns: Tensor, weights: Tensor) -> Tensor:
 
 def _gram(columns: Tensor) -> Tensor:
     """``[N, G, P, S] -> [G, P, P]``, sums of outer products over data and positions."""
+    if columns.shape[-1] > 64 * columns.shape[2]:  # few features, many positions: rather small products than a copy
+        return (columns @ columns.mT).sum(0)
     flat = columns.permute(1, 2, 0, 3).flatten(2)
     return flat @ flat.mT

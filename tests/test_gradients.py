@@ -1,0 +1,421 @@
+"""Gradient factors (a, g) of every block, against dense autograd, for every network of the zoo."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from debiased_laplace import _data
+from debiased_laplace._checks import NonFiniteError, UnsupportedLayerError
+from debiased_laplace.blocks import flatten
+from debiased_laplace.gradients import CurvatureData, Network
+from debiased_laplace.likelihoods import Categorical
+from debiased_laplace.sampling import WeightedData
+from debiased_laplace.testing import dense_jacobian
+from tests.networks import ZOO, Apply, Case, VisionTransformer
+from tests.tolerances import EXACT, FLOAT32, assert_equal
+
+N = 4
+
+
+def reconstructed(network: Network, inputs, vectors: torch.Tensor, chunk: int = 1) -> torch.Tensor:
+    """Gradients of s.f of every datum from the factors, ``[V, N, D]``."""
+    factors = network.factors(inputs)
+    found = []
+    for _, back in factors.backpropagate(vectors, chunk):
+        parameters = {}
+        for block, g in zip(network.blocks, back, strict=True):
+            a = factors.inputs(block)
+            n, groups, width, shared = a.shape
+            assert (groups, width) == (block.groups, block.inputs)
+            assert g.shape[:2] == (n, groups)
+            assert g.shape[3:] == (block.outputs, shared)
+            parameters.update(block.scatter(torch.einsum("ngvos,ngis->vngoi", g, a)))
+        found.append(flatten(parameters, network.shapes))
+    return torch.cat(found)
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_factors_give_the_gradient_of_every_datum(name, device):
+    case: Case = ZOO[name]
+    model, inputs = case.model().to(device), case.inputs(N).to(device)
+    network = Network.discover(model, inputs)
+    vectors = torch.randn(3, N, case.n_outputs, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    vectors = vectors.to(device)
+    expected = torch.einsum("vnc,ncd->vnd", vectors, dense_jacobian(model, inputs))
+    assert float(expected.abs().max()) > 1e-6
+    for chunk in (1, 2, 3):
+        assert_equal(reconstructed(network, inputs, vectors, chunk), expected, EXACT)
+
+
+@pytest.mark.parametrize("name", ZOO)
+@pytest.mark.parametrize("n", [1, 2, 3, 6, 12])
+def test_factors_do_not_depend_on_how_many_data_go_together(name, n):
+    """What was found with a few data holds for any number, also where it is a multiple of the positions."""
+    case: Case = ZOO[name]
+    model, inputs = case.model(), case.inputs(n)
+    network = Network.discover(model, case.inputs(5, seed=9))
+    vectors = torch.ones(1, n, case.n_outputs, dtype=torch.float64)
+    assert_equal(reconstructed(network, inputs, vectors), dense_jacobian(model, inputs).sum(1)[None], EXACT)
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_separate_biases_give_the_same_gradients(name):
+    case: Case = ZOO[name]
+    model, inputs = case.model(), case.inputs(N)
+    network = Network.discover(model, inputs, separate_bias=True)
+    for block in network.blocks:
+        assert block.kind == "exact" or len(block.parameters) == 1
+    vectors = torch.ones(1, N, case.n_outputs, dtype=torch.float64)
+    assert_equal(reconstructed(network, inputs, vectors), dense_jacobian(model, inputs).sum(1)[None], EXACT)
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_every_parameter_is_in_exactly_one_block(name):
+    model = ZOO[name].model()
+    network = Network.discover(model, ZOO[name].inputs(N))
+    trainable = {n: p.shape for n, p in model.named_parameters() if p.requires_grad}
+    assert sorted(n for block in network.blocks for n in block.parameters) == sorted(trainable)
+    assert sum(block.size for block in network.blocks) == network.n_params
+    vector = torch.arange(network.n_params, dtype=torch.float64)
+    parameters = network.from_vector(vector)
+    assert {n: p.shape for n, p in parameters.items()} == trainable
+    for block in network.blocks:
+        matrix = block.gather(parameters)
+        assert matrix.shape == (block.groups, block.outputs, block.inputs)
+        for parameter, value in block.scatter(matrix).items():
+            assert torch.equal(value, parameters[parameter])
+    assert torch.equal(network.to_vector(parameters), vector)
+
+
+@pytest.mark.parametrize(
+    ("name", "kinds"),
+    [
+        ("mlp", {"0": "kronecker", "2": "kronecker"}),
+        ("batch-norm", {"0.weight": "kronecker", "1": "exact", "3": "kronecker", "5": "kronecker"}),
+        ("tied-weights", {"first.weight": "kronecker", "first.bias": "kronecker", "second.bias": "kronecker",
+                          "head": "kronecker"}),
+        ("module-twice", {"shared": "kronecker", "head": "kronecker"}),
+        ("lone-parameters", {"scale": "exact", "temperature": "exact", "layer": "kronecker", "head": "kronecker"}),
+        ("frozen-weight", {"0": "kronecker", "2.bias": "kronecker", "4": "kronecker"}),
+        ("frozen-layer", {"0": "kronecker", "4": "kronecker"}),
+        ("attention", {"attention.in_proj_weight": "exact", "attention.in_proj_bias": "exact",
+                       "attention.out_proj": "kronecker", "embed": "kronecker", "head": "kronecker"}),
+    ],
+)  # fmt: skip
+def test_blocks_are_what_their_layers_call_for(name, kinds):
+    network = Network.discover(ZOO[name].model(), ZOO[name].inputs(N))
+    found = {block.name: block.kind for block in network.blocks}
+    if name == "attention":  # torch may call its projection as one layer or as several
+        found.pop("attention", None), kinds.pop("attention.in_proj_weight"), kinds.pop("attention.in_proj_bias")
+        found = {key: kind for key, kind in found.items() if "in_proj" not in key}
+    assert found == kinds
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_lower_precisions_have_float32_factors(dtype):
+    case = ZOO["cnn"]
+    model, inputs = case.model(dtype=dtype), case.inputs(N, dtype=dtype)
+    network = Network.discover(model, inputs)
+    factors = network.factors(inputs)
+    assert network.dtype == torch.float32
+    for block in network.blocks:
+        assert factors.inputs(block).dtype == torch.float32
+    _, back = next(factors.backpropagate(torch.ones(1, N, 2)))
+    assert all(g.dtype == torch.float32 for g in back)
+    if dtype == torch.float32:
+        expected = dense_jacobian(case.model(), inputs.double()).sum(1)[None]
+        assert_equal(reconstructed(network, inputs, torch.ones(1, N, 2)), expected, FLOAT32)
+
+
+def test_inputs_may_be_dictionaries_and_tuples():
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(3, 2)
+
+        def forward(self, inputs):
+            return self.layer(inputs["x"] + inputs["rest"][0])
+
+    model = Two().double()
+    x, rest = torch.randn(N, 3).double(), torch.randn(N, 3).double()
+    inputs = {"x": x, "rest": (rest,)}
+    network = Network.discover(model, inputs)
+    whole = reconstructed(network, inputs, torch.ones(1, N, 2).double())
+    assert_equal(whole, dense_jacobian(model.layer, x + rest).sum(1)[None])
+    ones = torch.ones(1, 2, 2).double()
+    parts = [reconstructed(network, _data.take(inputs, part), ones) for part in _data.slices(N, 2)]
+    assert_equal(torch.cat(parts, 1), whole)
+
+
+# -- random vectors, chunks ------------------------------------------------------------------------
+
+
+def weighted(case: Case, n: int) -> WeightedData:
+    weights = torch.linspace(1, 2, n, dtype=torch.float64)
+    return WeightedData(case.inputs(n), torch.zeros(n, dtype=torch.long), weights / weights.sum(), torch.arange(n))
+
+
+@pytest.mark.parametrize("mc_samples", [None, 3])
+def test_curvature_data_carry_weights_and_do_not_depend_on_chunks(mc_samples):
+    case = ZOO["mlp"]
+    network, data = Network.discover(case.model(), case.inputs(3)), weighted(case, 5)
+
+    def vectors(chunk_size):
+        generator = torch.Generator().manual_seed(0)
+        chunks = CurvatureData(
+            network, data, Categorical(), mc_samples=mc_samples, generator=generator, chunk_size=chunk_size
+        )
+        first = torch.cat([chunk.vectors for chunk in chunks], 1)
+        assert_equal(torch.cat([chunk.vectors for chunk in chunks], 1), first, 0.0)  # a second pass sees the same
+        assert_equal(torch.cat([chunk.weights for chunk in chunks]), data.weights, 0.0)
+        return first
+
+    for chunk_size in (1, 2, 5, 100):
+        assert_equal(vectors(chunk_size), vectors(None))
+    if mc_samples is None:
+        outputs = network.outputs(data.inputs)
+        root = Categorical().hessian_square_root(outputs) * data.weights.sqrt()[:, None]
+        assert_equal(vectors(None), root)
+
+
+@pytest.mark.parametrize("chunk_size", [0, -1])
+def test_a_chunk_size_without_data_is_an_error(chunk_size):
+    case = ZOO["mlp"]
+    network = Network.discover(case.model(), case.inputs(3))
+    with pytest.raises(ValueError, match="chunk_size"):
+        CurvatureData(network, weighted(case, 5), Categorical(), chunk_size=chunk_size)
+
+
+# -- what cannot be covered ------------------------------------------------------------------------
+
+
+def discover(model: nn.Module, inputs: torch.Tensor) -> Network:
+    return Network.discover(model, inputs)
+
+
+def test_a_large_embedding_is_named_with_the_remedy():
+    model = nn.Sequential(nn.Embedding(2000, 8), nn.Flatten(), nn.Linear(16, 2))
+    match = r"'0.weight' of shape \(2000, 8\).*embedding.*requires_grad_\(False\)"
+    with pytest.raises(UnsupportedLayerError, match=match):
+        discover(model, torch.randint(2000, (4, 2)))
+    model[0].requires_grad_(False)
+    assert [block.name for block in discover(model, torch.randint(2000, (4, 2))).blocks] == ["2"]
+
+
+def test_a_large_transposed_convolution_is_named_with_the_remedy():
+    model = nn.Sequential(nn.ConvTranspose2d(32, 32, 3), nn.Flatten(), nn.Linear(32 * 9, 2))
+    with pytest.raises(UnsupportedLayerError, match=r"'0.weight'.*conv_transpose2d.*requires_grad_\(False\)"):
+        discover(model, torch.randn(3, 32, 1, 1))
+
+
+def test_a_small_transposed_convolution_is_exact():
+    model = nn.Sequential(nn.ConvTranspose2d(2, 2, 2), nn.Tanh(), nn.Flatten(), nn.Linear(8, 2)).double()
+    inputs = torch.randn(N, 2, 1, 1).double()
+    network = discover(model, inputs)
+    assert [block.kind for block in network.blocks] == ["exact", "exact", "kronecker"]
+    vectors = torch.ones(1, N, 2).double()
+    assert_equal(reconstructed(network, inputs, vectors), dense_jacobian(model, inputs).sum(1)[None])
+
+
+def test_a_recurrent_network_is_covered_or_named():
+    class Recurrent(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.rnn, self.head = nn.GRU(3, 2, batch_first=True), nn.Linear(2, 2)
+
+        def forward(self, x):
+            return self.head(self.rnn(x)[0][:, -1])
+
+    model, inputs = Recurrent().double(), torch.randn(N, 4, 3).double()
+    try:
+        network = discover(model, inputs)
+        found = reconstructed(network, inputs, torch.ones(1, N, 2).double())
+    except UnsupportedLayerError as error:
+        assert "rnn.weight_ih_l0" in str(error)
+    else:
+        assert_equal(found, dense_jacobian(model, inputs).sum(1)[None])
+
+
+def test_an_unused_parameter_is_named():
+    model = nn.Sequential(nn.Linear(3, 2))
+    model.extra = nn.Linear(2, 2)
+    model.forward = lambda x: model[0](x)
+    with pytest.raises(UnsupportedLayerError, match=r"'extra.weight' takes no part in the forward pass"):
+        discover(model, torch.randn(4, 3))
+
+
+def test_no_trainable_parameter():
+    model = nn.Linear(3, 2).requires_grad_(False)
+    with pytest.raises(ValueError, match="trainable parameters, got none"):
+        discover(model, torch.randn(4, 3))
+
+
+@pytest.mark.parametrize(
+    ("function", "error", "match"),
+    [
+        (lambda y: (y, y), TypeError, "returns a tensor of outputs.*tuple"),
+        (lambda y: {"logits": y}, TypeError, "got dict"),
+        (lambda y: y[:, None].expand(-1, 5, -1), ValueError, r"Expected outputs of shape \[3, C\].*\(3, 5, 2\)"),
+        (lambda y: y[:2], ValueError, r"\(2, 2\)"),
+        (lambda y: y.sum(), ValueError, r"got \(\)"),
+    ],
+)
+def test_outputs_of_another_shape_are_named(function, error, match):
+    with pytest.raises(error, match=match):
+        discover(nn.Sequential(nn.Linear(3, 2), Apply(function)), torch.randn(4, 3))
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4, track_running_stats=False), nn.Tanh(), nn.Linear(4, 2)),
+        nn.Sequential(nn.BatchNorm1d(3, track_running_stats=False), nn.Linear(3, 2)),
+        nn.Sequential(nn.BatchNorm1d(3, affine=False, track_running_stats=False), nn.Linear(3, 2)),
+        nn.Sequential(nn.Linear(3, 2), Apply(lambda y: y - y.mean(0))),
+        nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4, track_running_stats=False)),
+    ],
+    ids=["between", "first", "first-without-parameters", "centred-outputs", "last"],
+)
+def test_data_that_mix_are_an_error(model):
+    with pytest.raises(ValueError, match="depends on other data of its batch"):
+        discover(model.double(), torch.randn(5, 3).double())
+
+
+def test_not_a_number_in_the_weights_is_an_error():
+    model = ZOO["mlp"].model()
+    model[2].weight.data[0, 0] = float("nan")
+    with pytest.raises(NonFiniteError, match="the model's outputs"):
+        discover(model, ZOO["mlp"].inputs(4))
+
+
+def test_an_input_that_is_overwritten_later_is_an_error():
+    """The factor would be taken from the overwritten values."""
+
+    class Overwrites(nn.Module):
+        def __init__(self, layer):
+            super().__init__()
+            self.layer, self.head = layer, nn.Linear(3, 2)
+
+        def forward(self, x):
+            x = x * 2
+            hidden = self.layer(x)
+            x.relu_()
+            return self.head(hidden + x)
+
+    for layer in (nn.Linear(3, 3), nn.LayerNorm(3), nn.BatchNorm1d(3).eval()):
+        model, inputs = Overwrites(layer).double(), torch.randn(N, 3).double()
+        with pytest.raises(RuntimeError, match=r"overwritten in place|modified by an inplace operation"):
+            reconstructed(discover(model, inputs), inputs, torch.ones(1, N, 2).double())
+
+
+def test_a_model_that_overwrites_its_inputs_does_not_change_the_data():
+    model = nn.Sequential(Apply(lambda x: x.sub_(1)), nn.Linear(3, 2)).double()
+    inputs = torch.randn(N, 3).double()
+    before = inputs.clone()
+    network = discover(model, inputs)
+    found = [reconstructed(network, inputs, torch.ones(1, N, 2).double()) for _ in range(2)]
+    assert torch.equal(inputs, before)
+    assert_equal(found[0], found[1], 0.0)
+
+
+def test_a_forward_pass_that_depends_on_the_data_is_an_error():
+    class Depends(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(3, 3)
+
+        def forward(self, x):
+            x = self.layer(x)
+            return self.layer(x) if len(x) > 3 else x
+
+    network = discover(Depends(), torch.randn(3, 3))
+    with pytest.raises(RuntimeError, match="called 2 layers"):
+        network.factors(torch.randn(5, 3))
+
+
+# -- the model stays as it was ---------------------------------------------------------------------
+
+
+def test_a_fresh_pass_changes_nothing():
+    model = VisionTransformer().double()
+    model.train()
+    model.head.eval()
+    inputs = torch.randn(N, 6).double()
+    model(inputs).sum().backward()
+    before = {name: (p.clone(), p.grad.clone(), p.requires_grad) for name, p in model.named_parameters()}
+    modes = {name: module.training for name, module in model.named_modules()}
+    states = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()
+    network = discover(model, inputs)
+    reconstructed(network, inputs, torch.ones(1, N, 2).double())
+    network.outputs(inputs)
+    for name, p in model.named_parameters():
+        value, gradient, requires_grad = before[name]
+        assert torch.equal(p, value)
+        assert torch.equal(p.grad, gradient)
+        assert p.requires_grad == requires_grad
+    assert {name: module.training for name, module in model.named_modules()} == modes
+    assert torch.equal(torch.get_rng_state(), states[0])
+    assert np.random.get_state()[1].tolist() == states[1]
+    assert random.getstate() == states[2]
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+def test_any_grad_mode_of_the_caller(context):
+    case = ZOO["lone-parameters"]
+    model, inputs = case.model(), case.inputs(N)
+    expected = dense_jacobian(model, inputs).sum(1)[None]
+    with context():
+        mode = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+        if context is torch.inference_mode:
+            inputs = inputs.clone()  # an inference tensor
+        network = discover(model, inputs)
+        found = reconstructed(network, inputs, torch.ones(1, N, case.n_outputs, dtype=torch.float64))
+        assert (torch.is_grad_enabled(), torch.is_inference_mode_enabled()) == mode
+    assert_equal(found, expected)
+
+
+def test_description_restores_the_network():
+    for name in ("cnn", "transformer-sequence-first", "tied-weights"):
+        case = ZOO[name]
+        model, inputs = case.model(), case.inputs(N)
+        network = discover(model, inputs)
+        restored = Network.restore(model, network.description())
+        assert restored.description() == network.description()
+        vectors = torch.ones(1, N, 2).double()
+        assert_equal(reconstructed(restored, inputs, vectors), reconstructed(network, inputs, vectors), 0.0)
+    with pytest.raises(ValueError, match="same trainable parameters; these differ"):
+        Network.restore(ZOO["mlp"].model(), network.description())
+
+
+# -- a check on itself -----------------------------------------------------------------------------
+
+
+def test_a_layer_that_is_misread_is_noticed_before_it_gives_wrong_numbers(monkeypatch):
+    """Any rule that is wrong for a model (a new argument of torch, say) is an error, not a wrong posterior."""
+    from debiased_laplace import layers
+
+    def without_dilation(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
+        call = layers._convolution(input, weight, bias, stride, padding, dilation, groups)
+        return {**call, "stride": (1,) * len(call["stride"])}
+
+    monkeypatch.setitem(layers.RULES, torch.conv1d, without_dilation)
+    with pytest.raises(UnsupportedLayerError, match=r"gradient of '0.weight' could not be reconstructed"):
+        Network.discover(ZOO["conv1d"].model(), ZOO["conv1d"].inputs(N))
+
+
+def test_hooks_of_the_users_parameters_are_not_called():
+    model = ZOO["mlp"].model()
+
+    def fails(gradient):
+        raise AssertionError("called")
+
+    for parameter in model.parameters():
+        parameter.register_hook(fails)
+        parameter.register_post_accumulate_grad_hook(fails)
+    inputs = ZOO["mlp"].inputs(N)
+    reconstructed(Network.discover(model, inputs), inputs, torch.ones(1, N, 2).double())
