@@ -9,7 +9,6 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 
 @contextmanager
@@ -51,15 +50,3 @@ def gradients_enabled() -> Iterator[None]:
     """Record gradients, whatever ``no_grad`` or ``inference_mode`` the caller is in."""
     with torch.inference_mode(False), torch.enable_grad():
         yield
-
-
-@contextmanager
-def differentiable_attention() -> Iterator[None]:
-    """Compute attention by its definition: the fused kernels have no forward-mode derivative (pytorch #128971)."""
-    fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        with sdpa_kernel(SDPBackend.MATH):
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)

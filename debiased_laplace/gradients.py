@@ -56,16 +56,17 @@ class Factors:
         n, dtype = len(self.outputs), self.network.dtype
         part = part or slice(0, n)
         size = part.stop - part.start
+        for index in block.calls:
+            if self._calls[index].input._version != self._calls[index].version:
+                raise RuntimeError(
+                    f"The input of {block.name!r} was overwritten in place after the layer had used it, so its "
+                    "curvature cannot be computed. Make the operation after it out of place."
+                )
         if block.kind == "exact":
             return self.outputs.new_ones((size, 1, 1, 1), dtype=dtype)
         parts = []
         for index in block.calls:
             call, layout = self._calls[index], self.network.layouts[index]
-            if call.input._version != call.version:
-                raise RuntimeError(
-                    f"The input of {block.name!r} was overwritten in place after the layer had used it, so its "
-                    "curvature cannot be computed. Make the operation after it out of place."
-                )
             if not block.weight:
                 positions = math.prod(call.output_shape) // (n * block.groups * block.outputs)
                 parts.append(self.outputs.new_ones((size, block.groups, 1, positions), dtype=dtype))
@@ -240,11 +241,13 @@ class Network:
     def outputs(self, inputs: _data.Inputs) -> Tensor:
         """Outputs ``[N, C]`` in evaluation mode, without a graph."""
         with torch.no_grad(), evaluation_mode(self.model):
-            return self._check_outputs(self.model(_data.to_device(inputs, self.device)), _data.count(inputs))
+            return self._check_outputs(
+                self.model(_data.copy(_data.to_device(inputs, self.device))), _data.count(inputs)
+            )
 
     def call(self, parameters: dict[str, Tensor], inputs: _data.Inputs) -> Tensor:
         """Outputs ``[N, C]`` under other parameters; the model's own are not touched."""
-        outputs = torch.func.functional_call(self.model, parameters, (inputs,))
+        outputs = torch.func.functional_call(self.model, parameters, (_data.copy(inputs),))
         return self._check_outputs(outputs, _data.count(inputs))
 
     def mean(self) -> Tensor:
@@ -266,13 +269,13 @@ class Network:
         lone = {name: parameters[name].detach() for block in self.lone_blocks for name in block.parameters}
 
         def outputs_of_one(lone: dict[str, Tensor], datum: _data.Inputs) -> Tensor:
-            batch = _data.map_tensors(lambda leaf: leaf[None], datum)
+            batch = _data.map_tensors(lambda leaf: leaf[None].clone(), datum)
             return torch.func.functional_call(self.model, lone, (batch,)).reshape(-1)
 
         with evaluation_mode(self.model):
             try:
                 jacobians = torch.func.vmap(torch.func.jacrev(outputs_of_one), in_dims=(None, 0))(lone, inputs)
-            except RuntimeError as error:
+            except (RuntimeError, ValueError) as error:
                 names = [name for block in self.lone_blocks for name in block.parameters]
                 raise _checks.UnsupportedLayerError(
                     f"The exact block of the parameters {names} needs torch.func.vmap over the model, which failed: "
@@ -294,7 +297,7 @@ class Network:
         with gradients_enabled(), evaluation_mode(self.model):
             recorder = Recorder(self._identities)
             with recorder:
-                outputs = self.model(inputs)
+                outputs = self.model(_data.copy(inputs))
             outputs = self._check_outputs(outputs, _data.count(inputs))
         return Factors(self, outputs.detach(), inputs, outputs, recorder.calls), recorder
 
@@ -324,6 +327,7 @@ class Network:
         _checks.finite(
             factors.outputs, "the model's outputs", "Check the inputs and the weights for NaN before fitting."
         )
+        self._check_independence(inputs, factors.outputs)
         self.n_outputs = factors.outputs.shape[1]
         n, calls, elsewhere = len(factors.outputs), factors._calls, dict(recorder.elsewhere)
         names = [(self._identities.get(id(call.weight)), self._identities.get(id(call.bias))) for call in calls]
@@ -334,6 +338,56 @@ class Network:
         self.blocks = group_parameters(self.shapes, calls, names, elsewhere, separate_bias=separate_bias)
         self._activations = sum(math.prod(call.output_shape) for call in calls) // n + 1
         self._largest_inputs = max((factors.inputs(block)[0].numel() for block in self.blocks), default=1)
+        self._check_factors(inputs)
+
+    def _check_independence(self, inputs: _data.Inputs, outputs: Tensor) -> None:
+        """The outputs of the first data must not change when the last one is left out."""
+        n = len(outputs)
+        try:
+            fewer = self.outputs(_data.take(inputs, slice(0, n - 1)))
+        except ValueError as error:  # a normalisation by the statistics of one datum
+            fewer, cause = torch.full_like(outputs[:-1], torch.nan), error
+        else:
+            cause = None
+        if not torch.allclose(fewer, outputs[:-1], rtol=0.01, atol=0.01 * float(outputs.abs().max())):
+            raise ValueError(
+                "The output for one datum depends on other data of its batch. A posterior needs outputs that are "
+                "independent given the weights; a normalisation by batch statistics (track_running_stats=False) is the "
+                "usual cause. Replace it, or give it running statistics."
+            ) from cause
+
+    def _check_factors(self, inputs: _data.Inputs) -> None:
+        """The gradient of every datum's outputs must be what its own factors give, or a layer was misread."""
+        names = list(self.shapes)
+        # Copies that share their memory: hooks of the user's own parameters are not called.
+        copies = {name: p.detach().requires_grad_() for name, p in self.model.named_parameters() if name in self.shapes}
+        factors, _ = self._forward(inputs)
+        with gradients_enabled(), evaluation_mode(self.model):
+            outputs = self.call(copies, inputs)
+        vectors = torch.linspace(1, 2, self.n_outputs) * torch.eye(len(outputs))[:, :, None]
+        vectors = vectors.to(self.device, self.dtype)
+        by_datum = [
+            torch.autograd.grad(
+                outputs, list(copies.values()), v.to(outputs), retain_graph=True, materialize_grads=True
+            )
+            for v in vectors
+        ]
+        expected = {
+            name: torch.stack(g).to(self.dtype) for name, g in zip(names, zip(*by_datum, strict=True), strict=True)
+        }
+        largest = max(float(g.abs().max()) for g in expected.values())
+        _, back = next(factors.backpropagate(vectors, len(vectors)))
+        for block, g in zip(self.blocks, back, strict=True):
+            own = g.diagonal(dim1=0, dim2=2)  # [G, O, S, N]: of the datum that the vector is for
+            found = block.scatter(torch.einsum("gosn,ngis->ngoi", own, factors.inputs(block)))
+            for name in block.parameters:
+                difference = float((found[name] - expected[name]).abs().max())
+                if not difference <= 0.05 * float(expected[name].abs().max()) + 1e-4 * largest:
+                    raise _checks.UnsupportedLayerError(
+                        f"The gradient of {name!r} could not be reconstructed from its layer's inputs and outputs. "
+                        "Freeze it with requires_grad_(False) to leave it out of the posterior, and please report the "
+                        "layer: this is an error of this package."
+                    )
 
 
 @dataclass(frozen=True)
@@ -379,6 +433,7 @@ class CurvatureData:
         progress: Callable[[int], Any] | None = None,
     ) -> None:
         self.network, self.data, self.likelihood, self.progress = network, data, likelihood, progress
+        _checks.chunk_size(chunk_size)
         self.chunk_size = chunk_size or network.chunk_size(CHUNK_MEMORY, network.vector_chunk)
         self.uniforms: Tensor | None = None
         if mc_samples is not None:
@@ -393,7 +448,7 @@ class CurvatureData:
             if self.uniforms is None:
                 vectors = self.likelihood.hessian_square_root(outputs)
             else:
-                vectors = self.likelihood.sampled_square_root(outputs, self.uniforms[part].to(outputs))
+                vectors = self.likelihood.sampled_square_root(outputs, self.uniforms[part].to(outputs.device))
             weights = self.data.weights[part]
             yield WeightedFactors(factors, weights, vectors * weights.to(vectors).sqrt()[:, None])
             if self.progress is not None:

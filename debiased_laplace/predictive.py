@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import BaseTorchFunctionMode
 
-from debiased_laplace import _data
+from debiased_laplace import _checks, _data
 from debiased_laplace._guards import evaluation_mode
 from debiased_laplace.basis import KroneckerBasis, ProjectedGradients
 from debiased_laplace.gradients import CHUNK_MEMORY, Network
@@ -56,6 +56,7 @@ def functional_moments(
     if not basis.complete:
         per_block = torch.stack([p.prior_precision.expand(len(basis.parts)) for p in grid])
         complement = per_block.reciprocal().to(network.device, network.dtype)
+    _checks.chunk_size(chunk_size)
     if chunk_size is None:
         chunk_size = network.chunk_size(CHUNK_MEMORY, network.n_outputs)
     means, spreads = [], []

@@ -145,7 +145,8 @@ def _differences(summary: dict[str, Any], second: str, short: bool) -> Table:
                     for value in entry["interval"]
                 )  # fmt: skip
                 name = _at(entry["name"]) if group == "distance" else entry["name"]
-                rows.append([f"{name}, {heading}", _cell(entry, entry["score"], sign=True), interval, verdict(entry)])
+                said = verdict(entry) if entry["interval"] is not None else "one seed, no error"
+                rows.append([f"{name}, {heading}", _cell(entry, entry["score"], sign=True), interval, said])
         if rows:
             sections.append((title, rows))
     return Table(
