@@ -37,6 +37,7 @@ def projected_curvatures(network: Network, basis: Basis, data: Iterable[Weighted
         for _, vectors in chunk.factors.backpropagate(chunk.vectors, network.vector_chunk):
             for total, part, a, g in zip(totals, basis.parts, inputs, vectors, strict=True):
                 total += part.project_gradients(a, g).second_moment()
+            del vectors, g  # so that the next ones find their memory free
     for block, total in zip(network.blocks, totals, strict=True):
         _checks.finite(total, f"the curvatures of {block.name!r}", "Look for NaN in the data that measure them.")
     return basis.join(totals)

@@ -114,7 +114,9 @@ class Factors:
                 )
             with torch.no_grad():
                 factors = [self._vectors_of(block, gradients, vector) for block in self.network.blocks]
+            del gradients
             yield part, factors
+            del factors  # the memory is used again for the next vectors
 
     def _vectors_of(self, block: Block, gradients: tuple[Tensor | None, ...], vector: Tensor) -> Tensor:
         n, dtype = len(self.outputs), self.network.dtype
@@ -342,13 +344,11 @@ class Network:
 
     def _check_independence(self, inputs: _data.Inputs, outputs: Tensor) -> None:
         """The outputs of the first data must not change when the last one is left out."""
-        n = len(outputs)
+        cause: ValueError | None = None
         try:
-            fewer = self.outputs(_data.take(inputs, slice(0, n - 1)))
+            fewer = self.outputs(_data.take(inputs, slice(0, len(outputs) - 1)))
         except ValueError as error:  # a normalisation by the statistics of one datum
             fewer, cause = torch.full_like(outputs[:-1], torch.nan), error
-        else:
-            cause = None
         if not torch.allclose(fewer, outputs[:-1], rtol=0.01, atol=0.01 * float(outputs.abs().max())):
             raise ValueError(
                 "The output for one datum depends on other data of its batch. A posterior needs outputs that are "
@@ -376,8 +376,9 @@ class Network:
             name: torch.stack(g).to(self.dtype) for name, g in zip(names, zip(*by_datum, strict=True), strict=True)
         }
         largest = max(float(g.abs().max()) for g in expected.values())
-        _, back = next(factors.backpropagate(vectors, len(vectors)))
-        for block, g in zip(self.blocks, back, strict=True):
+        back = [of_chunk for _, of_chunk in factors.backpropagate(vectors, self.vector_chunk)]
+        for block, parts in zip(self.blocks, zip(*back, strict=True), strict=True):
+            g = torch.cat(parts, 2)
             own = g.diagonal(dim1=0, dim2=2)  # [G, O, S, N]: of the datum that the vector is for
             found = block.scatter(torch.einsum("gosn,ngis->ngoi", own, factors.inputs(block)))
             for name in block.parameters:

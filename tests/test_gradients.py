@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import warnings
 
 import numpy as np
 import pytest
@@ -419,3 +420,36 @@ def test_hooks_of_the_users_parameters_are_not_called():
         parameter.register_post_accumulate_grad_hook(fails)
     inputs = ZOO["mlp"].inputs(N)
     reconstructed(Network.discover(model, inputs), inputs, torch.ones(1, N, 2).double())
+
+
+class Square(torch.autograd.Function):
+    """A function of a user's own that torch.func knows nothing of."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x.square()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return 2 * ctx.saved_tensors[0] * gradient
+
+
+def test_autograd_functions_of_the_user_work_on_the_cpu():
+    torch.manual_seed(0)
+    layers = [nn.Linear(3, 4), Apply(Square.apply), nn.Linear(4, 2)]
+    model, plain = (nn.Sequential(layers[0], f, layers[2]).double() for f in (layers[1], Apply(torch.square)))
+    inputs = torch.randn(N, 3).double()
+    found = reconstructed(discover(model, inputs), inputs, torch.ones(1, N, 2).double())
+    assert_equal(found, dense_jacobian(plain, inputs).sum(1)[None])
+
+
+def test_no_remarks_of_torch_on_batched_passes():
+    """Vectors go back one by one on the CPU: no batching rule is asked for."""
+    model = VisionTransformer().double()
+    model.token.requires_grad_(False)
+    model.positions.requires_grad_(False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        inputs = torch.randn(N, 6).double()
+        next(discover(model, inputs).factors(inputs).backpropagate(torch.ones(2, N, 2).double()))

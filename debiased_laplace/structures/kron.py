@@ -81,6 +81,7 @@ class Kronecker:
                 for total, columns, n in zip(outputs, vectors, positions, strict=True):
                     for column in columns.unbind(2):
                         total.add_(_gram(column), alpha=1 / n)
+                del vectors, columns, column  # so that the next ones find their memory free
         for kind, totals in (("input", inputs), ("back-propagated gradient", outputs)):
             for block, total in zip(network.blocks, totals, strict=True):
                 if not bool(total.isfinite().all()):
