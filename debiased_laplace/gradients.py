@@ -102,33 +102,33 @@ class Factors:
             vector = vectors[part].to(self._graph_outputs)
             keep = part.stop < len(vectors)
             if not edges:
-                gradients: tuple[Tensor | None, ...] = ()
+                gradients: list[tuple[Tensor, ...] | None] = []
             elif chunk == 1:
-                gradients = torch.autograd.grad(
-                    self._graph_outputs, edges, vector[0], retain_graph=keep, allow_unused=True
-                )
-                gradients = tuple(None if g is None else g[None] for g in gradients)
+                found = torch.autograd.grad(self._graph_outputs, edges, vector[0], retain_graph=keep, allow_unused=True)
+                gradients = [None if g is None else (g,) for g in found]
             else:
-                gradients = torch.autograd.grad(
+                found = torch.autograd.grad(
                     self._graph_outputs, edges, vector, retain_graph=keep, allow_unused=True, is_grads_batched=True
                 )
+                gradients = [None if g is None else g.unbind() for g in found]
             with torch.no_grad():
                 factors = [self._vectors_of(block, gradients, vector) for block in self.network.blocks]
-            del gradients
+            gradients = []
+            found = ()
             yield part, factors
-            del factors  # the memory is used again for the next vectors
+            factors = []  # the memory is used again for the next vectors
 
-    def _vectors_of(self, block: Block, gradients: tuple[Tensor | None, ...], vector: Tensor) -> Tensor:
+    def _vectors_of(self, block: Block, gradients: list[tuple[Tensor, ...] | None], vector: Tensor) -> Tensor:
         n, dtype = len(self.outputs), self.network.dtype
         if not block.calls:
             jacobian = self._lone_jacobian(block)  # [N, C, P]
             return torch.einsum("vnc,ncp->nvp", vector.to(dtype), jacobian)[:, None, :, :, None]
         parts = []
         for index in block.calls:
-            call, layout, gradient = self._calls[index], self.network.layouts[index], gradients[index]
-            if gradient is None:  # a layer without influence on the outputs
-                gradient = vector.new_zeros((len(vector), *call.output_shape))
-            own = [call.outputs(g, n, layout) for g in gradient.to(dtype)]
+            call, layout, each = self._calls[index], self.network.layouts[index], gradients[index]
+            if each is None:  # a layer without influence on the outputs
+                each = vector.new_zeros((len(vector), *call.output_shape)).unbind()
+            own = [call.outputs(g.to(dtype), n, layout) for g in each]
             parts.append(own[0][:, :, None] if len(own) == 1 else torch.stack(own, 2))
         if len(parts) == 1:
             return parts[0]
