@@ -90,9 +90,7 @@ def copy(inputs: Inputs) -> Inputs:
     return map_tensors(torch.clone, inputs)
 
 
-def pairs(
-    batches: Iterable[Any], targets_key: str = "labels", *, with_targets: bool = True
-) -> Iterator[tuple[Inputs, Tensor | None]]:
+def pairs(batches: Iterable[Any], targets_key: str = "labels") -> Iterator[tuple[Inputs, Tensor]]:
     """Inputs and targets of every batch of any iterable.
 
     A batch is a pair ``(inputs, targets)``, or a dictionary that is given to the model whole and
@@ -107,12 +105,12 @@ def pairs(
         )
     for batch in batches:
         if isinstance(batch, Mapping):
-            if with_targets and targets_key not in batch:
+            if targets_key not in batch:
                 raise TypeError(
                     f"Expected a batch with its targets under {targets_key!r}, got the keys {sorted(batch)}. "
                     "Name the right one with dict_key_y."
                 )
-            yield batch, batch.get(targets_key)
+            yield batch, batch[targets_key]
         elif isinstance(batch, (tuple, list)) and len(batch) == 2:
             yield batch[0], batch[1]
         else:
