@@ -41,8 +41,8 @@ def chunk_size(value: int | None) -> None:
         raise ValueError(f"Expected a chunk_size of at least one datum, or None to choose it, got {value}.")
 
 
-def prior_precisions(value: Any, n_blocks: int | None = None) -> Tensor:
-    """Prior precision(s) as a float64 vector of length one or ``n_blocks``, all positive."""
+def prior_precisions(value: Any, n_parts: int | None = None, n_params: int | None = None) -> Tensor:
+    """Prior precision(s) as a float64 vector of length one, ``n_parts`` or ``n_params``, all positive."""
     try:
         precision = torch.as_tensor(value).detach().to("cpu", torch.float64)
     except (TypeError, ValueError, RuntimeError):
@@ -55,10 +55,10 @@ def prior_precisions(value: Any, n_blocks: int | None = None) -> Tensor:
             f"Expected positive, finite prior precisions, got {precision.tolist()}. "
             "Zero would make the posterior improper along flat directions."
         )
-    if n_blocks is not None and len(precision) not in (1, n_blocks):
+    if n_parts is not None and len(precision) not in (1, n_parts, n_params):
         raise ValueError(
-            f"Expected one prior precision, or one for each of the {n_blocks} blocks that coverage() lists, "
-            f"got {len(precision)}."
+            f"Expected one prior precision, one for each of the {n_parts} parts that coverage() lists, or one for each "
+            f"of the {n_params} parameters, got {len(precision)}."
         )
     return precision
 

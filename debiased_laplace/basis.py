@@ -1,37 +1,98 @@
-r"""Orthonormal bases of parameter space: :math:`U = \bigoplus_b Q_I^{(b)} \otimes Q_O^{(b)}`.
+r"""Orthonormal bases of parameter space, as direct sums of parts: :math:`U = \bigoplus_p U_p`.
 
-Parameter vectors are ``[..., D]``, in the order of ``model.named_parameters()``. Coefficients are
-``[..., rank]``, block after block, and within a block ``[G, o, i]`` flattened. A basis may be
-incomplete (fewer columns than rows); then the complement is orthogonal to every column.
+A part spans one block (Kronecker, identity) or several together (dense). Parameter vectors are ``[..., D]``,
+in the order of ``model.named_parameters()``. Coefficients are ``[..., rank]``, part after part. A basis may
+be incomplete (fewer columns than rows); then the complement is orthogonal to every column.
 """
 
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from debiased_laplace import _data
 from debiased_laplace.blocks import Block, flatten, unflatten
+from debiased_laplace.contractions import Gradients, rotate
 
-#: Bytes of projected gradients at a time: what a processor's cache holds, and more on an accelerator.
-PROJECTION_MEMORY = {"cpu": 2**24, "accelerator": 2**28}
+
+class Projected(Protocol):
+    """Projected gradients ``Z`` of one part, contracted without being formed where that is cheaper."""
+
+    def second_moment(self) -> Tensor:
+        r"""Equation (2): :math:`\sum_n \sum_v Z_{vn}^2`, of the part's shape."""
+        ...
+
+    def covariances(self, scales: Tensor) -> Tensor:
+        r"""Equation (4): :math:`Z^\top \mathrm{diag}(h) Z` for a grid ``h: [R, *shape]``, as ``[R, N, V, V]``."""
+        ...
+
+    def variances(self, scales: Tensor) -> Tensor:
+        """Their diagonals, ``[R, N, V]``."""
+        ...
+
+    def rows(self) -> Tensor:
+        """The projected gradients themselves, ``[N, V, rank]``."""
+        ...
+
+
+class Part(ABC):
+    """Orthonormal columns that span one block or several; matrices and factors come as one for each block."""
+
+    @property
+    @abstractmethod
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the coefficients."""
+
+    @property
+    @abstractmethod
+    def n_params(self) -> int:
+        """Number of rows."""
+
+    @property
+    def rank(self) -> int:
+        """Number of columns."""
+        return math.prod(self.shape)
+
+    @property
+    def complete(self) -> bool:
+        """Whether the columns span all rows."""
+        return self.rank == self.n_params
+
+    @abstractmethod
+    def project(self, matrices: Sequence[Tensor]) -> Tensor:
+        r""":math:`U^\top v` with vectors as matrices, ``[..., G, O, I]`` for each block ``-> [..., *shape]``."""
+
+    @abstractmethod
+    def lift(self, coefficients: Tensor) -> list[Tensor]:
+        r""":math:`U c`, ``[..., *shape] -> [..., G, O, I]`` for each block."""
+
+    def gradients(self, inputs: Sequence[Tensor], vectors: Sequence[Tensor]) -> list[Gradients]:
+        """The gradients of every block themselves, in the precision that projecting them has."""
+        return [Gradients(a, g) for a, g in zip(inputs, vectors, strict=True)]
+
+    def prepare_inputs(self, inputs: Sequence[Tensor], n_vectors: int) -> Any:
+        """What can be done once with the inputs ``[N, G, I, S]`` for all vectors of a batch."""
+        return inputs
+
+    @abstractmethod
+    def project_gradients(self, inputs: Any, vectors: Sequence[Tensor], *, unit: bool = False) -> Projected:
+        r""":math:`Z_n = U^\top \sum_s g_{ns} a_{ns}^\top` of every vector and datum.
+
+        Args:
+            inputs: From :meth:`prepare_inputs`.
+            vectors: ``g: [N, G, V, O, S]`` for each block, or ``[1, G, V, O, 1]`` if they are the same for all data.
+            unit: Whether the vectors are the unit vectors of the outputs of a block's only call.
+        """
 
 
 @dataclass(frozen=True)
-class BlockInputs:
-    """Inputs of a block, prepared once for all vectors of a batch: ``[N, G, I, S]``, or rotated ``[N, G, i, S]``."""
-
-    values: Tensor
-    rotated: bool
-
-
-@dataclass(frozen=True)
-class KroneckerBasis:
+class KroneckerBasis(Part):
     r"""Basis of one block, :math:`Q_I \otimes Q_O` in every group.
 
     Attributes:
@@ -48,179 +109,171 @@ class KroneckerBasis:
         return self.outputs.shape[0], self.outputs.shape[2], self.inputs.shape[2]
 
     @property
-    def rank(self) -> int:
-        """Number of columns."""
-        groups, outputs, inputs = self.shape
-        return groups * outputs * inputs
+    def n_params(self) -> int:
+        groups, outputs, _ = self.outputs.shape
+        return groups * outputs * self.inputs.shape[1]
 
-    @property
-    def complete(self) -> bool:
-        """Whether the columns span the whole block."""
-        return self.outputs.shape[1] == self.outputs.shape[2] and self.inputs.shape[1] == self.inputs.shape[2]
-
-    def project(self, matrix: Tensor) -> Tensor:
-        r""":math:`U^\top v` with vectors as matrices, ``[..., G, O, I] -> [..., G, o, i]``."""
+    def project(self, matrices: Sequence[Tensor]) -> Tensor:
+        (matrix,) = matrices
         return self.outputs.mT @ matrix @ self.inputs
 
-    def lift(self, coefficients: Tensor) -> Tensor:
-        r""":math:`U c`, ``[..., G, o, i] -> [..., G, O, I]``."""
-        return self.outputs @ coefficients @ self.inputs.mT
+    def lift(self, coefficients: Tensor) -> list[Tensor]:
+        return [self.outputs @ coefficients @ self.inputs.mT]
 
-    def prepare_inputs(self, inputs: Tensor, n_vectors: int) -> BlockInputs:
-        """Rotate the inputs first if that is the cheaper order for this many vectors, otherwise later."""
-        _, _, size, positions = inputs.shape
+    def prepare_inputs(self, inputs: Sequence[Tensor], n_vectors: int) -> tuple[Tensor, bool]:
+        """The inputs, rotated if that is the cheaper order for this many vectors, and whether they are."""
+        (columns,) = inputs
+        _, _, size, positions = columns.shape
         width = self.outputs.shape[1]
         rotate_first = positions * (size * size + n_vectors * width * width)
         rotate_last = n_vectors * (width * size * size + width * width * size)
         if positions > 1 and rotate_last < rotate_first:
-            return BlockInputs(inputs, rotated=False)
-        return BlockInputs(_rotate(self.inputs, inputs[:, :, None])[:, :, 0], rotated=True)
+            return columns, False
+        return rotate(self.inputs, columns[:, :, None])[:, :, 0], True
 
-    def project_gradients(self, inputs: BlockInputs, vectors: Tensor) -> ProjectedGradients:
-        r""":math:`Z_n = U^\top \sum_s g_{ns} a_{ns}^\top` of every vector and datum, in its cheapest form.
-
-        Args:
-            inputs: From :meth:`prepare_inputs`.
-            vectors: ``g: [N, G, V, O, S]``.
-        """
-        if inputs.rotated:
-            vectors = _rotate(self.outputs, vectors)
-        return ProjectedGradients(inputs.values, vectors, None if inputs.rotated else self)
+    def project_gradients(
+        self, inputs: tuple[Tensor, bool], vectors: Sequence[Tensor], *, unit: bool = False
+    ) -> Gradients:
+        (columns, rotated), (own,) = inputs, vectors
+        if not rotated:
+            return Gradients(columns, own, (self.outputs, self.inputs))
+        if unit:  # rotating the identity gives the rotation
+            return Gradients(columns, self.outputs[None, :, :, :, None])
+        return Gradients(columns, rotate(self.outputs, own))
 
 
 @dataclass(frozen=True)
-class ProjectedGradients:
-    """Projected gradients ``Z: [N, G, V, o, i]`` that are formed only where they have to be.
-
-    With one position they stay the outer product ``g a^T``; with more they are formed for as many
-    data at a time as :data:`PROJECTION_MEMORY` allows, and contracted at once.
+class IdentityBasis(Part):
+    """The parameters of one block themselves as directions.
 
     Attributes:
-        inputs: ``[N, G, i, S]``.
-        vectors: ``[N, G, V, o, S]``.
-        rotation: Basis to apply after the contraction over positions; None if it was applied before.
+        groups: G.
+        outputs: O.
+        inputs: I.
     """
 
-    inputs: Tensor
-    vectors: Tensor
-    rotation: KroneckerBasis | None = None
+    groups: int
+    outputs: int
+    inputs: int
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """``(G, o, i)``."""
-        if self.rotation is not None:
-            return self.rotation.shape
-        return self.inputs.shape[1], self.vectors.shape[3], self.inputs.shape[2]
+        """``(G, O, I)``."""
+        return self.groups, self.outputs, self.inputs
 
     @property
-    def _factored(self) -> bool:
-        return self.inputs.shape[-1] == 1
+    def n_params(self) -> int:
+        return math.prod(self.shape)
 
-    def _pieces(self) -> Iterator[tuple[slice, slice, Tensor]]:
-        """Slices of data and of outputs, and their ``Z: [n, G, V, o, i]``; the caller may overwrite it."""
-        n, groups, n_vectors, height, _ = self.vectors.shape
-        width = self.inputs.shape[2]
-        device = "cpu" if self.inputs.device.type == "cpu" else "accelerator"
-        rows = PROJECTION_MEMORY[device] // (groups * n_vectors * width * self.inputs.element_size())
-        data = _data.slices(n, max(1, rows // height))
-        if self.rotation is not None:  # every output is needed to rotate them
-            for part in data:
-                projected = self.vectors[part].flatten(2, 3) @ self.inputs[part].mT @ self.rotation.inputs
-                projected = self.rotation.outputs.mT[:, None] @ projected.unflatten(2, (n_vectors, height))
-                yield part, slice(0, projected.shape[3]), projected
-            return
-        buffer = self.inputs.new_empty(0)  # one for all pieces: fresh memory costs more than the product
-        for part in data:
-            inputs = self.inputs[part].mT
-            for some in _data.slices(height, max(1, min(height, rows))):
-                vectors = self.vectors[part, :, :, some]
-                shape = (*vectors.shape[:4], width)
-                buffer = buffer.resize_(math.prod(shape))
-                torch.matmul(vectors.flatten(2, 3), inputs, out=buffer.view(*shape[:2], -1, width))
-                yield part, some, buffer.view(shape)
+    def project(self, matrices: Sequence[Tensor]) -> Tensor:
+        (matrix,) = matrices
+        return matrix
+
+    def lift(self, coefficients: Tensor) -> list[Tensor]:
+        return [coefficients]
+
+    def project_gradients(
+        self, inputs: Sequence[Tensor], vectors: Sequence[Tensor], *, unit: bool = False
+    ) -> Gradients:
+        (columns,), (own,) = inputs, vectors
+        return Gradients(columns, own)
+
+
+@dataclass(frozen=True)
+class DenseBasis(Part):
+    """Any orthonormal columns that span several blocks together.
+
+    Everything is computed in the precision of the columns. In single precision columns are orthonormal
+    to 1e-7 only, and what the complement then loses grows like the ratio of curvature to prior precision:
+    keep them in float64.
+
+    Attributes:
+        columns: For each block ``[rank, G, O, I]``.
+    """
+
+    columns: tuple[Tensor, ...]
+
+    @property
+    def shape(self) -> tuple[int]:
+        """``(rank,)``."""
+        return (len(self.columns[0]),)
+
+    @property
+    def n_params(self) -> int:
+        return sum(own[0].numel() if len(own) else math.prod(own.shape[1:]) for own in self.columns)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Precision."""
+        return self.columns[0].dtype
+
+    def project(self, matrices: Sequence[Tensor]) -> Tensor:
+        total = [m.to(self.dtype).flatten(-3) @ own.flatten(1).mT for m, own in zip(matrices, self.columns, strict=True)]
+        return torch.stack(total).sum(0)
+
+    def lift(self, coefficients: Tensor) -> list[Tensor]:
+        return [
+            (coefficients.to(self.dtype) @ own.flatten(1)).unflatten(-1, own.shape[1:]) for own in self.columns
+        ]
+
+    def project_gradients(
+        self, inputs: Sequence[Tensor], vectors: Sequence[Tensor], *, unit: bool = False
+    ) -> DenseProjection:
+        gradients = self.gradients(inputs, vectors)
+        rows = [g.project(own) for g, own in zip(gradients, self.columns, strict=True)]
+        return DenseProjection(torch.stack(rows).sum(0))
+
+    def gradients(self, inputs: Sequence[Tensor], vectors: Sequence[Tensor]) -> list[Gradients]:
+        return [Gradients(a.to(self.dtype), g.to(self.dtype)) for a, g in zip(inputs, vectors, strict=True)]
+
+
+@dataclass(frozen=True)
+class DenseProjection:
+    """Projected gradients ``Z: [N, V, rank]``, formed."""
+
+    values: Tensor
 
     def second_moment(self) -> Tensor:
-        r"""Equation (2): :math:`\sum_n \sum_v Z_{vn}^2`, as ``[G, o, i]``; the weights are in the vectors."""
-        if self._factored:
-            vectors, inputs = self.vectors[..., 0].square().sum(2), self.inputs[..., 0].square()
-            return torch.einsum("ngo,ngi->goi", vectors, inputs)
-        total = self.inputs.new_zeros(self.shape)
-        for _, some, projected in self._pieces():
-            total[:, some] += projected.square_().sum((0, 2))
-        return total
+        """``[rank]``."""
+        return self.values.square().sum((0, 1))
 
     def covariances(self, scales: Tensor) -> Tensor:
-        r"""Equation (4) for one block and a grid of posteriors, :math:`Z^\top \mathrm{diag}(h) Z`, ``[R, N, V, V]``.
-
-        Args:
-            scales: ``h: [R, G, o, i]``, non-negative.
-        """
-        n, n_vectors = len(self.inputs), self.vectors.shape[2]
-        if self._factored:
-            weights = torch.einsum("ngi,rgoi->rngo", self.inputs[..., 0].square(), scales)
-            vectors = self.vectors[..., 0].transpose(1, 2)  # [N, V, G, o]
-            return (vectors * weights[:, :, None]).flatten(3) @ vectors.flatten(2).mT
-        covariances = scales.new_zeros(len(scales), n, n_vectors, n_vectors)
-        roots = scales.sqrt()[:, :, None]
-        for part, some, projected in self._pieces():
-            for covariance, root in zip(covariances, roots, strict=True):
-                own = root[:, :, some]
-                weighted = (projected * own if len(roots) > 1 else projected.mul_(own)).flatten(3)
-                covariance[part] += (weighted @ weighted.mT).sum(1)
-        return covariances
+        """``[R, rank] -> [R, N, V, V]``."""
+        return (self.values * scales.to(self.values.dtype)[:, None, None]) @ self.values.mT
 
     def variances(self, scales: Tensor) -> Tensor:
-        r"""Diagonals of equation (4) for a grid of posteriors, ``[R, N, V]``.
-
-        Args:
-            scales: ``[R, G, o, i]``.
-        """
-        if self._factored:
-            weights = torch.einsum("ngi,rgoi->rngo", self.inputs[..., 0].square(), scales)
-            return torch.einsum("ngvo,rngo->rnv", self.vectors[..., 0].square(), weights)
-        variances = scales.new_zeros(len(scales), len(self.inputs), self.vectors.shape[2])
-        for part, some, projected in self._pieces():
-            squares, own = projected.square_().flatten(3), scales[:, :, some].flatten(2)
-            variances[:, part] += torch.einsum("ngvk,rgk->rnv", squares, own)
-        return variances
+        """``[R, rank] -> [R, N, V]``."""
+        return torch.einsum("nvk,rk->rnv", self.values.square(), scales.to(self.values.dtype))
 
     def rows(self) -> Tensor:
-        """The projected gradients themselves, ``[N, V, G * o * i]``."""
-        if self._factored:
-            return torch.einsum("ngvo,ngi->nvgoi", self.vectors[..., 0], self.inputs[..., 0]).flatten(2)
-        n, _, n_vectors, *_ = self.vectors.shape
-        rows = self.inputs.new_empty(n, n_vectors, *self.shape)
-        for part, some, projected in self._pieces():
-            rows[part, :, :, some] = projected.transpose(1, 2)
-        return rows.flatten(2)
-
-
-def _rotate(rotation: Tensor, columns: Tensor) -> Tensor:
-    """``Q^T c`` for ``Q: [G, P, p]`` and ``c: [N, G, V, P, S]``, as ``[N, G, V, p, S]``."""
-    if columns.shape[-1] > 1:
-        return rotation.mT[:, None] @ columns
-    # One position: a single product of matrices instead of a product with a vector for every datum.
-    rows = columns[..., 0].transpose(0, 1)  # [G, N, V, P]
-    return (rows.flatten(1, 2) @ rotation).unflatten(1, rows.shape[1:3]).transpose(0, 1)[..., None]
+        """``[N, V, rank]``."""
+        return self.values
 
 
 @dataclass(frozen=True)
 class Basis:
-    """Direct sum of the blocks' bases: the orthonormal columns of U, ``[D, rank]``.
+    """Direct sum of parts: the orthonormal columns of U, ``[D, rank]``.
 
     Attributes:
         blocks: What the blocks are.
         shapes: Shapes of the parameters by name, in the order of the parameter vector.
-        parts: The blocks' bases.
+        parts: The parts.
+        groups: For each part, the positions of its blocks; None for one part for each block.
     """
 
     blocks: Sequence[Block]
     shapes: dict[str, torch.Size]
-    parts: Sequence[KroneckerBasis]
+    parts: Sequence[Part]
+    groups: Sequence[tuple[int, ...]] | None = None
+
+    @cached_property
+    def members(self) -> list[tuple[int, ...]]:
+        """For each part, the positions of its blocks."""
+        return list(self.groups) if self.groups is not None else [(index,) for index in range(len(self.blocks))]
 
     @cached_property
     def sizes(self) -> list[int]:
-        """Columns of every block."""
+        """Columns of every part."""
         return [part.rank for part in self.parts]
 
     @property
@@ -239,42 +292,90 @@ class Basis:
         return self.rank == self.n_params
 
     def split(self, coefficients: Tensor) -> list[Tensor]:
-        """Coefficients ``[..., rank]`` of every block as ``[..., G, o, i]``."""
+        """Coefficients ``[..., rank]`` of every part, ``[..., *shape]``."""
         parts = coefficients.split(self.sizes, -1)
         return [c.unflatten(-1, part.shape) for c, part in zip(parts, self.parts, strict=True)]
 
-    @staticmethod
-    def join(coefficients: Sequence[Tensor]) -> Tensor:
+    def join(self, coefficients: Sequence[Tensor]) -> Tensor:
         """Inverse of :meth:`split`."""
-        return torch.cat([c.flatten(-3) for c in coefficients], -1)
+        return torch.cat(
+            [c.flatten(c.ndim - len(part.shape)) for c, part in zip(coefficients, self.parts, strict=True)], -1
+        )
 
     def project(self, vector: Tensor) -> Tensor:
         r""":math:`U^\top v`, ``[..., D] -> [..., rank]``."""
-        parameters = unflatten(vector, self.shapes)
+        matrices = self.matrices(vector)
         return self.join(
-            [part.project(block.gather(parameters)) for block, part in zip(self.blocks, self.parts, strict=True)]
+            [part.project([matrices[i] for i in own]) for part, own in zip(self.parts, self.members, strict=True)]
         )
 
     def lift(self, coefficients: Tensor) -> Tensor:
         r""":math:`U c`, ``[..., rank] -> [..., D]``."""
         parameters: dict[str, Tensor] = {}
-        for block, part, c in zip(self.blocks, self.parts, self.split(coefficients), strict=True):
-            parameters.update(block.scatter(part.lift(c)))
+        for part, own, c in zip(self.parts, self.members, self.split(coefficients), strict=True):
+            for index, matrix in zip(own, part.lift(c), strict=True):
+                parameters.update(self.blocks[index].scatter(matrix))
         return flatten(parameters, self.shapes)
 
-    def per_column(self, per_block: Tensor) -> Tensor:
-        """One number, or one for each block, for every column: ``[1 or n_blocks] -> [rank]``."""
-        sizes = torch.tensor(self.sizes, device=per_block.device)
-        return per_block.expand(len(self.parts)).repeat_interleave(sizes)
+    def prepare_inputs(self, inputs: Sequence[Tensor], n_vectors: int) -> list[Any]:
+        """What can be done once with the inputs of all blocks for all vectors of a batch."""
+        return [
+            part.prepare_inputs([inputs[i] for i in own], n_vectors)
+            for part, own in zip(self.parts, self.members, strict=True)
+        ]
 
-    def per_parameter(self, per_block: Tensor) -> Tensor:
-        """One number, or one for each block, for every parameter: ``[1 or n_blocks] -> [D]``."""
-        values = per_block.expand(len(self.parts))
-        return flatten(
-            {
-                name: value.expand(shape)
-                for block, value in zip(self.blocks, values, strict=True)
-                for name, shape in zip(block.parameters, block.shapes, strict=True)
-            },
-            self.shapes,
-        )
+    def project_gradients(self, inputs: Sequence[Any], vectors: Sequence[Tensor]) -> Iterator[Projected]:
+        r""":math:`Z_n`, part after part."""
+        for part, own, prepared in zip(self.parts, self.members, inputs, strict=True):
+            yield part.project_gradients(prepared, [vectors[i] for i in own])
+
+    def per_column(self, values: Tensor) -> Tensor:
+        """A prior precision for every column: ``[1]``, one for each part, or ``[D] -> [rank]``.
+
+        Raises:
+            ValueError: If the values ``[D]`` differ within a part whose directions mix parameters.
+        """
+        if len(values) not in (1, len(self.parts)):
+            return self._column_values(values)
+        sizes = torch.tensor(self.sizes, device=values.device)
+        return values.expand(len(self.parts)).repeat_interleave(sizes)
+
+    def per_parameter(self, values: Tensor) -> Tensor:
+        """The same for every parameter, ``[D]``."""
+        if len(values) not in (1, len(self.parts)):
+            return values
+        parameters = {
+            name: value.expand(shape)
+            for own, value in zip(self.members, values.expand(len(self.parts)), strict=True)
+            for index in own
+            for name, shape in zip(self.blocks[index].parameters, self.blocks[index].shapes, strict=True)
+        }
+        return flatten(parameters, self.shapes)
+
+    def matrices(self, vector: Tensor) -> list[Tensor]:
+        """A parameter vector ``[..., D]`` as matrices ``[..., G, O, I]`` of every block."""
+        parameters = unflatten(vector, self.shapes)
+        return [block.gather(parameters) for block in self.blocks]
+
+    def is_constant(self, values: Tensor) -> list[bool]:
+        """For every part, whether values ``[D]`` are the same for all of its parameters."""
+        matrices = self.matrices(values)
+        return [
+            all(bool((matrices[i] == matrices[own[0]].flatten()[0]).all()) for i in own) for own in self.members
+        ]
+
+    def _column_values(self, values: Tensor) -> Tensor:
+        matrices = self.matrices(values)
+        columns = []
+        for part, own, constant in zip(self.parts, self.members, self.is_constant(values), strict=True):
+            if isinstance(part, IdentityBasis):
+                columns.append(matrices[own[0]])
+                continue
+            if not constant:
+                names = [name for i in own for name in self.blocks[i].parameters]
+                raise ValueError(
+                    f"Expected one prior precision for all of {names}, whose directions mix them, got several. Give one "
+                    "for each line of coverage(), or use a diagonal structure."
+                )
+            columns.append(matrices[own[0]].flatten()[0].expand(part.shape))
+        return self.join(columns)

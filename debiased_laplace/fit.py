@@ -3,29 +3,35 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree
 from tqdm import tqdm
 
-from debiased_laplace import _checks, _data
+from debiased_laplace import _checks, _data, _store
 from debiased_laplace._guards import global_random_state
-from debiased_laplace.curvatures import factored_curvatures, projected_curvatures
+from debiased_laplace.checkpoint import Progress
+from debiased_laplace.curvatures import projected_curvatures
 from debiased_laplace.gradients import CurvatureData, Network
 from debiased_laplace.likelihoods import Likelihood
 from debiased_laplace.posterior import Posterior
 from debiased_laplace.sampling import Sampler, UniformSampler, WeightedData
-from debiased_laplace.splits import Split, TwoBatch
-from debiased_laplace.structures import Kronecker
+from debiased_laplace.splits import Single, Split, TwoBatch
+from debiased_laplace.structures import Kronecker, Structure
 
 logger = logging.getLogger(__name__)
 
 #: Outputs up to which the square root of the loss Hessian is exact by default.
 MAX_EXACT_OUTPUTS = 32
 ESTIMATORS = ("projected", "factored")
+
+#: Chunks of data that are measured in one step; a fit can be interrupted between two steps.
+STEP_CHUNKS = 16
 
 
 @dataclass(frozen=True)
@@ -40,6 +46,8 @@ class Fit:
         direction_indices: Positions in the stream of the data that chose the directions.
         curvature_indices: Of those that measured the curvatures.
         mc_samples: Random vectors for each datum, or None for the exact loss Hessian.
+        settings: What the fit was called with, in words, and the seed.
+        folds: The data drawn, to which a later fit can add; None for a fit that was loaded.
     """
 
     posterior: Posterior
@@ -49,6 +57,67 @@ class Fit:
     direction_indices: Tensor
     curvature_indices: Tensor
     mc_samples: int | None
+    settings: dict[str, Any] = field(default_factory=dict)
+    folds: list[WeightedData] | None = None
+
+    def state(self) -> dict[str, Any]:
+        """Everything but the model and the data, as tensors and plain Python objects."""
+        own = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("network", "folds")}
+        return _store.to_plain(own | {"network": self.network.description()})
+
+    @classmethod
+    def restore(cls, model: nn.Module, state: dict[str, Any]) -> Fit:
+        """Inverse of :meth:`state`, on the device of the model.
+
+        Raises:
+            ValueError: If the model has other parameters, or other weights; it says which.
+        """
+        own = _store.from_plain(state)
+        network = Network.restore(model, own.pop("network"))
+        moved = _pytree.tree_map_only(Tensor, lambda t: t.to(network.device), _store.to_plain(own.pop("posterior")))
+        posterior = _store.from_plain(moved)
+        if not torch.equal(posterior.mean, network.mean()):
+            theirs, mine = network.from_vector(posterior.mean), network.from_vector(network.mean())
+            differ = [name for name in theirs if not torch.equal(theirs[name], mine[name])]
+            raise ValueError(
+                f"Expected the state of a model with the same weights; these differ: {differ}, by up to "
+                f"{float((posterior.mean - network.mean()).abs().max()):.3g}. Load the model's own weights first."
+            )
+        return cls(posterior=posterior, network=network, **own)
+
+    def save(self, path: str | Path) -> None:
+        """Write everything but the model and the data to one safetensors file, with a JSON header."""
+        network = self.network
+        header = {
+            "kind": "fit",
+            "settings": self.settings,
+            "n_data": self.posterior.n_data,
+            "shapes": {name: list(shape) for name, shape in network.shapes.items()},
+            "weights": _store.fingerprint(network.model.state_dict()),
+            "versions": _store.versions(),
+        }
+        _store.write(path, self.state(), header)
+
+    @classmethod
+    def load(cls, path: str | Path, model: nn.Module) -> Fit:
+        """Read a fit of the same model.
+
+        Raises:
+            FileNotFoundError: If there is no such file.
+            ValueError: If it is no fit, or one of another model; it says what differs.
+        """
+        header = _store.read_header(path)
+        if header.get("kind") != "fit":
+            raise ValueError(f"Expected a saved fit in {path}, got {header.get('kind', 'something else')}.")
+        shapes = {name: list(p.shape) for name, p in model.named_parameters() if name in header["shapes"]}
+        lines = _store.differences({"shape": header["shapes"]}, {"shape": shapes})
+        lines = lines or _store.differences(header["weights"], _store.fingerprint(model.state_dict()))
+        if lines:
+            raise ValueError(
+                f"Expected the model that {path} was fitted to, got another: {'; '.join(lines)}. Load that model's weights."
+            )
+        state, _ = _store.read(path)
+        return cls.restore(model, state)
 
 
 def fit(
@@ -56,11 +125,13 @@ def fit(
     batches: Iterable[Any],
     likelihood: Likelihood,
     *,
-    structure: Kronecker | None = None,
+    structure: Structure | None = None,
+    parameters: str | Sequence[str] | None = None,
     sampler: Sampler | None = None,
     split: Split | None = None,
     estimator: str = "projected",
     mc_samples: int | str | None = "auto",
+    curvature: str = "ggn",
     n_data: int | None = None,
     prior_precision: Any = 1.0,
     separate_bias: bool = False,
@@ -68,6 +139,8 @@ def fit(
     chunk_size: int | None = None,
     targets_key: str = "labels",
     progress_bar: bool = False,
+    previous: Fit | None = None,
+    checkpoint: str | Path | None = None,
     **posterior: Any,
 ) -> Fit:
     """Fit a posterior around a trained model.
@@ -77,18 +150,26 @@ def fit(
         batches: Any iterable of batches; read once.
         likelihood: What the outputs mean.
         structure: Gives the directions; K-FAC by default.
+        parameters: Which trainable parameters the posterior is about: all, ``"last_layer"``, or names and patterns.
         sampler: Which data to keep of the stream; 1,024 uniform ones by default.
-        split: Which of them choose directions and which measure curvatures; ``TwoBatch()`` by default.
-        estimator: ``"projected"``, equation (2), or ``"factored"``, classical K-FAC.
+        split: Which of them choose directions and which measure curvatures; ``TwoBatch()`` by default, ``Single()`` for
+            a structure whose directions do not depend on data.
+        estimator: ``"projected"``, equation (2), or ``"factored"``, from the structure's own statistics of the second
+            data (classical K-FAC; the same thing for the other structures).
         mc_samples: Random vectors for each datum; ``None`` for the exact loss Hessian; ``"auto"`` is exact
             up to 32 outputs and one vector above.
+        curvature: ``"ggn"``, or ``"empirical_fisher"``.
         n_data: Size of the training set, if the stream is not it; the number of data seen by default.
-        prior_precision: One number, or one for each block.
+        prior_precision: One number, one for each part of the basis, or one for each parameter.
         separate_bias: Give biases blocks of their own.
         generator: A CPU generator or a seed, source of all randomness.
         chunk_size: Data at a time; bounded by memory by default.
         targets_key: Where dictionary-like batches have their targets.
         progress_bar: Show tqdm bars.
+        previous: An earlier fit of the same model to add these data to; everything is measured again on the data
+            drawn in both.
+        checkpoint: File that keeps the state of the fit while it runs. An interrupted fit goes on from there when
+            it is called again with the same arguments, with the same result; the data are then not read again.
         **posterior: Further fields of :class:`~debiased_laplace.posterior.Posterior`.
 
     Returns:
@@ -96,16 +177,39 @@ def fit(
     """
     if estimator not in ESTIMATORS:
         raise ValueError(f"Expected an estimator out of {list(ESTIMATORS)}, got {estimator!r}.")
-    structure = structure or Kronecker()
+    structure = structure if structure is not None else Kronecker()
     sampler = sampler if sampler is not None else UniformSampler()
-    split = split if split is not None else TwoBatch()
+    if split is None:
+        split = TwoBatch() if structure.data_dependent else Single()
     generator = make_generator(generator)
+    settings = {
+        "structure": repr(structure), "parameters": repr(parameters), "sampler": repr(sampler), "split": repr(split),
+        "estimator": estimator, "mc_samples": repr(mc_samples), "curvature": curvature,
+        "likelihood": type(likelihood).__name__, "separate_bias": separate_bias, "seed": generator.initial_seed(),
+        "chunk_size": repr(chunk_size), "adds_to": None if previous is None else previous.n_seen,
+    }  # fmt: skip
+    weights = {} if checkpoint is None else _store.fingerprint(model.state_dict())
+    progress = Progress(checkpoint, {**settings, "n_data": repr(n_data), "weights": weights})
+    if progress.completed is not None:
+        return Fit.restore(model, progress.completed)
     with torch.inference_mode(False), global_random_state():
-        folds, n_seen = sampler.draw(
-            batches, split.folds, generator, likelihood=likelihood, targets_key=targets_key, progress_bar=progress_bar
-        )
+
+        def draw() -> dict[str, Any]:
+            folds, n_seen = sampler.draw(
+                batches, split.folds, generator, likelihood=likelihood, targets_key=targets_key,
+                progress_bar=progress_bar,
+            )  # fmt: skip
+            if previous is not None:
+                folds, n_seen = _add(previous, folds, n_seen)
+            return {"folds": folds, "n_seen": n_seen, "generator": generator.get_state()}
+
+        drawn = progress.once("drawn", draw)
+        folds, n_seen = drawn["folds"], drawn["n_seen"]
+        generator.set_state(drawn["generator"])
         directions, measured = split(folds)
-        network = Network.discover(model, directions.inputs, separate_bias=separate_bias)
+        network = Network.discover(
+            model, directions.inputs, parameters=parameters, separate_bias=separate_bias
+        )
         likelihood.check_targets(torch.cat([fold.targets for fold in folds]), network.n_outputs)
         mc_samples = _resolve_mc_samples(mc_samples, network.n_outputs)
 
@@ -113,26 +217,58 @@ def fit(
 
             def gradients(data: WeightedData) -> CurvatureData:
                 return CurvatureData(
-                    network, data, likelihood, mc_samples=mc_samples, generator=generator, chunk_size=chunk_size,
-                    progress=bar.update,
+                    network, data, likelihood, mc_samples=mc_samples, curvature=curvature, generator=generator,
+                    chunk_size=chunk_size, progress=bar.update,
                 )  # fmt: skip
+
+            def summed(name: str, data: CurvatureData, of: Callable[[CurvatureData], Any]) -> Any:
+                return progress.accumulate(name, data.slices(STEP_CHUNKS), lambda part: of(data.take(part)))
+
+            def measure(name: str, data: CurvatureData) -> Any:
+                return summed(name, data, lambda part: structure.measure(network, part))
 
             first = gradients(directions)
             second = first if measured is directions else gradients(measured)
-            statistics = structure.measure(network, first)
+            statistics = measure("directions", first) if structure.data_dependent or second is first else None
             basis = structure.eigenbasis(network, statistics)
-            if estimator == "projected":
-                curvatures = projected_curvatures(network, basis, second)
+            own = estimator == "factored" or not structure.projects
+            if own or (second is first and statistics.exact):
+                curvatures = (statistics if second is first else measure("curvatures", second)).curvatures(basis)
             else:
-                curvatures = factored_curvatures(
-                    basis, statistics if second is first else structure.measure(network, second)
-                )
+                curvatures = summed("curvatures", second, lambda part: projected_curvatures(network, basis, part))
         mean_loss = _mean_loss(network, likelihood, folds)
-    precision = _checks.prior_precisions(prior_precision, len(network.blocks)).to(network.device)
-    return Fit(
+    precision = _checks.prior_precisions(prior_precision, len(basis.parts), basis.n_params).to(network.device)
+    fitted = Fit(
         Posterior(network.mean(), basis, curvatures, n_seen if n_data is None else n_data, precision, **posterior),
-        network, mean_loss, n_seen, directions.indices, measured.indices, mc_samples,
+        network, mean_loss, n_seen, directions.indices, measured.indices, mc_samples, settings, folds,
     )  # fmt: skip
+    if checkpoint is not None:
+        progress.complete(fitted.state())
+    return fitted
+
+
+def _add(previous: Fit, folds: list[WeightedData], n_seen: int) -> tuple[list[WeightedData], int]:
+    """Fold by fold the data of both fits, each weighted by the size of its stream."""
+    if previous.folds is None:
+        raise ValueError(
+            "Expected an earlier fit that still has its data, to add to them; a fit that was loaded has none. Fit on all "
+            "data instead."
+        )
+    if len(previous.folds) != len(folds):
+        raise ValueError(
+            f"Expected the split of the earlier fit, with {len(previous.folds)} folds, got one with {len(folds)}."
+        )
+    total = previous.n_seen + n_seen
+    joined = [
+        WeightedData(
+            _data.concatenate([old.inputs, new.inputs]),
+            torch.cat([old.targets, new.targets]),
+            torch.cat([old.weights * (previous.n_seen / total), new.weights * (n_seen / total)]),
+            torch.cat([old.indices, new.indices + previous.n_seen]),
+        )
+        for old, new in zip(previous.folds, folds, strict=True)
+    ]
+    return joined, total
 
 
 def make_generator(generator: torch.Generator | int) -> torch.Generator:

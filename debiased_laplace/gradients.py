@@ -10,9 +10,11 @@ same with one input, ``a = 1``.
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -31,6 +33,10 @@ CHUNK_MEMORY = 2**28
 
 #: Bytes of layer inputs at a time on the CPU: larger ones fall out of the cache between two uses.
 CACHE_MEMORY = 2**23
+
+
+#: What the vectors of a datum are made of.
+CURVATURES = ("ggn", "empirical_fisher")
 
 
 @dataclass
@@ -96,6 +102,11 @@ class Factors:
         Yields:
             The slice of vectors, and ``g: [N, G, v, O, S]`` for every block of the network.
         """
+        if self.network.is_head:
+            for part in _data.slices(len(vectors), max(chunk, 16)):
+                own = vectors[part].to(self.network.dtype).transpose(0, 1)
+                yield part, [own[:, None, :, :, None].clone()]
+            return
         # Blocks of lone parameters get their gradients another way, and need no call.
         edges = [call.edge for call in self._calls]
         for part in _data.slices(len(vectors), chunk):
@@ -117,6 +128,24 @@ class Factors:
             found = ()
             yield part, factors
             factors = []  # the memory is used again for the next vectors
+
+    def backpropagate_all(self, vectors: Tensor) -> list[Tensor]:
+        """Back-propagated vectors of every block, all of them together, ``[N, G, V, O, S]``.
+
+        Where the outputs are those of the only call (:attr:`Network.is_head`) and all data have the same
+        vectors, they are ``[1, G, V, O, 1]``.
+        """
+        if self.network.is_head and vectors.stride(1) == 0:
+            return [vectors[:, 0].to(self.network.dtype)[None, None, :, :, None]]
+        gathered: list[list[Tensor]] = [[] for _ in self.network.blocks]
+        for _, found in self.backpropagate(vectors, self.network.vector_chunk):
+            for own, g in zip(gathered, found, strict=True):
+                own.append(g)
+        joined = []
+        for own in gathered:
+            joined.append(own[0] if len(own) == 1 else torch.cat(own, 2))
+            own.clear()
+        return joined
 
     def _vectors_of(self, block: Block, gradients: list[tuple[Tensor, ...] | None], vector: Tensor) -> Tensor:
         n, dtype = len(self.outputs), self.network.dtype
@@ -151,9 +180,14 @@ class Network:
         shapes: Shapes of the trainable parameters by name, in the order of ``model.named_parameters()``.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, parameters: Iterable[str] | None = None) -> None:
         self.model = model
         trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self._others: dict[str, Tensor] = {}
+        if parameters is not None:
+            chosen = set(parameters)
+            self._others = {name: p for name, p in trainable.items() if name not in chosen}
+            trainable = {name: p for name, p in trainable.items() if name in chosen}
         if not trainable:
             raise ValueError(
                 "Expected a model with trainable parameters, got none with requires_grad=True. "
@@ -170,22 +204,39 @@ class Network:
         self.blocks: list[Block] = []
         self.layouts: list[Layout] = []
         self.n_outputs = 0
+        #: Whether the only block is a linear layer whose outputs are the model's: then nothing is back-propagated.
+        self.is_head = False
         self._activations = self._largest_inputs = 1
 
     @classmethod
-    def discover(cls, model: nn.Module, inputs: _data.Inputs, *, separate_bias: bool = False) -> Network:
+    def discover(
+        cls,
+        model: nn.Module,
+        inputs: _data.Inputs,
+        *,
+        parameters: str | Sequence[str] | None = None,
+        separate_bias: bool = False,
+    ) -> Network:
         """Find the blocks of a model by one forward and one backward pass over a few data.
 
         Args:
             model: Any module whose output is ``[N, C]`` (or ``[N]``), each row depending on one datum.
             inputs: Some data; three of them are used.
+            parameters: Which trainable parameters the posterior is about: all, ``"last_layer"``, or names and patterns
+                (:mod:`fnmatch`). The others are constants, as if they were frozen.
             separate_bias: Give weights and biases blocks of their own, as laplace-torch does.
 
         Raises:
             ValueError: If no parameter is trainable, or outputs mix data, or have another shape.
             UnsupportedLayerError: If nothing covers a trainable parameter.
         """
-        network = cls(model)
+        if parameters == "last_layer":
+            whole = cls(model)
+            sample = _data.to_device(_data.take(inputs, slice(0, 2)), whole.device)
+            parameters = whole._last_layer(sample)
+        elif parameters is not None:
+            parameters = match_parameters(model, [parameters] if isinstance(parameters, str) else parameters)
+        network = cls(model, parameters)
         network._discover(inputs, separate_bias)
         return network
 
@@ -196,19 +247,19 @@ class Network:
         Raises:
             ValueError: If the model has other trainable parameters; it names those that differ.
         """
-        network = cls(model)
-        own, other = (
-            {name: tuple(shape) for name, shape in shapes.items()} for shapes in (network.shapes, description["shapes"])
-        )
+        other = {name: tuple(shape) for name, shape in description["shapes"].items()}
+        own = {name: tuple(p.shape) for name, p in model.named_parameters() if p.requires_grad and name in other}
         if own != other:
             differ = sorted(set(own.items()) ^ set(other.items()))
             raise ValueError(f"Expected a model with the same trainable parameters; these differ: {differ}.")
+        network = cls(model, other)
         network.blocks = [
             Block(**{**block, "shapes": tuple(torch.Size(shape) for shape in block["shapes"])})
             for block in description["blocks"]
         ]
         network.layouts = [Layout(dim) for dim in description["layouts"]]
         network.n_outputs, network._activations, network._largest_inputs = description["sizes"]
+        network.is_head = description["is_head"]
         return network
 
     def description(self) -> dict[str, Any]:
@@ -220,6 +271,7 @@ class Network:
             ],
             "layouts": [layout.batch_dimension for layout in self.layouts],
             "sizes": (self.n_outputs, self._activations, self._largest_inputs),
+            "is_head": self.is_head,
         }
 
     @property
@@ -299,7 +351,11 @@ class Network:
         with gradients_enabled(), evaluation_mode(self.model):
             recorder = Recorder(self._identities)
             with recorder:
-                outputs = self.model(_data.copy(inputs))
+                if self._others:  # as constants, so that no graph is built for them
+                    constants = {name: p.detach() for name, p in self._others.items()}
+                    outputs = torch.func.functional_call(self.model, constants, (_data.copy(inputs),))
+                else:
+                    outputs = self.model(_data.copy(inputs))
             outputs = self._check_outputs(outputs, _data.count(inputs))
         return Factors(self, outputs.detach(), inputs, outputs, recorder.calls), recorder
 
@@ -338,9 +394,27 @@ class Network:
                 elsewhere.update({name: type(call).__name__ for name in pair if name is not None})
             self.layouts.append(layout or Layout())
         self.blocks = group_parameters(self.shapes, calls, names, elsewhere, separate_bias=separate_bias)
+        self.is_head = (
+            len(calls) == len(self.blocks) == 1
+            and self.blocks[0].kind == "kronecker"
+            and calls[0].output_shape == factors.outputs.shape
+            and calls[0].edge.node is factors._graph_outputs.grad_fn
+        )
         self._activations = sum(math.prod(call.output_shape) for call in calls) // n + 1
         self._largest_inputs = max((factors.inputs(block)[0].numel() for block in self.blocks), default=1)
         self._check_factors(inputs)
+
+    def _last_layer(self, inputs: _data.Inputs) -> list[str]:
+        """Names of the parameters of the last recorded call with a weight."""
+        factors, _ = self._forward(inputs)
+        for call in reversed(factors._calls):
+            names = [self._identities.get(id(p)) for p in (call.weight, call.bias)]
+            if names[0] is not None:
+                return [name for name in names if name is not None]
+        raise _checks.UnsupportedLayerError(
+            "Expected a model that ends in a linear layer or a convolution with trainable parameters, found none. Name the "
+            "parameters of the last layer yourself."
+        )
 
     def _check_independence(self, inputs: _data.Inputs, outputs: Tensor) -> None:
         """The outputs of the first data must not change when the last one is left out."""
@@ -391,6 +465,24 @@ class Network:
                     )
 
 
+def match_parameters(model: nn.Module, patterns: Sequence[str]) -> list[str]:
+    """Names of the trainable parameters that match any of the patterns (:mod:`fnmatch`), in the model's order.
+
+    A name of a module stands for all of its parameters.
+
+    Raises:
+        ValueError: If a pattern matches nothing.
+    """
+    names = [name for name, p in model.named_parameters() if p.requires_grad]
+    matched: set[str] = set()
+    for pattern in patterns:
+        own = {name for name in names if fnmatchcase(name, pattern) or fnmatchcase(name, f"{pattern}.*")}
+        if not own:
+            raise ValueError(f"Expected patterns of trainable parameters, got {pattern!r}, which matches none of {names}.")
+        matched |= own
+    return [name for name in names if name in matched]
+
+
 @dataclass(frozen=True)
 class WeightedFactors:
     """Factors of a chunk of data, with what the curvature needs besides.
@@ -417,6 +509,8 @@ class CurvatureData:
         data: What to iterate over.
         likelihood: Gives the square root of the loss Hessian.
         mc_samples: Random vectors for each datum; ``None`` for the exact square root.
+        curvature: ``"ggn"``, or ``"empirical_fisher"``: the gradient at the data's own targets as the only vector, which
+            is no approximation of the Hessian (Kunstner, Balles, Hennig, arXiv 1905.12558).
         generator: Source of the random vectors, on the CPU.
         chunk_size: Data at a time; ``None`` chooses by :data:`CHUNK_MEMORY`.
         progress: Called with the number of data after each chunk.
@@ -429,28 +523,51 @@ class CurvatureData:
         likelihood: Likelihood,
         *,
         mc_samples: int | None = None,
+        curvature: str = "ggn",
         generator: torch.Generator | None = None,
         chunk_size: int | None = None,
         progress: Callable[[int], Any] | None = None,
     ) -> None:
+        if curvature not in CURVATURES:
+            raise ValueError(f"Expected a curvature out of {list(CURVATURES)}, got {curvature!r}.")
         self.network, self.data, self.likelihood, self.progress = network, data, likelihood, progress
+        self.curvature = curvature
         _checks.chunk_size(chunk_size)
         self.chunk_size = chunk_size or network.chunk_size(CHUNK_MEMORY, network.vector_chunk)
         self.uniforms: Tensor | None = None
-        if mc_samples is not None:
+        if mc_samples is not None and curvature == "ggn":
             shape = (len(data), mc_samples, network.n_outputs)
             # Open interval: the inverse normal distribution is infinite at zero.
             self.uniforms = torch.rand(shape, generator=generator, dtype=torch.float64).clamp_min_(1e-12)
 
+    def slices(self, chunks: int = 1) -> list[slice]:
+        """The data, so many chunks at a time."""
+        return list(_data.slices(len(self.data), chunks * self.chunk_size))
+
+    def take(self, part: slice) -> CurvatureData:
+        """Some of the chunks, with the same random vectors."""
+        taken = copy.copy(self)
+        taken.data = self.data.take(part)
+        taken.uniforms = None if self.uniforms is None else self.uniforms[part]
+        return taken
+
+    def __len__(self) -> int:
+        """Number of data."""
+        return len(self.data)
+
     def __iter__(self) -> Iterator[WeightedFactors]:
-        for part in _data.slices(len(self.data), self.chunk_size):
-            factors = self.network.factors(_data.take(self.data.inputs, part))
-            outputs = factors.outputs.to(self.network.dtype)
-            if self.uniforms is None:
-                vectors = self.likelihood.hessian_square_root(outputs)
-            else:
-                vectors = self.likelihood.sampled_square_root(outputs, self.uniforms[part].to(outputs.device))
-            weights = self.data.weights[part]
-            yield WeightedFactors(factors, weights, vectors * weights.to(vectors).sqrt()[:, None])
+        for part in self.slices():
+            own = self.data.take(part)
+            factors = self.network.factors(own.inputs)
+            vectors = self._vectors(factors.outputs.to(self.network.dtype), own.targets, part)
+            yield WeightedFactors(factors, own.weights, vectors * own.weights.to(vectors).sqrt()[:, None])
             if self.progress is not None:
                 self.progress(part.stop - part.start)
+
+    def _vectors(self, outputs: Tensor, targets: Tensor, part: slice) -> Tensor:
+        """The vectors of a chunk before they are weighted, ``[V, N, C]``."""
+        if self.curvature == "empirical_fisher":
+            return self.likelihood.gradient(outputs, targets.to(outputs.device))[None]
+        if self.uniforms is None:
+            return self.likelihood.hessian_square_root(outputs)
+        return self.likelihood.sampled_square_root(outputs, self.uniforms[part].to(outputs.device))

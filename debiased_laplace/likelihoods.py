@@ -40,6 +40,13 @@ class Likelihood(ABC):
             ``[N]``, in nats.
         """
 
+    def gradient(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Gradient of every datum's loss in its outputs, ``[N, C]``, by automatic differentiation."""
+        with torch.inference_mode(False), torch.enable_grad():
+            leaf = outputs.detach().clone().requires_grad_()
+            (gradient,) = torch.autograd.grad(self.loss(leaf, targets).sum(), leaf)
+        return gradient
+
     @abstractmethod
     def hessian_square_root(self, outputs: Tensor) -> Tensor:
         r"""Exact square root of the loss Hessian, ``[N, C] -> [V, N, C]``."""

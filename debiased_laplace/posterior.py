@@ -5,18 +5,24 @@ r"""The Gaussian posterior over the parameters; every formula of it, once for al
     \qquad \beta = \frac{N}{\sigma^2 T}                                                  \tag{3}
 
 N, the noise variance, the temperature and the prior precision enter here and nowhere else.
+
+Prior precisions :math:`\Delta = \mathrm{diag}(\delta)` that differ between parameters whose directions are dense do not
+commute with U. In the coordinates :math:`\varphi = \Delta^{1/2}\theta` the prior is the unit matrix and the curvature
+:math:`W W^\top` with :math:`W = \Delta^{-1/2} U \mathrm{diag}(\lambda)^{1/2}`, whose singular vectors are directions for
+(3) again: that is :attr:`Posterior.normal_form`, and every formula is evaluated there.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from debiased_laplace import _checks
-from debiased_laplace.basis import Basis
+from debiased_laplace.basis import Basis, DenseBasis
 
 
 @dataclass(frozen=True)
@@ -28,10 +34,13 @@ class Posterior:
         basis: Orthonormal directions U.
         curvatures: ``[rank]``, per-datum mean curvatures along them, non-negative.
         n_data: N, the number of data in the training set (not of those the curvature was measured on).
-        prior_precision: One number, or one for each block, ``[1]`` or ``[n_blocks]``, float64.
+        prior_precision: One number, one for each part of the basis, or one for each parameter: ``[1]``, ``[n_parts]``
+            or ``[D]``, float64. For each parameter only where the directions are dense or the parameters themselves.
         temperature: T; below one concentrates the posterior.
         noise_variance: The observation noise variance of a regression; one otherwise.
         prior_mean: A number, or ``[D]``.
+        coordinates: ``[D]``, scales s of the coordinates :math:`\theta = s\varphi` in which the basis is orthonormal and
+            the prior precision is meant; None for one. Set by :attr:`normal_form` alone.
     """
 
     mean: Tensor
@@ -42,9 +51,10 @@ class Posterior:
     temperature: float = 1.0
     noise_variance: float | Tensor = 1.0
     prior_mean: float | Tensor = 0.0
+    coordinates: Tensor | None = None
 
     def __post_init__(self) -> None:
-        _checks.prior_precisions(self.prior_precision, len(self.basis.parts))
+        _checks.prior_precisions(self.prior_precision, len(self.basis.parts), self.basis.n_params)
         _checks.positive(self.temperature, "temperature")
         _checks.positive(self.noise_variance, "noise variance")
         if not isinstance(self.n_data, int) or self.n_data < 1:
@@ -62,18 +72,66 @@ class Posterior:
         r""":math:`\beta`, from a per-datum mean to the data's precision."""
         return self.n_data / (self.noise_variance * self.temperature)
 
+    @cached_property
+    def normal_form(self) -> Posterior:
+        """The same Gaussian with one prior precision for each part, in other coordinates if need be."""
+        prior, basis = self.prior_precision.to(self.curvatures.device, torch.float64), self.basis
+        if len(prior) in (1, len(basis.parts)):
+            return self
+        dense = [isinstance(part, DenseBasis) for part in basis.parts]
+        if not all(dense) or all(basis.is_constant(prior.detach())):
+            return self
+        scales = prior.rsqrt()
+        matrices = basis.matrices(scales)
+        parts, curvatures = [], []
+        for part, members, own in zip(basis.parts, basis.members, basis.split(self.curvatures.double()), strict=True):
+            assert isinstance(part, DenseBasis)
+            rows = torch.cat(
+                [(c * matrices[i] * own.sqrt()[:, None, None, None]).flatten(1)
+                 for c, i in zip(part.columns, members, strict=True)], 1
+            )  # fmt: skip
+            left, values, right = torch.linalg.svd(rows.detach(), full_matrices=False)
+            keep = values > values[0] * torch.finfo(values.dtype).eps * max(rows.shape)
+            # With fixed left vectors the squares have the derivatives of the eigenvalues, also of degenerate ones.
+            curvatures.append((left[:, keep].mT @ rows).square().sum(1))
+            columns = right[keep].split([c[0].numel() for c in part.columns], 1)
+            parts.append(DenseBasis(tuple(
+                v.unflatten(1, c.shape[1:]) for v, c in zip(columns, part.columns, strict=True)
+            )))  # fmt: skip
+        return replace(
+            self, basis=replace(basis, parts=parts), curvatures=torch.cat(curvatures), prior_precision=prior.new_ones(1),
+            coordinates=scales,
+        )  # fmt: skip
+
+    @cached_property
+    def gradient_basis(self) -> Basis:
+        """The basis that gradients in the parameters are projected on, of the :attr:`normal_form`."""
+        if self.normal_form is not self:
+            return self.normal_form.gradient_basis
+        if self.coordinates is None:
+            return self.basis
+        scales = self.basis.matrices(self.coordinates.detach())
+        parts = []
+        for part, members in zip(self.basis.parts, self.basis.members, strict=True):
+            assert isinstance(part, DenseBasis)
+            parts.append(DenseBasis(tuple(c * scales[i] for c, i in zip(part.columns, members, strict=True))))
+        return replace(self.basis, parts=parts)
+
     @property
     def precisions(self) -> Tensor:
         r"""Eigenvalues :math:`\beta\lambda + \delta` of P along the basis, ``[rank]``, float64."""
-        return self.scale * self.curvatures.double() + self._column_prior
+        return self.scale * self.curvatures.double() + self.column_prior
 
     @property
-    def _column_prior(self) -> Tensor:
+    def column_prior(self) -> Tensor:
+        """Prior precision along every column, ``[rank]``, float64."""
         return self.basis.per_column(self.prior_precision.to(self.curvatures.device, torch.float64))
 
     @property
-    def _parameter_prior(self) -> Tensor:
-        return self.basis.per_parameter(self.prior_precision.to(self.curvatures.device, torch.float64))
+    def parameter_prior(self) -> Tensor:
+        """Prior precision of every parameter, ``[D]``, float64."""
+        prior = self.basis.per_parameter(self.prior_precision.to(self.curvatures.device, torch.float64))
+        return prior if self.coordinates is None else prior / self.coordinates.square()
 
     @property
     def log_det_precision(self) -> Tensor:
@@ -83,34 +141,40 @@ class Posterior:
     @property
     def log_det_prior_precision(self) -> Tensor:
         r""":math:`\log\det P_0` of the prior."""
-        return self._parameter_prior.log().sum()
+        return self.parameter_prior.log().sum()
 
     @property
     def log_det_ratio(self) -> Tensor:
         r""":math:`\log\det P - \log\det P_0`, summed as log1p so that small curvatures are not lost."""
-        return torch.log1p(self.scale * self.curvatures.double() / self._column_prior).sum()
+        own = self.normal_form
+        return torch.log1p(own.scale * own.curvatures.double() / own.column_prior).sum()
 
     def matvec(self, vector: Tensor) -> Tensor:
         r""":math:`P v`, ``[..., D] -> [..., D]``."""
-        return self._apply(vector, self.precisions, self._parameter_prior)
+        own = self.normal_form
+        inverse = None if own.coordinates is None else own.coordinates.reciprocal()
+        return own._apply(vector, own.precisions, own._complement_prior, inverse)
 
     def covariance_matvec(self, vector: Tensor) -> Tensor:
         r""":math:`P^{-1} v`, ``[..., D] -> [..., D]``."""
-        return self._apply(vector, self.precisions.reciprocal(), self._parameter_prior.reciprocal())
+        own = self.normal_form
+        return own._apply(vector, own.precisions.reciprocal(), own._complement_prior.reciprocal(), own.coordinates)
 
     def square_norm(self, value: Tensor) -> Tensor:
         r""":math:`(\theta - \theta^*)^\top P (\theta - \theta^*)`, ``[..., D] -> [...]``, float64."""
-        delta = value - self.mean
-        along = self.basis.project(delta)
-        norm = (self.precisions * along.double().square()).sum(-1)
-        if not self.basis.complete:
-            rest = (delta - self.basis.lift(along)).double()
-            norm = norm + (self._parameter_prior * rest.square()).sum(-1)
+        own, delta = self.normal_form, value - self.mean
+        if own.coordinates is not None:
+            delta = delta / own.coordinates
+        along = own.basis.project(delta)
+        norm = (own.precisions * along.double().square()).sum(-1)
+        if not own.basis.complete:
+            rest = (delta - own.basis.lift(along)).double()
+            norm = norm + (own._complement_prior * rest.square()).sum(-1)
         return norm
 
     def scatter(self) -> Tensor:
         r""":math:`(\theta^* - \mu_0)^\top P_0 (\theta^* - \mu_0)`, a float64 scalar."""
-        return (self._parameter_prior * (self.mean - self.prior_mean).double().square()).sum()
+        return (self.parameter_prior * (self.mean - self.prior_mean).double().square()).sum()
 
     def log_marginal_likelihood(self, log_likelihood: Tensor | float) -> Tensor:
         r"""Laplace approximation of the log marginal likelihood, in nats.
@@ -124,25 +188,33 @@ class Posterior:
         r"""Map S of standard normal vectors to deviations: :math:`S S^\top = P^{-1}`.
 
         Args:
-            normals: ``[..., D]`` for a complete basis, otherwise ``[..., rank + D]``.
+            normals: ``[..., D]`` for a complete basis, otherwise ``[..., n_normals]`` (rank + D of :attr:`normal_form`).
 
         Returns:
             ``[..., D]``, deviations from the mean.
         """
-        along = normals[..., : self.basis.rank] * self.precisions.rsqrt().to(normals.dtype)
-        deviation = self.basis.lift(along)
-        if not self.basis.complete:
-            rest = normals[..., self.basis.rank :]
-            rest = rest - self.basis.lift(self.basis.project(rest))
-            deviation = deviation + rest * self._parameter_prior.rsqrt().to(normals.dtype)
-        return deviation
+        own = self.normal_form
+        along = normals[..., : own.basis.rank] * own.precisions.rsqrt().to(normals.dtype)
+        deviation = own.basis.lift(along)
+        if not own.basis.complete:
+            rest = normals[..., own.basis.rank :]
+            rest = rest - own.basis.lift(own.basis.project(rest))
+            deviation = deviation + rest * own._complement_prior.rsqrt().to(normals.dtype)
+        if own.coordinates is not None:
+            deviation = deviation * own.coordinates
+        return deviation.to(normals.dtype)
+
+    @property
+    def n_normals(self) -> int:
+        """Number of standard normal numbers that :meth:`transform` takes."""
+        basis = self.normal_form.basis
+        return basis.rank if basis.complete else basis.rank + basis.n_params
 
     def deviations(self, n_samples: int, generator: torch.Generator | None = None) -> Tensor:
         """Samples of the parameters minus the mean, ``[n_samples, D]``."""
         if n_samples < 1:
             raise ValueError(f"Expected at least one sample, got n_samples={n_samples}.")
-        size = self.basis.rank if self.basis.complete else self.basis.rank + self.basis.n_params
-        return self.transform(standard_normals((n_samples, size), self.mean, generator))
+        return self.transform(standard_normals((n_samples, self.n_normals), self.mean, generator))
 
     def sample(self, n_samples: int, generator: torch.Generator | None = None) -> Tensor:
         """Samples of the parameters, ``[n_samples, D]``."""
@@ -153,12 +225,23 @@ class Posterior:
         constant = 0.5 * (self.log_det_precision - self.basis.n_params * math.log(2 * math.pi))
         return constant - 0.5 * self.square_norm(value)
 
-    def _apply(self, vector: Tensor, along: Tensor, prior: Tensor) -> Tensor:
+    @property
+    def _complement_prior(self) -> Tensor:
+        """Prior precision of every parameter in the coordinates of the basis, ``[D]``."""
+        return self.basis.per_parameter(self.prior_precision.to(self.curvatures.device, torch.float64))
+
+    def _apply(self, vector: Tensor, along: Tensor, prior: Tensor, coordinates: Tensor | None) -> Tensor:
+        """In the coordinates of the basis: a diagonal along it, and the prior outside."""
+        dtype = vector.dtype
+        if coordinates is not None:
+            vector = vector * coordinates
         coefficients = self.basis.project(vector)
-        result = self.basis.lift(coefficients * along.to(vector.dtype))
+        result = self.basis.lift(coefficients * along.to(coefficients.dtype))
         if not self.basis.complete:
-            result = result + prior.to(vector.dtype) * (vector - self.basis.lift(coefficients))
-        return result
+            result = result + prior.to(result.dtype) * (vector - self.basis.lift(coefficients))
+        if coordinates is not None:
+            result = result * coordinates
+        return result.to(dtype)
 
 
 def standard_normals(shape: tuple[int, ...], like: Tensor, generator: torch.Generator | None = None) -> Tensor:

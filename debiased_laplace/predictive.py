@@ -4,6 +4,9 @@ r"""Predictions without Jacobians: equation (4), linearised samples, weight samp
     \mathrm{Cov}[f_n] = Z_n^\top \mathrm{diag}\Big(\frac{1}{\beta\lambda + \delta}\Big) Z_n
     \;\Big( + \frac{J_n J_n^\top - Z_n^\top Z_n}{\delta} \Big), \qquad Z_n = U^\top J_n^\top      \tag{4}
 
+The second term, of an incomplete basis, is a small difference of large numbers where the gradients lie nearly in the
+span of the basis: it is computed in the precision of the basis, which is float64 for low-rank ones.
+
 Memory: C back-propagated vectors at the outputs of every layer for as many data as ``CHUNK_MEMORY``
 allows, plus ``PROJECTION_MEMORY`` for the projections of one block. Never a Jacobian.
 """
@@ -20,7 +23,9 @@ from torch.overrides import BaseTorchFunctionMode
 
 from debiased_laplace import _checks, _data
 from debiased_laplace._guards import evaluation_mode
-from debiased_laplace.basis import KroneckerBasis, ProjectedGradients
+from debiased_laplace.basis import Basis, Projected
+from debiased_laplace.blocks import unflatten
+from debiased_laplace.contractions import Gradients
 from debiased_laplace.gradients import CHUNK_MEMORY, Network
 from debiased_laplace.likelihoods import unit_vectors
 from debiased_laplace.posterior import Posterior
@@ -49,49 +54,69 @@ def functional_moments(
         Epistemic variance alone, in squared units of the outputs: no observation noise.
     """
     several = not isinstance(posteriors, Posterior)
-    grid = [posteriors] if isinstance(posteriors, Posterior) else list(posteriors)
-    basis = grid[0].basis
-    scales = basis.split(torch.stack([p.precisions for p in grid]).reciprocal().to(network.dtype))
-    complement = None
-    if not basis.complete:
-        per_block = torch.stack([p.prior_precision.expand(len(basis.parts)) for p in grid])
-        complement = per_block.reciprocal().to(network.device, network.dtype)
+    grid = [p.normal_form for p in ([posteriors] if isinstance(posteriors, Posterior) else posteriors)]
+    basis = grid[0].gradient_basis
+    if any(p.gradient_basis is not basis for p in grid):  # priors that turn the directions: nothing to share
+        moments = [
+            functional_moments(network, p, inputs, covariance=covariance, chunk_size=chunk_size) for p in grid
+        ]
+        return moments[0][0], torch.stack([spread for _, spread in moments])
+    scales = basis.split(torch.stack([p.precisions for p in grid]).reciprocal())
+    priors = None if basis.complete else _prior_variances(grid)
     _checks.chunk_size(chunk_size)
     if chunk_size is None:
-        chunk_size = network.chunk_size(CHUNK_MEMORY, network.n_outputs)
+        shared = network.is_head and not covariance  # its unit vectors are the same for all data
+        chunk_size = network.chunk_size(CHUNK_MEMORY, 0 if shared else network.n_outputs)
     means, spreads = [], []
-    for part in _data.slices(_data.count(inputs), chunk_size):
-        mean, projections = _project(network, basis.parts, _data.take(inputs, part))
-        spread = torch.zeros(())
+    for chunk in _data.slices(_data.count(inputs), chunk_size):
+        mean, projections = _project(network, basis, _data.take(inputs, chunk))
+        spread = torch.zeros((), device=mean.device)
         for index, (projected, raw) in enumerate(projections):
-            contract = ProjectedGradients.covariances if covariance else ProjectedGradients.variances
-            spread = spread.to(mean.device) + contract(projected, scales[index])
-            if complement is not None and raw is not None:
-                ones = torch.ones(1, *raw.shape, device=mean.device, dtype=network.dtype)
-                inside = torch.ones(1, *basis.parts[index].shape, device=mean.device, dtype=network.dtype)
-                outside = contract(raw, ones) - contract(projected, inside)
-                spread = spread + complement[:, index].view(-1, *[1] * (outside.ndim - 1)) * outside
+            contract = projected.covariances if covariance else projected.variances
+            if raw and priors is not None:  # J J^T / delta - Z^T (1 / delta - h) Z, in the precision of the part
+                along, prior = priors[index]
+                spread = spread - contract(along - scales[index])
+                for factors, variance in zip(raw, prior, strict=True):
+                    spread = spread + (factors.covariances if covariance else factors.variances)(variance)
+            else:
+                spread = spread + contract(scales[index])
         means.append(mean)
-        spreads.append(spread)
+        spreads.append(spread.to(network.dtype))
     mean, spread = torch.cat(means), torch.cat(spreads, 1)
     return mean, spread if several else spread[0]
+
+
+def _prior_variances(grid: Sequence[Posterior]) -> list[tuple[Tensor, list[Tensor]]]:
+    """For every part, the prior variances ``[R, ...]`` along its directions and of the parameters of its blocks."""
+    basis = grid[0].basis
+    along = basis.split(torch.stack([p.column_prior for p in grid]).reciprocal())
+    of_parameters = unflatten(torch.stack([p.parameter_prior for p in grid]).reciprocal(), basis.shapes)
+    matrices = [block.gather(of_parameters) for block in basis.blocks]
+    return [(own, [matrices[i] for i in members]) for own, members in zip(along, basis.members, strict=True)]
 
 
 def joint_covariance(network: Network, posterior: Posterior, inputs: _data.Inputs) -> tuple[Tensor, Tensor]:
     """Outputs ``[N * C]`` and their covariance over all data and outputs, ``[N * C, N * C]``.
 
-    Holds one block's projections of all data at a time, ``N * C * size`` numbers.
+    Holds one part's gradients of all data at a time, ``N * C * size`` numbers.
     """
-    basis = posterior.basis
-    if not basis.complete:
-        raise NotImplementedError("The joint covariance needs a complete basis. Use joint=False for this structure.")
-    scales = posterior.precisions.rsqrt().to(network.dtype).split(basis.sizes)
-    mean, projections = _project(network, basis.parts, inputs)
-    covariance = mean.new_zeros(mean.numel(), mean.numel())
-    for scale, (projected, _) in zip(scales, projections, strict=True):
-        rows = projected.rows().flatten(0, 1) * scale
-        covariance += rows @ rows.mT
-    return mean.flatten(), covariance
+    posterior = posterior.normal_form
+    basis = posterior.gradient_basis
+    scales = posterior.precisions.reciprocal().split(basis.sizes)
+    priors = None if basis.complete else _prior_variances([posterior])
+    mean, projections = _project(network, basis, inputs)
+    covariance = torch.zeros(mean.numel(), mean.numel(), device=mean.device, dtype=torch.float64)
+    for index, (projected, raw) in enumerate(projections):
+        weights = scales[index]
+        if raw and priors is not None:
+            along, prior = priors[index]
+            weights = weights - along.flatten()
+            for factors, variance in zip(raw, prior, strict=True):
+                rows = factors.rows().flatten(0, 1)
+                covariance += (rows * variance.flatten().to(rows.dtype)) @ rows.mT
+        rows = projected.rows().flatten(0, 1)
+        covariance += (rows * weights.to(rows.dtype)) @ rows.mT
+    return mean.flatten(), covariance.to(network.dtype)
 
 
 def linearized_samples(network: Network, mean: Tensor, deviations: Tensor, inputs: _data.Inputs) -> Tensor:
@@ -136,22 +161,19 @@ def weight_samples(network: Network, mean: Tensor, deviations: Tensor, inputs: _
 
 
 def _project(
-    network: Network, parts: Sequence[KroneckerBasis], inputs: _data.Inputs
-) -> tuple[Tensor, Iterator[tuple[ProjectedGradients, ProjectedGradients | None]]]:
-    """Outputs, and block after block the projected unit vectors (with the raw ones where a block is incomplete)."""
+    network: Network, basis: Basis, inputs: _data.Inputs
+) -> tuple[Tensor, Iterator[tuple[Projected, list[Gradients]]]]:
+    """Outputs, and part after part the projected unit vectors (with the raw ones of its blocks if it is incomplete)."""
     factors = network.factors(inputs)
-    n_outputs = factors.outputs.shape[1]
-    gathered: list[list[Tensor]] = [[] for _ in network.blocks]
-    for _, vectors in factors.backpropagate(unit_vectors(factors.outputs), network.vector_chunk):
-        for own, g in zip(gathered, vectors, strict=True):
-            own.append(g)
+    vectors = factors.backpropagate_all(unit_vectors(factors.outputs))
 
-    def blocks() -> Iterator[tuple[ProjectedGradients, ProjectedGradients | None]]:
-        for index, (block, part) in enumerate(zip(network.blocks, parts, strict=True)):
-            vectors = gathered[index][0] if len(gathered[index]) == 1 else torch.cat(gathered[index], 2)
-            gathered[index] = []
-            a = factors.inputs(block)
-            raw = None if part.complete else ProjectedGradients(a, vectors)
-            yield part.project_gradients(part.prepare_inputs(a, n_outputs), vectors), raw
+    def parts() -> Iterator[tuple[Projected, list[Gradients]]]:
+        for part, own in zip(basis.parts, basis.members, strict=True):
+            a, g = [factors.inputs(network.blocks[i]) for i in own], [vectors[i] for i in own]
+            for i in own:
+                vectors[i] = vectors[i].new_empty(0)
+            raw = [] if part.complete else part.gradients(a, g)
+            prepared = part.prepare_inputs(a, g[0].shape[2])
+            yield part.project_gradients(prepared, g, unit=network.is_head), raw
 
-    return factors.outputs.to(network.dtype), blocks()
+    return factors.outputs.to(network.dtype), parts()

@@ -41,6 +41,12 @@ class WeightedData:
     def __len__(self) -> int:
         return len(self.weights)
 
+    def take(self, index: Tensor | slice) -> WeightedData:
+        """Some of the data, with their weights as they are."""
+        return WeightedData(
+            _data.take(self.inputs, index), self.targets[index], self.weights[index], self.indices[index]
+        )
+
     @staticmethod
     def union(folds: list[WeightedData]) -> WeightedData:
         """Data of several disjoint folds: the mean of their estimates, each weighted by its size."""

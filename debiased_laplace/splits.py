@@ -47,15 +47,26 @@ class TwoBatch:
     """Directions from one half of the data, curvatures along them from the other half.
 
     Given the directions, the curvatures are unbiased (Tatzel et al., arXiv 2410.14325, section 4).
+
+    Attributes:
+        folds: Number of folds.
+        directions: How many of them choose the directions; half by default. ``TwoBatch(folds=8, directions=1)``
+            chooses them from an eighth of the data, where they are what costs most (low rank).
     """
 
     folds: int = 2
+    directions: int | None = None
 
     def __post_init__(self) -> None:
         if self.folds < 2:
             raise ValueError(f"Expected folds for directions and for curvatures, at least two, got {self.folds}.")
+        if self.directions is not None and not 1 <= self.directions < self.folds:
+            raise ValueError(
+                f"Expected at least one of the {self.folds} folds for directions and one for curvatures, got "
+                f"directions={self.directions}."
+            )
 
     def __call__(self, folds: list[WeightedData]) -> tuple[WeightedData, WeightedData]:
-        """The first half of the folds, and the second."""
-        half = len(folds) // 2
-        return WeightedData.union(folds[:half]), WeightedData.union(folds[half:])
+        """The first folds, and the others."""
+        first = self.directions or len(folds) // 2
+        return WeightedData.union(folds[:first]), WeightedData.union(folds[first:])

@@ -15,26 +15,26 @@ Parameter vectors are in the order of ``model.named_parameters()``, trainable on
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from debiased_laplace import _data
 from debiased_laplace._guards import evaluation_mode
-from debiased_laplace.basis import Basis, KroneckerBasis
+from debiased_laplace.basis import Basis, DenseBasis, KroneckerBasis, Part, Projected
 from debiased_laplace.curvatures import projected_curvatures
-from debiased_laplace.gradients import CurvatureData, Network, WeightedFactors
+from debiased_laplace.gradients import CurvatureData, Network
 from debiased_laplace.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood
 from debiased_laplace.posterior import Posterior
 from debiased_laplace.predictive import functional_moments, joint_covariance
 from debiased_laplace.sampling import WeightedData
+from debiased_laplace.structures import Structure
 
 __all__ = [
     "Problem",
-    "StructureUnderTest",
     "check_basis",
     "check_curvatures",
     "check_likelihood",
@@ -119,7 +119,7 @@ def dense_ggn(
 
 def dense_basis(basis: Basis) -> Tensor:
     """The orthonormal columns U as a matrix, ``[D, rank]``, by lifting the identity."""
-    like = basis.parts[0].outputs
+    like = next(iter(_tensors(list(basis.parts))), torch.empty(0, dtype=torch.float64))
     return basis.lift(torch.eye(basis.rank, dtype=like.dtype, device=like.device)).mT
 
 
@@ -139,11 +139,15 @@ def dense_posterior_precision(posterior: Posterior) -> Tensor:
 def _dense_prior(posterior: Posterior) -> Tensor:
     """Prior precision of every parameter, ``[D]``, one parameter name after the other."""
     basis = posterior.basis
-    priors = posterior.prior_precision.detach().double().cpu().tolist()
-    of_name = {}
-    for index, block in enumerate(basis.blocks):
-        for name in block.parameters:
-            of_name[name] = priors[index if len(priors) > 1 else 0]
+    priors = posterior.prior_precision.detach().double().cpu()
+    if len(priors) not in (1, len(basis.parts)):
+        return priors
+    of_name = {
+        name: float(priors[index if len(priors) > 1 else 0])
+        for index, members in enumerate(basis.members)
+        for i in members
+        for name in basis.blocks[i].parameters
+    }
     return torch.cat(
         [torch.full((shape.numel(),), of_name[name], dtype=torch.float64) for name, shape in basis.shapes.items()]
     )
@@ -162,14 +166,23 @@ def _any_targets(likelihood: Likelihood, outputs: Tensor) -> Tensor:
 
 
 def truncate(basis: Basis, fraction: float = 0.5) -> Basis:
-    """An incomplete basis: the first columns of every block's factors, at least one and never all of a wide one."""
+    """An incomplete basis: the first columns of every part, at least one and never all of a wide one.
 
-    def cut(columns: Tensor) -> Tensor:
-        width = columns.shape[-1]
-        return columns[..., : max(1, min(width - 1, round(width * fraction)))]
+    The parameters themselves as directions stay: they are complete by nature.
+    """
 
-    parts = [KroneckerBasis(cut(part.outputs), cut(part.inputs)) for part in basis.parts]
-    return replace(basis, parts=parts)
+    def kept(width: int) -> int:
+        return max(1, min(width - 1, round(width * fraction)))
+
+    def cut(part: Part) -> Part:
+        if isinstance(part, KroneckerBasis):
+            outputs, inputs = part.outputs, part.inputs
+            return KroneckerBasis(outputs[..., : kept(outputs.shape[-1])], inputs[..., : kept(inputs.shape[-1])])
+        if isinstance(part, DenseBasis):
+            return DenseBasis(tuple(own[: kept(len(own))] for own in part.columns))
+        return part
+
+    return replace(basis, parts=[cut(part) for part in basis.parts])
 
 
 # -- laws ------------------------------------------------------------------------------------------
@@ -243,22 +256,21 @@ def check_projection(network: Network, basis: Basis, inputs: Any, *, tolerance: 
     vectors = _normals((c + 1, n, c), jacobians, seed)
     expected = torch.einsum("vnc,ncd,dr->nvr", vectors, jacobians, dense_basis(basis).to(jacobians))
     factors = network.factors(inputs)
-    prepared = [
-        part.prepare_inputs(factors.inputs(block), len(vectors))
-        for block, part in zip(network.blocks, basis.parts, strict=True)
-    ]
+    prepared = basis.prepare_inputs([factors.inputs(block) for block in network.blocks], len(vectors))
     for _, back in factors.backpropagate(vectors, len(vectors)):
-        for index, (block, part) in enumerate(zip(network.blocks, basis.parts, strict=True)):
-            own = basis.split(expected)[index]  # [N, V, G, o, i]
+        for index, (part, members) in enumerate(zip(basis.parts, basis.members, strict=True)):
+            own = basis.split(expected)[index]  # [N, V, *shape]
             scales = _normals((2, *part.shape), jacobians, seed + 1).square() + 0.1
-            name = f"of the block {block.name!r}"
+            name = f"of {[network.blocks[i].name for i in members]}"
 
-            def projected(part: KroneckerBasis = part, index: int = index, back: list[Tensor] = back) -> Any:
-                return part.project_gradients(prepared[index], back[index].clone())
+            def projected(index: int = index, back: list[Tensor] = back) -> Projected:
+                # A contraction may overwrite what it is given.
+                return list(basis.project_gradients(prepared, [g.clone() for g in back]))[index]
 
-            _assert_equal(f"projected gradients {name}", projected().rows(), own.flatten(2), tolerance)
+            flat, h = own.flatten(2), scales.flatten(1)
+            _assert_equal(f"projected gradients {name}", projected().rows(), flat, tolerance)
             _assert_equal(f"second moment {name}", projected().second_moment(), own.square().sum((0, 1)), tolerance)
-            contracted = torch.einsum("nvgoi,rgoi,nwgoi->rnvw", own, scales, own)
+            contracted = torch.einsum("nvk,rk,nwk->rnvw", flat, h, flat)
             _assert_equal(f"covariances {name}", projected().covariances(scales), contracted, tolerance)
             _assert_equal(
                 f"variances {name}", projected().variances(scales), contracted.diagonal(dim1=2, dim2=3), tolerance
@@ -286,7 +298,7 @@ def check_curvatures(
     for chunk_size in (1, 2):
         chunked = projected_curvatures(network, basis, CurvatureData(network, data, likelihood, chunk_size=chunk_size))
         _assert_equal(f"curvatures do not depend on chunk_size={chunk_size}", chunked, curvatures, tolerance)
-    reordered = _select(data, torch.arange(len(data)).flip(0))
+    reordered = data.take(torch.arange(len(data)).flip(0))
     curvatures_reordered = projected_curvatures(network, basis, CurvatureData(network, reordered, likelihood))
     _assert_equal("curvatures do not depend on the order of data", curvatures_reordered, curvatures, tolerance)
     return curvatures
@@ -329,8 +341,7 @@ def check_posterior(posterior: Posterior, *, tolerance: float = 1e-9, seed: int 
     _assert_equal("scatter", posterior.scatter(), scatter, tolerance)
     evidence = -3.0 - 0.5 * (log_det - log_det_prior + scatter)
     _assert_equal("log marginal likelihood", posterior.log_marginal_likelihood(-3.0), evidence, tolerance, scale)
-    size = posterior.basis.rank + (0 if posterior.basis.complete else d)
-    pushed = posterior.transform(torch.eye(size, dtype=like.dtype, device=like.device)).double()
+    pushed = posterior.transform(torch.eye(posterior.n_normals, dtype=like.dtype, device=like.device)).double()
     _assert_equal("sample map, S S^T = P^-1", pushed.mT @ pushed, covariance, tolerance)
     generators = [torch.Generator().manual_seed(seed) for _ in range(2)]
     first, second = (posterior.sample(2, generator) for generator in generators)
@@ -363,16 +374,15 @@ def check_predictive(network: Network, posterior: Posterior, inputs: Any, *, tol
     _assert_equal(
         "variance of one", functional_moments(network, posterior, inputs, covariance=False)[1], diagonals[0], tolerance
     )
-    if posterior.basis.complete:
-        mean, joint = joint_covariance(network, posterior, inputs)
-        rows = jacobians.flatten(0, 1).double()
-        dense = rows @ dense_posterior_precision(posterior).inverse() @ rows.mT
-        _assert_equal("joint mean", mean, outputs.flatten(), tolerance)
-        _assert_equal("joint covariance", joint, dense, tolerance)
+    mean, joint = joint_covariance(network, posterior, inputs)
+    rows = jacobians.flatten(0, 1).double()
+    dense = rows @ dense_posterior_precision(posterior).inverse() @ rows.mT
+    _assert_equal("joint mean", mean, outputs.flatten(), tolerance)
+    _assert_equal("joint covariance", joint, dense, tolerance)
 
 
 def check_statistics(
-    structure: StructureUnderTest,
+    structure: Structure,
     network: Network,
     data: WeightedData,
     likelihood: Likelihood,
@@ -384,31 +394,36 @@ def check_statistics(
     def measure(part: WeightedData, chunk_size: int | None = None) -> Any:
         return structure.measure(network, CurvatureData(network, part, likelihood, chunk_size=chunk_size))
 
+    def matrix(statistics: Any) -> Tensor:
+        """The curvature that statistics stand for, whatever they hold."""
+        basis = structure.eigenbasis(network, statistics)
+        columns = dense_basis(basis)
+        return (columns * statistics.curvatures(basis).to(columns)) @ columns.mT
+
     whole = measure(data)
-    reference = _tensors(whole)
-    if not reference:
+    kept = [tensor.clone() for tensor in _tensors(whole)]
+    if not kept:
         raise AssertionError("statistics: expected tensors in a dataclass, a list or a dictionary, found none.")
+    reference = matrix(whole)
     n = len(data)
-    first, second = _select(data, torch.arange(n // 3)), _select(data, torch.arange(n // 3, n))
-    kept = [tensor.clone() for tensor in reference]
-    _assert_all("statistics add up over data", _tensors(measure(first) + measure(second)), reference, tolerance)
+    first, second = data.take(torch.arange(n // 3)), data.take(torch.arange(n // 3, n))
+    _assert_equal("statistics add up over data", matrix(measure(first) + measure(second)), reference, tolerance)
     for chunk_size in (1, 2):
-        _assert_all(
-            f"statistics do not depend on chunk_size={chunk_size}",
-            _tensors(measure(data, chunk_size)),
-            reference,
-            tolerance,
+        _assert_equal(
+            f"statistics do not depend on chunk_size={chunk_size}", matrix(measure(data, chunk_size)), reference, tolerance
         )
-    flipped = _select(data, torch.arange(n).flip(0))
-    _assert_all("statistics do not depend on the order of data", _tensors(measure(flipped)), reference, tolerance)
-    _assert_all("statistics scale with the weights",
-                _tensors(_scaled_sum(measure, data)), _tensors(whole + whole), tolerance)  # fmt: skip
+    flipped = data.take(torch.arange(n).flip(0))
+    _assert_equal("statistics do not depend on the order of data", matrix(measure(flipped)), reference, tolerance)
+    _assert_equal("statistics scale with the weights", matrix(_scaled_sum(measure, data)), matrix(whole + whole), tolerance)
     measure(first)
-    _assert_all("measuring again after other data gives the same", _tensors(measure(data)), reference, 0.0)
-    _assert_all("adding and measuring leave earlier statistics alone", reference, kept, 0.0)
+    _assert_all("measuring again after other data gives the same", _tensors(measure(data)), kept, 0.0)
+    _assert_all("adding and measuring leave earlier statistics alone", _tensors(whole), kept, 0.0)
     bases = [structure.eigenbasis(network, whole) for _ in range(2)]
     _assert_all("the basis is a function of the statistics",
                 _tensors(list(bases[0].parts)), _tensors(list(bases[1].parts)), 0.0)  # fmt: skip
+    if whole.exact:
+        measured = projected_curvatures(network, bases[0], CurvatureData(network, data, likelihood))
+        _assert_equal("statistics that are exact give equation (2)", whole.curvatures(bases[0]), measured, tolerance)
 
 
 def _scaled_sum(measure: Callable[[WeightedData], Any], data: WeightedData) -> Any:
@@ -442,18 +457,6 @@ def check_likelihood(likelihood: Likelihood, outputs: Tensor, targets: Tensor, *
 
 
 # -- all laws for a structure ----------------------------------------------------------------------
-
-
-class StructureUnderTest(Protocol):
-    """What :func:`check_structure` needs of a structure."""
-
-    def measure(self, network: Network, data: Iterable[WeightedFactors]) -> Any:
-        """Additive statistics of weighted data."""
-        ...
-
-    def eigenbasis(self, network: Network, statistics: Any) -> Basis:
-        """The orthonormal basis they give."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -517,7 +520,7 @@ def problems(seed: int = 0, device: torch.device | str = "cpu", dtype: torch.dty
 
 
 def check_structure(
-    structure: StructureUnderTest,
+    structure: Structure,
     *,
     tolerance: float = 1e-9,
     device: torch.device | str = "cpu",
@@ -549,9 +552,9 @@ def check_structure(
             raise AssertionError(f"{type(structure).__name__} on {problem.name!r}: {error}") from error
 
 
-def _check_problem(structure: StructureUnderTest, problem: Problem, tolerance: float) -> None:
+def _check_problem(structure: Structure, problem: Problem, tolerance: float) -> None:
     n = len(problem.data)
-    first, second = _select(problem.data, torch.arange(n // 2)), _select(problem.data, torch.arange(n // 2, n))
+    first, second = problem.data.take(torch.arange(n // 2)), problem.data.take(torch.arange(n // 2, n))
     network = Network.discover(problem.model, problem.data.inputs)
     check_statistics(structure, network, problem.data, problem.likelihood, tolerance=tolerance)
     statistics = structure.measure(network, CurvatureData(network, first, problem.likelihood))
@@ -560,24 +563,21 @@ def _check_problem(structure: StructureUnderTest, problem: Problem, tolerance: f
         check_basis(basis, tolerance=tolerance)
         check_projection(network, basis, problem.data.inputs, tolerance=tolerance)
         curvatures = check_curvatures(network, basis, second, problem.likelihood, tolerance=tolerance)
-        n_blocks = len(network.blocks)
-        per_block = torch.linspace(0.4, 2.0, n_blocks, dtype=torch.float64, device=network.device)
-        for prior, extra in (
-            (per_block[:1], {}),
-            (per_block, {"temperature": 0.7, "noise_variance": 0.3, "prior_mean": 0.2}),
-        ):
+        per_part = torch.linspace(0.4, 2.0, len(basis.parts), dtype=torch.float64, device=network.device)
+        priors: list[tuple[Tensor, dict[str, Any]]] = [
+            (per_part[:1], {}),
+            (per_part, {"temperature": 0.7, "noise_variance": 0.3, "prior_mean": 0.2}),
+        ]
+        if not any(isinstance(part, KroneckerBasis) for part in basis.parts):
+            per_parameter = torch.linspace(0.4, 2.0, basis.n_params, dtype=torch.float64, device=network.device)
+            priors.append((per_parameter, {"temperature": 0.7}))
+        for prior, extra in priors:
             posterior = Posterior(network.mean(), basis, curvatures, 50, prior, **extra)
             check_posterior(posterior, tolerance=tolerance)
             check_predictive(network, posterior, problem.data.inputs, tolerance=tolerance)
 
 
 # -- helpers ---------------------------------------------------------------------------------------
-
-
-def _select(data: WeightedData, index: Tensor) -> WeightedData:
-    return WeightedData(
-        _data.take(data.inputs, index), _data.take(data.targets, index), data.weights[index], data.indices[index]
-    )
 
 
 def _tensors(value: Any) -> list[Tensor]:

@@ -378,7 +378,7 @@ def test_a_batch_of_one_and_a_stream_of_one():
         ({"n_data": -3}, ValueError, "positive number of training data n_data, got -3"),
         ({"n_data": 0}, ValueError, "positive number of training data n_data, got 0"),
         ({"prior_precision": -1.0}, ValueError, "positive, finite prior precisions"),
-        ({"prior_precision": [1.0, 2.0]}, ValueError, "one for each of the 3 blocks"),
+        ({"prior_precision": [1.0, 2.0]}, ValueError, "one for each of the 3 parts"),
         ({"prior_precision": "strong"}, ValueError, "a number or a tensor, got 'strong'"),
         ({"temperature": 0.0}, ValueError, "temperature"),
         ({"chunk_size": 0}, ValueError, "chunk_size"),

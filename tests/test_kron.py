@@ -12,7 +12,7 @@ from torch import nn
 from debiased_laplace._checks import NonFiniteError
 from debiased_laplace.basis import Basis, KroneckerBasis
 from debiased_laplace.blocks import flatten
-from debiased_laplace.curvatures import factored_curvatures, projected_curvatures
+from debiased_laplace.curvatures import projected_curvatures
 from debiased_laplace.gradients import CurvatureData, Network
 from debiased_laplace.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood
 from debiased_laplace.sampling import WeightedData
@@ -291,12 +291,12 @@ def test_factored_curvatures_are_the_eigenvalues_of_kfac_and_add_up_to_its_trace
     basis = Kronecker().eigenbasis(network, statistics)
     matrix = dense(network, statistics)
     identity = torch.eye(network.n_params, dtype=torch.float64)
-    assert_equal(basis.lift(factored_curvatures(basis, statistics) * basis.project(identity)), matrix, EXACT)
+    assert_equal(basis.lift(statistics.curvatures(basis) * basis.project(identity)), matrix, EXACT)
     # On other data it is the diagonal of their matrix in this basis.
     _, second = measured(case.model(), other, Gaussian())
     columns = basis.lift(identity).mT
     expected = (columns * (dense(network, second) @ columns)).sum(0)
-    assert_equal(factored_curvatures(basis, second), expected, EXACT)
+    assert_equal(second.curvatures(basis), expected, EXACT)
 
 
 def test_dead_units_and_zero_statistics_have_an_orthonormal_basis():
@@ -343,7 +343,7 @@ def test_statistics_of_a_random_square_root_are_unbiased():
 
 
 def test_projections_do_not_depend_on_the_memory_they_may_take(monkeypatch):
-    from debiased_laplace import basis as module
+    from debiased_laplace import contractions as module
 
     case = ZOO["cnn"]
     data = weighted(case.inputs(6), uniform=False)

@@ -20,9 +20,9 @@ MODULES = sorted(path.relative_to(ROOT).with_suffix("") for path in ROOT.rglob("
 
 #: Data flow one way, and so do imports: a module imports from those before it alone.
 ORDER = [
-    "_checks", "_guards", "_data", "likelihoods", "sampling", "splits", "layers", "tracing", "blocks", "gradients",
-    "basis", "structures", "curvatures", "posterior", "predictive", "tuning", "fit", "testing", "laplace_torch",
-    "evaluation", "cli", "__main__",
+    "_checks", "_guards", "_data", "_store", "likelihoods", "sampling", "splits", "layers", "tracing", "blocks",
+    "gradients", "basis", "structures", "curvatures", "posterior", "predictive", "tuning", "checkpoint", "fit",
+    "testing", "laplace_torch", "evaluation", "cli", "__main__",
 ]  # fmt: skip
 
 
@@ -79,7 +79,7 @@ def test_only_the_drop_in_imports_laplace_torch_and_nothing_imports_the_tests(mo
 
 
 def test_the_core_needs_torch_and_little_else():
-    allowed = set(sys.stdlib_module_names) | {"torch", "numpy", "scipy", "tqdm", "debiased_laplace"}
+    allowed = set(sys.stdlib_module_names) | {"torch", "numpy", "scipy", "tqdm", "safetensors", "debiased_laplace"}
     for module in MODULES:
         if module.parts[0] not in ("laplace_torch", "evaluation", "cli", "__main__"):
             assert foreign_imports((ROOT / module).with_suffix(".py")) <= allowed, module

@@ -128,7 +128,7 @@ def test_standard_normals_are_the_same_for_the_same_generator():
         ({"prior_precision": torch.tensor([0.0])}, "improper along flat directions"),
         ({"prior_precision": torch.tensor([float("nan")])}, "positive, finite prior precisions"),
         ({"prior_precision": torch.tensor([])}, "positive, finite prior precisions"),
-        ({"prior_precision": torch.ones(2)}, r"one for each of the 3 blocks that coverage\(\) lists, got 2"),
+        ({"prior_precision": torch.ones(2)}, r"one for each of the 3 parts that coverage\(\) lists, .*got 2"),
         ({"prior_precision": torch.ones(1, 3)}, r"at most one dimension, got shape \(1, 3\)"),
         ({"temperature": 0.0}, "positive, finite temperature, got 0"),
         ({"temperature": float("nan")}, "positive, finite temperature"),

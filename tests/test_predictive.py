@@ -83,7 +83,7 @@ def test_predictions_in_any_grad_mode(context):
     assert_equal(samples, linearized_samples(network, posterior.mean, deviations, inputs))
 
 
-def test_the_joint_covariance_holds_the_marginal_ones_and_needs_a_complete_basis():
+def test_the_joint_covariance_holds_the_marginal_ones():
     network, posterior = example("cnn")
     inputs = ZOO["cnn"].inputs(4, seed=5)
     mean, joint = joint_covariance(network, posterior, inputs)
@@ -91,11 +91,6 @@ def test_the_joint_covariance_holds_the_marginal_ones_and_needs_a_complete_basis
     assert_equal(mean, marginal_mean.flatten(), 0.0)
     blocks = joint.unflatten(0, (4, 2)).unflatten(2, (4, 2))
     assert_equal(torch.stack([blocks[n, :, n] for n in range(4)]), marginal)
-    with pytest.raises(NotImplementedError, match=r"needs a complete basis. Use joint=False"):
-        joint_covariance(*example("cnn", complete=False), inputs)
-
-
-# -- samples ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ZOO)

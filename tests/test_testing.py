@@ -12,13 +12,15 @@ from debiased_laplace.basis import KroneckerBasis
 from debiased_laplace.gradients import CurvatureData, Network
 from debiased_laplace.likelihoods import Bernoulli, Categorical, Gaussian
 from debiased_laplace.posterior import Posterior
-from debiased_laplace.structures import Kronecker
+from debiased_laplace.structures import Diagonal, Full, Kronecker, LowRank
 from tests.tolerances import EXACT, assert_equal
 
-STRUCTURES = [Kronecker()]  # one line for each structure
+STRUCTURES = [
+    Kronecker(), Diagonal(), Full(), Full(blocks="layer"), LowRank(), LowRank(rank=4), LowRank(rank=2, blocks="layer"),
+]  # fmt: skip
 
 
-@pytest.mark.parametrize("structure", STRUCTURES, ids=lambda s: type(s).__name__)
+@pytest.mark.parametrize("structure", STRUCTURES, ids=repr)
 def test_every_law_holds(structure, device):
     testing.check_structure(structure, tolerance=EXACT, device=device)
 

@@ -13,15 +13,16 @@ Source: Martens and Grosse (arXiv 1503.05671); for convolutions Grosse and Marte
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from debiased_laplace._checks import NonFiniteError
 from debiased_laplace.basis import Basis, KroneckerBasis
-from debiased_laplace.gradients import Network, WeightedFactors
+from debiased_laplace.gradients import CurvatureData, Network
+from debiased_laplace.structures.base import Structure, eigh
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,8 @@ class KroneckerStatistics:
 
     inputs: list[Tensor]
     outputs: list[Tensor]
+
+    exact: ClassVar[bool] = False
 
     def __add__(self, other: KroneckerStatistics) -> KroneckerStatistics:
         """Statistics of both data together."""
@@ -50,9 +53,26 @@ class KroneckerStatistics:
             torch.distributed.all_reduce(tensor)
         return reduced
 
+    def curvatures(self, basis: Basis) -> Tensor:
+        r"""The factored estimate, :math:`\mathrm{diag}(Q_B^\top B Q_B) \otimes \mathrm{diag}(Q_A^\top A Q_A)`.
+
+        With the statistics that gave the basis this is classical K-FAC.
+
+        Returns:
+            ``[rank]``, a per-datum mean.
+        """
+        values = []
+        for part, a, b in zip(basis.parts, self.inputs, self.outputs, strict=True):
+            assert isinstance(part, KroneckerBasis)
+            along_inputs = torch.einsum("gij,gik,gkj->gj", part.inputs, a, part.inputs)
+            along_outputs = torch.einsum("gij,gik,gkj->gj", part.outputs, b, part.outputs)
+            # Diagonals of positive semi-definite matrices: below zero only by rounding.
+            values.append(along_outputs.clamp_min(0)[:, :, None] * along_inputs.clamp_min(0)[:, None, :])
+        return basis.join(values)
+
 
 @dataclass(frozen=True)
-class Kronecker:
+class Kronecker(Structure):
     """The K-FAC structure.
 
     Attributes:
@@ -61,7 +81,7 @@ class Kronecker:
 
     eigh_dtype: torch.dtype = torch.float64
 
-    def measure(self, network: Network, data: Iterable[WeightedFactors]) -> KroneckerStatistics:
+    def measure(self, network: Network, data: CurvatureData) -> KroneckerStatistics:
         """Statistics of weighted data, in one pass.
 
         Args:
@@ -100,21 +120,11 @@ class Kronecker:
         return Basis(network.blocks, network.shapes, parts)
 
     def _eigenvectors(self, matrices: Tensor, name: str) -> Tensor:
-        symmetric = 0.5 * (matrices + matrices.mT).to(self.eigh_dtype)
-        try:
-            vectors = torch.linalg.eigh(symmetric).eigenvectors
-        except RuntimeError:  # near-degenerate matrices fail on some devices (pytorch #94772)
-            try:
-                vectors = torch.linalg.eigh(symmetric.cpu().double()).eigenvectors
-            except RuntimeError as error:
-                raise RuntimeError(
-                    f"The eigendecomposition of the curvature of {name!r} failed in double precision on the CPU: "
-                    f"{error}"
-                ) from error
+        _, vectors = eigh(matrices.to(self.eigh_dtype), name)
         # Dead units leave entries that are noise of the decomposition. Dropping them moves a vector by less than
         # a tenth of its rounding error; kept, their products underflow and slow every contraction tenfold.
         negligible = 0.1 * torch.finfo(matrices.dtype).eps / matrices.shape[-1] ** 0.5
-        return torch.where(vectors.abs() < negligible, 0.0, vectors).flip(-1).to(matrices)
+        return torch.where(vectors.abs() < negligible, 0.0, vectors).to(matrices)
 
 
 def _weighted_gram(columns: Tensor, weights: Tensor) -> Tensor:

@@ -1,0 +1,351 @@
+"""Objects of this package in one file, and back: safetensors for the tensors, one JSON document for the rest.
+
+An object is made *plain* first: dataclasses of this package become dictionaries that name their
+class, and what is left is tensors, numbers, strings, lists, tuples and dictionaries, which
+``torch.save`` and ``torch.load(weights_only=True)`` know too. In the file every tensor has its place
+in the object as its key, and the document refers to it there.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import importlib
+import json
+import math
+import os
+import platform
+import re
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from debiased_laplace import __version__
+
+FORMAT = 1
+KEY = "debiased_laplace"  # of the document in the metadata of the safetensors file
+PREFIX = "debiased_laplace."  # of the modules whose dataclasses are stored and made again, and of no others
+DTYPES = {
+    torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.bool,
+    torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8,
+}  # fmt: skip
+MAX_LINES = 8
+_DIGEST = re.compile("[0-9a-f]{16}")
+
+
+def to_plain(value: Any, path: str = "") -> Any:
+    """Replace everything that is no tensor, number, string, list, tuple or dictionary by one that is.
+
+    Args:
+        value: A nesting of tensors, dataclasses of this package (of which the fields that ``__init__`` takes are
+            kept), containers, numbers, strings, shapes, dtypes and devices. Tensors stay, detached; NumPy's
+            numbers become Python's, and other mappings dictionaries.
+        path: Where the value is in a larger object, for errors.
+
+    Raises:
+        TypeError: If there is something else in it; the error says where.
+    """
+    if isinstance(value, np.generic):
+        value = value.item()
+    if value is None or type(value) in (bool, int, float, str):
+        return value
+    if type(value) in (list, tuple):
+        return type(value)([to_plain(item, f"{path}[{index}]") for index, item in enumerate(value)])
+    if isinstance(value, torch.Size):
+        return {"__size__": list(value)}
+    if isinstance(value, torch.dtype):
+        return {"__dtype__": str(value).removeprefix("torch.")}
+    if isinstance(value, torch.device):
+        return {"__device__": str(value)}
+    if isinstance(value, Mapping) and all(type(key) in (str, int) for key in value):
+        items = {key: to_plain(item, f"{path}[{key!r}]") for key, item in value.items()}
+        simple = all(isinstance(key, str) and not key.startswith("__") for key in items)
+        return items if simple else {"__dict__": [[key, item] for key, item in items.items()]}
+    if isinstance(value, Tensor):
+        tensor = value.detach().resolve_neg()
+        if type(tensor) is Tensor and tensor.layout == torch.strided and tensor.dtype in DTYPES and not tensor.is_meta:
+            return tensor
+        raise TypeError(
+            f"Expected a dense tensor of real numbers at {path or 'the top'}, got {type(tensor).__name__} of "
+            f"{tensor.dtype} and {tensor.layout} on {tensor.device}. Store something dense and real instead."
+        )
+    name = f"{type(value).__module__}:{type(value).__qualname__}"
+    if _class(name) is type(value):
+        fields = [field.name for field in dataclasses.fields(value) if field.init]
+        return {"__class__": name, **{f: to_plain(getattr(value, f), f"{path}.{f}".lstrip(".")) for f in fields}}
+    kind = f"{type(value).__name__} with the keys {list(value)}" if isinstance(value, Mapping) else name
+    raise TypeError(
+        f"Expected tensors, numbers, strings, dataclasses of this package, and lists, tuples and dictionaries (with "
+        f"keys that are strings or integers) of them, got {kind} at {path or 'the top'}. Leave it out, or convert it."
+    )
+
+
+def from_plain(plain: Any) -> Any:
+    """Inverse of :func:`to_plain`; makes dataclasses of this package and nothing else.
+
+    Raises:
+        ValueError: If a class is unknown, or its fields are not those of this version.
+    """
+    if type(plain) in (list, tuple):
+        return type(plain)([from_plain(item) for item in plain])
+    if not isinstance(plain, Mapping):
+        return plain
+    tags = [key for key in plain if isinstance(key, str) and key.startswith("__")]
+    if not tags:
+        return {key: from_plain(item) for key, item in plain.items()}
+    if tags == ["__class__"]:
+        return _construct(plain["__class__"], {key: item for key, item in plain.items() if key != "__class__"})
+    if tags[0] not in _TAGS or len(plain) > 1:
+        raise ValueError(f"Expected one of {['__class__', *_TAGS]}, got {tags}. {_OTHER_VERSION}")
+    return _TAGS[tags[0]](plain[tags[0]])
+
+
+_OTHER_VERSION = "The file may be from another version of debiased-laplace: read it with that one, or make it again."
+_TAGS: dict[str, Callable[[Any], Any]] = {
+    "__size__": torch.Size,
+    "__dtype__": lambda name: torch.empty(0, dtype=getattr(torch, name)).dtype,
+    "__device__": torch.device,
+    "__dict__": lambda items: {key: from_plain(item) for key, item in items},
+}
+
+
+def _class(name: str) -> Any:
+    """The dataclass with the name ``module:Class``, or None if this package has none."""
+    module, _, qualname = name.partition(":")
+    if not module.startswith(PREFIX) or "__" in module:
+        return None
+    try:
+        found: Any = importlib.import_module(module)
+    except ImportError:
+        return None
+    for part in qualname.split("."):
+        found = vars(found).get(part)
+        if not isinstance(found, type) or found.__module__ != module:
+            return None
+    return found if dataclasses.is_dataclass(found) else None
+
+
+def _construct(name: str, values: dict[str, Any]) -> Any:
+    kind = _class(name)
+    if kind is None:
+        raise ValueError(f"Expected a dataclass of this package, got {name!r}, which is none. {_OTHER_VERSION}")
+    fields = [field.name for field in dataclasses.fields(kind) if field.init]
+    if set(fields) != set(values):
+        raise ValueError(
+            f"Expected the fields {fields} for {name!r}, got {list(values)}: missing "
+            f"{[f for f in fields if f not in values]}, unknown {[f for f in values if f not in fields]}. "
+            f"{_OTHER_VERSION}"
+        )
+    return kind(**{field: from_plain(value) for field, value in values.items()})
+
+
+def target(path: str | Path) -> Path:
+    """Where a file of that name is written: behind links, in a directory that exists.
+
+    Raises:
+        FileNotFoundError: If the directory does not exist.
+    """
+    resolved = Path(path).resolve()
+    if not resolved.parent.is_dir():
+        raise FileNotFoundError(f"Expected a directory for {path}, got none at {resolved.parent}. Make it first.")
+    return resolved
+
+
+def write(path: str | Path, value: Any, header: Mapping[str, Any]) -> None:
+    """Write an object and a header, all or nothing: the file has the earlier content until the new is complete.
+
+    Args:
+        path: The file.
+        value: What :func:`to_plain` takes. A tensor that occurs several times is stored once; views are stored in
+            full, without the rest of their memory.
+        header: The same without tensors, for :func:`read_header`.
+    """
+    place, packing = target(path), _Packing()
+    plain_value, plain_header = to_plain(value), to_plain(header)
+    document = {"format": FORMAT, "header": packing.pack(plain_header, ""), "value": None}
+    if packing.tensors:
+        raise TypeError(f"Expected a header without tensors, got {list(packing.tensors)}. Put them in the value.")
+    document["value"] = packing.pack(plain_value, "")
+    text = json.dumps(document, allow_nan=False)
+    temporary = place.with_name(f".{place.name}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        temporary.touch()
+        mode = temporary.stat().st_mode  # as the user's umask wants it; safetensors makes files private
+        save_file(packing.tensors, temporary, metadata={KEY: text})
+        temporary.chmod(mode)
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, place)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def read(path: str | Path, device: torch.device | str | None = None) -> tuple[Any, dict[str, Any]]:
+    """The object and the header of a file.
+
+    Args:
+        path: The file.
+        device: Where to put the tensors; by default each where it was.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is no file of this package, is damaged, or is from another version.
+    """
+    with _opened(path) as (handle, text):
+        tensors: dict[str, Tensor] = {}
+
+        def load(reference: dict[str, Any]) -> Tensor:
+            key = reference["__tensor__"]
+            if key not in tensors:
+                tensors[key] = _place(handle.get_tensor(key), reference, device)
+            return tensors[key]
+
+        document = json.loads(text, object_hook=lambda packed: _unpack(packed, load))
+    return from_plain(document["value"]), from_plain(document["header"])
+
+
+def read_header(path: str | Path) -> dict[str, Any]:
+    """The header of a file, without reading the tensors; raises as :func:`read` does."""
+    with _opened(path) as (_, text):
+        return from_plain(json.loads(text, object_hook=_unpack)["header"])
+
+
+@contextmanager
+def _opened(path: str | Path) -> Iterator[tuple[Any, str]]:
+    """The open file and its document, of a format that is known."""
+    expected = f"Expected a file of debiased-laplace, got {path},"
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{expected} where there is no file. Check the path.")
+    try:
+        handle = safetensors.safe_open(path, framework="pt")
+    except safetensors.SafetensorError as error:
+        with Path(path).open("rb") as file:
+            if file.read(9)[8:] != b"{":  # where a safetensors file has its header
+                raise ValueError(f"{expected} which is no safetensors file ({error}). Check the path.") from error
+        raise ValueError(
+            f"{expected} which is damaged, perhaps cut short ({error}). Copy it again, or delete it and start over."
+        ) from error
+    with handle:
+        text = (handle.metadata() or {}).get(KEY)
+        if text is None:
+            raise ValueError(f"{expected} a safetensors file that something else wrote. Check the path.")
+        form = json.loads(text)["format"]
+        if form > FORMAT:
+            raise ValueError(
+                f"{expected} of format {form}, and this version knows {FORMAT}: the file was written by a newer "
+                "version; upgrade debiased-laplace."
+            )
+        yield handle, text
+
+
+class _Packing:
+    """Plain values as JSON, with the tensors put aside under the names of their places."""
+
+    def __init__(self) -> None:
+        self.tensors: dict[str, Tensor] = {}
+        self._keys: dict[Any, str] = {}
+        self._memory: set[int] = set()
+
+    def pack(self, plain: Any, path: str) -> Any:
+        if isinstance(plain, Tensor):
+            return self._refer(plain, path or "value")
+        if isinstance(plain, float) and not math.isfinite(plain):
+            return {"__float__": repr(plain)}
+        if isinstance(plain, tuple):
+            return {"__tuple__": self.pack(list(plain), path)}
+        if isinstance(plain, list):
+            return [self.pack(item, f"{path}.{index}".lstrip(".")) for index, item in enumerate(plain)]
+        if isinstance(plain, dict):
+            return {key: self.pack(item, f"{path}.{key}".lstrip(".")) for key, item in plain.items()}
+        return plain
+
+    def _refer(self, tensor: Tensor, key: str) -> dict[str, Any]:
+        identity = (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
+        if identity not in self._keys:
+            while key in self.tensors:  # names with dots in them
+                key += "_"
+            stored = tensor.cpu().contiguous()
+            memory = stored.untyped_storage().data_ptr()
+            self.tensors[key] = stored.clone() if memory in self._memory else stored
+            self._memory.add(memory)
+            self._keys[identity] = key
+        # The layout is kept too: products of matrices depend on it in their last digits.
+        strides = torch.empty_like(tensor, device="meta").stride()
+        return {"__tensor__": self._keys[identity], "device": str(tensor.device), "strides": list(strides)}
+
+
+def _unpack(packed: dict[str, Any], load: Callable[[dict[str, Any]], Tensor] | None = None) -> Any:
+    """Inverse of packing one dictionary, for :func:`json.loads`."""
+    if "__tensor__" in packed:
+        return load(packed) if load else packed
+    if "__tuple__" in packed:
+        return tuple(packed["__tuple__"])
+    return float(packed["__float__"]) if "__float__" in packed else packed
+
+
+def _place(tensor: Tensor, reference: dict[str, Any], device: torch.device | str | None) -> Tensor:
+    """A copy in memory of its own, so that the file can be replaced on any system."""
+    device = reference["device"] if device is None else device
+    try:
+        empty = torch.empty_strided(tensor.shape, reference["strides"], dtype=tensor.dtype, device=device)
+        return empty.copy_(tensor)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(
+            f"Expected to put {reference['__tensor__']!r} on the device {device}, got: {error}. "
+            "Give another, such as device='cpu'."
+        ) from error
+
+
+def fingerprint(parameters: Mapping[str, Tensor]) -> dict[str, str]:
+    """Sixteen hexadecimal digits for every tensor: SHA-256 of its dtype, its shape and its bytes."""
+    digests = {}
+    for name, tensor in parameters.items():
+        digest = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)} ".encode())
+        own = tensor.detach().cpu().resolve_neg().contiguous()
+        digest.update(own.as_strided((own.numel(),), (1,)).view(torch.uint8).numpy().data)
+        digests[name] = digest.hexdigest()[:16]
+    return digests
+
+
+def differences(expected: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]:
+    """What differs between two nested mappings, a line for each difference, eight at most.
+
+    Values are compared as numbers are (1 equals 1.0, and NaN equals NaN). Fingerprints are only said to differ.
+    """
+    lines = list(dict.fromkeys(_differences(expected, found, "")))
+    rest = len(lines) - MAX_LINES
+    return lines if rest <= 0 else [*lines[:MAX_LINES], f"and {rest} more"]
+
+
+def _differences(expected: Mapping[str, Any], found: Mapping[str, Any], group: str) -> Iterator[str]:
+    for name in {**expected, **found}:
+        if name not in found or name not in expected:
+            yield f"{name!r} is {'missing' if name in expected else 'not expected'}"
+            continue
+        one, other = expected[name], found[name]
+        where = f"{group} of {name!r}" if group in ("shape", "dtype") else f"{group}.{name}".lstrip(".")
+        if isinstance(one, Mapping) and isinstance(other, Mapping):
+            yield from _differences(one, other, where)
+        elif one != other and repr(one) != repr(other):
+            digests = _DIGEST.fullmatch(str(one)) and _DIGEST.fullmatch(str(other))
+            yield f"{group or 'weights'} of {name!r} differ" if digests else f"{where}: {one!r} expected, got {other!r}"
+
+
+def versions() -> dict[str, str]:
+    """Versions of what a result may depend on."""
+    return {
+        "debiased_laplace": __version__,
+        "torch": str(torch.__version__),
+        "python": platform.python_version(),
+        "numpy": np.__version__,
+        "safetensors": safetensors.__version__,
+    }

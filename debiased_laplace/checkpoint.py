@@ -1,0 +1,202 @@
+"""A long computation that can be stopped at any time and continued with the same result.
+
+What is complete is kept in one file, and a second run with the same settings takes it from there:
+
+    progress = Progress("fit.progress", {"seed": 0, "weights": fingerprint(parameters)})
+    if progress.completed is None:
+        data = progress.once("data", draw)
+        total = progress.accumulate("statistics", data, measure)
+        progress.complete(finish(total))
+    result = progress.completed
+
+The result is bitwise that of an uninterrupted run if every piece depends on its own arguments alone:
+a step that draws random numbers needs a generator of its own, since kept steps do not run again.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from debiased_laplace import _store
+
+__all__ = ["Progress"]
+
+T = TypeVar("T")
+X = TypeVar("X")
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Sum:
+    """A sum of which the first ``n_done`` of ``n_steps`` terms are in ``total``."""
+
+    n_done: int
+    n_steps: int
+    total: Any
+
+
+class Progress:
+    """What is complete of a computation, in memory and in a file.
+
+    Kept values must not be changed in place, since they are written again with what follows.
+    """
+
+    def __init__(self, path: str | Path | None, settings: dict[str, Any], *, interval: float = 30.0) -> None:
+        """Start, or continue from the file if there is one.
+
+        Args:
+            path: The file; None keeps nothing, and everything runs as if it were not here.
+            settings: All that the result depends on, without tensors (which
+                :func:`~debiased_laplace._store.fingerprint` stands for). Those of the file must be equal.
+            interval: Seconds that pass at least between two writes in the middle of a sum.
+
+        Raises:
+            ValueError: If the file holds something else, or progress with other settings; it is left as it is.
+            FileNotFoundError: If the directory does not exist.
+        """
+        self._path = None if path is None else _store.target(path)
+        self._interval = interval
+        self._results: dict[str, Any] = {}
+        self._sums: dict[str, Sum] = {}
+        self._completed: Any = None
+        self._is_complete = False
+        self._used: set[str] = set()
+        self._inside = ""  # the pieces within which new ones are kept at present
+        self._written = time.monotonic()
+        self._pending = False  # whether there is more than was written
+        if self._path is not None:
+            self._settings = _store.to_plain(settings)
+            if self._path.exists():
+                self._continue(self._path)
+
+    def _continue(self, path: Path) -> None:
+        header = _store.read_header(path)
+        if header.get("kind") != "progress":
+            raise ValueError(
+                f"Expected {path} to hold the progress of a computation, got {header.get('kind', 'something else')}. "
+                "Give another path; the file is left as it is."
+            )
+        lines = _store.differences(self._settings, header["settings"])
+        if lines:
+            raise ValueError(
+                f"Expected {path} to hold progress with the settings of this run, got others: {'; '.join(lines)}. "
+                "Delete the file, or give another path."
+            )
+        changed = _store.differences(_store.versions(), header["versions"])
+        if changed:
+            logger.warning("The progress in %s was made with other versions: %s.", path, "; ".join(changed))
+        kept, _ = _store.read(path)
+        self._results, self._sums = kept["results"], kept["sums"]
+        self._is_complete, self._completed = header["complete"], kept["completed"]
+
+    def once(self, name: str, compute: Callable[[], T]) -> T:
+        """The result of a computation, kept when it is complete.
+
+        Args:
+            name: What it is called in the file; no other piece may have the name.
+            compute: Called unless its result is kept already. Pieces that it keeps itself are dropped with its
+                end, since only its result is needed from then on.
+        """
+        name = self._claim(name, self._sums)
+        if name in self._results:
+            return self._results[name]
+        outer, self._inside = self._inside, f"{name} > "
+        try:
+            result = compute()
+        except BaseException:
+            self._used.clear()  # whoever tries again asks for all pieces again
+            raise
+        finally:
+            inside, self._inside = self._inside, outer
+        if self._path is not None:
+            _store.to_plain(result, name)  # fails before it could spoil what is written
+            self._results = {key: value for key, value in self._results.items() if not key.startswith(inside)}
+            self._sums = {key: value for key, value in self._sums.items() if not key.startswith(inside)}
+            self._results[name] = result
+            self._write()
+        return result
+
+    def accumulate(self, name: str, steps: Sequence[X], step: Callable[[X], T]) -> T:
+        """The sum ``step(steps[0]) + step(steps[1]) + ...`` from left to right, kept as it grows.
+
+        It is written at the end, after a step if ``interval`` seconds have passed since the last write, and before
+        an exception or an interrupt leaves; a process that is killed loses what came after the last write.
+
+        Args:
+            name: What it is called in the file; no other piece may have the name.
+            steps: At least one, and as many as when the file was written.
+            step: Gives a tensor, a number, or a dataclass of this package with ``+``.
+        """
+        name = self._claim(name, self._results)
+        current = self._sums.get(name, Sum(0, len(steps), None))
+        if current.n_steps != len(steps) or not steps:
+            raise ValueError(
+                f"Expected {current.n_steps or 'one or more'} steps for {name!r}, got {len(steps)}. Let the settings "
+                "hold all that the steps depend on; delete the file to start over."
+            )
+        try:
+            for index in range(current.n_done, len(steps)):
+                value: Any = step(steps[index])
+                total = current.total + value if index else value
+                current = Sum(index + 1, len(steps), total)
+                if self._path is None:
+                    continue
+                _store.to_plain(total, name)  # fails at the first step, and before it could spoil what is written
+                self._sums[name], self._pending = current, True
+                if index + 1 == len(steps) or time.monotonic() - self._written >= self._interval:
+                    self._write()
+        except BaseException:
+            self._used.clear()
+            if self._pending:
+                self._write()
+            raise
+        return current.total
+
+    def complete(self, value: T) -> T:
+        """Replace all pieces by the final value, which the file holds from now on; returns it."""
+        if self._path is not None:
+            _store.to_plain(value, "the final value")
+        self._completed, self._is_complete = value, True
+        self._results, self._sums = {}, {}
+        self._write()
+        return value
+
+    def finish(self) -> None:
+        """Remove the file and all pieces, for a result that need not be kept here."""
+        self._results, self._sums, self._pending = {}, {}, False
+        if self._path is not None:
+            self._path.unlink(missing_ok=True)
+
+    @property
+    def completed(self) -> Any:
+        """The final value, or None as long as there is none."""
+        return self._completed
+
+    def _claim(self, name: str, others: dict[str, Any]) -> str:
+        if self._is_complete:
+            raise RuntimeError(f"Expected no more pieces of a complete computation, got {name!r}. Use `completed`.")
+        name = self._inside + name
+        if name in self._used or name in others:
+            raise ValueError(f"Expected a name of its own for every piece, got {name!r} twice. Number them.")
+        self._used.add(name)
+        return name
+
+    def _write(self) -> None:
+        if self._path is None:
+            return
+        header = {
+            "kind": "progress",
+            "complete": self._is_complete,
+            "settings": self._settings,
+            "versions": _store.versions(),
+        }
+        kept = {"results": self._results, "sums": self._sums, "completed": self._completed}
+        _store.write(self._path, kept, header)
+        self._pending = False
+        self._written = time.monotonic()  # after the write, so that a slow disk does not write all the time

@@ -1,0 +1,107 @@
+"""What a structure is, and what several of them need."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import Tensor
+
+from debiased_laplace.basis import Basis
+from debiased_laplace.gradients import CurvatureData, Network
+
+
+class Statistics(Protocol):
+    """Additive statistics of weighted data; sums over data, so that weights of one mean sum to one over all parts."""
+
+    #: Whether :meth:`curvatures` is equation (2) itself, and not a further approximation of it.
+    exact: ClassVar[bool]
+
+    def __add__(self, other: Any) -> Any:
+        """Statistics of both data together."""
+        ...
+
+    def all_reduce(self) -> Any:
+        """Sum over the processes of ``torch.distributed``; each process weighs its data for all of them."""
+        ...
+
+    def curvatures(self, basis: Basis) -> Tensor:
+        """Curvatures along the directions of a basis of the same structure, ``[rank]``, a per-datum mean."""
+        ...
+
+
+class Structure(ABC):
+    """Turns statistics of data into directions. A new structure implements the two methods."""
+
+    #: Whether the directions depend on data at all. If not, there is no bias, and splitting only discards data.
+    data_dependent: ClassVar[bool] = True
+
+    @property
+    def projects(self) -> bool:
+        """Whether equation (2) measures its curvatures; otherwise its statistics always do."""
+        return True
+
+    @abstractmethod
+    def measure(self, network: Network, data: CurvatureData) -> Any:
+        """Statistics of weighted data, in one pass."""
+
+    @abstractmethod
+    def eigenbasis(self, network: Network, statistics: Any) -> Basis:
+        """The orthonormal directions they give, by descending curvature where there is an order."""
+
+
+def eigh(matrices: Tensor, name: str) -> tuple[Tensor, Tensor]:
+    """Eigenvalues and eigenvectors of symmetric matrices ``[..., P, P]``, largest first.
+
+    Raises:
+        RuntimeError: If the decomposition fails also in double precision on the CPU.
+    """
+    symmetric = 0.5 * (matrices + matrices.mT)
+    try:
+        values, vectors = torch.linalg.eigh(symmetric)
+    except RuntimeError:  # near-degenerate matrices fail on some devices (pytorch #94772)
+        try:
+            values, vectors = torch.linalg.eigh(symmetric.cpu().double())
+        except RuntimeError as error:
+            raise RuntimeError(
+                f"The eigendecomposition of the curvature of {name!r} failed in double precision on the CPU: {error}"
+            ) from error
+    return values.flip(-1).to(matrices), vectors.flip(-1).to(matrices)
+
+
+def group_blocks(network: Network, blocks: str | Sequence[Sequence[str]] | None) -> list[tuple[int, ...]]:
+    """Which blocks share one dense part.
+
+    Args:
+        network: The model with its blocks.
+        blocks: None for all of them, ``"layer"`` for one part for each block, or groups of patterns
+            (:mod:`fnmatch`) of parameter names.
+
+    Raises:
+        ValueError: If a parameter is in no group or in several, or a group cuts a block in two.
+    """
+    if blocks is None:
+        return [tuple(range(len(network.blocks)))]
+    if blocks == "layer":
+        return [(index,) for index in range(len(network.blocks))]
+    if isinstance(blocks, str):
+        raise ValueError(f'Expected blocks to be None, "layer" or lists of patterns of parameter names, got {blocks!r}.')
+    groups: list[list[int]] = [[] for _ in blocks]
+    for index, block in enumerate(network.blocks):
+        found = {
+            tuple(i for i, patterns in enumerate(blocks) if any(fnmatchcase(name, pattern) for pattern in patterns))
+            for name in block.parameters
+        }
+        (own,) = found if len(found) == 1 else ((),)
+        if len(own) != 1:
+            raise ValueError(
+                f"Expected the parameters {list(block.parameters)}, which share a curvature block, in exactly one group "
+                f"of blocks={[list(patterns) for patterns in blocks]}. Give patterns that cover every parameter once."
+            )
+        groups[own[0]].append(index)
+    if not all(groups):
+        raise ValueError(f"Expected every group of blocks to match a parameter, got {list(blocks)}.")
+    return [tuple(group) for group in groups]

@@ -1,0 +1,197 @@
+r"""ViViT: the leading eigenvectors of the curvature, through its Gram matrix.
+
+With the columns of V the weighted vectors :math:`\sqrt{w_n} J_n^\top s_{nv}`, the curvature is
+:math:`G = V V^\top` and the Gram matrix :math:`V^\top V`, ``[N V, N V]``, has the same eigenvalues except
+for zeros. From its eigenvectors :math:`\tilde e_k`, :math:`e_k = V \tilde e_k / \sqrt{\lambda_k}`.
+V itself, ``[D, N V]``, is never held: its columns stay gradient factors of every block, or are formed where that
+takes less memory, and the Gram matrix is summed block after block.
+
+Source: Dangel, Tatzel, Hennig (arXiv 2106.02624), section 3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import scipy.sparse.linalg
+import torch
+from torch import Tensor
+
+from debiased_laplace import _checks
+from debiased_laplace.basis import Basis, DenseBasis
+from debiased_laplace.contractions import Gradients
+from debiased_laplace.gradients import CurvatureData, Network
+from debiased_laplace.structures.base import Structure, eigh, group_blocks
+
+#: Size above which a few eigenpairs come from Lanczos' method instead of a whole decomposition (on the CPU).
+LANCZOS_SIZE = 1000
+
+
+@dataclass(frozen=True)
+class LowRankStatistics:
+    """The columns of V, as factors.
+
+    Memory: for each datum and block the smaller of ``S (V O + I)`` numbers (the factors) and ``V O I``.
+
+    Attributes:
+        columns: For every block, chunks of data with their gradients.
+        groups: Positions of the blocks that share directions.
+    """
+
+    columns: list[list[Gradients]]
+    groups: list[tuple[int, ...]]
+
+    exact: ClassVar[bool] = True
+
+    def __add__(self, other: LowRankStatistics) -> LowRankStatistics:
+        """Statistics of both data together: the columns of both."""
+        return LowRankStatistics([a + b for a, b in zip(self.columns, other.columns, strict=True)], self.groups)
+
+    def all_reduce(self) -> LowRankStatistics:
+        """The columns of all processes of ``torch.distributed``; each process weighs its data for all of them."""
+        gathered: list[LowRankStatistics | None] = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(gathered, self)
+        first, *others = [statistics for statistics in gathered if statistics is not None]
+        for other in others:
+            first = first + other
+        return first
+
+    def gram(self, group: tuple[int, ...] | None = None) -> Tensor:
+        """Gram matrix of some blocks (all by default), ``[N V, N V]``, float64."""
+        blocks = group if group is not None else range(len(self.columns))
+        total: Tensor | None = None
+        for index in blocks:
+            own = Gradients.gram(self.columns[index]).double()
+            total = own if total is None else total.add_(own)
+        assert total is not None
+        return total
+
+    def combine(self, index: int, coefficients: Tensor) -> Tensor:
+        """Combinations of the columns in one block, ``[k, N V] -> [k, G * O * I]``, float64."""
+        total: Tensor | None = None
+        start = 0
+        for own in self.columns[index]:
+            n, n_vectors = len(own.inputs), own.vectors.shape[2]
+            c = coefficients[:, start : start + n * n_vectors].unflatten(1, (n, n_vectors))
+            part = own.combine(c.to(own.inputs)).double().flatten(1)
+            total = part if total is None else total.add_(part)
+            start += n * n_vectors
+        assert total is not None
+        return total
+
+    def project(self, basis: Basis) -> list[Tensor]:
+        r""":math:`U_p^\top V` for every part, ``[N V, rank]``."""
+        projected = []
+        for part, group in zip(basis.parts, self.groups, strict=True):
+            assert isinstance(part, DenseBasis)
+            chunks = zip(*[self.columns[i] for i in group], strict=True)
+            rows = [
+                part.project_gradients([own.inputs for own in chunk], [own.vectors for own in chunk]).rows()
+                for chunk in chunks
+            ]
+            projected.append(torch.cat([r.flatten(0, 1) for r in rows]))
+        return projected
+
+    def curvatures(self, basis: Basis) -> Tensor:
+        r""":math:`\mathrm{diag}(U^\top V V^\top U)`, ``[rank]``."""
+        return torch.cat([rows.square().sum(0) for rows in self.project(basis)])
+
+
+@dataclass(frozen=True)
+class LowRank(Structure):
+    """The low-rank structure.
+
+    Time: with n directions' data and V vectors, the Gram matrix of every block, and the eigenvectors of an
+    ``n V`` matrix. ``mc_samples=1`` makes it V times smaller; ``TwoBatch(folds=8, directions=1)`` chooses the
+    directions from an eighth of the data and measures the curvature on the rest (curvature sub-sampling).
+
+    Attributes:
+        rank: Number of directions of every part, or the fraction, in (0, 1), of the trace of the *first* data's
+            curvature that they have to explain.
+        blocks: None for directions across all layers, which see the curvature between layers; ``"layer"`` for
+            directions of every block on its own; or groups of patterns of parameter names.
+    """
+
+    rank: int | float = 20
+    blocks: str | Sequence[Sequence[str]] | None = None
+
+    def __post_init__(self) -> None:
+        whole = isinstance(self.rank, int) and not isinstance(self.rank, bool) and self.rank >= 1
+        if not whole and not (isinstance(self.rank, float) and 0 < self.rank < 1):
+            raise ValueError(
+                f"Expected rank to be a positive number of directions, or a fraction of the trace in (0, 1), got "
+                f"{self.rank!r}."
+            )
+
+    def measure(self, network: Network, data: CurvatureData) -> LowRankStatistics:
+        """The columns of V, in one pass."""
+        columns: list[list[Gradients]] = [[] for _ in network.blocks]
+        for chunk in data:
+            vectors = chunk.factors.backpropagate_all(chunk.vectors)
+            for index, block in enumerate(network.blocks):
+                g = vectors[index]
+                vectors[index] = g.new_empty(0)
+                columns[index].append(Gradients(chunk.factors.inputs(block), g).compact())
+        return LowRankStatistics(columns, group_blocks(network, self.blocks))
+
+    def eigenbasis(self, network: Network, statistics: LowRankStatistics) -> Basis:
+        """The leading eigenvectors of every part, by descending eigenvalues; fewer if the curvature has lower rank."""
+        parts = []
+        for group in statistics.groups:
+            name = ", ".join(network.blocks[i].name for i in group)
+            gram = statistics.gram(group)
+            _checks.finite(gram, f"the curvature of {name}", "Look for NaN in the data, or for an overflow.")
+            values, vectors = leading_eigenpairs(gram, self.rank, name, torch.finfo(network.dtype).eps)
+            parts.append(DenseBasis(lift_eigenvectors(network, statistics, group, values, vectors)))
+        return Basis(network.blocks, network.shapes, parts, statistics.groups)
+
+
+def leading_eigenpairs(gram: Tensor, rank: int | float, name: str, precision: float) -> tuple[Tensor, Tensor]:
+    """Largest eigenvalues ``[K]`` and eigenvectors ``[n, K]`` of a Gram matrix, without those that are rounding.
+
+    Args:
+        gram: ``[n, n]``, float64.
+        rank: K, or a fraction of the trace.
+        name: For errors.
+        precision: Relative precision of the entries of the matrix.
+    """
+    size = len(gram)
+    if isinstance(rank, int) and size > LANCZOS_SIZE and rank <= size // 10 and gram.device.type == "cpu":
+        start = torch.linspace(1, 2, size, dtype=torch.float64).numpy()
+        found_values, found = scipy.sparse.linalg.eigsh(gram.numpy(), k=rank, which="LA", v0=start)
+        values, vectors = torch.from_numpy(found_values).flip(0), torch.from_numpy(found).flip(1)
+    else:
+        values, vectors = eigh(gram, name)
+    largest = float(values[0])
+    if largest <= 0:
+        raise ValueError(
+            f"The curvature of {name} is zero on the data that choose the directions, so there are none. "
+            "Give more data."
+        )
+    keep = values > size * precision * largest
+    if isinstance(rank, int):
+        keep[rank:] = False
+    else:
+        explained = values.cumsum(0) / gram.trace()
+        keep[int((explained < rank).sum()) + 1 :] = False
+    return values[keep], vectors[:, keep]
+
+
+def lift_eigenvectors(
+    network: Network, statistics: LowRankStatistics, group: tuple[int, ...], values: Tensor, vectors: Tensor
+) -> tuple[Tensor, ...]:
+    r""":math:`e_k = V \tilde e_k / \sqrt{\lambda_k}` for every block of a group, ``[K, G, O, I]``, orthonormal in float64.
+
+    The Gram matrix has the precision of the factors; what it lacks in orthogonality, a QR decomposition repairs.
+    """
+    columns = [statistics.combine(index, (vectors / values.sqrt()).mT) for index in group]
+    orthonormal, triangular = torch.linalg.qr(torch.cat(columns, 1).mT)
+    orthonormal = orthonormal * triangular.diagonal().sign()
+    split = orthonormal.mT.split([own.shape[1] for own in columns], 1)
+    blocks = [network.blocks[index] for index in group]
+    return tuple(
+        own.unflatten(1, (block.groups, block.outputs, block.inputs)).contiguous()
+        for own, block in zip(split, blocks, strict=True)
+    )
