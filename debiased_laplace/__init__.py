@@ -14,8 +14,9 @@ if TYPE_CHECKING:
     from debiased_laplace.likelihoods import Bernoulli, Categorical, Gaussian
     from debiased_laplace.posterior import Posterior
     from debiased_laplace.sampling import UniformSampler
+    from debiased_laplace.spectrum import GGN, directional_derivatives
     from debiased_laplace.splits import Single, TwoBatch
-    from debiased_laplace.structures import Kronecker
+    from debiased_laplace.structures import Diagonal, Full, Kronecker, LowRank
 
 __version__ = "0.1.0"
 
@@ -29,20 +30,30 @@ _HOMES = {
     "UniformSampler": "sampling",
     "Single": "splits",
     "TwoBatch": "splits",
+    "Diagonal": "structures",
+    "Full": "structures",
     "Kronecker": "structures",
+    "LowRank": "structures",
+    "GGN": "spectrum",
+    "directional_derivatives": "spectrum",
 }
 
 __all__ = [
+    "GGN",
     "Bernoulli",
     "Categorical",
     "DebiasedLaplace",
+    "Diagonal",
     "Fit",
+    "Full",
     "Gaussian",
     "Kronecker",
+    "LowRank",
     "Posterior",
     "Single",
     "TwoBatch",
     "UniformSampler",
+    "directional_derivatives",
 ]
 
 

@@ -169,11 +169,8 @@ def write(path: str | Path, value: Any, header: Mapping[str, Any]) -> None:
         header: The same without tensors, for :func:`read_header`.
     """
     place, packing = target(path), _Packing()
-    plain_value, plain_header = to_plain(value), to_plain(header)
-    document = {"format": FORMAT, "header": packing.pack(plain_header, ""), "value": None}
-    if packing.tensors:
-        raise TypeError(f"Expected a header without tensors, got {list(packing.tensors)}. Put them in the value.")
-    document["value"] = packing.pack(plain_value, "")
+    plain = to_plain(value)  # held until the end, since packing knows tensors by their memory
+    document = {"format": FORMAT, "header": pack_header(header), "value": packing.pack(plain, "")}
     text = json.dumps(document, allow_nan=False)
     temporary = place.with_name(f".{place.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
@@ -187,6 +184,15 @@ def write(path: str | Path, value: Any, header: Mapping[str, Any]) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def pack_header(header: Mapping[str, Any]) -> Any:
+    """A header as JSON, or a ``TypeError`` that says where there is something else in it."""
+    packing = _Packing()
+    packed = packing.pack(to_plain(header), "")
+    if packing.tensors:
+        raise TypeError(f"Expected a header without tensors, got {list(packing.tensors)}. Give their fingerprints.")
+    return packed
 
 
 def read(path: str | Path, device: torch.device | str | None = None) -> tuple[Any, dict[str, Any]]:

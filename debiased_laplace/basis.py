@@ -208,13 +208,13 @@ class DenseBasis(Part):
         return self.columns[0].dtype
 
     def project(self, matrices: Sequence[Tensor]) -> Tensor:
-        total = [m.to(self.dtype).flatten(-3) @ own.flatten(1).mT for m, own in zip(matrices, self.columns, strict=True)]
+        total = [
+            m.to(self.dtype).flatten(-3) @ own.flatten(1).mT for m, own in zip(matrices, self.columns, strict=True)
+        ]
         return torch.stack(total).sum(0)
 
     def lift(self, coefficients: Tensor) -> list[Tensor]:
-        return [
-            (coefficients.to(self.dtype) @ own.flatten(1)).unflatten(-1, own.shape[1:]) for own in self.columns
-        ]
+        return [(coefficients.to(self.dtype) @ own.flatten(1)).unflatten(-1, own.shape[1:]) for own in self.columns]
 
     def project_gradients(
         self, inputs: Sequence[Tensor], vectors: Sequence[Tensor], *, unit: bool = False
@@ -360,9 +360,7 @@ class Basis:
     def is_constant(self, values: Tensor) -> list[bool]:
         """For every part, whether values ``[D]`` are the same for all of its parameters."""
         matrices = self.matrices(values)
-        return [
-            all(bool((matrices[i] == matrices[own[0]].flatten()[0]).all()) for i in own) for own in self.members
-        ]
+        return [all(bool((matrices[i] == matrices[own[0]].flatten()[0]).all()) for i in own) for own in self.members]
 
     def _column_values(self, values: Tensor) -> Tensor:
         matrices = self.matrices(values)
@@ -374,8 +372,8 @@ class Basis:
             if not constant:
                 names = [name for i in own for name in self.blocks[i].parameters]
                 raise ValueError(
-                    f"Expected one prior precision for all of {names}, whose directions mix them, got several. Give one "
-                    "for each line of coverage(), or use a diagonal structure."
+                    f"Expected one prior precision for all of {names}, whose directions mix them, got several. Give "
+                    "one for each line of coverage(), or use a diagonal structure."
                 )
             columns.append(matrices[own[0]].flatten()[0].expand(part.shape))
         return self.join(columns)

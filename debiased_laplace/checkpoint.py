@@ -45,6 +45,11 @@ class Progress:
     """What is complete of a computation, in memory and in a file.
 
     Kept values must not be changed in place, since they are written again with what follows.
+
+    Example:
+        >>> progress = Progress(None, {"seed": 0})
+        >>> progress.accumulate("sum", [1, 2, 3], float)
+        6.0
     """
 
     def __init__(self, path: str | Path | None, settings: dict[str, Any], *, interval: float = 30.0) -> None:
@@ -72,6 +77,7 @@ class Progress:
         self._pending = False  # whether there is more than was written
         if self._path is not None:
             self._settings = _store.to_plain(settings)
+            _store.pack_header(self._settings)  # fails now rather than when it is written
             if self._path.exists():
                 self._continue(self._path)
 

@@ -49,7 +49,7 @@ class Gradients:
 
     def compact(self) -> Gradients:
         """The same gradients, formed if that takes less memory than their factors (then with one input, ``a = 1``)."""
-        n, groups, n_vectors, height, positions = self.vectors.shape
+        n, _, n_vectors, height, positions = self.vectors.shape
         width = self.inputs.shape[2]
         if positions * (n_vectors * height + width) <= n_vectors * height * width:
             return self

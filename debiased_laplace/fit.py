@@ -114,7 +114,8 @@ class Fit:
         lines = lines or _store.differences(header["weights"], _store.fingerprint(model.state_dict()))
         if lines:
             raise ValueError(
-                f"Expected the model that {path} was fitted to, got another: {'; '.join(lines)}. Load that model's weights."
+                f"Expected the model that {path} was fitted to, got another: {'; '.join(lines)}. "
+                "Load that model's weights."
             )
         state, _ = _store.read(path)
         return cls.restore(model, state)
@@ -207,9 +208,7 @@ def fit(
         folds, n_seen = drawn["folds"], drawn["n_seen"]
         generator.set_state(drawn["generator"])
         directions, measured = split(folds)
-        network = Network.discover(
-            model, directions.inputs, parameters=parameters, separate_bias=separate_bias
-        )
+        network = Network.discover(model, directions.inputs, parameters=parameters, separate_bias=separate_bias)
         likelihood.check_targets(torch.cat([fold.targets for fold in folds]), network.n_outputs)
         mc_samples = _resolve_mc_samples(mc_samples, network.n_outputs)
 
@@ -229,7 +228,7 @@ def fit(
 
             first = gradients(directions)
             second = first if measured is directions else gradients(measured)
-            statistics = measure("directions", first) if structure.data_dependent or second is first else None
+            statistics: Any = measure("directions", first) if structure.data_dependent or second is first else None
             basis = structure.eigenbasis(network, statistics)
             own = estimator == "factored" or not structure.projects
             if own or (second is first and statistics.exact):
@@ -251,8 +250,8 @@ def _add(previous: Fit, folds: list[WeightedData], n_seen: int) -> tuple[list[We
     """Fold by fold the data of both fits, each weighted by the size of its stream."""
     if previous.folds is None:
         raise ValueError(
-            "Expected an earlier fit that still has its data, to add to them; a fit that was loaded has none. Fit on all "
-            "data instead."
+            "Expected an earlier fit that still has its data, to add to them; a fit that was loaded has none. "
+            "Fit on all data instead."
         )
     if len(previous.folds) != len(folds):
         raise ValueError(

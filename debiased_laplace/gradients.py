@@ -412,8 +412,8 @@ class Network:
             if names[0] is not None:
                 return [name for name in names if name is not None]
         raise _checks.UnsupportedLayerError(
-            "Expected a model that ends in a linear layer or a convolution with trainable parameters, found none. Name the "
-            "parameters of the last layer yourself."
+            "Expected a model that ends in a linear layer or a convolution with trainable parameters, found none. "
+            "Name the parameters of the last layer yourself."
         )
 
     def _check_independence(self, inputs: _data.Inputs, outputs: Tensor) -> None:
@@ -478,7 +478,9 @@ def match_parameters(model: nn.Module, patterns: Sequence[str]) -> list[str]:
     for pattern in patterns:
         own = {name for name in names if fnmatchcase(name, pattern) or fnmatchcase(name, f"{pattern}.*")}
         if not own:
-            raise ValueError(f"Expected patterns of trainable parameters, got {pattern!r}, which matches none of {names}.")
+            raise ValueError(
+                f"Expected patterns of trainable parameters, got {pattern!r}, which matches none of {names}."
+            )
         matched |= own
     return [name for name in names if name in matched]
 
@@ -509,8 +511,8 @@ class CurvatureData:
         data: What to iterate over.
         likelihood: Gives the square root of the loss Hessian.
         mc_samples: Random vectors for each datum; ``None`` for the exact square root.
-        curvature: ``"ggn"``, or ``"empirical_fisher"``: the gradient at the data's own targets as the only vector, which
-            is no approximation of the Hessian (Kunstner, Balles, Hennig, arXiv 1905.12558).
+        curvature: ``"ggn"``, or ``"empirical_fisher"``: the gradient at the data's own targets as the only vector,
+            which is no approximation of the Hessian (Kunstner, Balles, Hennig, arXiv 1905.12558).
         generator: Source of the random vectors, on the CPU.
         chunk_size: Data at a time; ``None`` chooses by :data:`CHUNK_MEMORY`.
         progress: Called with the number of data after each chunk.

@@ -226,8 +226,8 @@ def _elementwise_derivatives(module: nn.Module, x: Tensor) -> tuple[Tensor, Tens
     """First and second derivative of an elementwise module at x."""
     leaf = x.detach().requires_grad_()
     (first,) = torch.autograd.grad(module.forward(leaf.clone()).sum(), leaf, create_graph=True)
-    if not first.requires_grad:
-        return first, torch.zeros_like(first)
+    if not first.requires_grad or type(module) is nn.Hardsigmoid:  # straight pieces; torch cannot do the latter twice
+        return first.detach(), torch.zeros_like(first)
     (second,) = torch.autograd.grad(first.sum(), leaf, materialize_grads=True)
     return first.detach(), second
 

@@ -8,8 +8,8 @@ N, the noise variance, the temperature and the prior precision enter here and no
 
 Prior precisions :math:`\Delta = \mathrm{diag}(\delta)` that differ between parameters whose directions are dense do not
 commute with U. In the coordinates :math:`\varphi = \Delta^{1/2}\theta` the prior is the unit matrix and the curvature
-:math:`W W^\top` with :math:`W = \Delta^{-1/2} U \mathrm{diag}(\lambda)^{1/2}`, whose singular vectors are directions for
-(3) again: that is :attr:`Posterior.normal_form`, and every formula is evaluated there.
+:math:`W W^\top` with :math:`W = \Delta^{-1/2} U \mathrm{diag}(\lambda)^{1/2}`, whose singular vectors are directions
+for (3) again: that is :attr:`Posterior.normal_form`, and every formula is evaluated there.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ class Posterior:
         temperature: T; below one concentrates the posterior.
         noise_variance: The observation noise variance of a regression; one otherwise.
         prior_mean: A number, or ``[D]``.
-        coordinates: ``[D]``, scales s of the coordinates :math:`\theta = s\varphi` in which the basis is orthonormal and
-            the prior precision is meant; None for one. Set by :attr:`normal_form` alone.
+        coordinates: ``[D]``, scales s of the coordinates :math:`\theta = s\varphi` in which the basis is orthonormal
+            and the prior precision is meant; None for one. Set by :attr:`normal_form` alone.
     """
 
     mean: Tensor
@@ -99,8 +99,8 @@ class Posterior:
                 v.unflatten(1, c.shape[1:]) for v, c in zip(columns, part.columns, strict=True)
             )))  # fmt: skip
         return replace(
-            self, basis=replace(basis, parts=parts), curvatures=torch.cat(curvatures), prior_precision=prior.new_ones(1),
-            coordinates=scales,
+            self, basis=replace(basis, parts=parts), curvatures=torch.cat(curvatures),
+            prior_precision=prior.new_ones(1), coordinates=scales,
         )  # fmt: skip
 
     @cached_property
@@ -188,7 +188,7 @@ class Posterior:
         r"""Map S of standard normal vectors to deviations: :math:`S S^\top = P^{-1}`.
 
         Args:
-            normals: ``[..., D]`` for a complete basis, otherwise ``[..., n_normals]`` (rank + D of :attr:`normal_form`).
+            normals: ``[..., D]`` for a complete basis, otherwise ``[..., n_normals]``.
 
         Returns:
             ``[..., D]``, deviations from the mean.

@@ -57,9 +57,7 @@ def functional_moments(
     grid = [p.normal_form for p in ([posteriors] if isinstance(posteriors, Posterior) else posteriors)]
     basis = grid[0].gradient_basis
     if any(p.gradient_basis is not basis for p in grid):  # priors that turn the directions: nothing to share
-        moments = [
-            functional_moments(network, p, inputs, covariance=covariance, chunk_size=chunk_size) for p in grid
-        ]
+        moments = [functional_moments(network, p, inputs, covariance=covariance, chunk_size=chunk_size) for p in grid]
         return moments[0][0], torch.stack([spread for _, spread in moments])
     scales = basis.split(torch.stack([p.precisions for p in grid]).reciprocal())
     priors = None if basis.complete else _prior_variances(grid)

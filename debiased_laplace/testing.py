@@ -410,11 +410,16 @@ def check_statistics(
     _assert_equal("statistics add up over data", matrix(measure(first) + measure(second)), reference, tolerance)
     for chunk_size in (1, 2):
         _assert_equal(
-            f"statistics do not depend on chunk_size={chunk_size}", matrix(measure(data, chunk_size)), reference, tolerance
+            f"statistics do not depend on chunk_size={chunk_size}",
+            matrix(measure(data, chunk_size)),
+            reference,
+            tolerance,
         )
     flipped = data.take(torch.arange(n).flip(0))
     _assert_equal("statistics do not depend on the order of data", matrix(measure(flipped)), reference, tolerance)
-    _assert_equal("statistics scale with the weights", matrix(_scaled_sum(measure, data)), matrix(whole + whole), tolerance)
+    _assert_equal(
+        "statistics scale with the weights", matrix(_scaled_sum(measure, data)), matrix(whole + whole), tolerance
+    )
     measure(first)
     _assert_all("measuring again after other data gives the same", _tensors(measure(data)), kept, 0.0)
     _assert_all("adding and measuring leave earlier statistics alone", _tensors(whole), kept, 0.0)

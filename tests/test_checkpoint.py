@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 
 import pytest
@@ -73,6 +74,10 @@ def test_without_a_file_everything_runs(tmp_path, monkeypatch):
         assert progress.once("object", lambda: Path) is Path
         assert torch.equal(progress.accumulate("sum", STEPS, step), total())
         assert step.seen == STEPS
+        result = progress.accumulate("not storable", STEPS, lambda number: term(number) + 0j)
+        reference = weakref.ref(result)
+        del result
+        assert reference() is None  # nothing is held
         with pytest.raises(KeyboardInterrupt):
             progress.accumulate("other", STEPS, Counted(2, KeyboardInterrupt()))
         assert progress.completed is None
@@ -229,7 +234,7 @@ def test_settings_may_hold_objects_of_the_package_and_no_tensors(path):
     Progress(path, settings).once("a", lambda: 1)
     assert Progress(path, settings).once("a", forbidden) == 1
     with pytest.raises(TypeError, match="a header without tensors"):
-        Progress(path.with_name("other"), {"weights": torch.ones(2)}).once("a", lambda: 1)
+        Progress(path, {"weights": torch.ones(2)})
 
 
 @pytest.mark.parametrize("kind", ["text", "other", "ours"])

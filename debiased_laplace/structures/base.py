@@ -88,7 +88,9 @@ def group_blocks(network: Network, blocks: str | Sequence[Sequence[str]] | None)
     if blocks == "layer":
         return [(index,) for index in range(len(network.blocks))]
     if isinstance(blocks, str):
-        raise ValueError(f'Expected blocks to be None, "layer" or lists of patterns of parameter names, got {blocks!r}.')
+        raise ValueError(
+            f'Expected blocks to be None, "layer" or lists of patterns of parameter names, got {blocks!r}.'
+        )
     groups: list[list[int]] = [[] for _ in blocks]
     for index, block in enumerate(network.blocks):
         found = {
@@ -98,8 +100,8 @@ def group_blocks(network: Network, blocks: str | Sequence[Sequence[str]] | None)
         (own,) = found if len(found) == 1 else ((),)
         if len(own) != 1:
             raise ValueError(
-                f"Expected the parameters {list(block.parameters)}, which share a curvature block, in exactly one group "
-                f"of blocks={[list(patterns) for patterns in blocks]}. Give patterns that cover every parameter once."
+                f"Expected the parameters {list(block.parameters)}, which share a curvature block, in exactly one "
+                f"group of blocks={[list(patterns) for patterns in blocks]}. Give patterns that cover every parameter once."
             )
         groups[own[0]].append(index)
     if not all(groups):

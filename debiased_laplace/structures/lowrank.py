@@ -81,6 +81,11 @@ class LowRankStatistics:
         assert total is not None
         return total
 
+    def multiply(self, index: int, matrices: Tensor) -> Tensor:
+        """Inner products of the columns with matrices in one block, ``[k, G, O, I] -> [k, N V]``, float64."""
+        own = [part.project(matrices.to(part.inputs)).flatten(0, 1) for part in self.columns[index]]
+        return torch.cat(own).mT.double()
+
     def project(self, basis: Basis) -> list[Tensor]:
         r""":math:`U_p^\top V` for every part, ``[N V, rank]``."""
         projected = []
@@ -148,6 +153,11 @@ class LowRank(Structure):
         return Basis(network.blocks, network.shapes, parts, statistics.groups)
 
 
+def is_nonzero(values: Tensor, size: int, precision: float) -> Tensor:
+    """Which eigenvalues, largest first, of a Gram matrix of a size are more than rounding of entries of a precision."""
+    return values > 10 * size * precision * values[0]
+
+
 def leading_eigenpairs(gram: Tensor, rank: int | float, name: str, precision: float) -> tuple[Tensor, Tensor]:
     """Largest eigenvalues ``[K]`` and eigenvectors ``[n, K]`` of a Gram matrix, without those that are rounding.
 
@@ -170,7 +180,7 @@ def leading_eigenpairs(gram: Tensor, rank: int | float, name: str, precision: fl
             f"The curvature of {name} is zero on the data that choose the directions, so there are none. "
             "Give more data."
         )
-    keep = values > size * precision * largest
+    keep = is_nonzero(values, size, precision)
     if isinstance(rank, int):
         keep[rank:] = False
     else:
@@ -182,7 +192,7 @@ def leading_eigenpairs(gram: Tensor, rank: int | float, name: str, precision: fl
 def lift_eigenvectors(
     network: Network, statistics: LowRankStatistics, group: tuple[int, ...], values: Tensor, vectors: Tensor
 ) -> tuple[Tensor, ...]:
-    r""":math:`e_k = V \tilde e_k / \sqrt{\lambda_k}` for every block of a group, ``[K, G, O, I]``, orthonormal in float64.
+    r""":math:`e_k = V \tilde e_k / \sqrt{\lambda_k}` of every block, ``[K, G, O, I]``, orthonormal in float64.
 
     The Gram matrix has the precision of the factors; what it lacks in orthogonality, a QR decomposition repairs.
     """
