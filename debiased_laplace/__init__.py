@@ -10,7 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from debiased_laplace.fit import Fit
-    from debiased_laplace.laplace_torch import DebiasedLaplace
+    from debiased_laplace.laplace_torch import (
+        DebiasedDiagLaplace,
+        DebiasedFullLaplace,
+        DebiasedKronLaplace,
+        DebiasedLaplace,
+        DebiasedLastLayerLaplace,
+        DebiasedLowRankLaplace,
+    )
     from debiased_laplace.likelihoods import Bernoulli, Categorical, Gaussian
     from debiased_laplace.posterior import Posterior
     from debiased_laplace.sampling import UniformSampler
@@ -21,7 +28,12 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "DebiasedDiagLaplace": "laplace_torch",
+    "DebiasedFullLaplace": "laplace_torch",
+    "DebiasedKronLaplace": "laplace_torch",
     "DebiasedLaplace": "laplace_torch",
+    "DebiasedLastLayerLaplace": "laplace_torch",
+    "DebiasedLowRankLaplace": "laplace_torch",
     "Posterior": "posterior",
     "Fit": "fit",
     "Categorical": "likelihoods",
@@ -42,7 +54,12 @@ __all__ = [
     "GGN",
     "Bernoulli",
     "Categorical",
+    "DebiasedDiagLaplace",
+    "DebiasedFullLaplace",
+    "DebiasedKronLaplace",
     "DebiasedLaplace",
+    "DebiasedLastLayerLaplace",
+    "DebiasedLowRankLaplace",
     "Diagonal",
     "Fit",
     "Full",

@@ -173,12 +173,6 @@ class Progress:
         self._write()
         return value
 
-    def finish(self) -> None:
-        """Remove the file and all pieces, for a result that need not be kept here."""
-        self._results, self._sums, self._pending = {}, {}, False
-        if self._path is not None:
-            self._path.unlink(missing_ok=True)
-
     @property
     def completed(self) -> Any:
         """The final value, or None as long as there is none."""

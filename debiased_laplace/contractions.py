@@ -49,12 +49,12 @@ class Gradients:
 
     def compact(self) -> Gradients:
         """The same gradients, formed if that takes less memory than their factors (then with one input, ``a = 1``)."""
-        n, _, n_vectors, height, positions = self.vectors.shape
+        _, _, n_vectors, height, positions = self.vectors.shape
         width = self.inputs.shape[2]
         if positions * (n_vectors * height + width) <= n_vectors * height * width:
             return self
         formed = self.rows()[:, None, :, :, None]
-        return Gradients(formed.new_ones(n, 1, 1, 1), formed)
+        return Gradients(formed.new_ones(len(formed), 1, 1, 1), formed)
 
     # -- sums of squares along the entries ------------------------------------------------------
 
@@ -190,6 +190,8 @@ class Gradients:
 
     def _inputs_first(self, k: int) -> bool:
         """Whether contracting k matrices with the factors is cheaper than forming the gradients."""
+        if self.rotation is not None:
+            return False
         n_vectors, positions, width = self.vectors.shape[2], self.inputs.shape[-1], self.inputs.shape[2]
         return self._factored or k * positions * (n_vectors + width) < n_vectors * width * (positions + k)
 

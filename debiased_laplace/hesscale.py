@@ -48,7 +48,7 @@ SELECTIONS = (
 )  # fmt: skip
 LINEAR_MAPS = (nn.Linear, *CONVOLUTIONS, *BATCH_NORMS, *AVERAGES, *SELECTIONS)
 
-_REMEDY = 'Use the diagonal with method="exact", or with mc_samples: both work for any model.'
+_REMEDY = 'Use the diagonal with method="ggn", exact or with mc_samples: it works for any model.'
 
 
 def hessian_diagonal(

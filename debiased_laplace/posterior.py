@@ -79,7 +79,8 @@ class Posterior:
         if len(prior) in (1, len(basis.parts)):
             return self
         dense = [isinstance(part, DenseBasis) for part in basis.parts]
-        if not all(dense) or all(basis.is_constant(prior.detach())):
+        # Where all are equal there is nothing to turn, but the derivatives differ between parameters.
+        if not all(dense) or (not prior.requires_grad and all(basis.is_constant(prior))):
             return self
         scales = prior.rsqrt()
         matrices = basis.matrices(scales)

@@ -11,6 +11,7 @@ weights: cost does not depend on them.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import platform
 import subprocess
@@ -24,7 +25,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from networks import CifarResNet, all_cnn_c, lenet
+from networks import CifarResNet, all_cnn_c, cifar_3c3d, lenet, wide_head
 from torch import Tensor, nn
 
 
@@ -37,6 +38,8 @@ def resnet50() -> nn.Module:
 
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], int]] = {
     "LeNet": (lenet, (1, 28, 28), 10),
+    "3C3D": (cifar_3c3d, (3, 32, 32), 10),
+    "Head": (wide_head, (64,), 3100),
     "All-CNN-C": (all_cnn_c, (3, 32, 32), 100),
     "ResNet-20": (CifarResNet, (3, 32, 32), 10),
     "ResNet-50": (resnet50, (3, 224, 224) if torch.cuda.is_available() else (3, 64, 64), 1000),
@@ -56,9 +59,24 @@ CASES: list[tuple[str, str, int, list[tuple[str, int]], str]] = [
      ("laplace backpack", 9)], "4 gradients exact, 2 with one sample"),
     ("statistics", "ResNet-20", 64, [("ours exact", 5), ("ours one sample", 5), ("laplace curvlinops", 1),
      ("laplace backpack", 1)], "8 gradients exact; laplace-torch cannot"),
+    ("eigenpairs", "LeNet", 128, [("ours", 9), ("vivit", 5), ("backpack", 5)], "beside ViViT's package and BackPACK"),
+    ("eigenpairs", "3C3D", 32, [("ours", 5), ("vivit", 3), ("backpack", 3)], "beside ViViT's package and BackPACK"),
+    ("largest batch", "LeNet", 0, [("ours", 1), ("vivit", 1), ("backpack", 1)],
+     "top eigenpairs within 4 GB: twice the batch of theirs"),
+    ("largest batch", "3C3D", 0, [("ours", 1), ("vivit", 1), ("backpack", 1)],
+     "top eigenpairs within 4 GB: twice the batch of theirs"),
+    ("low rank", "LeNet", 64, [("ours", 15), ("laplace lowrank", 1)], "prediction with 20 directions"),
+    ("low rank", "3C3D", 64, [("ours", 5)], "prediction with 20 directions"),
+    ("diagonal", "LeNet", 128, [("ours", 31), ("laplace curvlinops", 5), ("laplace backpack", 9)], "laplace-torch's"),
+    ("diagonal", "3C3D", 64, [("ours", 7), ("laplace curvlinops", 2), ("laplace backpack", 5)], "laplace-torch's"),
+    ("last layer", "Head", 32, [("ours", 9), ("laplace curvlinops", 1)], "one second and 1 GB"),
     ("whole fit", "ResNet-50", 64 if torch.cuda.is_available() else 8, [("ours one sample", 1)],
      "statistics and eigendecompositions fit and run on one GPU (images of 224 x 224; 64 x 64 on a CPU)"),
 ]  # fmt: skip
+
+
+#: Batches to try for the largest one.
+BATCHES = (16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536)
 
 
 def synchronise(device: str) -> None:
@@ -100,7 +118,51 @@ def laplace_model(side: str, model: nn.Module, stochastic: bool) -> Any:
 
     backend = BackPackGGN if "backpack" in side else CurvlinopsGGN
     kwargs = {"stochastic": True} if stochastic else None
-    return laplace.Laplace(model, "classification", "all", "kron", backend=backend, backend_kwargs=kwargs)
+    structure = "lowrank" if "lowrank" in side else "diag" if "diagonal" in side else "kron"
+    return laplace.Laplace(model, "classification", "all", structure, backend=backend, backend_kwargs=kwargs)
+
+
+def theirs_eigenpairs(side: str, model: nn.Module, x: Tensor, y: Tensor) -> Callable[[], Any]:
+    """Top ten eigenpairs of the GGN by ViViT's own package, or by hand from BackPACK's square root of it."""
+    from backpack import backpack, extend
+    from backpack.extensions import SqrtGGNExact
+
+    extend(model)
+    loss = extend(nn.CrossEntropyLoss())
+    if side == "vivit":
+        from vivit.linalg.eigh import EighComputation
+
+        # ViViT 1.0.0 calls a function that torch has removed; this is its replacement.
+        torch.Tensor.symeig = lambda matrix, eigenvectors=False: torch.linalg.eigh(matrix)  # type: ignore[method-assign]
+
+        def with_vivit() -> Any:
+            computation = EighComputation(warn_small_eigvals=0.0)
+            group = {"params": list(model.parameters()), "criterion": lambda v: list(range(len(v) - 10, len(v)))}
+            hook = computation.get_extension_hook([group])
+            with backpack(computation.get_extension(), extension_hook=hook):
+                loss(model(x), y).backward()
+            return computation.get_result(group)
+
+        return with_vivit
+
+    def with_backpack() -> Any:
+        with backpack(SqrtGGNExact()):
+            loss(model(x), y).backward()
+        gram = sum(
+            torch.einsum("cnp,dmp->cndm", root, root)
+            for p in model.parameters() for root in [p.sqrt_ggn_exact.flatten(2)]
+        ).flatten(2).flatten(0, 1)  # fmt: skip
+        values, vectors = torch.linalg.eigh(gram)
+        top, values = vectors[:, -10:], values[-10:]
+        pairs = (
+            values,
+            [(top / values.sqrt()).mT @ p.sqrt_ggn_exact.flatten(2).flatten(0, 1) for p in model.parameters()],
+        )
+        for p in model.parameters():
+            del p.sqrt_ggn_exact
+        return pairs
+
+    return with_backpack
 
 
 def prepare(
@@ -111,6 +173,12 @@ def prepare(
 
     n_outputs = int(y.max()) + 1
 
+    def curvature_data(network: Any, x: Tensor, y: Tensor, mc_samples: int | None = None) -> Any:
+        weights = torch.full((len(x),), 1 / len(x), dtype=torch.float64)
+        return CurvatureData(
+            network, WeightedData(x, y, weights, torch.arange(len(x))), Categorical(), mc_samples=mc_samples
+        )
+
     def gradient() -> None:
         model.zero_grad()
         F.cross_entropy(model(x), y).backward()
@@ -120,7 +188,19 @@ def prepare(
         for c in range(outputs.shape[1]):
             torch.autograd.grad(outputs[:, c].sum(), list(model.parameters()), retain_graph=True)
 
+    if side in ("vivit", "backpack"):
+        return theirs_eigenpairs(side, model, x, y), None
     if side.startswith("laplace"):
+        if what == "diagonal":
+            la = laplace_model(f"{side} diagonal", model, stochastic=False)
+            loader = DataLoader(TensorDataset(x, y), batch_size=len(x))
+            return lambda: la.fit(loader), gradient
+        if what == "last layer":
+            import laplace
+
+            la = laplace.Laplace(model, "classification", "last_layer", "kron", backend_kwargs={"stochastic": True})
+            la.fit(DataLoader(TensorDataset(x, y), batch_size=len(x)))
+            return lambda: la(x), None
         if what == "statistics":
             la = laplace_model(side, model, stochastic=False)
             return lambda: la.backend.kron(x, y, N=len(x)), gradient
@@ -128,19 +208,37 @@ def prepare(
         la.fit(DataLoader(TensorDataset(x[:8], y[:8]), batch_size=8))
         return lambda: la(x), None
 
-    from debiased_laplace import Categorical, DebiasedLaplace
+    from debiased_laplace import Categorical, DebiasedLaplace, UniformSampler
+    from debiased_laplace.fit import fit
     from debiased_laplace.gradients import CurvatureData, Network
     from debiased_laplace.predictive import functional_moments
     from debiased_laplace.sampling import WeightedData
-    from debiased_laplace.structures import Kronecker
+    from debiased_laplace.structures import Diagonal, Kronecker, LowRank
 
+    if what in ("eigenpairs", "largest batch"):
+        network = Network.discover(model, x)
+        data = curvature_data(network, x, y)
+
+        def eigenpairs() -> Any:
+            statistics = LowRank(10).measure(network, data)
+            basis = LowRank(10).eigenbasis(network, statistics)
+            return statistics.curvatures(basis), basis
+
+        return eigenpairs, None
+    if what == "diagonal":
+        fit_diagonal = functools.partial(
+            fit, model, [(x, y)], Categorical(), structure=Diagonal(), sampler=UniformSampler(None)
+        )
+        return fit_diagonal, gradient
+    if what == "low rank":
+        fitted = fit(model, [(x[:16], y[:16])], Categorical(), structure=LowRank(20))
+        return lambda: functional_moments(fitted.network, fitted.posterior, x), backward_passes
+    if what == "last layer":
+        fitted = fit(model, [(x, y)], Categorical(), parameters="last_layer", mc_samples=1)
+        return lambda: functional_moments(fitted.network, fitted.posterior, x, covariance=False), None
     if what == "statistics":
         network = Network.discover(model, x)
-        weights = torch.full((len(x),), 1 / len(x), dtype=torch.float64)
-        samples = 1 if "one sample" in side else None
-        data = CurvatureData(
-            network, WeightedData(x, y, weights, torch.arange(len(x))), Categorical(), mc_samples=samples
-        )
+        data = curvature_data(network, x, y, 1 if "one sample" in side else None)
         return lambda: Kronecker().measure(network, data), gradient
     la = DebiasedLaplace(model, "classification")
     if what == "whole fit":
@@ -189,6 +287,17 @@ def run_process(arguments: list[str]) -> dict[str, Any]:
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
+def largest_batch(name: str, side: str, device: str) -> dict[str, Any]:
+    """The largest of some batches whose top eigenpairs take at most 4 GB, with its time and memory."""
+    best: dict[str, Any] = {"error": "not even the smallest batch"}
+    for n in BATCHES:
+        result = run_process(["--device", device, "--one", "largest batch", name, str(n), side, "1"])
+        if "error" in result or result["memory_mb"] > 4096:
+            break
+        best = {**result, "batch": n}
+    return best
+
+
 def hardware(device: str) -> str:
     if device != "cpu":
         return torch.cuda.get_device_name()
@@ -205,11 +314,17 @@ def report(records: list[dict[str, Any]], title: str) -> str:
         "| what | side | median time | in units | against ours | memory growth |",
         "|---|---|---|---|---|---|",
     ]
-    units = {"statistics": "gradients", "variance": "C backward passes", "grid": "single predictions"}
+    units = {
+        "statistics": "gradients",
+        "diagonal": "gradients",
+        "low rank": "C backward passes",
+        "variance": "C backward passes",
+        "grid": "single predictions",
+    }
     for record in records:
         ours = record["sides"][0][1]
         for side, result in record["sides"]:
-            what = f"{record['what']}, {record['network']}, {record['n']} inputs"
+            what = f"{record['what']}, {record['network']}, {result.get('batch', record['n'])} inputs"
             if "error" in result:
                 lines.append(f"| {what} | {side} | fails: {result['error'][:110]} | | | |")
                 continue
@@ -242,6 +357,9 @@ def main() -> None:
         what, name, n, side, repetitions = options.one
         print(json.dumps(measure(what, name, int(n), side, int(repetitions), options.device)))
         return
+    known_cases = [f"{case[0]} {case[1]}" for case in CASES]
+    if not any(options.only.lower() in case.lower() for case in known_cases):
+        parser.error(f"expected --only to be part of one of {known_cases}, got {options.only!r}")
     records = []
     for what, name, n, sides, target in CASES:
         if options.only.lower() not in f"{what} {name}".lower():
@@ -252,7 +370,11 @@ def main() -> None:
                 known = results.get(side, {})
                 if "error" in known or (repetitions == 1 and known):
                     continue
-                result = run_process(["--device", options.device, "--one", what, name, str(n), side, str(repetitions)])
+                if what == "largest batch":
+                    result = largest_batch(name, side, options.device)
+                else:
+                    arguments = ["--one", what, name, str(n), side, str(repetitions)]
+                    result = run_process(["--device", options.device, *arguments])
                 print(f"{what} {name} {side}: {result.get('error') or median(result['seconds'])}", file=sys.stderr)
                 if known:  # medians over all repetitions of all processes
                     for key in ("seconds", "unit_seconds"):

@@ -35,6 +35,20 @@ def all_cnn_c(n_classes: int = 100) -> nn.Module:
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
 
 
+def cifar_3c3d(n_classes: int = 10) -> nn.Module:
+    """The 3C3D network of DeepOBS (Schneider et al., arXiv 1903.05499) for CIFAR-10, 895,210 parameters."""
+    layers: list[nn.Module] = []
+    for convolution in (nn.Conv2d(3, 64, 5), nn.Conv2d(64, 96, 3), nn.Conv2d(96, 128, 3, padding=1)):
+        layers += [convolution, nn.ReLU(), nn.ZeroPad2d((0, 1, 0, 1)), nn.MaxPool2d(3, 2)]
+    dense = [nn.Linear(1152, 512), nn.ReLU(), nn.Linear(512, 256), nn.ReLU(), nn.Linear(256, n_classes)]
+    return nn.Sequential(*layers, nn.Flatten(), *dense)
+
+
+def wide_head(n_classes: int = 3100) -> nn.Module:
+    """A last layer of 768 features and 3,100 classes, on a small body."""
+    return nn.Sequential(nn.Linear(64, 768), nn.Tanh(), nn.Linear(768, n_classes))
+
+
 class _BasicBlock(nn.Module):
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()

@@ -82,7 +82,6 @@ def test_without_a_file_everything_runs(tmp_path, monkeypatch):
             progress.accumulate("other", STEPS, Counted(2, KeyboardInterrupt()))
         assert progress.completed is None
         assert progress.complete(Path) is progress.completed is Path
-        progress.finish()
     assert list(tmp_path.iterdir()) == []
 
 
@@ -290,16 +289,6 @@ def test_a_complete_file_holds_the_final_value_alone(path):
             finished.accumulate("sum", STEPS, forbidden)
     with pytest.raises(ValueError, match="seed: 1 expected, got 0"):
         Progress(path, {**SETTINGS, "seed": 1})
-
-
-def test_finishing_removes_the_file(path):
-    progress = Progress(path, SETTINGS)
-    progress.finish()
-    progress.once("a", lambda: 1)
-    assert path.exists()
-    progress.finish()
-    assert not path.exists()
-    assert Progress(path, SETTINGS).once("a", lambda: 2) == 2
 
 
 def test_pieces_of_a_piece_are_dropped_with_its_end(path):

@@ -19,7 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from debiased_laplace import _store
+from debiased_laplace import _plain, _store
 from debiased_laplace.fit import fit
 from debiased_laplace.likelihoods import Categorical
 from debiased_laplace.sampling import UniformSampler
@@ -49,7 +49,7 @@ Point = namedtuple("Point", "x y")
 @pytest.fixture(autouse=True)
 def own_classes(monkeypatch):
     """Dataclasses of this file count as the package's."""
-    monkeypatch.setattr(_store, "PREFIX", ("debiased_laplace.", "tests."))
+    monkeypatch.setattr(_plain, "PREFIX", ("debiased_laplace.", "tests."))
 
 
 @pytest.fixture
@@ -99,7 +99,7 @@ def everything(device="cpu"):
         "memory": [long, long, long[2:5], long[3:9], long[1:2], long[::3]],
         "layouts": [long.view(3, 4).mT, long.view(3, 2, 2).permute(2, 0, 1), long[:3].expand(2, 3), long[0].expand(4)],
         "sizes": [long[0], long[:0], torch.zeros(0, 3, device=device), torch.zeros((), dtype=torch.bool)],
-        "dtypes": [torch.tensor([0, 1, 1], device=device).to(dtype) for dtype in sorted(_store.DTYPES, key=str)],
+        "dtypes": [torch.tensor([0, 1, 1], device=device).to(dtype) for dtype in sorted(_plain.DTYPES, key=str)],
         "special": [torch.tensor([float("nan"), -0.0, float("inf")], dtype=torch.bfloat16, device=device)],
     }
 
@@ -174,7 +174,7 @@ def test_anything_else_is_refused_with_its_place(value, message, path):
 
 def test_dataclasses_of_others_are_refused_both_ways(monkeypatch):
     plain = _store.to_plain(Pair(1))
-    monkeypatch.setattr(_store, "PREFIX", "debiased_laplace.")
+    monkeypatch.setattr(_plain, "PREFIX", "debiased_laplace.")
     with pytest.raises(TypeError, match=r"got tests.test_store:Pair at the top"):
         _store.to_plain(Pair(1))
     with pytest.raises(ValueError, match=r"got 'tests.test_store:Pair', which is none.*another version"):
@@ -191,16 +191,20 @@ def test_dataclasses_of_others_are_refused_both_ways(monkeypatch):
     ],
 )  # fmt: skip
 def test_only_dataclasses_of_the_package_are_made(name, monkeypatch):
-    monkeypatch.setattr(_store, "PREFIX", "debiased_laplace.")
+    monkeypatch.setattr(_plain, "PREFIX", "debiased_laplace.")
     with pytest.raises(ValueError, match=f"Expected a dataclass of this package, got {name!r}"):
         _store.from_plain([{"__class__": name}])
     assert not {"turtle", "debiased_laplace.__main__"} & set(sys.modules)
 
 
+def test_a_field_that_has_a_default_may_be_younger_than_the_file():
+    assert _store.from_plain({"__class__": "tests.test_store:Pair", "first": 1}) == Pair(1)
+
+
 @pytest.mark.parametrize(
     ("plain", "message"),
     [
-        ({"__class__": "tests.test_store:Pair", "first": 1}, r"missing \['second'\], unknown \[\]"),
+        ({"__class__": "tests.test_store:Pair", "second": 1}, r"missing \['first'\], unknown \[\]"),
         (
             {"__class__": "tests.test_store:Pair", "first": 1, "second": 2, "derived": 3},
             r"fields \['first', 'second'\] for 'tests.test_store:Pair', got .*unknown \['derived'\]. The file may be",
@@ -287,7 +291,7 @@ def test_header(path):
 
 def test_the_header_can_be_read_where_the_value_cannot(path, monkeypatch):
     _store.write(path, Pair(torch.ones(2)), {"seed": 0})
-    monkeypatch.setattr(_store, "PREFIX", "debiased_laplace.")
+    monkeypatch.setattr(_plain, "PREFIX", "debiased_laplace.")
     assert _store.read_header(path) == {"seed": 0}
     with pytest.raises(ValueError, match="which is none"):
         _store.read(path)

@@ -63,9 +63,9 @@ class Diagonal(Structure):
 
     Attributes:
         method: ``"ggn"``, the diagonal of the curvature that every other structure approximates too (exact, or with
-            random vectors); or one of the back-propagated approximations of the Hessian's diagonal,
-            ``"hesscale"``, ``"hesscale_gn"``, ``"becker_lecun"`` (:mod:`debiased_laplace.hesscale`), which cost two
-            backward passes whatever the number of outputs and cover feed-forward networks.
+            random vectors); or one of the back-propagated approximations of the Hessian's diagonal, ``"hesscale"``,
+            ``"hesscale_gn"``, ``"becker_lecun"`` (:mod:`debiased_laplace.hesscale`), whose cost does not depend on the
+            number of outputs and which cover feed-forward networks.
     """
 
     method: str = "ggn"

@@ -155,7 +155,7 @@ class LowRank(Structure):
 
 def is_nonzero(values: Tensor, size: int, precision: float) -> Tensor:
     """Which eigenvalues, largest first, of a Gram matrix of a size are more than rounding of entries of a precision."""
-    return values > 10 * size * precision * values[0]
+    return values > 10 * size**0.5 * precision * values[0]
 
 
 def leading_eigenpairs(gram: Tensor, rank: int | float, name: str, precision: float) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,78 @@
+"""What ``posterior_precision`` is for Kronecker-factored curvature, with the methods of laplace-torch's ``KronDecomposed``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from debiased_laplace.basis import Basis
+
+
+@dataclass(frozen=True)
+class KroneckerPrecision:
+    r"""A symmetric matrix :math:`P = U \mathrm{diag}(v) U^\top` with a complete Kronecker basis, ``[D, D]``.
+
+    Unlike laplace-torch's, its eigenvalues need not be products: they are one for each direction.
+
+    Attributes:
+        basis: U.
+        eigenvalues: v, ``[D]``, float64.
+        dtype: Precision of what the methods without a vector return.
+    """
+
+    basis: Basis
+    eigenvalues: Tensor
+    dtype: torch.dtype
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """``(D, D)``."""
+        return self.basis.n_params, self.basis.n_params
+
+    def __len__(self) -> int:
+        """Number of curvature blocks."""
+        return len(self.basis.blocks)
+
+    def bmm(self, W: Tensor, exponent: float = -1) -> Tensor:
+        r""":math:`P^e w` of vectors ``[..., D]``, in their shape."""
+        along = self.basis.project(W) * self.eigenvalues.pow(exponent).to(W.dtype)
+        return self.basis.lift(along)
+
+    def inv_square_form(self, W: Tensor) -> Tensor:
+        r""":math:`W P^{-1} W^\top`, ``[N, C, D] -> [N, C, C]``."""
+        return W @ self.bmm(W, exponent=-1).mT
+
+    def matvec(self, vector: Tensor) -> Tensor:
+        r""":math:`P v` of vectors ``[..., D]``."""
+        return self.bmm(vector, exponent=1)
+
+    def __matmul__(self, other: Tensor) -> Tensor:
+        r""":math:`P M`, ``[D] -> [D]`` or ``[..., D, K] -> [..., D, K]``."""
+        return self.matvec(other) if other.ndim == 1 else self.matvec(other.mT).mT
+
+    def logdet(self) -> Tensor:
+        r""":math:`\log\det P`."""
+        return self.eigenvalues.log().sum().to(self.dtype)
+
+    def diag(self, exponent: float = 1) -> Tensor:
+        r"""Diagonal of :math:`P^e`, ``[D]``; costs no more than one product with a vector."""
+        squared = replace(self.basis, parts=[_squared(part) for part in self.basis.parts])
+        return squared.lift(self.eigenvalues.pow(exponent).to(self.dtype))
+
+    def to_matrix(self, exponent: float = 1) -> Tensor:
+        r""":math:`P^e` as a dense matrix ``[D, D]``; for small networks."""
+        unit = torch.eye(self.basis.n_params, dtype=self.dtype, device=self.eigenvalues.device)
+        return self.bmm(unit, exponent)
+
+    def detach(self) -> KroneckerPrecision:
+        """The same without gradients."""
+        return replace(self, eigenvalues=self.eigenvalues.detach())
+
+
+def _squared(part: Any) -> Any:
+    """A basis part with the squares of its factors: lifting with it gives diagonals."""
+    squares = {f.name: getattr(part, f.name).square() for f in fields(part) if isinstance(getattr(part, f.name), Tensor)}
+    return replace(part, **squares)

@@ -1,0 +1,263 @@
+"""Predictions and samples of outputs, under laplace-torch's names."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import BaseTorchFunctionMode
+
+from debiased_laplace import _data
+from debiased_laplace._guards import evaluation_mode
+from debiased_laplace.gradients import Network
+from debiased_laplace.laplace_torch.gaussian import GaussianLayer
+from debiased_laplace.laplace_torch.settings import REWARD_MODELING, plain
+from debiased_laplace.likelihoods import Bernoulli, square_root
+from debiased_laplace.posterior import Posterior, standard_normals
+from debiased_laplace.predictive import functional_moments, joint_covariance, linearized_samples, weight_samples
+
+PRED_TYPES = ("glm", "nn", "linearized")
+
+
+class PredictiveLayer(GaussianLayer):
+    """The layer of :class:`~debiased_laplace.DebiasedLaplace` that predicts."""
+
+    def __call__(
+        self,
+        x: Any,
+        pred_type: str = "glm",
+        joint: bool = False,
+        link_approx: str | None = None,
+        n_samples: int = 100,
+        diagonal_output: bool = False,
+        generator: torch.Generator | None = None,
+        fitting: bool = False,
+        **model_kwargs: Any,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Posterior predictive.
+
+        Args:
+            x: Inputs; moved to the model's device.
+            pred_type: ``"glm"`` (linearised), ``"nn"`` (sampled weights), or ``"linearized"`` (samples of the
+                linearised network by forward mode: for many outputs).
+            joint: One covariance over all inputs (regression, ``"glm"``).
+            link_approx: ``"probit"``, ``"mc"``, ``"bridge"`` or ``"bridge_norm"``; by default the one used in
+                tuning, or else probit.
+            n_samples: Samples for ``"mc"``, ``"nn"`` and ``"linearized"``.
+            diagonal_output: Variances instead of covariances: of a regression's result unless ``joint``, or of what
+                ``"mc"`` samples from.
+            generator: Source of the draws; by default the same draws in every call.
+            fitting: For reward modelling, predict as in the fit, a classification of pairs.
+            **model_kwargs: Passed to the model's forward pass with ``"nn"`` and ``"linearized"``.
+
+        Returns:
+            Class probabilities ``[N, C]``; for regression (and reward modelling) the mean and the epistemic
+            (co)variance, without observation noise.
+        """
+        pred_type, link = self._check_pred_type(pred_type), plain(link_approx)
+        posterior = self.posterior
+        regression = self._is_regression(fitting)
+        with self._gradient_mode():
+            if pred_type == "glm":
+                if model_kwargs:
+                    raise TypeError(
+                        f"Extra model arguments are for pred_type 'nn' and 'linearized', got {sorted(model_kwargs)} with "
+                        "'glm'. Wrap the model in a module that knows them, and fit that."
+                    )
+                draws = generator or torch.Generator().manual_seed(self.seed)
+                link = link or self.link or "probit"
+                return self._glm(x, posterior, regression, joint, link, n_samples, diagonal_output, draws)
+            if link not in (None, "mc"):
+                raise ValueError(
+                    'Samples have no link approximation: expected link_approx="mc" or none with '
+                    f"pred_type={pred_type!r}, got {link!r}."
+                )
+            samples = self._output_samples(x, pred_type, n_samples, generator, model_kwargs)
+            if regression:
+                return samples.mean(0), samples.var(0)
+            return self._link(samples).mean(0)
+
+    @contextmanager
+    def _gradient_mode(self) -> Iterator[None]:
+        """Gradients only with :attr:`enable_backprop`, and never where the caller wants none; no inference tensors."""
+        wanted = self.enable_backprop and torch.is_grad_enabled()
+        with torch.inference_mode(False), torch.set_grad_enabled(wanted):
+            yield
+
+    def _is_regression(self, fitting: bool = False) -> bool:
+        return self.output_likelihood.is_regression or (self.likelihood == REWARD_MODELING and not fitting)
+
+    def _glm(
+        self, x: Any, posterior: Posterior, regression: bool, joint: bool, link: str, n_samples: int,
+        diagonal_output: bool, generator: torch.Generator,
+    ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
+        likelihood = self.output_likelihood
+        likelihood.check_link(link)
+        if regression:
+            return self._glm_predictive_distribution(x, joint=joint, diagonal_output=diagonal_output)
+        diagonal = not likelihood.needs_covariance(link)
+        mean, spread = self._glm_predictive_distribution(x, diagonal_output=diagonal)
+        if link == "mc" and diagonal_output:
+            spread = torch.diag_embed(spread.diagonal(dim1=-2, dim2=-1))
+        normals = standard_normals((n_samples, mean.shape[1]), mean, generator) if link == "mc" else None
+        return likelihood.predictive(mean, spread, link, normals)
+
+    def _glm_predictive_distribution(
+        self, X: Any, joint: bool = False, diagonal_output: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        posterior = self.posterior
+        if self.enable_backprop:
+            return self._differentiable_distribution(X, joint, diagonal_output)
+        if joint:
+            mean, spread = joint_covariance(self.network, posterior, X)
+        else:
+            mean, spread = functional_moments(self.network, posterior, X, covariance=not diagonal_output)
+        return mean, spread
+
+    def _differentiable_distribution(self, x: Any, joint: bool, diagonal_output: bool) -> tuple[Tensor, Tensor]:
+        """Through Jacobians, as laplace-torch does: differentiable in the inputs."""
+        network, posterior = self.network, self.posterior
+        inputs = _data.to_device(x, network.device)
+
+        def outputs(parameters: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+            found = _call(network, parameters, inputs, {})
+            return found, found
+
+        with evaluation_mode(network.model):
+            by_name, mean = torch.func.jacrev(outputs, has_aux=True)(network.from_vector(posterior.mean))
+        jacobians, mean = network.to_vector(by_name), mean.to(network.dtype)  # [N, C, D], [N, C]
+        if joint:
+            return mean.flatten(), self.functional_covariance(jacobians)
+        if diagonal_output:
+            return mean, (jacobians * posterior.covariance_matvec(jacobians)).sum(-1)
+        return mean, self.functional_variance(jacobians)
+
+    @staticmethod
+    def _check_pred_type(pred_type: Any) -> str:
+        name = plain(pred_type)
+        if name not in PRED_TYPES:
+            raise ValueError(f"Expected a pred_type out of {list(PRED_TYPES)}, got {name!r}.")
+        return name
+
+    def _output_samples(
+        self,
+        x: Any,
+        pred_type: str,
+        n_samples: int,
+        generator: torch.Generator | None = None,
+        model_kwargs: dict[str, Any] | None = None,
+    ) -> Tensor:
+        posterior = self.posterior
+        if generator is not None:
+            deviations = posterior.deviations(n_samples, generator)
+        else:
+            deviations = self._shared_deviations(posterior, n_samples)
+        if self.enable_backprop or model_kwargs:
+            linearized, keywords = pred_type == "linearized", model_kwargs or {}
+            return output_samples(self.network, posterior.mean, deviations, x, linearized, keywords)
+        evaluate = linearized_samples if pred_type == "linearized" else weight_samples
+        return evaluate(self.network, posterior.mean, deviations, x)
+
+    def _shared_deviations(self, posterior: Posterior, n_samples: int) -> Tensor:
+        """Without a generator every call has the same draws: they are kept, since drawing costs as much as using them."""
+        key = (n_samples, self.seed)
+        if self._draws is None or self._draws[0] is not posterior or self._draws[1] != key:
+            own = torch.Generator().manual_seed(self.seed)
+            self._draws = posterior, key, posterior.deviations(n_samples, own)
+        return self._draws[2]
+
+    def _link(self, outputs: Tensor) -> Tensor:
+        return outputs.sigmoid() if isinstance(self.output_likelihood, Bernoulli) else outputs.softmax(-1)
+
+    def functional_samples(
+        self,
+        x: Any,
+        pred_type: str = "glm",
+        n_samples: int = 100,
+        diagonal_output: bool = False,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Samples of the outputs.
+
+        Args:
+            x: Inputs.
+            pred_type: As in a prediction. Samples of ``"glm"`` have each input's own Gaussian and share their draws
+                between inputs; those of ``"nn"`` and ``"linearized"`` are functions, joint over all inputs.
+            n_samples: S.
+            diagonal_output: Leave out the covariances between outputs (``"glm"``).
+            generator: Source of the draws; by default the next of this object's own.
+
+        Returns:
+            ``[S, N, C]``.
+        """
+        pred_type = self._check_pred_type(pred_type)
+        generator = generator or self._generator
+        self._require_fit()
+        if n_samples < 1:
+            raise ValueError(f"Expected at least one sample, got n_samples={n_samples}.")
+        with self._gradient_mode():
+            if pred_type != "glm":
+                return self._output_samples(x, pred_type, n_samples, generator)
+            mean, spread = self._glm_predictive_distribution(x, diagonal_output=diagonal_output)
+            normals = standard_normals((mean.shape[1], n_samples), mean, generator)
+            if diagonal_output:
+                return mean + (spread.sqrt()[..., None] * normals).permute(2, 0, 1)
+            root, failed = torch.linalg.cholesky_ex(spread)
+            if bool(failed.any()):  # semi-definite, or almost
+                root = square_root(spread)
+            return mean + (root @ normals).permute(2, 0, 1)
+
+    def predictive_samples(
+        self,
+        x: Any,
+        pred_type: str = "glm",
+        n_samples: int = 100,
+        diagonal_output: bool = False,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """The same after the link: class probabilities, or the outputs of a regression, ``[S, N, C]``."""
+        samples = self.functional_samples(x, pred_type, n_samples, diagonal_output, generator)
+        return samples if self._is_regression() else self._link(samples)
+
+
+def output_samples(
+    network: Network, mean: Tensor, deviations: Tensor, inputs: Any, linearized: bool, model_kwargs: dict[str, Any]
+) -> Tensor:
+    """Outputs at ``mean + deviations``, of the network or linearised, ``[S, N, C]``; differentiable in the inputs.
+
+    What :func:`~debiased_laplace.predictive.weight_samples` and
+    :func:`~debiased_laplace.predictive.linearized_samples` do, with gradients and with further arguments of the model.
+    """
+    inputs = _data.to_device(inputs, network.device)
+    parameters = network.from_vector(mean)
+
+    def outputs(parameters: dict[str, Tensor]) -> Tensor:
+        return _call(network, parameters, inputs, model_kwargs)
+
+    samples = []
+    with evaluation_mode(network.model), _plain_attention() if linearized else ExitStack():
+        for deviation in deviations:
+            if linearized:
+                value, change = torch.func.jvp(outputs, (parameters,), (network.from_vector(deviation),))[:2]
+                samples.append(value + change)
+            else:
+                samples.append(outputs(network.from_vector(mean + deviation)))
+    return torch.stack(samples)
+
+
+def _call(network: Network, parameters: dict[str, Tensor], inputs: Any, model_kwargs: dict[str, Any]) -> Tensor:
+    """Outputs ``[N, C]``; no gradient reaches the model's own parameters."""
+    constants = {name: p.detach() for name, p in network.model.named_parameters()}
+    found = torch.func.functional_call(network.model, constants | parameters, (_data.copy(inputs),), model_kwargs)
+    return found[:, None] if found.ndim == 1 else found
+
+
+@contextmanager
+def _plain_attention() -> Iterator[None]:
+    """Fused attention has no forward-mode derivative: the plain kernels have, and any mode turns off the fused layers."""
+    with sdpa_kernel(SDPBackend.MATH), BaseTorchFunctionMode():
+        yield

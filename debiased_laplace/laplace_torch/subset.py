@@ -1,0 +1,95 @@
+"""Which parameters a posterior is about: laplace-torch's ``subset_of_weights``, and names and patterns."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from debiased_laplace.gradients import match_parameters
+
+SUBSETS = ("all", "last_layer", "subnetwork")
+
+
+def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The trainable parameters by name, in the model's order.
+
+    Raises:
+        ValueError: If there are none.
+    """
+    found = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if not found:
+        raise ValueError(
+            "Expected a model with trainable parameters, got none with requires_grad=True. "
+            "Set requires_grad_(True) on the parameters that the posterior is about."
+        )
+    return found
+
+
+def chosen_parameters(
+    model: nn.Module,
+    subset: str,
+    params: Sequence[str] | str | None = None,
+    last_layer_name: str | None = None,
+    subnetwork_indices: Any = None,
+) -> list[str] | None:
+    """Names of the parameters, in the model's order; None for a last layer that only a forward pass can tell.
+
+    Raises:
+        ValueError: If the arguments contradict each other, or name nothing; the message says what goes together.
+    """
+    given = {
+        name for name, value in (
+            ("params", params), ("last_layer_name", last_layer_name), ("subnetwork_indices", subnetwork_indices)
+        ) if value is not None
+    }  # fmt: skip
+    allowed = {"all": {"params"}, "last_layer": {"last_layer_name"}, "subnetwork": {"params", "subnetwork_indices"}}
+    if not given <= allowed[subset]:
+        raise ValueError(
+            f"Expected only {sorted(allowed[subset])} with subset_of_weights={subset!r}, got {sorted(given)}."
+        )
+    if subset == "subnetwork" and len(given) != 1:
+        raise ValueError(
+            'Expected params (names or patterns of parameters) or subnetwork_indices with subset_of_weights="subnetwork", '
+            f"got {'both' if given else 'neither'}."
+        )
+    if subnetwork_indices is not None:
+        return names_of_indices(model, subnetwork_indices)
+    if params is not None:
+        return match_parameters(model, [params] if isinstance(params, str) else params)
+    if last_layer_name is not None:
+        if last_layer_name not in dict(model.named_modules()):
+            raise ValueError(f"Expected last_layer_name to be a module of the model, got {last_layer_name!r}.")
+        return match_parameters(model, [last_layer_name])
+    return list(trainable(model)) if subset == "all" else None
+
+
+def names_of_indices(model: nn.Module, indices: Any) -> list[str]:
+    """Names of the parameter tensors that ascending indices of the parameter vector cover.
+
+    Raises:
+        ValueError: If they are no indices, or cover a tensor in part.
+    """
+    sizes = {name: p.numel() for name, p in trainable(model).items()}
+    total = sum(sizes.values())
+    if not isinstance(indices, Tensor) or indices.dtype != torch.int64 or indices.ndim != 1 or not len(indices):
+        what = f"{indices.dtype} of shape {tuple(indices.shape)}" if isinstance(indices, Tensor) else repr(indices)
+        raise ValueError(f"Expected subnetwork_indices to be a non-empty, one-dimensional LongTensor, got {what}.")
+    if int(indices.min()) < 0 or int(indices.max()) >= total:
+        raise ValueError(
+            f"Expected subnetwork_indices from 0 to {total - 1}, got {int(indices.min())} to {int(indices.max())}."
+        )
+    if bool((indices.diff() <= 0).any()):
+        raise ValueError("Expected subnetwork_indices in ascending order, without duplicates. Sort them.")
+    chosen = torch.zeros(total, dtype=torch.bool)
+    chosen[indices.cpu()] = True
+    parts = dict(zip(sizes, chosen.split(list(sizes.values())), strict=True))
+    cut = [name for name, part in parts.items() if bool(part.any()) and not bool(part.all())]
+    if cut:
+        raise ValueError(
+            f"Expected subnetwork_indices that cover whole parameter tensors, got some that cover {cut} in part. Choose "
+            "tensors with params=[...] instead."
+        )
+    return [name for name, part in parts.items() if bool(part.any())]

@@ -1,0 +1,305 @@
+"""Choosing the prior precision, under laplace-torch's names and with its losses."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+from tqdm import tqdm
+
+from debiased_laplace import _checks, _data
+from debiased_laplace._guards import global_random_state
+from debiased_laplace.laplace_torch.predictions import PredictiveLayer
+from debiased_laplace.laplace_torch.settings import plain
+from debiased_laplace.likelihoods import Likelihood
+from debiased_laplace.posterior import Posterior, standard_normals
+from debiased_laplace.predictive import functional_moments, linearized_samples, weight_samples
+from debiased_laplace.tuning import PriorCurve, gaussian_nll, grid_search, maximise_marginal_likelihood
+
+METHODS = ("marglik", "gridsearch")
+PRIOR_STRUCTURES = ("scalar", "layerwise", "diag")
+Prediction = Tensor | tuple[Tensor, Tensor]
+
+
+class TuningLayer(PredictiveLayer):
+    """The layer of :class:`~debiased_laplace.DebiasedLaplace` that tunes the prior."""
+
+    def optimize_prior_precision(
+        self,
+        pred_type: str = "glm",
+        method: str = "marglik",
+        n_steps: int = 100,
+        lr: float = 1e-1,
+        init_prior_prec: float | Tensor = 1.0,
+        prior_structure: str = "scalar",
+        val_loader: Iterable[Any] | None = None,
+        loss: Metric | Callable[..., Tensor | float] | None = None,
+        log_prior_prec_min: float = -4,
+        log_prior_prec_max: float = 4,
+        grid_size: int = 100,
+        link_approx: str | None = None,
+        n_samples: int = 100,
+        verbose: bool = False,
+        progress_bar: bool = False,
+        log_prior_prec_base: float = 10.0,
+    ) -> None:
+        """Choose the prior precision after the fit.
+
+        Args:
+            pred_type: What the grid search predicts with: ``"glm"``, ``"nn"`` or ``"linearized"``.
+            method: ``"marglik"`` or ``"gridsearch"`` (one pass over ``val_loader`` for ``"glm"``; the curve is kept in
+                ``self.curve``).
+            n_steps: Gradient steps, where the marginal likelihood has no closed maximum: for ``"layerwise"`` and
+                ``"diag"`` priors of structures other than ``"kron"``. Elsewhere the maximum is exact.
+            lr: Their learning rate (Adam on the logarithms).
+            init_prior_prec: Where they start; with more than one entry it says the structure.
+            prior_structure: For ``"marglik"``: ``"scalar"``; ``"layerwise"``, one for each parameter tensor (``"kron"``:
+                for each block); or ``"diag"``, one for each parameter (not for ``"kron"``).
+            val_loader: Validation batches for ``"gridsearch"``.
+            loss: For the grid search, as in laplace-torch: a ``torchmetrics.Metric``, updated with
+                ``(probabilities, targets)`` or ``(mean, variance, targets)``, or ``(mean, targets)`` if it takes two; or
+                a function of the same over all validation data at once. Each prior precision has a copy of the metric.
+                By default the mean negative log predictive probability, in nats.
+            log_prior_prec_min: Exponent of the grid's lower end.
+            log_prior_prec_max: Exponent of its upper end.
+            grid_size: Number of values.
+            link_approx: Link of the grid search with ``"glm"``, probit by default; remembered as the default of
+                predictions.
+            n_samples: Draws for ``link_approx="mc"`` and for samples; the same for every prior precision.
+            verbose: Print the result.
+            progress_bar: Show a tqdm bar.
+            log_prior_prec_base: Base of the exponents.
+
+        Raises:
+            ValueError: If an argument has no meaning; the prior precision stays.
+
+        Warns:
+            UserWarning: If the best value lies at an edge of the grid.
+        """
+        self._require_fit()
+        pred_type, method, link = self._check_pred_type(pred_type), plain(method), plain(link_approx)
+        if method == "marglik":
+            if val_loader is not None:
+                warnings.warn(
+                    "val_loader has no effect with method='marglik'. Did you mean 'gridsearch'?", stacklevel=2
+                )
+            self._maximise_marginal_likelihood(
+                init_prior_prec, plain(prior_structure), n_steps, lr, progress_bar
+            )
+        elif method == "gridsearch":
+            if val_loader is None:
+                raise ValueError("Expected a val_loader with validation batches for method='gridsearch', got None.")
+            if loss is not None and not callable(loss):
+                raise ValueError(f"Expected loss to be a torchmetrics.Metric, a function or None, got {loss!r}.")
+            if not grid_size >= 1 or not log_prior_prec_min <= log_prior_prec_max:
+                raise ValueError(
+                    f"Expected grid_size of at least 1 and log_prior_prec_min <= log_prior_prec_max, got {grid_size}, "
+                    f"{log_prior_prec_min} and {log_prior_prec_max}."
+                )
+            if pred_type != "glm" and link not in (None, "mc"):
+                raise ValueError(
+                    f"Samples have no link approximation: expected link_approx='mc' or none with {pred_type!r}, got "
+                    f"{link!r}."
+                )
+            grid = torch.logspace(
+                log_prior_prec_min, log_prior_prec_max, grid_size, base=log_prior_prec_base, dtype=torch.float64
+            )
+            with global_random_state(), torch.no_grad():  # a loader's order, and metrics, may draw
+                self.curve = self._search(pred_type, grid, val_loader, loss, link, n_samples, progress_bar)
+            if pred_type == "glm":
+                self.link = self.curve.link
+            self.prior_precision = self.curve.best
+        else:
+            raise ValueError(f"Expected method 'marglik' or 'gridsearch', got {method!r}.")
+        if verbose:
+            print(f"Optimized prior precision is {self.prior_precision}.")
+
+    def _maximise_marginal_likelihood(
+        self, initial: Any, prior_structure: str, n_steps: int, lr: float, progress_bar: bool
+    ) -> None:
+        """In closed form where there is one, otherwise by laplace-torch's gradient steps on the logarithms."""
+        if prior_structure not in PRIOR_STRUCTURES:
+            raise ValueError(f"Expected prior_structure out of {list(PRIOR_STRUCTURES)}, got {prior_structure!r}.")
+        basis, kronecker = self.posterior.basis, self.hessian_structure == "kron"
+        start = _checks.prior_precisions(initial)
+        if len(start) > 1:
+            self._core_prior(start, basis)
+        elif prior_structure == "diag" and kronecker:
+            raise ValueError(
+                "Expected prior_structure 'scalar' or 'layerwise' (one for each block), got 'diag': one for each "
+                "parameter does not commute with a Kronecker basis."
+            )
+        elif prior_structure != "scalar":
+            lengths = {"layerwise": len(basis.parts) if kronecker else len(basis.shapes), "diag": basis.n_params}
+            start = start.expand(lengths[prior_structure])
+        if len(start) == 1 or (kronecker and len(start) == len(basis.parts)):
+            self.prior_precision = maximise_marginal_likelihood(self.posterior, per_block=len(start) > 1)
+            return
+        before = self.prior_precision
+        logarithms = start.log().to(self._device, self._float_dtype).requires_grad_()
+        optimizer = torch.optim.Adam([logarithms], lr=lr)
+        try:
+            with torch.inference_mode(False), torch.enable_grad():
+                for _ in tqdm(range(n_steps), desc="Marginal likelihood", disable=not progress_bar, leave=False):
+                    optimizer.zero_grad()
+                    (-self.log_marginal_likelihood(logarithms.exp())).backward()
+                    optimizer.step()
+            self.prior_precision = logarithms.detach().exp()
+        except BaseException:
+            self.prior_precision = before
+            raise
+
+    def _search(
+        self, pred_type: str, grid: Tensor, batches: Iterable[Any], loss: Any, link: str | None, n_samples: int,
+        progress_bar: bool,
+    ) -> PriorCurve:  # fmt: skip
+        posterior, likelihood = replace(self.posterior, prior_precision=torch.ones(1)), self.output_likelihood
+        link = (link or "probit") if pred_type == "glm" else "mc"
+        if pred_type == "glm" and loss is None and self.sigma_noise.ndim == 0:
+            return grid_search(
+                self.network, posterior, likelihood, batches, grid, link=link, n_samples=n_samples, seed=self.seed,
+                targets_key=self.dict_key_y, progress_bar=progress_bar,
+            )  # fmt: skip
+        likelihood.check_link(link)
+        posteriors = [replace(posterior, prior_precision=p.reshape(1)) for p in _checks.prior_precisions(grid)]
+        scores = [_score(loss, likelihood, self.sigma_noise.square()) for _ in posteriors]
+        if pred_type == "glm":
+            pairs = self._glm_predictions(posteriors, batches, link, n_samples)
+        else:
+            pairs = self._sampled_predictions(posteriors, batches, pred_type, n_samples)
+        for index, prediction, targets in tqdm(
+            pairs, desc="Prior precision", unit="batch", disable=not progress_bar, leave=False
+        ):
+            scores[index].update(prediction, targets)
+        if scores[0].empty:
+            raise ValueError("Expected validation data, got an empty val_loader. A generator can be read only once.")
+        losses = torch.tensor([score.compute() for score in scores], dtype=torch.float64)
+        if bool(losses.isnan().any()) or not bool(losses.isfinite().any()):
+            _checks.finite(losses, "the validation losses", "Look for NaN in the validation data, or in the loss.")
+        curve = PriorCurve(grid, losses, link)
+        if curve.at_edge and len(grid) > 1:
+            end = ("smallest", "log_prior_prec_min") if int(losses.argmin()) == 0 else ("largest", "log_prior_prec_max")
+            warnings.warn(
+                f"The best prior precision, {curve.best:.3g}, is the {end[0]} of the grid: the optimum may lie beyond. "
+                f"Change {end[1]}.",
+                stacklevel=4,
+            )
+        return curve
+
+    def _glm_predictions(
+        self, posteriors: list[Posterior], batches: Iterable[Any], link: str, n_samples: int
+    ) -> Iterator[tuple[int, Prediction, Tensor]]:
+        """In one pass over the data: projections are computed once for all posteriors."""
+        network, likelihood = self.network, self.output_likelihood
+        generator = torch.Generator().manual_seed(self.seed)
+        like = posteriors[0].mean
+        normals = standard_normals((n_samples, network.n_outputs), like, generator) if link == "mc" else None
+        covariance = likelihood.is_regression or likelihood.needs_covariance(link)
+        for inputs, targets, _ in _data.labelled(batches, self.dict_key_y):
+            likelihood.check_targets(targets, network.n_outputs)
+            targets = targets.to(network.device)
+            mean, spread = functional_moments(network, posteriors, inputs, covariance=covariance)
+            for index, own in enumerate(spread):
+                if likelihood.is_regression:
+                    yield index, (mean, own), targets
+                else:
+                    yield index, likelihood.predictive(mean, own, link, normals), targets
+
+    def _sampled_predictions(
+        self, posteriors: list[Posterior], batches: Iterable[Any], pred_type: str, n_samples: int
+    ) -> Iterator[tuple[int, Prediction, Tensor]]:
+        """One posterior after the other, with the same draws: all their samples would not fit into memory."""
+        network, likelihood = self.network, self.output_likelihood
+        evaluate = linearized_samples if pred_type == "linearized" else weight_samples
+        kept = list(batches) if isinstance(batches, Iterator) else batches
+        for index, posterior in enumerate(posteriors):
+            deviations = posterior.deviations(n_samples, torch.Generator().manual_seed(self.seed))
+            for inputs, targets, _ in _data.labelled(kept, self.dict_key_y):
+                likelihood.check_targets(targets, network.n_outputs)
+                samples = evaluate(network, posterior.mean, deviations, inputs)
+                targets = targets.to(network.device)
+                if likelihood.is_regression:
+                    yield index, (samples.mean(0), samples.var(0)), targets
+                else:
+                    yield index, self._link(samples).mean(0), targets
+
+
+class _MeanNegativeLogProbability:
+    """The default loss."""
+
+    def __init__(self, likelihood: Likelihood, noise_variance: Tensor) -> None:
+        self.likelihood, self.noise_variance = likelihood, noise_variance
+        self.total, self.count = 0.0, 0
+
+    @property
+    def empty(self) -> bool:
+        return self.count == 0
+
+    def update(self, prediction: Prediction, targets: Tensor) -> None:
+        if isinstance(prediction, tuple):
+            mean, spread = prediction
+            variance = spread if spread.ndim == 2 else spread.diagonal(dim1=1, dim2=2)
+            losses = gaussian_nll(mean, variance, targets, self.noise_variance)
+        else:
+            losses = self.likelihood.log_loss(prediction, targets)
+        self.total += float(losses.double().sum())
+        self.count += len(targets)
+
+    def compute(self) -> float:
+        return self.total / self.count
+
+
+class _MetricLoss:
+    """A metric of torchmetrics, in a copy of its own."""
+
+    def __init__(self, metric: Metric, device: torch.device) -> None:
+        self.metric = metric.clone().to(device)
+        self.metric.reset()
+        self.empty = True
+
+    def update(self, prediction: Prediction, targets: Tensor) -> None:
+        self.empty = False
+        if not isinstance(prediction, tuple):
+            self.metric.update(prediction, targets)
+            return
+        try:
+            self.metric.update(*prediction, targets)
+        except TypeError:  # a metric of means alone
+            self.metric.update(prediction[0], targets)
+
+    def compute(self) -> float:
+        return float(self.metric.compute().sum())  # some metrics have a value for each output
+
+
+class _FunctionLoss:
+    """A function of all predictions and targets at once."""
+
+    def __init__(self, function: Callable[..., Tensor | float]) -> None:
+        self.function = function
+        self.batches: list[tuple[Tensor, ...]] = []
+
+    @property
+    def empty(self) -> bool:
+        return not self.batches
+
+    def update(self, prediction: Prediction, targets: Tensor) -> None:
+        own = prediction if isinstance(prediction, tuple) else (prediction,)
+        self.batches.append((*own, targets))
+
+    def compute(self) -> float:
+        value = self.function(*(torch.cat(column) for column in zip(*self.batches, strict=True)))
+        self.batches.clear()
+        return float(value)
+
+
+def _score(
+    loss: Any, likelihood: Likelihood, noise_variance: Tensor
+) -> _MeanNegativeLogProbability | _MetricLoss | _FunctionLoss:
+    if loss is None:
+        return _MeanNegativeLogProbability(likelihood, noise_variance)
+    return _MetricLoss(loss, noise_variance.device) if isinstance(loss, Metric) else _FunctionLoss(loss)
