@@ -53,6 +53,14 @@ class Gradients:
         width = self.inputs.shape[2]
         if positions * (n_vectors * height + width) <= n_vectors * height * width:
             return self
+        return self._formed()
+
+    def masked(self, mask: Tensor) -> Gradients:
+        """The same gradients with zeros where the mask ``[G, o, i]`` is false; formed."""
+        formed = self._formed()
+        return Gradients(formed.inputs, formed.vectors * mask.flatten()[:, None])
+
+    def _formed(self) -> Gradients:
         formed = self.rows()[:, None, :, :, None]
         return Gradients(formed.new_ones(len(formed), 1, 1, 1), formed)
 
@@ -123,6 +131,8 @@ class Gradients:
         columns = columns.reshape(len(columns), *self.shape)
         n, k, n_vectors = len(self.inputs), len(columns), self.vectors.shape[2]
         result = self.inputs.new_zeros(n, n_vectors, k)
+        if k == 0:
+            return result
         if not self._inputs_first(k):
             for part, some, formed in self._pieces():
                 result[part] += formed.transpose(1, 2).flatten(2) @ columns[:, :, some].flatten(1).mT

@@ -128,6 +128,7 @@ def fit(
     *,
     structure: Structure | None = None,
     parameters: str | Sequence[str] | None = None,
+    indices: Tensor | None = None,
     sampler: Sampler | None = None,
     split: Split | None = None,
     estimator: str = "projected",
@@ -152,6 +153,7 @@ def fit(
         likelihood: What the outputs mean.
         structure: Gives the directions; K-FAC by default.
         parameters: Which trainable parameters the posterior is about: all, ``"last_layer"``, or names and patterns.
+        indices: Instead, single entries of the vector of all trainable parameters (not for K-FAC).
         sampler: Which data to keep of the stream; 1,024 uniform ones by default.
         split: Which of them choose directions and which measure curvatures; ``TwoBatch()`` by default, ``Single()`` for
             a structure whose directions do not depend on data.
@@ -185,6 +187,7 @@ def fit(
     generator = make_generator(generator)
     settings = {
         "structure": repr(structure), "parameters": repr(parameters), "sampler": repr(sampler), "split": repr(split),
+        "indices": None if indices is None else indices.tolist(),
         "estimator": estimator, "mc_samples": repr(mc_samples), "curvature": curvature,
         "likelihood": type(likelihood).__name__, "separate_bias": separate_bias, "seed": generator.initial_seed(),
         "chunk_size": repr(chunk_size), "adds_to": None if previous is None else previous.n_seen,
@@ -208,7 +211,9 @@ def fit(
         folds, n_seen = drawn["folds"], drawn["n_seen"]
         generator.set_state(drawn["generator"])
         directions, measured = split(folds)
-        network = Network.discover(model, directions.inputs, parameters=parameters, separate_bias=separate_bias)
+        network = Network.discover(
+            model, directions.inputs, parameters=parameters, indices=indices, separate_bias=separate_bias
+        )
         likelihood.check_targets(torch.cat([fold.targets for fold in folds]), network.n_outputs)
         mc_samples = _resolve_mc_samples(mc_samples, network.n_outputs)
 
@@ -238,7 +243,8 @@ def fit(
         mean_loss = _mean_loss(network, likelihood, folds)
     precision = _checks.prior_precisions(prior_precision, len(basis.parts), basis.n_params).to(network.device)
     fitted = Fit(
-        Posterior(network.mean(), basis, curvatures, n_seen if n_data is None else n_data, precision, **posterior),
+        Posterior(network.mean(), basis, curvatures, n_seen if n_data is None else n_data, precision,
+                  fixed=None if network.free is None else ~network.free, **posterior),
         network, mean_loss, n_seen, directions.indices, measured.indices, mc_samples, settings, folds,
     )  # fmt: skip
     if checkpoint is not None:

@@ -204,6 +204,8 @@ class Network:
         self.blocks: list[Block] = []
         self.layouts: list[Layout] = []
         self.n_outputs = 0
+        #: Which entries of the parameter vector are uncertain, ``[D]``; None for all.
+        self.free: Tensor | None = None
         #: Whether the only block is a linear layer whose outputs are the model's: then nothing is back-propagated.
         self.is_head = False
         self._activations = self._largest_inputs = 1
@@ -215,6 +217,7 @@ class Network:
         inputs: _data.Inputs,
         *,
         parameters: str | Sequence[str] | None = None,
+        indices: Tensor | None = None,
         separate_bias: bool = False,
     ) -> Network:
         """Find the blocks of a model by one forward and one backward pass over a few data.
@@ -224,6 +227,7 @@ class Network:
             inputs: Some data; three of them are used.
             parameters: Which trainable parameters the posterior is about: all, ``"last_layer"``, or names and patterns
                 (:mod:`fnmatch`). The others are constants, as if they were frozen.
+            indices: Instead, single entries of the vector of all trainable parameters, ``[n]``.
             separate_bias: Give weights and biases blocks of their own, as laplace-torch does.
 
         Raises:
@@ -236,8 +240,16 @@ class Network:
             parameters = whole._last_layer(sample)
         elif parameters is not None:
             parameters = match_parameters(model, [parameters] if isinstance(parameters, str) else parameters)
+        if indices is not None:
+            if parameters is not None:
+                raise ValueError("Expected either parameters or indices, got both.")
+            free = entries_of(model, indices)
+            parameters = [name for name, own in free.items() if bool(own.any())]
         network = cls(model, parameters)
         network._discover(inputs, separate_bias)
+        if indices is not None:
+            mask = torch.cat([free[name].flatten() for name in network.shapes])
+            network.free = None if bool(mask.all()) else mask.to(network.device)
         return network
 
     @classmethod
@@ -260,6 +272,7 @@ class Network:
         network.layouts = [Layout(dim) for dim in description["layouts"]]
         network.n_outputs, network._activations, network._largest_inputs = description["sizes"]
         network.is_head = description["is_head"]
+        network.free = description["free"]
         return network
 
     def description(self) -> dict[str, Any]:
@@ -272,7 +285,15 @@ class Network:
             "layouts": [layout.batch_dimension for layout in self.layouts],
             "sizes": (self.n_outputs, self._activations, self._largest_inputs),
             "is_head": self.is_head,
+            "free": self.free,
         }
+
+    def free_entries(self, block: Block) -> Tensor | None:
+        """Which entries ``[G, O, I]`` of a block are uncertain; None for all."""
+        if self.free is None:
+            return None
+        own = block.gather(unflatten(self.free, self.shapes))
+        return None if bool(own.all()) else own
 
     @property
     def lone_blocks(self) -> list[Block]:
@@ -405,11 +426,11 @@ class Network:
         self._check_factors(inputs)
 
     def _last_layer(self, inputs: _data.Inputs) -> list[str]:
-        """Names of the parameters of the last recorded call with a weight."""
+        """Names of the parameters of the last linear layer or convolution."""
         factors, _ = self._forward(inputs)
         for call in reversed(factors._calls):
             names = [self._identities.get(id(p)) for p in (call.weight, call.bias)]
-            if names[0] is not None:
+            if names[0] is not None and not call.exact:
                 return [name for name in names if name is not None]
         raise _checks.UnsupportedLayerError(
             "Expected a model that ends in a linear layer or a convolution with trainable parameters, found none. "
@@ -483,6 +504,26 @@ def match_parameters(model: nn.Module, patterns: Sequence[str]) -> list[str]:
             )
         matched |= own
     return [name for name in names if name in matched]
+
+
+def entries_of(model: nn.Module, indices: Tensor) -> dict[str, Tensor]:
+    """Entries of the vector of all trainable parameters, as a mask of each parameter.
+
+    Raises:
+        ValueError: If they are no indices of that vector.
+    """
+    shapes = {name: p.shape for name, p in model.named_parameters() if p.requires_grad}
+    total = sum(shape.numel() for shape in shapes.values())
+    if not isinstance(indices, Tensor) or indices.dtype != torch.int64 or indices.ndim != 1 or not len(indices):
+        raise ValueError(f"Expected indices to be a non-empty vector of int64, got {indices!r}.")
+    if int(indices.min()) < 0 or int(indices.max()) >= total or len(indices.unique()) < len(indices):
+        raise ValueError(
+            f"Expected different indices from 0 to {total - 1}, got {len(indices)} of which {len(indices.unique())} "
+            f"differ, from {int(indices.min())} to {int(indices.max())}."
+        )
+    mask = torch.zeros(total, dtype=torch.bool)
+    mask[indices.cpu()] = True
+    return unflatten(mask, shapes)
 
 
 @dataclass(frozen=True)

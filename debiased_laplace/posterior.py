@@ -41,6 +41,8 @@ class Posterior:
         prior_mean: A number, or ``[D]``.
         coordinates: ``[D]``, scales s of the coordinates :math:`\theta = s\varphi` in which the basis is orthonormal
             and the prior precision is meant; None for one. Set by :attr:`normal_form` alone.
+        fixed: ``[D]``, boolean, parameters that have no uncertainty (an infinite prior precision), as if they were
+            frozen; directions must not reach into them. None for none.
     """
 
     mean: Tensor
@@ -52,6 +54,7 @@ class Posterior:
     noise_variance: float | Tensor = 1.0
     prior_mean: float | Tensor = 0.0
     coordinates: Tensor | None = None
+    fixed: Tensor | None = None
 
     def __post_init__(self) -> None:
         _checks.prior_precisions(self.prior_precision, len(self.basis.parts), self.basis.n_params)
@@ -75,10 +78,12 @@ class Posterior:
     @cached_property
     def normal_form(self) -> Posterior:
         """The same Gaussian with one prior precision for each part, in other coordinates if need be."""
-        prior, basis = self.prior_precision.to(self.curvatures.device, torch.float64), self.basis
+        prior, basis = self._prior, self.basis
+        dense = [isinstance(part, DenseBasis) for part in basis.parts]
+        if self.fixed is not None and all(dense) and len(self.prior_precision) in (1, len(basis.parts)):
+            return replace(self, coordinates=(~self.fixed).double(), fixed=None)
         if len(prior) in (1, len(basis.parts)):
             return self
-        dense = [isinstance(part, DenseBasis) for part in basis.parts]
         # Where all are equal there is nothing to turn, but the derivatives differ between parameters.
         if not all(dense) or (not prior.requires_grad and all(basis.is_constant(prior))):
             return self
@@ -101,7 +106,7 @@ class Posterior:
             )))  # fmt: skip
         return replace(
             self, basis=replace(basis, parts=parts), curvatures=torch.cat(curvatures),
-            prior_precision=prior.new_ones(1), coordinates=scales,
+            prior_precision=prior.new_ones(1), coordinates=scales, fixed=None,
         )  # fmt: skip
 
     @cached_property
@@ -109,8 +114,8 @@ class Posterior:
         """The basis that gradients in the parameters are projected on, of the :attr:`normal_form`."""
         if self.normal_form is not self:
             return self.normal_form.gradient_basis
-        if self.coordinates is None:
-            return self.basis
+        if self.coordinates is None or bool(((self.coordinates == 0) | (self.coordinates == 1)).all()):
+            return self.basis  # its directions do not reach into fixed parameters
         scales = self.basis.matrices(self.coordinates.detach())
         parts = []
         for part, members in zip(self.basis.parts, self.basis.members, strict=True):
@@ -124,14 +129,20 @@ class Posterior:
         return self.scale * self.curvatures.double() + self.column_prior
 
     @property
+    def _prior(self) -> Tensor:
+        """The prior precision, for each parameter if some are fixed (infinite)."""
+        prior = self.prior_precision.to(self.curvatures.device, torch.float64)
+        return prior if self.fixed is None else torch.where(self.fixed, torch.inf, self.basis.per_parameter(prior))
+
+    @property
     def column_prior(self) -> Tensor:
         """Prior precision along every column, ``[rank]``, float64."""
-        return self.basis.per_column(self.prior_precision.to(self.curvatures.device, torch.float64))
+        return self.basis.per_column(self._prior)
 
     @property
     def parameter_prior(self) -> Tensor:
         """Prior precision of every parameter, ``[D]``, float64."""
-        prior = self.basis.per_parameter(self.prior_precision.to(self.curvatures.device, torch.float64))
+        prior = self.basis.per_parameter(self._prior)
         return prior if self.coordinates is None else prior / self.coordinates.square()
 
     @property
@@ -142,7 +153,7 @@ class Posterior:
     @property
     def log_det_prior_precision(self) -> Tensor:
         r""":math:`\log\det P_0` of the prior."""
-        return self.parameter_prior.log().sum()
+        return _finite(self.parameter_prior, 1.0).log().sum()
 
     @property
     def log_det_ratio(self) -> Tensor:
@@ -151,10 +162,10 @@ class Posterior:
         return torch.log1p(own.scale * own.curvatures.double() / own.column_prior).sum()
 
     def matvec(self, vector: Tensor) -> Tensor:
-        r""":math:`P v`, ``[..., D] -> [..., D]``."""
+        r""":math:`P v`, ``[..., D] -> [..., D]``; zero for fixed parameters."""
         own = self.normal_form
-        inverse = None if own.coordinates is None else own.coordinates.reciprocal()
-        return own._apply(vector, own.precisions, own._complement_prior, inverse)
+        inverse = None if own.coordinates is None else _finite(own.coordinates.reciprocal())
+        return own._apply(vector, _finite(own.precisions), _finite(own._complement_prior), inverse)
 
     def covariance_matvec(self, vector: Tensor) -> Tensor:
         r""":math:`P^{-1} v`, ``[..., D] -> [..., D]``."""
@@ -162,12 +173,12 @@ class Posterior:
         return own._apply(vector, own.precisions.reciprocal(), own._complement_prior.reciprocal(), own.coordinates)
 
     def square_norm(self, value: Tensor) -> Tensor:
-        r""":math:`(\theta - \theta^*)^\top P (\theta - \theta^*)`, ``[..., D] -> [...]``, float64."""
+        r""":math:`(\theta - \theta^*)^\top P (\theta - \theta^*)`, ``[..., D] -> [...]``, float64; not of fixed ones."""
         own, delta = self.normal_form, value - self.mean
         if own.coordinates is not None:
-            delta = delta / own.coordinates
+            delta = delta * _finite(own.coordinates.reciprocal())
         along = own.basis.project(delta)
-        norm = (own.precisions * along.double().square()).sum(-1)
+        norm = (_finite(own.precisions) * along.double().square()).sum(-1)
         if not own.basis.complete:
             rest = (delta - own.basis.lift(along)).double()
             norm = norm + (own._complement_prior * rest.square()).sum(-1)
@@ -175,7 +186,7 @@ class Posterior:
 
     def scatter(self) -> Tensor:
         r""":math:`(\theta^* - \mu_0)^\top P_0 (\theta^* - \mu_0)`, a float64 scalar."""
-        return (self.parameter_prior * (self.mean - self.prior_mean).double().square()).sum()
+        return (_finite(self.parameter_prior) * (self.mean - self.prior_mean).double().square()).sum()
 
     def log_marginal_likelihood(self, log_likelihood: Tensor | float) -> Tensor:
         r"""Laplace approximation of the log marginal likelihood, in nats.
@@ -223,13 +234,14 @@ class Posterior:
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Log-density at parameters ``[..., D]``, in nats."""
-        constant = 0.5 * (self.log_det_precision - self.basis.n_params * math.log(2 * math.pi))
+        n_free = self.basis.n_params - (0 if self.fixed is None else int(self.fixed.sum()))
+        constant = 0.5 * (self.log_det_precision - n_free * math.log(2 * math.pi))
         return constant - 0.5 * self.square_norm(value)
 
     @property
     def _complement_prior(self) -> Tensor:
         """Prior precision of every parameter in the coordinates of the basis, ``[D]``."""
-        return self.basis.per_parameter(self.prior_precision.to(self.curvatures.device, torch.float64))
+        return self.basis.per_parameter(self._prior)
 
     def _apply(self, vector: Tensor, along: Tensor, prior: Tensor, coordinates: Tensor | None) -> Tensor:
         """In the coordinates of the basis: a diagonal along it, and the prior outside."""
@@ -243,6 +255,11 @@ class Posterior:
         if coordinates is not None:
             result = result * coordinates
         return result.to(dtype)
+
+
+def _finite(values: Tensor, otherwise: float = 0.0) -> Tensor:
+    """The values, with another number in the place of infinity, which stands for parameters that are fixed."""
+    return torch.where(values.isinf(), otherwise, values)
 
 
 def standard_normals(shape: tuple[int, ...], like: Tensor, generator: torch.Generator | None = None) -> Tensor:

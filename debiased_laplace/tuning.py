@@ -124,7 +124,7 @@ def maximise_marginal_likelihood(posterior: Posterior, *, per_block: bool = Fals
     by Brent's method; no gradient steps, no learning rate.
 
     Returns:
-        ``[1]`` or ``[n_blocks]``, float64.
+        ``[1]`` or ``[n_parts]``, float64.
 
     Raises:
         ValueError: If there is no maximum: no curvature at all, or parameters equal to the prior mean.
@@ -132,13 +132,16 @@ def maximise_marginal_likelihood(posterior: Posterior, *, per_block: bool = Fals
     basis = posterior.basis
     scaled = (posterior.scale * posterior.curvatures.double()).detach().cpu()
     squares = (posterior.mean - posterior.prior_mean).double().square().cpu()
-    names = [block.name for block in basis.blocks]
+    if posterior.fixed is not None:
+        squares = squares.where(~posterior.fixed.cpu(), 0.0)
+        scaled = scaled.where(posterior.normal_form.column_prior.isfinite().cpu(), 0.0)
     if not per_block:
         return torch.tensor([_stationary(scaled, float(squares.sum()), "all parameters")], dtype=torch.float64)
-    block_of = basis.per_parameter(torch.arange(len(names), dtype=torch.float64)).cpu()
+    part_of = basis.per_parameter(torch.arange(len(basis.parts), dtype=torch.float64)).cpu()
+    names = [", ".join(basis.blocks[i].name for i in members) for members in basis.members]
     return torch.tensor(
         [
-            _stationary(own, float(squares[block_of == index].sum()), repr(name))
+            _stationary(own, float(squares[part_of == index].sum()), repr(name))
             for index, (name, own) in enumerate(zip(names, scaled.split(basis.sizes), strict=True))
         ],
         dtype=torch.float64,

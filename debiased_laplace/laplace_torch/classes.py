@@ -99,7 +99,12 @@ class DebiasedLaplace(StateLayer):
 
     @staticmethod
     def _construct(
-        la: Any, model: nn.Module, likelihood: Any, subset_of_weights: str, hessian_structure: str, keywords: dict[str, Any]
+        la: Any,
+        model: nn.Module,
+        likelihood: Any,
+        subset_of_weights: str,
+        hessian_structure: str,
+        keywords: dict[str, Any],
     ) -> None:
         DebiasedLaplace.__init__(la, model, likelihood, subset_of_weights, hessian_structure, **keywords)
 

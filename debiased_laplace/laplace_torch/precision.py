@@ -74,5 +74,7 @@ class KroneckerPrecision:
 
 def _squared(part: Any) -> Any:
     """A basis part with the squares of its factors: lifting with it gives diagonals."""
-    squares = {f.name: getattr(part, f.name).square() for f in fields(part) if isinstance(getattr(part, f.name), Tensor)}
+    squares = {
+        f.name: getattr(part, f.name).square() for f in fields(part) if isinstance(getattr(part, f.name), Tensor)
+    }
     return replace(part, **squares)

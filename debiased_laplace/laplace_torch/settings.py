@@ -57,9 +57,7 @@ class SettingsLayer(ParametricLaplace):
         self.subset_of_weights = _choice(subset_of_weights, subset.SUBSETS, "subset_of_weights")
         self.hessian_structure = _choice(hessian_structure, list(STRUCTURES), "hessian_structure")
         every = subset.trainable(model)
-        names = subset.chosen_parameters(
-            model, self.subset_of_weights, params, last_layer_name, subnetwork_indices
-        )
+        names = subset.chosen_parameters(model, self.subset_of_weights, params, last_layer_name, subnetwork_indices)
         self._backend_settings = backend_settings(backend, backend_kwargs, asdl_fisher_kwargs)
         self.likelihood = likelihood
         self.fitted: Fit | None = None
@@ -267,6 +265,7 @@ def backend_settings(
     if rest or asdl_fisher_kwargs or not (backend is None or known):
         warnings.warn(
             "The curvature is computed by debiased_laplace: of backend arguments only the kind (GGN or empirical Fisher), "
-            f"stochastic and num_samples have an effect, not {[backend, rest, asdl_fisher_kwargs or {}]}.", stacklevel=4,
+            f"stochastic and num_samples have an effect, not {[backend, rest, asdl_fisher_kwargs or {}]}.",
+            stacklevel=4,
         )
     return settings

@@ -74,7 +74,9 @@ class StateLayer(TuningLayer):
                 raise ValueError(f"Expected a state with {key} {own!r}, got {state_dict.get(key)!r}.")
         fitted = Fit.restore(self.model, state_dict["fit"])
         if self._names is not None and list(fitted.network.shapes) != self._names:
-            raise ValueError(f"Expected a state of the parameters {self._names}, got one of {list(fitted.network.shapes)}.")
+            raise ValueError(
+                f"Expected a state of the parameters {self._names}, got one of {list(fitted.network.shapes)}."
+            )
         before = self._prior_precision, self._prior_mean
         self._prior_precision, self._prior_mean = (
             state_dict[key].to(self._device, copy=True) for key in ("prior_precision", "prior_mean")
@@ -133,7 +135,9 @@ class StateLayer(TuningLayer):
             raise ValueError(f"Expected a saved DebiasedLaplace in {path}, got {header.get('kind', 'something else')}.")
         own = StateLayer._classes.get(header["class"])
         if own is None or not issubclass(own, cls):
-            raise ValueError(f"Expected a saved {cls.__name__} in {path}, got one of {header['class']}. Use that class.")
+            raise ValueError(
+                f"Expected a saved {cls.__name__} in {path}, got one of {header['class']}. Use that class."
+            )
         shapes = {name: list(p.shape) for name, p in model.named_parameters() if name in header["shapes"]}
         lines = _store.differences({"shape": header["shapes"]}, {"shape": shapes})
         lines = lines or _store.differences(header["weights"], _store.fingerprint(model.state_dict()))
@@ -154,7 +158,12 @@ class StateLayer(TuningLayer):
 
     @staticmethod
     def _construct(
-        la: Any, model: nn.Module, likelihood: Any, subset_of_weights: str, hessian_structure: str, keywords: dict[str, Any]
+        la: Any,
+        model: nn.Module,
+        likelihood: Any,
+        subset_of_weights: str,
+        hessian_structure: str,
+        keywords: dict[str, Any],
     ) -> None:
         """Initialise an object of any class, whatever its own constructor takes."""
         raise NotImplementedError

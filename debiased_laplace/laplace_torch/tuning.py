@@ -88,9 +88,7 @@ class TuningLayer(PredictiveLayer):
                 warnings.warn(
                     "val_loader has no effect with method='marglik'. Did you mean 'gridsearch'?", stacklevel=2
                 )
-            self._maximise_marginal_likelihood(
-                init_prior_prec, plain(prior_structure), n_steps, lr, progress_bar
-            )
+            self._maximise_marginal_likelihood(init_prior_prec, plain(prior_structure), n_steps, lr, progress_bar)
         elif method == "gridsearch":
             if val_loader is None:
                 raise ValueError("Expected a val_loader with validation batches for method='gridsearch', got None.")

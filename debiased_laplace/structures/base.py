@@ -101,7 +101,7 @@ def group_blocks(network: Network, blocks: str | Sequence[Sequence[str]] | None)
         if len(own) != 1:
             raise ValueError(
                 f"Expected the parameters {list(block.parameters)}, which share a curvature block, in exactly one "
-                f"group of blocks={[list(patterns) for patterns in blocks]}. Give patterns that cover each parameter once."
+                f"group of blocks={[list(patterns) for patterns in blocks]}. Cover every parameter once."
             )
         groups[own[0]].append(index)
     if not all(groups):

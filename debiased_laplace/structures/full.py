@@ -21,22 +21,26 @@ class FullStatistics:
     """The curvature matrix itself.
 
     Attributes:
-        matrices: Of every group of blocks, ``[size, size]``, float64, parameters block after block.
+        matrices: Of every group of blocks, ``[size, size]``, float64, uncertain parameters block after block.
         groups: Positions of the blocks of every group.
+        free: For every group, which of its parameters are uncertain.
     """
 
     matrices: list[Tensor]
     groups: list[tuple[int, ...]]
+    free: list[Tensor]
 
     exact: ClassVar[bool] = True
 
     def __add__(self, other: FullStatistics) -> FullStatistics:
         """Statistics of both data together."""
-        return FullStatistics([a + b for a, b in zip(self.matrices, other.matrices, strict=True)], self.groups)
+        return FullStatistics(
+            [a + b for a, b in zip(self.matrices, other.matrices, strict=True)], self.groups, self.free
+        )
 
     def all_reduce(self) -> FullStatistics:
         """Sum over the processes of ``torch.distributed``; each process weighs its data for all of them."""
-        reduced = FullStatistics([matrix.clone() for matrix in self.matrices], self.groups)
+        reduced = FullStatistics([matrix.clone() for matrix in self.matrices], self.groups, self.free)
         for matrix in reduced.matrices:
             torch.distributed.all_reduce(matrix)
         return reduced
@@ -44,9 +48,9 @@ class FullStatistics:
     def curvatures(self, basis: Basis) -> Tensor:
         r""":math:`\mathrm{diag}(U^\top G U)`, ``[rank]``."""
         values = []
-        for part, matrix in zip(basis.parts, self.matrices, strict=True):
+        for part, matrix, free in zip(basis.parts, self.matrices, self.free, strict=True):
             assert isinstance(part, DenseBasis)
-            columns = torch.cat([own.flatten(1) for own in part.columns], 1)
+            columns = torch.cat([own.flatten(1) for own in part.columns], 1)[:, free]
             # A quadratic form of a positive semi-definite matrix: below zero only by rounding.
             values.append(((columns @ matrix) * columns).sum(1).clamp_min(0))
         return basis.join(values)
@@ -70,7 +74,15 @@ class Full(Structure):
     def measure(self, network: Network, data: CurvatureData) -> FullStatistics:
         """The matrix, in one pass."""
         groups = group_blocks(network, self.blocks)
-        sizes = [sum(network.blocks[i].size for i in group) for group in groups]
+        masks = [network.free_entries(block) for block in network.blocks]
+        free = [
+            torch.cat(
+                [torch.ones(network.blocks[i].size, dtype=torch.bool, device=network.device) if masks[i] is None
+                 else masks[i].flatten() for i in group]
+            )
+            for group in groups
+        ]  # fmt: skip
+        sizes = [int(own.sum()) for own in free]
         if max(sizes) > self.max_params:
             raise ValueError(
                 f"Expected at most {self.max_params} parameters for a dense matrix, got {max(sizes)}: it would take "
@@ -81,21 +93,24 @@ class Full(Structure):
         for chunk in data:
             inputs = [chunk.factors.inputs(block) for block in network.blocks]
             for _, vectors in chunk.factors.backpropagate(chunk.vectors, network.vector_chunk):
-                for matrix, group in zip(matrices, groups, strict=True):
-                    rows = torch.cat([Gradients(inputs[i], vectors[i]).rows().flatten(0, 1) for i in group], 1).double()
+                for matrix, group, own in zip(matrices, groups, free, strict=True):
+                    rows = torch.cat([Gradients(inputs[i], vectors[i]).rows().flatten(0, 1) for i in group], 1)
+                    rows = rows[:, own].double()
                     matrix.addmm_(rows.mT, rows)
         for matrix, group in zip(matrices, groups, strict=True):
             names = ", ".join(repr(network.blocks[i].name) for i in group)
             _checks.finite(matrix, f"the curvature of {names}", "Look for NaN in the data, or for an overflow.")
-        return FullStatistics(matrices, groups)
+        return FullStatistics(matrices, groups, free)
 
     def eigenbasis(self, network: Network, statistics: FullStatistics) -> Basis:
         """Eigenvectors of the matrices, by descending eigenvalues, in float64."""
         parts = []
-        for group, matrix in zip(statistics.groups, statistics.matrices, strict=True):
+        for group, matrix, free in zip(statistics.groups, statistics.matrices, statistics.free, strict=True):
             blocks = [network.blocks[i] for i in group]
             _, vectors = eigh(matrix, ", ".join(block.name for block in blocks))
-            columns = vectors.mT.split([block.size for block in blocks], 1)
+            rows = vectors.new_zeros(len(matrix), len(free))
+            rows[:, free] = vectors.mT
+            columns = rows.split([block.size for block in blocks], 1)
             parts.append(
                 DenseBasis(
                     tuple(

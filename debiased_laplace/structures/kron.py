@@ -88,6 +88,11 @@ class Kronecker(Structure):
             network: The model with its blocks.
             data: Factors of consecutive chunks of data, with their weights and output vectors.
         """
+        if network.free is not None:
+            raise ValueError(
+                "Expected whole parameters for a Kronecker structure, got single entries of them. Choose them by name, "
+                "or use a diagonal, low-rank or full structure."
+            )
         like = torch.empty(0, device=network.device, dtype=network.dtype)
         inputs = [like.new_zeros(block.groups, block.inputs, block.inputs) for block in network.blocks]
         outputs = [like.new_zeros(block.groups, block.outputs, block.outputs) for block in network.blocks]

@@ -138,7 +138,9 @@ class LowRank(Structure):
             for index, block in enumerate(network.blocks):
                 g = vectors[index]
                 vectors[index] = g.new_empty(0)
-                columns[index].append(Gradients(chunk.factors.inputs(block), g).compact())
+                own = Gradients(chunk.factors.inputs(block), g)
+                free = network.free_entries(block)
+                columns[index].append(own.compact() if free is None else own.masked(free))
         return LowRankStatistics(columns, group_blocks(network, self.blocks))
 
     def eigenbasis(self, network: Network, statistics: LowRankStatistics) -> Basis:
@@ -200,8 +202,8 @@ def lift_eigenvectors(
     orthonormal, triangular = torch.linalg.qr(torch.cat(columns, 1).mT)
     orthonormal = orthonormal * triangular.diagonal().sign()
     split = orthonormal.mT.split([own.shape[1] for own in columns], 1)
-    blocks = [network.blocks[index] for index in group]
-    return tuple(
-        own.unflatten(1, (block.groups, block.outputs, block.inputs)).contiguous()
-        for own, block in zip(split, blocks, strict=True)
-    )
+    lifted = []
+    for own, block in zip(split, [network.blocks[index] for index in group], strict=True):
+        own, free = own.unflatten(1, (block.groups, block.outputs, block.inputs)), network.free_entries(block)
+        lifted.append(own.contiguous() if free is None else own * free)  # what rounding left outside
+    return tuple(lifted)
