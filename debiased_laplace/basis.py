@@ -72,10 +72,6 @@ class Part(ABC):
     def lift(self, coefficients: Tensor) -> list[Tensor]:
         r""":math:`U c`, ``[..., *shape] -> [..., G, O, I]`` for each block."""
 
-    def gradients(self, inputs: Sequence[Tensor], vectors: Sequence[Tensor]) -> list[Gradients]:
-        """The gradients of every block themselves, in the precision that projecting them has."""
-        return [Gradients(a, g) for a, g in zip(inputs, vectors, strict=True)]
-
     def prepare_inputs(self, inputs: Sequence[Tensor], n_vectors: int) -> Any:
         """What can be done once with the inputs ``[N, G, I, S]`` for all vectors of a batch."""
         return inputs
@@ -221,17 +217,28 @@ class DenseBasis(Part):
     ) -> DenseProjection:
         gradients = self.gradients(inputs, vectors)
         rows = [g.project(own) for g, own in zip(gradients, self.columns, strict=True)]
-        return DenseProjection(torch.stack(rows).sum(0))
+        return DenseProjection(torch.stack(rows).sum(0), gradients)
 
     def gradients(self, inputs: Sequence[Tensor], vectors: Sequence[Tensor]) -> list[Gradients]:
-        return [Gradients(a.to(self.dtype), g.to(self.dtype)) for a, g in zip(inputs, vectors, strict=True)]
+        # With several positions the gradients are formed in the precision of the network and then converted: the
+        # complement compares two contractions of them, which have to see the same numbers, not more exact ones.
+        return [
+            Gradients(a.to(self.dtype), g.to(self.dtype)) if a.shape[-1] == 1 else Gradients(a, g).formed(self.dtype)
+            for a, g in zip(inputs, vectors, strict=True)
+        ]
 
 
 @dataclass(frozen=True)
 class DenseProjection:
-    """Projected gradients ``Z: [N, V, rank]``, formed."""
+    """Projected gradients ``Z: [N, V, rank]``, formed.
+
+    Attributes:
+        values: Z.
+        gradients: What was projected, of every block.
+    """
 
     values: Tensor
+    gradients: list[Gradients]
 
     def second_moment(self) -> Tensor:
         """``[rank]``."""

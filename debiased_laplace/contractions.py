@@ -53,16 +53,17 @@ class Gradients:
         width = self.inputs.shape[2]
         if positions * (n_vectors * height + width) <= n_vectors * height * width:
             return self
-        return self._formed()
+        return self.formed()
+
+    def formed(self, dtype: torch.dtype | None = None) -> Gradients:
+        """The same gradients as vectors: one input ``a = 1``, ``[N, 1, V, G * o * i, 1]``; formed, then converted."""
+        rows = self.rows().to(dtype or self.inputs.dtype)[:, None, :, :, None]
+        return Gradients(rows.new_ones(len(rows), 1, 1, 1), rows)
 
     def masked(self, mask: Tensor) -> Gradients:
         """The same gradients with zeros where the mask ``[G, o, i]`` is false; formed."""
-        formed = self._formed()
+        formed = self.formed()
         return Gradients(formed.inputs, formed.vectors * mask.flatten()[:, None])
-
-    def _formed(self) -> Gradients:
-        formed = self.rows()[:, None, :, :, None]
-        return Gradients(formed.new_ones(len(formed), 1, 1, 1), formed)
 
     # -- sums of squares along the entries ------------------------------------------------------
 
@@ -82,7 +83,7 @@ class Gradients:
         Args:
             scales: ``h: [R, G, o, i]``, non-negative.
         """
-        scales = scales.to(self.inputs.dtype)
+        scales = scales.to(self.inputs.dtype).reshape(len(scales), *self.shape)
         n, n_vectors = len(self.inputs), self.vectors.shape[2]
         if self._factored:
             weights = torch.einsum("ngi,rgoi->rngo", self.inputs[..., 0].square(), scales)
@@ -103,7 +104,7 @@ class Gradients:
         Args:
             scales: ``[R, G, o, i]``.
         """
-        scales = scales.to(self.inputs.dtype)
+        scales = scales.to(self.inputs.dtype).reshape(len(scales), *self.shape)
         if self._factored:
             weights = torch.einsum("ngi,rgoi->rngo", self.inputs[..., 0].square(), scales).flatten(2)
             squares = self.vectors[..., 0].square().transpose(1, 2).flatten(2)  # [N or 1, V, G * o]

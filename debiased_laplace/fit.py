@@ -192,8 +192,15 @@ def fit(
         "likelihood": type(likelihood).__name__, "separate_bias": separate_bias, "seed": generator.initial_seed(),
         "chunk_size": repr(chunk_size), "adds_to": None if previous is None else previous.n_seen,
     }  # fmt: skip
-    weights = {} if checkpoint is None else _store.fingerprint(model.state_dict())
-    progress = Progress(checkpoint, {**settings, "n_data": repr(n_data), "weights": weights})
+    kept: dict[str, Any] = {}
+    if checkpoint is not None:
+        fields_ = {"n_data": n_data, "prior_precision": prior_precision, **posterior}
+        kept = {**settings, "posterior": {name: _in_words(value) for name, value in fields_.items()}}
+        kept["weights"] = _store.fingerprint(model.state_dict())
+        if previous is not None:
+            drawn_before = {"directions": previous.direction_indices, "curvatures": previous.curvature_indices}
+            kept["previous"] = _store.fingerprint(drawn_before)
+    progress = Progress(checkpoint, kept)
     if progress.completed is not None:
         return Fit.restore(model, progress.completed)
     with torch.inference_mode(False), global_random_state():
@@ -285,6 +292,11 @@ def make_generator(generator: torch.Generator | int) -> torch.Generator:
             )
         return generator
     return torch.Generator().manual_seed(generator)
+
+
+def _in_words(value: Any) -> str:
+    """A number or a tensor, for the settings of a checkpoint."""
+    return _store.fingerprint({"": value})[""] if isinstance(value, Tensor) else repr(value)
 
 
 def _resolve_mc_samples(mc_samples: int | str | None, n_outputs: int) -> int | None:

@@ -208,7 +208,7 @@ class Network:
         self.free: Tensor | None = None
         #: Whether the only block is a linear layer whose outputs are the model's: then nothing is back-propagated.
         self.is_head = False
-        self._activations = self._largest_inputs = 1
+        self._activations = self._largest_inputs = self._largest_formed = 1
 
     @classmethod
     def discover(
@@ -270,7 +270,7 @@ class Network:
             for block in description["blocks"]
         ]
         network.layouts = [Layout(dim) for dim in description["layouts"]]
-        network.n_outputs, network._activations, network._largest_inputs = description["sizes"]
+        network.n_outputs, network._activations, network._largest_inputs, network._largest_formed = description["sizes"]
         network.is_head = description["is_head"]
         network.free = description["free"]
         return network
@@ -283,7 +283,7 @@ class Network:
                 {**vars(block), "shapes": tuple(tuple(shape) for shape in block.shapes)} for block in self.blocks
             ],
             "layouts": [layout.batch_dimension for layout in self.layouts],
-            "sizes": (self.n_outputs, self._activations, self._largest_inputs),
+            "sizes": (self.n_outputs, self._activations, self._largest_inputs, self._largest_formed),
             "is_head": self.is_head,
             "free": self.free,
         }
@@ -363,10 +363,15 @@ class Network:
             for block in self.lone_blocks
         ]
 
-    def chunk_size(self, memory: int, vectors: int = 1) -> int:
-        """Data at a time such that activations, inputs and back-propagated vectors stay within ``memory`` bytes."""
-        per_datum = self._activations * (3 + vectors) + self._largest_inputs * 2
-        return max(1, memory // max(1, per_datum * torch.finfo(self.dtype).bits // 8))
+    def chunk_size(self, memory: int, vectors: int = 1, *, formed: bool = False) -> int:
+        """Data at a time such that activations, inputs and back-propagated vectors stay within ``memory`` bytes.
+
+        With ``formed``, also the gradients of one block with several positions, in float64 beside their own precision.
+        """
+        per_datum = (self._activations * (3 + vectors) + self._largest_inputs * 2) * torch.finfo(self.dtype).bits // 8
+        if formed:
+            per_datum += self._largest_formed * vectors * 16
+        return max(1, memory // max(1, per_datum))
 
     def _forward(self, inputs: _data.Inputs) -> tuple[Factors, Recorder]:
         with gradients_enabled(), evaluation_mode(self.model):
@@ -422,7 +427,10 @@ class Network:
             and calls[0].edge.node is factors._graph_outputs.grad_fn
         )
         self._activations = sum(math.prod(call.output_shape) for call in calls) // n + 1
-        self._largest_inputs = max((factors.inputs(block)[0].numel() for block in self.blocks), default=1)
+        shapes = [factors.inputs(block).shape for block in self.blocks]
+        self._largest_inputs = max((math.prod(shape[1:]) for shape in shapes), default=1)
+        several = [block.size for block, shape in zip(self.blocks, shapes, strict=True) if shape[-1] > 1]
+        self._largest_formed = max(several, default=1)
         self._check_factors(inputs)
 
     def _last_layer(self, inputs: _data.Inputs) -> list[str]:
@@ -576,6 +584,7 @@ class CurvatureData:
         self.network, self.data, self.likelihood, self.progress = network, data, likelihood, progress
         self.curvature = curvature
         _checks.chunk_size(chunk_size)
+        self._chosen = chunk_size
         self.chunk_size = chunk_size or network.chunk_size(CHUNK_MEMORY, network.vector_chunk)
         self.uniforms: Tensor | None = None
         if mc_samples is not None and curvature == "ggn":
@@ -592,6 +601,15 @@ class CurvatureData:
         taken = copy.copy(self)
         taken.data = self.data.take(part)
         taken.uniforms = None if self.uniforms is None else self.uniforms[part]
+        return taken
+
+    def for_all_vectors(self) -> CurvatureData:
+        """The same data in chunks so small that the back-propagated vectors of all blocks fit :data:`CHUNK_MEMORY`."""
+        taken = copy.copy(self)
+        n_vectors = 1 if self.curvature == "empirical_fisher" else self.network.n_outputs
+        if self.uniforms is not None:
+            n_vectors = self.uniforms.shape[1]
+        taken.chunk_size = self._chosen or self.network.chunk_size(CHUNK_MEMORY, n_vectors)
         return taken
 
     def __len__(self) -> int:

@@ -23,7 +23,7 @@ from torch.overrides import BaseTorchFunctionMode
 
 from debiased_laplace import _checks, _data
 from debiased_laplace._guards import evaluation_mode
-from debiased_laplace.basis import Basis, Projected
+from debiased_laplace.basis import Basis, DenseBasis, DenseProjection, Projected
 from debiased_laplace.blocks import unflatten
 from debiased_laplace.contractions import Gradients
 from debiased_laplace.gradients import CHUNK_MEMORY, Network
@@ -64,7 +64,8 @@ def functional_moments(
     _checks.chunk_size(chunk_size)
     if chunk_size is None:
         shared = network.is_head and not covariance  # its unit vectors are the same for all data
-        chunk_size = network.chunk_size(CHUNK_MEMORY, 0 if shared else network.n_outputs)
+        dense = any(isinstance(part, DenseBasis) for part in basis.parts)
+        chunk_size = network.chunk_size(CHUNK_MEMORY, 0 if shared else network.n_outputs, formed=dense)
     means, spreads = [], []
     for chunk in _data.slices(_data.count(inputs), chunk_size):
         mean, projections = _project(network, basis, _data.take(inputs, chunk))
@@ -170,8 +171,12 @@ def _project(
             a, g = [factors.inputs(network.blocks[i]) for i in own], [vectors[i] for i in own]
             for i in own:
                 vectors[i] = vectors[i].new_empty(0)
-            raw = [] if part.complete else part.gradients(a, g)
-            prepared = part.prepare_inputs(a, g[0].shape[2])
-            yield part.project_gradients(prepared, g, unit=network.is_head), raw
+            projected = part.project_gradients(part.prepare_inputs(a, g[0].shape[2]), g, unit=network.is_head)
+            raw: list[Gradients] = []
+            if isinstance(projected, DenseProjection):
+                raw = projected.gradients
+            elif not part.complete:
+                raw = [Gradients(*factors) for factors in zip(a, g, strict=True)]
+            yield projected, raw
 
     return factors.outputs.to(network.dtype), parts()

@@ -24,8 +24,8 @@ class DebiasedLaplace(StateLayer):
         hessian_structure: ``"kron"``, ``"lowrank"``, ``"diag"`` or ``"full"``.
         sigma_noise: Standard deviation of the observation noise (regression), or one for each output: then their
             ratios are part of the fit.
-        prior_precision: One number; one for each line of :meth:`coverage`; one for each parameter tensor; or one for each
-            parameter (not for ``"kron"``).
+        prior_precision: One number; one for each line of :meth:`coverage`; one for each parameter tensor; or one for
+            each parameter (not for ``"kron"``).
         prior_mean: One number, or ``[D]``.
         temperature: Temperature of the likelihood.
         enable_backprop: Let predictions be differentiable in their inputs; uses Jacobians, as laplace-torch does.
@@ -34,8 +34,8 @@ class DebiasedLaplace(StateLayer):
         backend: A backend of laplace-torch, of which only the kind has an effect: the GGN, or the empirical Fisher.
         backend_kwargs: ``stochastic`` and ``num_samples`` (random vectors) have an effect, nothing else.
         asdl_fisher_kwargs: No effect.
-        params: Names of parameters or modules, or patterns (:mod:`fnmatch`), that the posterior is about; the others are
-            constants. With ``"all"`` vectors have the length of the chosen ones, as if the others were frozen; with
+        params: Names of parameters or modules, or patterns (:mod:`fnmatch`), that the posterior is about; the others
+            are constants. With ``"all"`` vectors have the length of the chosen ones, as if the others were frozen; with
             ``"subnetwork"`` the mean and samples are of all parameters, as in laplace-torch.
         last_layer_name: Name of the last layer's module; found by a forward pass by default.
         subnetwork_indices: Instead of ``params``, indices of whole tensors in the parameter vector, ascending.
@@ -92,9 +92,9 @@ class DebiasedLaplace(StateLayer):
         seed: int = 0,
     ) -> None:
         super().__init__(
-            model, likelihood, subset_of_weights, hessian_structure, sigma_noise, prior_precision, prior_mean, temperature,
-            enable_backprop, dict_key_x, dict_key_y, backend, backend_kwargs, asdl_fisher_kwargs, params, last_layer_name,
-            subnetwork_indices, separate_bias, seed,
+            model, likelihood, subset_of_weights, hessian_structure, sigma_noise, prior_precision, prior_mean,
+            temperature, enable_backprop, dict_key_x, dict_key_y, backend, backend_kwargs, asdl_fisher_kwargs, params,
+            last_layer_name, subnetwork_indices, separate_bias, seed,
         )  # fmt: skip
 
     @staticmethod
@@ -254,8 +254,8 @@ class DebiasedLastLayerLaplace(DebiasedLaplace):
     """Posterior over the last layer, with the arguments of laplace-torch's last-layer classes.
 
     Also ``laplace.Laplace(model, likelihood, "last_layer", "debiased_kron", ...)``, and ``"debiased_lowrank"``,
-    ``"debiased_diag"``, ``"debiased_full"``. For the arguments see :class:`DebiasedLaplace`; ``feature_reduction`` has no
-    effect, since the last layer is seen where the model calls it.
+    ``"debiased_diag"``, ``"debiased_full"``. For the arguments see :class:`DebiasedLaplace`; ``feature_reduction`` has
+    no effect, since the last layer is seen where the model calls it.
     """
 
     _key: ClassVar[tuple[str, str]] = ("last_layer", "debiased_kron")
@@ -286,8 +286,8 @@ class DebiasedLastLayerLaplace(DebiasedLaplace):
         self.damping, self.feature_reduction = damping, feature_reduction
         super().__init__(
             model, likelihood, "last_layer", hessian_structure or self._default_structure, sigma_noise, prior_precision,
-            prior_mean, temperature, enable_backprop, dict_key_x, dict_key_y, backend, backend_kwargs, asdl_fisher_kwargs,
-            last_layer_name=last_layer_name, separate_bias=separate_bias, seed=seed,
+            prior_mean, temperature, enable_backprop, dict_key_x, dict_key_y, backend, backend_kwargs,
+            asdl_fisher_kwargs, last_layer_name=last_layer_name, separate_bias=separate_bias, seed=seed,
         )  # fmt: skip
 
     def functional_variance_fast(self, X: Any) -> tuple[Tensor, Tensor]:

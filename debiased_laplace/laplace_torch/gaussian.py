@@ -58,13 +58,13 @@ class GaussianLayer(SettingsLayer):
             progress_bar: Show tqdm bars.
             budget: Data to draw from the loader for curvature, directions and measurement together; ``None`` for all.
             n_data: Size of the training set that the loader stands for, if its data are not it.
-            split: ``TwoBatch()`` by default (``Single()`` for ``"diag"``, which has no bias); ``Single()`` is the usual,
-                biased practice.
+            split: ``TwoBatch()`` by default (``Single()`` for ``"diag"``, which has no bias); ``Single()`` is the
+                usual, biased practice.
             sampler: Instead of a uniform draw of ``budget`` data.
             structure: The structure of ``hessian_structure`` with other settings, such as ``LowRank(rank=50)``.
             estimator: ``"projected"`` (equation 2) or ``"factored"`` (classical K-FAC).
-            mc_samples: Random vectors for each datum; None is exact; ``"auto"`` is what the backend says, or else exact up
-                to 32 outputs and one vector above.
+            mc_samples: Random vectors for each datum; None is exact; ``"auto"`` is what the backend says, or else exact
+                up to 32 outputs and one vector above.
             curvature: ``"ggn"`` or ``"empirical_fisher"``; by default what the backend says, or else the former.
             generator: A CPU generator or a seed; ``seed`` by default.
             chunk_size: Data at a time; bounded by memory by default.
@@ -86,10 +86,10 @@ class GaussianLayer(SettingsLayer):
         fitted = fit(
             self.model, train_loader, noise.with_noise(self.output_likelihood, self.sigma_noise),
             structure=self._structure(structure), parameters=self._names or "last_layer",
-            sampler=sampler or UniformSampler(budget), split=split, estimator=estimator,
-            mc_samples=mc_samples, curvature=curvature, separate_bias=self._separates_bias, generator=self.seed if generator is None else generator,
-            chunk_size=chunk_size, targets_key=self.dict_key_y, progress_bar=progress_bar, previous=previous,
-            checkpoint=checkpoint,
+            sampler=sampler or UniformSampler(budget), split=split, estimator=estimator, mc_samples=mc_samples,
+            curvature=curvature, separate_bias=self._separates_bias,
+            generator=self.seed if generator is None else generator, chunk_size=chunk_size,
+            targets_key=self.dict_key_y, progress_bar=progress_bar, previous=previous, checkpoint=checkpoint,
         )  # fmt: skip
         added = fitted.n_seen - (0 if previous is None else previous.n_seen)
         total = (added if n_data is None else n_data) + (0 if previous is None else previous.posterior.n_data)
@@ -120,7 +120,8 @@ class GaussianLayer(SettingsLayer):
         self._core_prior(self.prior_precision, fitted.posterior.basis)
         if self.prior_mean.ndim == 1 and len(self.prior_mean) not in (1, fitted.network.n_params):
             raise ValueError(
-                f"Expected a prior mean for each of the {fitted.network.n_params} parameters, got {len(self.prior_mean)}."
+                f"Expected a prior mean for each of the {fitted.network.n_params} parameters, got "
+                f"{len(self.prior_mean)}."
             )
         self.fitted = fitted
         self._noise_profile = profile
@@ -247,7 +248,7 @@ class GaussianLayer(SettingsLayer):
 
     @property
     def posterior_scale(self) -> Tensor:
-        """A square root of the covariance: of ``"full"`` lower triangular ``[D, D]``, of ``"diag"`` standard deviations."""
+        """Square root of the covariance: of ``"full"`` lower triangular ``[D, D]``, of ``"diag"`` its diagonal ``[D]``."""
         self._only_for("posterior_scale", "full", "diag")
         if self.hessian_structure == "diag":
             return self.posterior_precision.rsqrt()
@@ -262,8 +263,8 @@ class GaussianLayer(SettingsLayer):
     def _only_for(self, name: str, *structures: str) -> None:
         if self.hessian_structure not in structures:
             raise AttributeError(
-                f"{name} is there for hessian_structure {' and '.join(structures)}, not for {self.hessian_structure!r}. "
-                "See posterior_precision."
+                f"{name} is there for hessian_structure {' and '.join(structures)}, not for "
+                f"{self.hessian_structure!r}. See posterior_precision."
             )
         self._require_fit()
 

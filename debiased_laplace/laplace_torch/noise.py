@@ -1,8 +1,8 @@
 r"""Observation noise of a regression: one number, or one for each output.
 
 A noise that differs between outputs is part of the loss and so of the curvature: with standard deviations
-:math:`\sigma_c = s\,r_c` (s their geometric mean) the loss is :math:`\frac12 \|(f - y) / r\|^2`, and the noise variance of
-equation (3) is :math:`s^2`. The profile r is therefore fixed at the fit; the level s is free afterwards.
+:math:`\sigma_c = s\,r_c` (s their geometric mean) the loss is :math:`\frac12 \|(f - y) / r\|^2`, and the noise
+variance of equation (3) is :math:`s^2`. The profile r is therefore fixed at the fit; the level s is free afterwards.
 """
 
 from __future__ import annotations
@@ -101,8 +101,8 @@ def check_profile(sigma: Tensor, fitted: Tensor | None, n_outputs: int) -> None:
     if not torch.allclose(before, now, rtol=1e-5, atol=0):  # single precision leaves 1e-7
         raise ValueError(
             "Expected a sigma_noise with the ratios between outputs that the fit was made with, "
-            f"{[round(r, 6) for r in before.tolist()]}, got {[round(r, 6) for r in now.tolist()]}: they are part of the "
-            "curvature. Give them to the constructor, or set them and fit again."
+            f"{[round(r, 6) for r in before.tolist()]}, got {[round(r, 6) for r in now.tolist()]}: they are part of "
+            "the curvature. Give them to the constructor, or set them and fit again."
         )
 
 

@@ -1,4 +1,4 @@
-"""What ``posterior_precision`` is for Kronecker-factored curvature, with the methods of laplace-torch's ``KronDecomposed``."""
+"""``posterior_precision`` of Kronecker-factored curvature, with the methods of laplace-torch's ``KronDecomposed``."""
 
 from __future__ import annotations
 

@@ -65,8 +65,8 @@ class PredictiveLayer(GaussianLayer):
             if pred_type == "glm":
                 if model_kwargs:
                     raise TypeError(
-                        f"Extra model arguments are for pred_type 'nn' and 'linearized', got {sorted(model_kwargs)} with "
-                        "'glm'. Wrap the model in a module that knows them, and fit that."
+                        f"Extra model arguments are for pred_type 'nn' and 'linearized', got {sorted(model_kwargs)} "
+                        "with 'glm'. Wrap the model in a module that knows them, and fit that."
                     )
                 draws = generator or torch.Generator().manual_seed(self.seed)
                 link = link or self.link or "probit"
@@ -163,7 +163,7 @@ class PredictiveLayer(GaussianLayer):
         return evaluate(self.network, posterior.mean, deviations, x)
 
     def _shared_deviations(self, posterior: Posterior, n_samples: int) -> Tensor:
-        """Without a generator every call has the same draws: they are kept, since drawing costs as much as using them."""
+        """Without a generator every call has the same draws: kept, since drawing costs as much as using them."""
         key = (n_samples, self.seed)
         if self._draws is None or self._draws[0] is not posterior or self._draws[1] != key:
             own = torch.Generator().manual_seed(self.seed)
@@ -258,6 +258,6 @@ def _call(network: Network, parameters: dict[str, Tensor], inputs: Any, model_kw
 
 @contextmanager
 def _plain_attention() -> Iterator[None]:
-    """Fused attention has no forward-mode derivative: the plain kernels have, and any mode turns off the fused layers."""
+    """Fused attention has no forward-mode derivative; the plain kernels have, and any mode turns off fused layers."""
     with sdpa_kernel(SDPBackend.MATH), BaseTorchFunctionMode():
         yield

@@ -91,8 +91,9 @@ class SettingsLayer(ParametricLaplace):
             self.params = list(every.values())
         else:
             self.params = [every[name] for name in self._names or ()]
-        self.n_params = sum(p.numel() for p in self.params) if self._names is not None else None
-        self.n_layers = len(self.params) if self._names is not None else None
+        known = self._names is not None
+        self.n_params = sum(p.numel() for p in self.params) if known else None  # type: ignore[assignment]
+        self.n_layers = len(self.params) if known else None  # type: ignore[assignment]
 
     @property
     def _n_chosen(self) -> int | None:
@@ -121,6 +122,8 @@ class SettingsLayer(ParametricLaplace):
 
     @prior_precision.setter
     def prior_precision(self, prior_precision: float | Tensor | Sequence[float]) -> None:
+        if isinstance(prior_precision, (int, float)):  # in double precision whatever the default is
+            prior_precision = torch.tensor(float(prior_precision), dtype=torch.float64)
         checked = _checks.prior_precisions(prior_precision)
         self._check_prior(checked)
         differentiable = isinstance(prior_precision, Tensor) and prior_precision.requires_grad
@@ -189,8 +192,8 @@ class SettingsLayer(ParametricLaplace):
         """Whether the next fit gives biases blocks of their own."""
         if self.separate_bias is not None:
             return self.separate_bias
-        n_tensors = 0 if self._sizes is None else len(self._sizes)
-        return self.hessian_structure == "kron" and n_tensors > 1 and len(self.prior_precision) == n_tensors
+        n_given = len(self.prior_precision)  # of a last layer that is not known yet: of its weight and its bias
+        return self.hessian_structure == "kron" and n_given > 1 and n_given == len(self._sizes or range(2))
 
     def _check_prior(self, prior: Tensor) -> None:
         """Raise a ``ValueError`` for prior precisions that can have no meaning, as far as is known."""
@@ -231,8 +234,8 @@ class SettingsLayer(ParametricLaplace):
         if length in (1, n_parts) or (length == sum(sizes) and not mixed):
             return prior
         raise ValueError(
-            f"Expected one prior precision, one for each of the {n_parts} blocks that coverage() lists, or one for each of "
-            f"the {len(sizes)} parameter tensors" + ("" if mixed else f" or of the {sum(sizes)} parameters")
+            f"Expected one prior precision, one for each of the {n_parts} blocks that coverage() lists, or one for each "
+            f"of the {len(sizes)} parameter tensors" + ("" if mixed else f" or of the {sum(sizes)} parameters")
             + f", got {length}." + (_MIXED if mixed and length == sum(sizes) else "")
         )  # fmt: skip
 
@@ -264,8 +267,8 @@ def backend_settings(
         settings["mc_samples"] = rest.pop("num_samples", 1)
     if rest or asdl_fisher_kwargs or not (backend is None or known):
         warnings.warn(
-            "The curvature is computed by debiased_laplace: of backend arguments only the kind (GGN or empirical Fisher), "
-            f"stochastic and num_samples have an effect, not {[backend, rest, asdl_fisher_kwargs or {}]}.",
+            "The curvature is computed by debiased_laplace: of backend arguments only the kind (GGN or empirical "
+            f"Fisher), stochastic and num_samples have an effect, not {[backend, rest, asdl_fisher_kwargs or {}]}.",
             stacklevel=4,
         )
     return settings

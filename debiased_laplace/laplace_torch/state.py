@@ -86,8 +86,8 @@ class StateLayer(TuningLayer):
         except BaseException:
             self._prior_precision, self._prior_mean = before
             raise
-        for key in ("sigma_noise", "temperature", "enable_backprop", "dict_key_x", "dict_key_y", "separate_bias", "seed",
-                    "link"):  # fmt: skip
+        for key in ("sigma_noise", "temperature", "enable_backprop", "dict_key_x", "dict_key_y", "separate_bias",
+                    "seed", "link"):  # fmt: skip
             setattr(self, key, state_dict[key])
 
     def _likelihood_name(self) -> str:
@@ -143,7 +143,8 @@ class StateLayer(TuningLayer):
         lines = lines or _store.differences(header["weights"], _store.fingerprint(model.state_dict()))
         if lines:
             raise ValueError(
-                f"Expected the model that {path} was fitted to, got another: {'; '.join(lines)}. Load that model's weights."
+                f"Expected the model that {path} was fitted to, got another: {'; '.join(lines)}. Load that model's "
+                "weights."
             )
         if likelihood is None and header["likelihood"] not in LIKELIHOODS:
             raise ValueError(f"Expected likelihood to be the {header['likelihood']} of the file, got None. Pass it.")

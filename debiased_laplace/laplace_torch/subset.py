@@ -52,8 +52,8 @@ def chosen_parameters(
         )
     if subset == "subnetwork" and len(given) != 1:
         raise ValueError(
-            'Expected params (names or patterns of parameters) or subnetwork_indices with subset_of_weights="subnetwork", '
-            f"got {'both' if given else 'neither'}."
+            "Expected params (names or patterns of parameters) or subnetwork_indices with "
+            f"subset_of_weights='subnetwork', got {'both' if given else 'neither'}."
         )
     if subnetwork_indices is not None:
         return names_of_indices(model, subnetwork_indices)
@@ -89,7 +89,7 @@ def names_of_indices(model: nn.Module, indices: Any) -> list[str]:
     cut = [name for name, part in parts.items() if bool(part.any()) and not bool(part.all())]
     if cut:
         raise ValueError(
-            f"Expected subnetwork_indices that cover whole parameter tensors, got some that cover {cut} in part. Choose "
-            "tensors with params=[...] instead."
+            f"Expected subnetwork_indices that cover whole parameter tensors, got some that cover {cut} in part. "
+            "Choose tensors with params=[...] instead."
         )
     return [name for name, part in parts.items() if bool(part.any())]

@@ -58,12 +58,12 @@ class TuningLayer(PredictiveLayer):
                 ``"diag"`` priors of structures other than ``"kron"``. Elsewhere the maximum is exact.
             lr: Their learning rate (Adam on the logarithms).
             init_prior_prec: Where they start; with more than one entry it says the structure.
-            prior_structure: For ``"marglik"``: ``"scalar"``; ``"layerwise"``, one for each parameter tensor (``"kron"``:
-                for each block); or ``"diag"``, one for each parameter (not for ``"kron"``).
+            prior_structure: For ``"marglik"``: ``"scalar"``; ``"layerwise"``, one for each parameter tensor
+                (``"kron"``: for each block); or ``"diag"``, one for each parameter (not for ``"kron"``).
             val_loader: Validation batches for ``"gridsearch"``.
             loss: For the grid search, as in laplace-torch: a ``torchmetrics.Metric``, updated with
-                ``(probabilities, targets)`` or ``(mean, variance, targets)``, or ``(mean, targets)`` if it takes two; or
-                a function of the same over all validation data at once. Each prior precision has a copy of the metric.
+                ``(probabilities, targets)`` or ``(mean, variance, targets)``, or ``(mean, targets)`` if it takes two;
+                or a function of the same over all validation data at once. Each prior precision has a copy of the metric.
                 By default the mean negative log predictive probability, in nats.
             log_prior_prec_min: Exponent of the grid's lower end.
             log_prior_prec_max: Exponent of its upper end.

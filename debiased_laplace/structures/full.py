@@ -74,14 +74,12 @@ class Full(Structure):
     def measure(self, network: Network, data: CurvatureData) -> FullStatistics:
         """The matrix, in one pass."""
         groups = group_blocks(network, self.blocks)
-        masks = [network.free_entries(block) for block in network.blocks]
-        free = [
-            torch.cat(
-                [torch.ones(network.blocks[i].size, dtype=torch.bool, device=network.device) if masks[i] is None
-                 else masks[i].flatten() for i in group]
-            )
-            for group in groups
-        ]  # fmt: skip
+        entries = [network.free_entries(block) for block in network.blocks]
+        masks = [
+            torch.ones(block.size, dtype=torch.bool, device=network.device) if own is None else own.flatten()
+            for own, block in zip(entries, network.blocks, strict=True)
+        ]
+        free = [torch.cat([masks[i] for i in group]) for group in groups]
         sizes = [int(own.sum()) for own in free]
         if max(sizes) > self.max_params:
             raise ValueError(

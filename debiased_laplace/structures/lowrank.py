@@ -133,7 +133,7 @@ class LowRank(Structure):
     def measure(self, network: Network, data: CurvatureData) -> LowRankStatistics:
         """The columns of V, in one pass."""
         columns: list[list[Gradients]] = [[] for _ in network.blocks]
-        for chunk in data:
+        for chunk in data.for_all_vectors():
             vectors = chunk.factors.backpropagate_all(chunk.vectors)
             for index, block in enumerate(network.blocks):
                 g = vectors[index]
