@@ -120,6 +120,7 @@ class DebiasedKronLaplace(DebiasedLaplace):
     """
 
     _key: ClassVar[tuple[str, str]] = ("all", "debiased_kron")
+    damping: bool = False
 
     def __init__(
         self,
@@ -260,6 +261,8 @@ class DebiasedLastLayerLaplace(DebiasedLaplace):
 
     _key: ClassVar[tuple[str, str]] = ("last_layer", "debiased_kron")
     _default_structure: ClassVar[str] = "kron"
+    damping: bool = False
+    feature_reduction: str | None = None
 
     def __init__(
         self,

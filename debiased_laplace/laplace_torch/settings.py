@@ -234,8 +234,8 @@ class SettingsLayer(ParametricLaplace):
         if length in (1, n_parts) or (length == sum(sizes) and not mixed):
             return prior
         raise ValueError(
-            f"Expected one prior precision, one for each of the {n_parts} blocks that coverage() lists, or one for each "
-            f"of the {len(sizes)} parameter tensors" + ("" if mixed else f" or of the {sum(sizes)} parameters")
+            f"Expected one prior precision, one for each of the {n_parts} blocks that coverage() lists, or one for "
+            f"each of the {len(sizes)} parameter tensors" + ("" if mixed else f" or of the {sum(sizes)} parameters")
             + f", got {length}." + (_MIXED if mixed and length == sum(sizes) else "")
         )  # fmt: skip
 

@@ -63,8 +63,8 @@ class TuningLayer(PredictiveLayer):
             val_loader: Validation batches for ``"gridsearch"``.
             loss: For the grid search, as in laplace-torch: a ``torchmetrics.Metric``, updated with
                 ``(probabilities, targets)`` or ``(mean, variance, targets)``, or ``(mean, targets)`` if it takes two;
-                or a function of the same over all validation data at once. Each prior precision has a copy of the metric.
-                By default the mean negative log predictive probability, in nats.
+                or a function of the same over all validation data at once. Each prior precision has a copy of the
+                metric. By default the mean negative log predictive probability, in nats.
             log_prior_prec_min: Exponent of the grid's lower end.
             log_prior_prec_max: Exponent of its upper end.
             grid_size: Number of values.

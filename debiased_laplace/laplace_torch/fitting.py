@@ -1,0 +1,262 @@
+"""The fit, and what it is about, under laplace-torch's names."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Sized
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from debiased_laplace import _checks
+from debiased_laplace.basis import DenseBasis, IdentityBasis
+from debiased_laplace.fit import Fit, fit
+from debiased_laplace.gradients import Network
+from debiased_laplace.laplace_torch import noise
+from debiased_laplace.laplace_torch.settings import STRUCTURES, SettingsLayer
+from debiased_laplace.posterior import Posterior
+from debiased_laplace.sampling import Sampler, UniformSampler
+from debiased_laplace.splits import Split
+from debiased_laplace.structures import Structure
+
+logger = logging.getLogger("debiased_laplace.laplace_torch")
+
+
+class FittingLayer(SettingsLayer):
+    """The layer of :class:`~debiased_laplace.DebiasedLaplace` that fits."""
+
+    def fit(
+        self,
+        train_loader: Iterable[Any],
+        override: bool = True,
+        progress_bar: bool = False,
+        *,
+        budget: int | None = 1024,
+        n_data: int | None = None,
+        split: Split | None = None,
+        sampler: Sampler | None = None,
+        structure: Structure | None = None,
+        estimator: str = "projected",
+        mc_samples: int | str | None = "auto",
+        curvature: str | None = None,
+        generator: torch.Generator | int | None = None,
+        chunk_size: int | None = None,
+        checkpoint: str | Path | None = None,
+    ) -> None:
+        """Fit the posterior at the model's parameters; the loader is read once.
+
+        Args:
+            train_loader: Any iterable of batches ``(inputs, targets)`` or dictionaries: a DataLoader, a list,
+                a generator.
+            override: Fit anew. False adds these data to those of the earlier fit, as if both had been given at once:
+                everything is measured again on the data drawn in both, at the model's present parameters.
+            progress_bar: Show tqdm bars.
+            budget: Data to draw from the loader for curvature, directions and measurement together; ``None`` for all.
+            n_data: Size of the training set that the loader stands for, if its data are not it.
+            split: ``TwoBatch()`` by default (``Single()`` for ``"diag"``, which has no bias); ``Single()`` is the
+                usual, biased practice.
+            sampler: Instead of a uniform draw of ``budget`` data.
+            structure: The structure of ``hessian_structure`` with other settings, such as ``LowRank(rank=50)``.
+            estimator: ``"projected"`` (equation 2) or ``"factored"`` (classical K-FAC).
+            mc_samples: Random vectors for each datum; None is exact; ``"auto"`` is what the backend says, or else exact
+                up to 32 outputs and one vector above.
+            curvature: ``"ggn"`` or ``"empirical_fisher"``; by default what the backend says, or else the former.
+            generator: A CPU generator or a seed; ``seed`` by default.
+            chunk_size: Data at a time; bounded by memory by default.
+            checkpoint: File that keeps the state of a long fit, to go on from there when it is called again.
+
+        Raises:
+            ValueError: For an empty loader, targets that do not fit, or a prior precision of the wrong length.
+            UnsupportedLayerError: If a trainable parameter is not covered; it names it and the remedy.
+            NonFiniteError: If outputs or gradients are not finite; it names the layer.
+        """
+        if sampler is not None and budget != 1024:
+            raise ValueError("Expected either a budget or a sampler, got both. Give the budget to the sampler.")
+        previous = None if override else self.fitted
+        if previous is not None:
+            noise.check_profile(self.sigma_noise, self._noise_profile, self.n_outputs)
+        if mc_samples == "auto":
+            mc_samples = self._backend_settings.get("mc_samples", "auto")
+        curvature = curvature or self._backend_settings.get("curvature", "ggn")
+        fitted = fit(
+            self.model, train_loader, noise.with_noise(self.output_likelihood, self.sigma_noise),
+            structure=self._structure(structure), parameters=self._names or "last_layer",
+            sampler=sampler or UniformSampler(budget), split=split, estimator=estimator, mc_samples=mc_samples,
+            curvature=curvature, separate_bias=self._separates_bias,
+            generator=self.seed if generator is None else generator, chunk_size=chunk_size,
+            targets_key=self.dict_key_y, progress_bar=progress_bar, previous=previous, checkpoint=checkpoint,
+        )  # fmt: skip
+        added = fitted.n_seen - (0 if previous is None else previous.n_seen)
+        total = (added if n_data is None else n_data) + (0 if previous is None else previous.posterior.n_data)
+        fitted = replace(fitted, posterior=replace(fitted.posterior, n_data=total))
+        self._adopt(fitted, noise.profile(self.sigma_noise))
+        dataset = getattr(train_loader, "dataset", None)
+        dataset_size = len(dataset) if isinstance(dataset, Sized) else None
+        if n_data is None and dataset_size is not None and dataset_size != added:
+            logger.warning(
+                "The loader gave %d data, its dataset has %d: the posterior is that of %d data. "
+                "Set n_data if the training set has another size.",
+                added, dataset_size, added,
+            )  # fmt: skip
+
+    def _structure(self, structure: Structure | None) -> Structure:
+        kind = STRUCTURES[self.hessian_structure]
+        if structure is None:
+            return kind()
+        if not isinstance(structure, kind):
+            raise ValueError(
+                f"Expected a structure {kind.__name__}(...) with hessian_structure={self.hessian_structure!r}, got "
+                f"{structure!r}. Choose another hessian_structure."
+            )
+        return structure
+
+    def _adopt(self, fitted: Fit, profile: Tensor | None) -> None:
+        """Take over a fit, if the settings go with it; otherwise nothing changes."""
+        self._core_prior(self.prior_precision, fitted.posterior.basis)
+        if self.prior_mean.ndim == 1 and len(self.prior_mean) not in (1, fitted.network.n_params):
+            raise ValueError(
+                f"Expected a prior mean for each of the {fitted.network.n_params} parameters, got "
+                f"{len(self.prior_mean)}."
+            )
+        self.fitted = fitted
+        self._noise_profile = profile
+        self._posterior = self._draws = None
+        self._choose(list(fitted.network.shapes))
+        self.mean = fitted.posterior.mean
+        if self.subset_of_weights == "subnetwork":
+            self.mean = self.assemble_full_samples(self.mean[None])[0]
+        self.n_data = fitted.posterior.n_data
+        self.n_outputs = fitted.network.n_outputs
+        self.loss = torch.tensor(fitted.mean_loss * self.n_data, device=self._device, dtype=self._float_dtype)
+
+    @property
+    def posterior(self) -> Posterior:
+        """The posterior with the current prior precision, prior mean, noise and temperature."""
+        fitted = self._require_fit()
+        settings = _Settings(fitted, self.temperature, (self.prior_precision, self.prior_mean, self.sigma_noise))
+        if self._posterior is not None and self._posterior[0] == settings:
+            return self._posterior[1]
+        posterior = replace(
+            fitted.posterior,
+            prior_precision=self._core_prior(self.prior_precision, fitted.posterior.basis).double(),
+            prior_mean=self.prior_mean,
+            temperature=self.temperature,
+            noise_variance=noise.level(self.sigma_noise).square(),
+        )
+        self._posterior = (settings, posterior) if settings.constant else None
+        return posterior
+
+    @property
+    def network(self) -> Network:
+        """The model with its curvature blocks."""
+        return self._require_fit().network
+
+    def _require_fit(self) -> Fit:
+        if self.fitted is None:
+            raise _checks.NotFittedError(
+                "Expected a fitted posterior. Call fit(train_loader) or load_state_dict first."
+            )
+        return self.fitted
+
+    def _check_H_init(self) -> None:
+        self._require_fit()
+
+    def coverage(self) -> str:
+        """A table of what curvature every trainable parameter got."""
+        fitted = self._require_fit()
+        network, basis = fitted.network, fitted.posterior.basis
+        rows = [("block", "parameters", "curvature", "size", "")]
+        for part, members in zip(basis.parts, basis.members, strict=True):
+            blocks = [network.blocks[index] for index in members]
+            first, kind = blocks[0], blocks[0].kind
+            shape = f"{first.inputs} x {first.outputs}" if kind == "kronecker" else f"dense {first.size}"
+            if first.groups > 1:
+                shape = f"{first.groups} groups of {shape}"
+            if isinstance(part, IdentityBasis):
+                kind, shape = "diagonal", ""
+            elif isinstance(part, DenseBasis):
+                kind = "full" if part.complete else "low rank"
+                shape = f"dense {part.n_params}" if part.complete else f"{part.rank} directions"
+            names = ", ".join(name for block in blocks for name in block.parameters)
+            rows.append((", ".join(block.name for block in blocks), names, kind, str(part.n_params), shape))
+        left_out = [name for name, _ in self.model.named_parameters() if name not in network.shapes]
+        total = sum(block.size for block in network.blocks)
+        widths = [max(len(row[i]) for row in rows) for i in range(4)]
+        lines = [
+            "  ".join([*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[4]]).rstrip() for row in rows
+        ]
+        lines.append(f"{total} of {network.n_params} trainable parameters covered by {len(basis.parts)} blocks.")
+        if left_out:
+            what = "Frozen and left out" if self.subset_of_weights == "all" else "Left out"
+            lines.append(f"{what}: {', '.join(left_out)}.")
+        return "\n".join(lines)
+
+    # -- subnetworks ---------------------------------------------------------------------------
+
+    @property
+    def n_params_subnet(self) -> int:
+        """Number of parameters that the posterior is about, of a subnetwork."""
+        self._only_for_subnetworks("n_params_subnet")
+        return int(self._n_chosen or 0)
+
+    @property
+    def mean_subnet(self) -> Tensor:
+        """Their mean."""
+        self._only_for_subnetworks("mean_subnet")
+        return self._require_fit().posterior.mean
+
+    def assemble_full_samples(self, subnet_samples: Tensor) -> Tensor:
+        """Samples of a subnetwork's parameters as samples of all parameters, the others at their trained values.
+
+        Args:
+            subnet_samples: ``[S, d]``.
+
+        Returns:
+            ``[S, D]``.
+        """
+        self._only_for_subnetworks("assemble_full_samples")
+        network = self.network
+        own = network.from_vector(subnet_samples)
+        columns = [
+            own[name].flatten(1) if name in own else p.detach().flatten().expand(len(subnet_samples), -1)
+            for name, p in self.model.named_parameters() if p.requires_grad
+        ]  # fmt: skip
+        return torch.cat([column.to(subnet_samples.dtype) for column in columns], 1)
+
+    def _only_for_subnetworks(self, name: str) -> None:
+        if self.subset_of_weights != "subnetwork":
+            raise AttributeError(f'{name} is there for subset_of_weights="subnetwork", not {self.subset_of_weights!r}.')
+
+    def _of_the_posterior(self, value: Tensor) -> Tensor:
+        """Of all parameters those that the posterior is about."""
+        if self.subset_of_weights != "subnetwork" or value.shape[-1] != self.n_params:
+            return value
+        keep = [
+            torch.full((p.numel(),), name in (self._names or ()), device=value.device)
+            for name, p in self.model.named_parameters() if p.requires_grad
+        ]  # fmt: skip
+        return value[..., torch.cat(keep)]
+
+
+class _Settings:
+    """What a posterior is made from; equal only as long as nothing was replaced or changed in place."""
+
+    def __init__(self, fitted: Fit, temperature: float, tensors: tuple[Tensor, ...]) -> None:
+        self.objects = (fitted, *tensors)
+        #: Gradients need a new graph every time; inference tensors do not say whether they were changed.
+        self.constant = not any(t.requires_grad or t.is_inference() for t in tensors)
+        self.values = (temperature, *(t._version for t in tensors)) if self.constant else ()
+
+    def __eq__(self, other: object) -> bool:
+        return (
+            isinstance(other, _Settings)
+            and self.constant
+            and other.constant
+            and self.values == other.values
+            and all(a is b for a, b in zip(self.objects, other.objects, strict=True))
+        )
+
+    __hash__ = None  # type: ignore[assignment]
