@@ -173,7 +173,7 @@ class Posterior:
         return own._apply(vector, own.precisions.reciprocal(), own._complement_prior.reciprocal(), own.coordinates)
 
     def square_norm(self, value: Tensor) -> Tensor:
-        r""":math:`(\theta - \theta^*)^\top P (\theta - \theta^*)`, ``[..., D] -> [...]``, float64; not of fixed ones."""
+        r""":math:`(\theta - \theta^*)^\top P (\theta - \theta^*)`, ``[..., D] -> [...]``, float64."""
         own, delta = self.normal_form, value - self.mean
         if own.coordinates is not None:
             delta = delta * _finite(own.coordinates.reciprocal())

@@ -18,7 +18,6 @@ from debiased_laplace import GGN, LowRank
 from debiased_laplace.testing import dense_basis
 from tests.tolerances import assert_equal
 
-
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Full backward hook is firing:UserWarning"),
     pytest.mark.filterwarnings("ignore:Some eigenv:UserWarning"),
