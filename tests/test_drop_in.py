@@ -431,9 +431,12 @@ def test_gradient_steps_that_fail_leave_the_prior():
         la.optimize_prior_precision(init_prior_prec=torch.ones(7))
 
 
-def subnetworks(structure: str, likelihood: str, **options: Any) -> tuple[Any, Any]:
-    """The posterior over the first bias and the last weight, by indices."""
-    indices = torch.arange(12, 28)
+#: Of whole tensors, the first bias and the last weight; and of single entries.
+SUBNETWORKS = {"tensors": torch.arange(12, 28), "entries": torch.tensor([0, 3, 7, 8, 13, 17, 19, 20, 26, 29])}
+
+
+def subnetworks(structure: str, likelihood: str, indices: Tensor, **options: Any) -> tuple[Any, Any]:
+    """The posterior over some entries of the parameter vector."""
     ours = DebiasedLaplace(model_of(), likelihood, "subnetwork", structure, subnetwork_indices=indices, **options)
     ours.fit(loader_of(likelihood), split=Single(), budget=None)
     model = model_of()
@@ -445,9 +448,12 @@ def subnetworks(structure: str, likelihood: str, **options: Any) -> tuple[Any, A
 
 @pytest.mark.parametrize("likelihood", LIKELIHOODS)
 @pytest.mark.parametrize("structure", ["diag", "full"])
-def test_subnetworks(structure, likelihood):
-    ours, theirs = subnetworks(structure, likelihood, **OPTIONS[likelihood])
-    assert (ours.n_params, ours.n_params_subnet, ours.n_layers) == (31, 16, 4)
+@pytest.mark.parametrize("kind", SUBNETWORKS)
+def test_subnetworks(kind, structure, likelihood):
+    indices = SUBNETWORKS[kind]
+    d = len(indices)
+    ours, theirs = subnetworks(structure, likelihood, indices, **OPTIONS[likelihood])
+    assert (ours.n_params, ours.n_params_subnet, ours.n_layers) == (31, d, 4)
     for name in ("n_params", "n_params_subnet", "n_layers", "n_data", "n_outputs"):
         assert getattr(ours, name) == getattr(theirs, name)
     for name in ("mean", "mean_subnet", "posterior_precision", "prior_precision_diag", "scatter", "H",
@@ -455,20 +461,73 @@ def test_subnetworks(structure, likelihood):
         assert_equal(getattr(ours, name), getattr(theirs, name))
     assert_equal(ours.log_marginal_likelihood(), theirs.log_marginal_likelihood())
     assert_equal(flat(ours(X)), flat(theirs(X)))
-    jacobians = dense_jacobian(ours.model, X)[:, :, 12:28]
+    jacobians = dense_jacobian(ours.model, X)[:, :, indices]
     assert_equal(ours.functional_variance(jacobians), theirs.functional_variance(jacobians))
     assert_equal(ours.functional_covariance(jacobians), theirs.functional_covariance(jacobians))
-    subset = torch.randn(3, 16, generator=generator(), dtype=torch.float64)
+    subset = torch.randn(3, d, generator=generator(), dtype=torch.float64)
     assert_equal(ours.assemble_full_samples(subset), theirs.assemble_full_samples(subset))
     samples = ours.sample(1500, generator())
     assert samples.shape == (1500, 31)
-    outside = [*range(12), *range(28, 31)]
+    outside = [index for index in range(31) if index not in indices.tolist()]
     assert_equal(samples[:, outside], ours.mean[outside].expand(1500, -1), 0.0)
-    assert_unbiased(samples[:, 12:28], ours.mean_subnet)
-    assert_equal(ours.square_norm(samples), ours.square_norm(samples[:, 12:28]))
+    assert_unbiased(samples[:, indices], ours.mean_subnet)
+    precision = theirs.posterior_precision
+    normal = torch.distributions.MultivariateNormal(
+        ours.mean_subnet, precision_matrix=precision if precision.ndim == 2 else torch.diag(precision)
+    )
+    for chosen in (samples, samples[:, indices]):
+        assert_equal(ours.log_prob(chosen), normal.log_prob(samples[:, indices]))
     for pred_type in ("nn", "linearized"):
         assert bool(flat(ours(X, pred_type=pred_type)).isfinite().all())
-    assert "Left out: 0.weight, 2.bias." in ours.coverage()
+    left_out = "Left out: 0.weight, 2.bias." in ours.coverage()
+    assert left_out == (kind == "tensors")
+    assert f"{d} of {d} trainable parameters covered" in ours.coverage()
+
+
+@pytest.mark.parametrize("structure", ["diag", "full", "lowrank"])
+def test_settings_of_single_entries(structure, tmp_path):
+    """One prior precision, and prior mean, for each (laplace-torch refuses it); tuned; stored; differentiable."""
+    indices = SUBNETWORKS["entries"]
+    precision, mean = torch.linspace(0.5, 2.0, 10).double(), torch.linspace(-1.0, 1.0, 10).double()
+    _, theirs = subnetworks("diag" if structure == "diag" else "full", "regression", indices)
+    theirs._prior_mean = mean
+    options: Any = {"subnetwork_indices": indices, "prior_precision": precision, "prior_mean": mean}
+    ours = DebiasedLaplace(model_of(), "regression", "subnetwork", structure, **options)
+    everything = {"structure": LowRank(rank=31)} if structure == "lowrank" else {}
+    ours.fit(loader_of("regression"), split=Single(), budget=None, **everything)
+
+    def set_theirs(value: Tensor) -> None:
+        theirs._prior_precision, theirs._posterior_scale = value, None
+
+    set_theirs(precision)
+    assert_equal(ours.prior_precision_diag, precision)
+    assert_equal(flat(ours(X)), flat(theirs(X)))
+    assert_equal(ours.scatter, theirs.scatter)
+    assert_equal(ours.log_marginal_likelihood(), theirs.log_marginal_likelihood())
+    found = torch.full((10,), 0.7, dtype=torch.float64, requires_grad=True)
+    expected = found.detach().clone().requires_grad_()
+    set_theirs(expected)
+    ours.log_marginal_likelihood(found).backward()
+    theirs.log_marginal_likelihood().backward()
+    assert_equal(found.grad, expected.grad)
+    ours.optimize_prior_precision(prior_structure="diag", n_steps=3)
+    assert ours.prior_precision.shape == (10,)
+    assert float(ours.log_marginal_likelihood()) > float(ours.log_marginal_likelihood(torch.ones(10)))
+    ours.save(tmp_path / "posterior")
+    other = DebiasedLaplace.load(tmp_path / "posterior", model_of())
+    assert_equal(flat(other(X)), flat(ours(X)), 0.0)
+    assert_equal(flat(copy.deepcopy(ours)(X)), flat(ours(X)), 0.0)
+    stranger = DebiasedLaplace(model_of(), "regression", "subnetwork", structure, subnetwork_indices=indices + 1)
+    with pytest.raises(ValueError, match=r"the entries \[1, 4, .* and 2 more of the parameter vector, got one of \[0"):
+        stranger.load_state_dict(ours.state_dict())
+    ours.enable_backprop = True
+    x = X.clone().requires_grad_()
+    assert_equal(flat(ours(x)), flat(other(X)))
+    assert_equal(flat(ours(x, diagonal_output=True)), flat(other(X, diagonal_output=True)))
+    with pytest.raises(ValueError, match=r"parameter tensors or of the 10 parameters, got 31"):
+        ours.prior_precision = torch.ones(31)
+    with pytest.raises(ValueError, match=r"for each of the 10 parameters, got 31"):
+        ours.prior_mean = torch.ones(31)
 
 
 @pytest.mark.parametrize("structure", ["kron", "lowrank", "diag", "full"])
@@ -512,13 +571,17 @@ def test_chosen_parameters_are_as_if_the_others_were_frozen(structure):
             (torch.tensor([0.0, 5.0]), "got torch.float32"), (torch.tensor([0, 5]).int(), "got torch.int32"),
             (torch.tensor([True, False]), "got torch.bool"), (torch.tensor([-1, 0]), "from 0 to 30, got -1 to 0"),
             (torch.tensor([30, 31]), "from 0 to 30, got 30 to 31"), (torch.tensor([3, 3]), "ascending"),
-            (torch.tensor([12, 13, 14]), r"cover \['0.bias'\] in part"),
         )),
     ],
 )  # fmt: skip
 def test_bad_choices_of_parameters(arguments, match):
     with pytest.raises(ValueError, match=match):
         DebiasedLaplace(model_of(), "classification", hessian_structure="diag", **arguments)
+
+
+def test_kronecker_structures_need_whole_tensors():
+    with pytest.raises(ValueError, match=r"with hessian_structure='kron', got some of \['0.bias'\] in part"):
+        DebiasedLaplace(model_of(), "classification", "subnetwork", subnetwork_indices=torch.tensor([12, 13, 14]))
 
 
 def test_attributes_of_subnetworks_are_theirs_alone():
@@ -532,12 +595,18 @@ def test_attributes_of_subnetworks_are_theirs_alone():
         la.posterior_covariance  # noqa: B018
 
 
-def test_the_masks_of_laplace_torch_that_choose_whole_tensors():
-    mask = laplace.utils.ModuleNameSubnetMask(model := model_of(), ["2"])
-    mask.select()
-    la = DebiasedLaplace(model, "classification", "subnetwork", "full", subnetwork_indices=mask.indices)
-    la.fit(loader_of("classification"))
-    assert list(la.network.shapes) == ["2.weight", "2.bias"]
+def test_the_masks_of_laplace_torch():
+    model = model_of()
+    for mask, n_chosen in (
+        (laplace.utils.ModuleNameSubnetMask(model, ["2"]), 15),
+        (laplace.utils.LargestMagnitudeSubnetMask(model, n_params_subnet=7), 7),
+        (laplace.utils.RandomSubnetMask(model, n_params_subnet=7), 7),
+    ):
+        mask.select()
+        la = DebiasedLaplace(model, "classification", "subnetwork", "full", subnetwork_indices=mask.indices)
+        la.fit(loader_of("classification"))
+        assert la.n_params_subnet == len(la.mean_subnet) == n_chosen
+        assert_equal(la.mean_subnet, torch.nn.utils.parameters_to_vector(model.parameters())[mask.indices].detach())
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if CASES[case].last])
@@ -1400,7 +1469,7 @@ def public(names: Any) -> set[str]:
 def fitted_pairs() -> list[tuple[Any, Any]]:
     """Ours and theirs, of every class of laplace-torch that can be fitted."""
     pairs = [pair(case, "regression") for case in CASES if CASES[case].structure != "lowrank"]
-    return [*pairs, *(subnetworks(structure, "regression") for structure in ("diag", "full"))]
+    return [*pairs, *(subnetworks(structure, "regression", SUBNETWORKS["tensors"]) for structure in ("diag", "full"))]
 
 
 def test_every_public_attribute_of_laplace_torch_is_in_the_table(fitted_pairs):

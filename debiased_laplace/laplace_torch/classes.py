@@ -38,7 +38,8 @@ class DebiasedLaplace(StateLayer):
             are constants. With ``"all"`` vectors have the length of the chosen ones, as if the others were frozen; with
             ``"subnetwork"`` the mean and samples are of all parameters, as in laplace-torch.
         last_layer_name: Name of the last layer's module; found by a forward pass by default.
-        subnetwork_indices: Instead of ``params``, indices of whole tensors in the parameter vector, ascending.
+        subnetwork_indices: Instead of ``params``, ascending indices in the vector of all trainable parameters; for
+            ``"kron"`` those of whole tensors.
         separate_bias: Give biases blocks of their own, as laplace-torch does. By default they are joined to their
             weights, unless there is one prior precision for each parameter tensor.
         seed: Seed of the fit's draws and of Monte Carlo predictions.

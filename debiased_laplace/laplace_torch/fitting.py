@@ -15,8 +15,8 @@ from debiased_laplace import _checks
 from debiased_laplace.basis import DenseBasis, IdentityBasis
 from debiased_laplace.fit import Fit, fit
 from debiased_laplace.gradients import Network
-from debiased_laplace.laplace_torch import noise
-from debiased_laplace.laplace_torch.settings import STRUCTURES, SettingsLayer
+from debiased_laplace.laplace_torch import noise, subset
+from debiased_laplace.laplace_torch.settings import STRUCTURES, SettingsLayer, embed, restrict
 from debiased_laplace.posterior import Posterior
 from debiased_laplace.sampling import Sampler, UniformSampler
 from debiased_laplace.splits import Split
@@ -83,7 +83,8 @@ class FittingLayer(SettingsLayer):
         curvature = curvature or self._backend_settings.get("curvature", "ggn")
         fitted = fit(
             self.model, train_loader, noise.with_noise(self.output_likelihood, self.sigma_noise),
-            structure=self._structure(structure), parameters=self._names or "last_layer",
+            structure=self._structure(structure), indices=self._indices,
+            parameters=None if self._indices is not None else self._names or "last_layer",
             sampler=sampler or UniformSampler(budget), split=split, estimator=estimator, mc_samples=mc_samples,
             curvature=curvature, separate_bias=self._separates_bias,
             generator=self.seed if generator is None else generator, chunk_size=chunk_size,
@@ -115,21 +116,22 @@ class FittingLayer(SettingsLayer):
 
     def _adopt(self, fitted: Fit, profile: Tensor | None) -> None:
         """Take over a fit, if the settings go with it; otherwise nothing changes."""
-        self._core_prior(self.prior_precision, fitted.posterior.basis)
-        if self.prior_mean.ndim == 1 and len(self.prior_mean) not in (1, fitted.network.n_params):
+        network = fitted.network
+        self._core_prior(self.prior_precision, fitted)
+        n_chosen = network.n_params if network.free is None else int(network.free.sum())
+        if self.prior_mean.ndim == 1 and len(self.prior_mean) not in (1, n_chosen):
             raise ValueError(
-                f"Expected a prior mean for each of the {fitted.network.n_params} parameters, got "
-                f"{len(self.prior_mean)}."
+                f"Expected a prior mean for each of the {n_chosen} parameters, got {len(self.prior_mean)}."
             )
         self.fitted = fitted
         self._noise_profile = profile
         self._posterior = self._draws = None
-        self._choose(list(fitted.network.shapes))
-        self.mean = fitted.posterior.mean
+        self._choose(list(network.shapes))
+        self.mean = restrict(fitted.posterior.mean, network.free)
         if self.subset_of_weights == "subnetwork":
             self.mean = self.assemble_full_samples(self.mean[None])[0]
         self.n_data = fitted.posterior.n_data
-        self.n_outputs = fitted.network.n_outputs
+        self.n_outputs = network.n_outputs
         self.loss = torch.tensor(fitted.mean_loss * self.n_data, device=self._device, dtype=self._float_dtype)
 
     @property
@@ -139,10 +141,11 @@ class FittingLayer(SettingsLayer):
         settings = _Settings(fitted, self.temperature, (self.prior_precision, self.prior_mean, self.sigma_noise))
         if self._posterior is not None and self._posterior[0] == settings:
             return self._posterior[1]
+        several = self.prior_mean.ndim == 1 and len(self.prior_mean) > 1
         posterior = replace(
             fitted.posterior,
-            prior_precision=self._core_prior(self.prior_precision, fitted.posterior.basis).double(),
-            prior_mean=self.prior_mean,
+            prior_precision=self._core_prior(self.prior_precision, fitted).double(),
+            prior_mean=embed(self.prior_mean, fitted.network.free) if several else self.prior_mean,
             temperature=self.temperature,
             noise_variance=noise.level(self.sigma_noise).square(),
         )
@@ -168,7 +171,7 @@ class FittingLayer(SettingsLayer):
         """A table of what curvature every trainable parameter got."""
         fitted = self._require_fit()
         network, basis = fitted.network, fitted.posterior.basis
-        rows = [("block", "parameters", "curvature", "size", "")]
+        rows, total = [("block", "parameters", "curvature", "size", "")], 0
         for part, members in zip(basis.parts, basis.members, strict=True):
             blocks = [network.blocks[index] for index in members]
             first, kind = blocks[0], blocks[0].kind
@@ -181,14 +184,16 @@ class FittingLayer(SettingsLayer):
                 kind = "full" if part.complete else "low rank"
                 shape = f"dense {part.n_params}" if part.complete else f"{part.rank} directions"
             names = ", ".join(name for block in blocks for name in block.parameters)
-            rows.append((", ".join(block.name for block in blocks), names, kind, str(part.n_params), shape))
+            masks = [network.free_entries(block) for block in blocks]
+            sizes = [b.size if own is None else int(own.sum()) for b, own in zip(blocks, masks, strict=True)]
+            total += sum(sizes)
+            rows.append((", ".join(block.name for block in blocks), names, kind, str(sum(sizes)), shape))
         left_out = [name for name, _ in self.model.named_parameters() if name not in network.shapes]
-        total = sum(block.size for block in network.blocks)
         widths = [max(len(row[i]) for row in rows) for i in range(4)]
         lines = [
             "  ".join([*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[4]]).rstrip() for row in rows
         ]
-        lines.append(f"{total} of {network.n_params} trainable parameters covered by {len(basis.parts)} blocks.")
+        lines.append(f"{total} of {self._n_chosen} trainable parameters covered by {len(basis.parts)} blocks.")
         if left_out:
             what = "Frozen and left out" if self.subset_of_weights == "all" else "Left out"
             lines.append(f"{what}: {', '.join(left_out)}.")
@@ -206,7 +211,8 @@ class FittingLayer(SettingsLayer):
     def mean_subnet(self) -> Tensor:
         """Their mean."""
         self._only_for_subnetworks("mean_subnet")
-        return self._require_fit().posterior.mean
+        fitted = self._require_fit()
+        return restrict(fitted.posterior.mean, fitted.network.free)
 
     def assemble_full_samples(self, subnet_samples: Tensor) -> Tensor:
         """Samples of a subnetwork's parameters as samples of all parameters, the others at their trained values.
@@ -218,13 +224,20 @@ class FittingLayer(SettingsLayer):
             ``[S, D]``.
         """
         self._only_for_subnetworks("assemble_full_samples")
-        network = self.network
-        own = network.from_vector(subnet_samples)
-        columns = [
-            own[name].flatten(1) if name in own else p.detach().flatten().expand(len(subnet_samples), -1)
-            for name, p in self.model.named_parameters() if p.requires_grad
-        ]  # fmt: skip
-        return torch.cat([column.to(subnet_samples.dtype) for column in columns], 1)
+        trained = torch.cat([p.detach().flatten() for p in subset.trainable(self.model).values()])
+        samples = trained.to(subnet_samples.dtype).repeat(len(subnet_samples), 1)
+        samples[:, self._places()] = subnet_samples
+        return samples
+
+    def _places(self) -> Tensor:
+        """Where in the vector of all trainable parameters the posterior's are: ``[D]``, boolean."""
+        every = subset.trainable(self.model)
+        if self._indices is None:
+            masks = [torch.full((p.numel(),), name in (self._names or ())) for name, p in every.items()]
+            return torch.cat(masks).to(self._device)
+        places = torch.zeros(sum(p.numel() for p in every.values()), dtype=torch.bool)
+        places[self._indices] = True
+        return places.to(self._device)
 
     def _only_for_subnetworks(self, name: str) -> None:
         if self.subset_of_weights != "subnetwork":
@@ -234,11 +247,7 @@ class FittingLayer(SettingsLayer):
         """Of all parameters those that the posterior is about."""
         if self.subset_of_weights != "subnetwork" or value.shape[-1] != self.n_params:
             return value
-        keep = [
-            torch.full((p.numel(),), name in (self._names or ()), device=value.device)
-            for name, p in self.model.named_parameters() if p.requires_grad
-        ]  # fmt: skip
-        return value[..., torch.cat(keep)]
+        return value[..., self._places().to(value.device)]
 
 
 class _Settings:

@@ -12,6 +12,7 @@ from debiased_laplace import _checks
 from debiased_laplace.laplace_torch import noise
 from debiased_laplace.laplace_torch.fitting import FittingLayer
 from debiased_laplace.laplace_torch.precision import KroneckerPrecision
+from debiased_laplace.laplace_torch.settings import embed, restrict
 from debiased_laplace.posterior import Posterior
 
 
@@ -32,12 +33,12 @@ class GaussianLayer(FittingLayer):
         return self._in_the_form_of_the_structure(posterior, posterior.n_data * posterior.curvatures.double())
 
     def _in_the_form_of_the_structure(self, posterior: Posterior, eigenvalues: Tensor) -> Any:
-        basis, dtype = posterior.basis, self._float_dtype
+        basis, free, dtype = posterior.basis, self.network.free, self._float_dtype
         if self.hessian_structure == "kron":
             return KroneckerPrecision(basis, eigenvalues, dtype)
         if self.hessian_structure == "diag":
-            return basis.lift(eigenvalues).to(dtype)
-        columns = basis.lift(torch.eye(basis.rank, dtype=torch.float64, device=eigenvalues.device)).mT
+            return restrict(basis.lift(eigenvalues), free).to(dtype)
+        columns = restrict(basis.lift(torch.eye(basis.rank, dtype=torch.float64, device=eigenvalues.device)), free).mT
         if self.hessian_structure == "lowrank":
             return columns.to(dtype), eigenvalues.to(dtype)
         return ((columns * eigenvalues) @ columns.mT).to(dtype)
@@ -56,16 +57,15 @@ class GaussianLayer(FittingLayer):
             return self._in_the_form_of_the_structure(posterior, posterior.precisions)
         scaled = posterior.scale * posterior.curvatures.double()
         curvature = self._in_the_form_of_the_structure(posterior, scaled)
-        prior = posterior.parameter_prior.to(self._float_dtype)
+        prior = restrict(posterior.parameter_prior, self.network.free).to(self._float_dtype)
         return (curvature, prior) if self.hessian_structure == "lowrank" else curvature + torch.diag(prior)
 
     @property
     def posterior_covariance(self) -> Tensor:
         """Posterior covariance ``[D, D]``, of ``"full"``."""
         self._only_for("posterior_covariance", "full")
-        posterior = self.posterior
-        unit = torch.eye(posterior.basis.n_params, dtype=torch.float64, device=posterior.mean.device)
-        covariance = posterior.covariance_matvec(unit)
+        unit = torch.eye(self._n_chosen or 0, dtype=torch.float64, device=self._device)
+        covariance = self._covariance_matvec(self.posterior, unit)
         return (0.5 * (covariance + covariance.mT)).to(self._float_dtype)
 
     @property
@@ -97,8 +97,8 @@ class GaussianLayer(FittingLayer):
         """Prior precision of every parameter, ``[D]``."""
         prior = self.prior_precision
         if self.fitted is not None:
-            basis = self.fitted.posterior.basis
-            return basis.per_parameter(self._core_prior(prior, basis))
+            whole = self.fitted.posterior.basis.per_parameter(self._core_prior(prior, self.fitted))
+            return restrict(whole, self.fitted.network.free)
         sizes = list((self._sizes or {}).values())
         if len(prior) == sum(sizes) > 0:
             return prior
@@ -160,7 +160,10 @@ class GaussianLayer(FittingLayer):
         value = self._of_the_posterior(value)
         if self.fitted is None:
             return (self.prior_precision_diag * (value - self.prior_mean).square()).sum(-1)
-        return self.posterior.square_norm(value).to(self._float_dtype)
+        whole = self.posterior.mean.to(value.dtype).expand(*value.shape[:-1], -1).clone()
+        free = self.network.free
+        whole[..., slice(None) if free is None else free] = value
+        return self.posterior.square_norm(whole).to(self._float_dtype)
 
     def log_prob(self, value: Tensor, normalized: bool = True) -> Tensor:
         """Log-density of the posterior (before a fit: of the prior) at parameters ``[..., D]``, in nats.
@@ -205,20 +208,27 @@ class GaussianLayer(FittingLayer):
         Of a subnetwork: of all parameters, those outside at their trained values.
         """
         samples = self.posterior.sample(n_samples, generator or self._generator).detach()
-        return self.assemble_full_samples(samples) if self.subset_of_weights == "subnetwork" else samples
+        if self.subset_of_weights != "subnetwork":
+            return samples
+        return self.assemble_full_samples(restrict(samples, self.network.free))
 
     def functional_variance(self, Js: Tensor) -> Tensor:
         """Output covariances of given Jacobians, ``[N, C, D] -> [N, C, C]``; predictions do without Jacobians."""
         posterior = self.posterior
         self._check_jacobians(Js)
-        return Js @ posterior.covariance_matvec(Js).mT
+        return Js @ self._covariance_matvec(posterior, Js).mT
 
     def functional_covariance(self, Js: Tensor) -> Tensor:
         """Joint output covariance of given Jacobians, ``[N, C, D] -> [N * C, N * C]``."""
         posterior = self.posterior
         self._check_jacobians(Js)
         rows = Js.flatten(0, 1)
-        return rows @ posterior.covariance_matvec(rows).mT
+        return rows @ self._covariance_matvec(posterior, rows).mT
+
+    def _covariance_matvec(self, posterior: Posterior, vector: Tensor) -> Tensor:
+        """Of vectors ``[..., d]`` of the parameters that are uncertain."""
+        free = self.network.free
+        return restrict(posterior.covariance_matvec(embed(vector, free)), free)
 
     def _check_jacobians(self, Js: Tensor) -> None:
         if not isinstance(Js, Tensor) or Js.ndim != 3 or Js.shape[-1] != self._n_chosen:

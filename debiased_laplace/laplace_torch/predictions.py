@@ -15,7 +15,7 @@ from debiased_laplace import _data
 from debiased_laplace._guards import evaluation_mode
 from debiased_laplace.gradients import Network
 from debiased_laplace.laplace_torch.gaussian import GaussianLayer
-from debiased_laplace.laplace_torch.settings import REWARD_MODELING, plain
+from debiased_laplace.laplace_torch.settings import REWARD_MODELING, plain, restrict
 from debiased_laplace.likelihoods import Bernoulli, square_root
 from debiased_laplace.posterior import Posterior, standard_normals
 from debiased_laplace.predictive import functional_moments, joint_covariance, linearized_samples, weight_samples
@@ -129,11 +129,12 @@ class PredictiveLayer(GaussianLayer):
 
         with evaluation_mode(network.model):
             by_name, mean = torch.func.jacrev(outputs, has_aux=True)(network.from_vector(posterior.mean))
-        jacobians, mean = network.to_vector(by_name), mean.to(network.dtype)  # [N, C, D], [N, C]
+        jacobians = restrict(network.to_vector(by_name), network.free)  # [N, C, D]
+        mean = mean.to(network.dtype)
         if joint:
             return mean.flatten(), self.functional_covariance(jacobians)
         if diagonal_output:
-            return mean, (jacobians * posterior.covariance_matvec(jacobians)).sum(-1)
+            return mean, (jacobians * self._covariance_matvec(posterior, jacobians)).sum(-1)
         return mean, self.functional_variance(jacobians)
 
     @staticmethod

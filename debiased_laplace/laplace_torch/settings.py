@@ -12,7 +12,7 @@ from laplace.curvature import EFInterface, GGNInterface
 from torch import Tensor, nn
 
 from debiased_laplace import _checks
-from debiased_laplace.basis import Basis, KroneckerBasis
+from debiased_laplace.basis import KroneckerBasis
 from debiased_laplace.fit import Fit
 from debiased_laplace.laplace_torch import noise, subset
 from debiased_laplace.likelihoods import Categorical, Likelihood, resolve_likelihood
@@ -57,7 +57,14 @@ class SettingsLayer(ParametricLaplace):
         self.subset_of_weights = _choice(subset_of_weights, subset.SUBSETS, "subset_of_weights")
         self.hessian_structure = _choice(hessian_structure, list(STRUCTURES), "hessian_structure")
         every = subset.trainable(model)
-        names = subset.chosen_parameters(model, self.subset_of_weights, params, last_layer_name, subnetwork_indices)
+        names, self._indices = subset.chosen_parameters(
+            model, self.subset_of_weights, params, last_layer_name, subnetwork_indices
+        )
+        if self._indices is not None and self.hessian_structure == "kron":
+            raise ValueError(
+                "Expected subnetwork_indices that cover whole parameter tensors with hessian_structure='kron', got "
+                f"some of {names} in part. Use 'diag', 'full' or 'lowrank', or choose tensors with params=[...]."
+            )
         self._backend_settings = backend_settings(backend, backend_kwargs, asdl_fisher_kwargs)
         self.likelihood = likelihood
         self.fitted: Fit | None = None
@@ -87,6 +94,9 @@ class SettingsLayer(ParametricLaplace):
         every = subset.trainable(self.model)
         self._names = None if names is None else list(names)
         self._sizes = None if names is None else {name: every[name].numel() for name in names}
+        if self._indices is not None:  # of some of their entries
+            counts = subset.entry_counts({name: p.numel() for name, p in every.items()}, self._indices)
+            self._sizes = {name: count for name, count in counts.items() if count}
         if self.subset_of_weights == "subnetwork":  # laplace-torch counts all parameters there
             self.params = list(every.values())
         else:
@@ -201,7 +211,7 @@ class SettingsLayer(ParametricLaplace):
         if length == 1 or self._sizes is None:
             return
         if self.fitted is not None:
-            self._core_prior(prior, self.fitted.posterior.basis)
+            self._core_prior(prior, self.fitted)
             return
         n_tensors, per_parameter = len(self._sizes), self.hessian_structure != "kron"
         if length > n_tensors and not (per_parameter and length == self._n_chosen):
@@ -211,14 +221,16 @@ class SettingsLayer(ParametricLaplace):
                 + ("" if per_parameter else _MIXED)
             )  # fmt: skip
 
-    def _core_prior(self, prior: Tensor, basis: Basis) -> Tensor:
+    def _core_prior(self, prior: Tensor, fitted: Fit) -> Tensor:
         """What the posterior takes: one prior precision, one for each part of the basis, or one for each parameter.
 
         Raises:
             ValueError: If the number has no meaning, or the directions mix parameters with different ones.
         """
+        basis, free = fitted.posterior.basis, fitted.network.free
         sizes = [shape.numel() for shape in basis.shapes.values()]
         length, n_parts, mixed = len(prior), len(basis.parts), isinstance(basis.parts[0], KroneckerBasis)
+        n_chosen = sum(sizes) if free is None else int(free.sum())
         if length == len(sizes) and length != n_parts:
             repeats = torch.tensor(sizes, device=prior.device)
             prior = prior.repeat_interleave(repeats)
@@ -231,13 +243,29 @@ class SettingsLayer(ParametricLaplace):
             return prior
         if length == len(sizes) > 1 and basis.groups is not None:  # parts need not be in the order of the tensors
             return prior.repeat_interleave(torch.tensor(sizes, device=prior.device))
-        if length in (1, n_parts) or (length == sum(sizes) and not mixed):
+        if length in (1, n_parts):
             return prior
+        if length == n_chosen and not mixed:
+            return embed(prior, free, 1.0)
         raise ValueError(
             f"Expected one prior precision, one for each of the {n_parts} blocks that coverage() lists, or one for "
-            f"each of the {len(sizes)} parameter tensors" + ("" if mixed else f" or of the {sum(sizes)} parameters")
-            + f", got {length}." + (_MIXED if mixed and length == sum(sizes) else "")
+            f"each of the {len(sizes)} parameter tensors" + ("" if mixed else f" or of the {n_chosen} parameters")
+            + f", got {length}." + (_MIXED if mixed and length == n_chosen else "")
         )  # fmt: skip
+
+
+def embed(value: Tensor, free: Tensor | None, fill: float = 0.0) -> Tensor:
+    """Entries ``[..., d]`` of the vectors ``[..., D]`` whose uncertain ones ``free`` marks; the others are constant."""
+    if free is None:
+        return value
+    whole = value.new_full((*value.shape[:-1], len(free)), fill)
+    whole[..., free] = value
+    return whole
+
+
+def restrict(value: Tensor, free: Tensor | None) -> Tensor:
+    """Inverse of :func:`embed`."""
+    return value if free is None else value[..., free]
 
 
 _MIXED = " One for each parameter does not go with Kronecker directions, which mix parameters."

@@ -40,6 +40,7 @@ class StateLayer(TuningLayer):
             "likelihood": self._likelihood_name(),
             "fit": fitted.state(),
             "parameters": list(fitted.network.shapes),
+            "indices": self._indices,
             "n_data": self.n_data,
             "n_outputs": self.n_outputs,
             "loss": self.loss,
@@ -76,6 +77,11 @@ class StateLayer(TuningLayer):
         if self._names is not None and list(fitted.network.shapes) != self._names:
             raise ValueError(
                 f"Expected a state of the parameters {self._names}, got one of {list(fitted.network.shapes)}."
+            )
+        entries, theirs = _listed(self._indices), _listed(state_dict["indices"])
+        if entries != theirs:
+            raise ValueError(
+                f"Expected a state of the entries {_few(entries)} of the parameter vector, got one of {_few(theirs)}."
             )
         before = self._prior_precision, self._prior_mean
         self._prior_precision, self._prior_mean = (
@@ -153,6 +159,8 @@ class StateLayer(TuningLayer):
             likelihood = LIKELIHOODS[header["likelihood"]]()
         la: Any = own.__new__(own)
         kept = {"params": state["parameters"]} if header["subset_of_weights"] != "last_layer" else {}
+        if state["indices"] is not None:
+            kept = {"subnetwork_indices": state["indices"].cpu()}
         own._construct(la, model, likelihood, header["subset_of_weights"], header["hessian_structure"], kept)
         la.load_state_dict(state)
         return la
@@ -185,6 +193,16 @@ class StateLayer(TuningLayer):
         if self.fitted is not None:
             network = Network.restore(self.model, self.fitted.network)  # type: ignore[arg-type]
             self.fitted = replace(self.fitted, network=network)
+
+
+def _listed(indices: Tensor | None) -> list[int] | None:
+    return None if indices is None else indices.tolist()
+
+
+def _few(indices: list[int] | None) -> str:
+    if indices is None:
+        return "(all of whole tensors)"
+    return repr(indices[:8]) + (f" and {len(indices) - 8} more" if len(indices) > 8 else "")
 
 
 def _device(model: nn.Module) -> torch.device:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -34,8 +34,12 @@ def chosen_parameters(
     params: Sequence[str] | str | None = None,
     last_layer_name: str | None = None,
     subnetwork_indices: Any = None,
-) -> list[str] | None:
-    """Names of the parameters, in the model's order; None for a last layer that only a forward pass can tell.
+) -> tuple[list[str] | None, Tensor | None]:
+    """Which parameters, in the model's order.
+
+    Returns:
+        Their names, None for a last layer that only a forward pass can tell; and if not every entry of them is meant,
+        the indices of those that are, in the vector of all trainable parameters.
 
     Raises:
         ValueError: If the arguments contradict each other, or name nothing; the message says what goes together.
@@ -56,21 +60,24 @@ def chosen_parameters(
             f"subset_of_weights='subnetwork', got {'both' if given else 'neither'}."
         )
     if subnetwork_indices is not None:
-        return names_of_indices(model, subnetwork_indices)
+        return covered_by(model, subnetwork_indices)
     if params is not None:
-        return match_parameters(model, [params] if isinstance(params, str) else params)
+        return match_parameters(model, [params] if isinstance(params, str) else params), None
     if last_layer_name is not None:
         if last_layer_name not in dict(model.named_modules()):
             raise ValueError(f"Expected last_layer_name to be a module of the model, got {last_layer_name!r}.")
-        return match_parameters(model, [last_layer_name])
-    return list(trainable(model)) if subset == "all" else None
+        return match_parameters(model, [last_layer_name]), None
+    return (list(trainable(model)) if subset == "all" else None), None
 
 
-def names_of_indices(model: nn.Module, indices: Any) -> list[str]:
-    """Names of the parameter tensors that ascending indices of the parameter vector cover.
+def covered_by(model: nn.Module, indices: Any) -> tuple[list[str], Tensor | None]:
+    """Names of the parameter tensors that ascending indices of the parameter vector reach into.
+
+    Returns:
+        The names, and the indices if they cover a tensor in part.
 
     Raises:
-        ValueError: If they are no indices, or cover a tensor in part.
+        ValueError: If they are no indices.
     """
     sizes = {name: p.numel() for name, p in trainable(model).items()}
     total = sum(sizes.values())
@@ -83,13 +90,14 @@ def names_of_indices(model: nn.Module, indices: Any) -> list[str]:
         )
     if bool((indices.diff() <= 0).any()):
         raise ValueError("Expected subnetwork_indices in ascending order, without duplicates. Sort them.")
-    chosen = torch.zeros(total, dtype=torch.bool)
-    chosen[indices.cpu()] = True
-    parts = dict(zip(sizes, chosen.split(list(sizes.values())), strict=True))
-    cut = [name for name, part in parts.items() if bool(part.any()) and not bool(part.all())]
-    if cut:
-        raise ValueError(
-            f"Expected subnetwork_indices that cover whole parameter tensors, got some that cover {cut} in part. "
-            "Choose tensors with params=[...] instead."
-        )
-    return [name for name, part in parts.items() if bool(part.any())]
+    counts = entry_counts(sizes, indices)
+    names = [name for name, count in counts.items() if count]
+    whole = all(counts[name] == sizes[name] for name in names)
+    return names, None if whole else indices.cpu()
+
+
+def entry_counts(sizes: Mapping[str, int], indices: Tensor) -> dict[str, int]:
+    """How many entries of every parameter tensor the indices are of."""
+    ends = torch.tensor(list(sizes.values())).cumsum(0)
+    counts = torch.bincount(torch.searchsorted(ends, indices.cpu(), right=True), minlength=len(sizes))
+    return dict(zip(sizes, counts.tolist(), strict=True))

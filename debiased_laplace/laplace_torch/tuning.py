@@ -123,17 +123,18 @@ class TuningLayer(PredictiveLayer):
         """In closed form where there is one, otherwise by laplace-torch's gradient steps on the logarithms."""
         if prior_structure not in PRIOR_STRUCTURES:
             raise ValueError(f"Expected prior_structure out of {list(PRIOR_STRUCTURES)}, got {prior_structure!r}.")
-        basis, kronecker = self.posterior.basis, self.hessian_structure == "kron"
+        fitted, kronecker = self._require_fit(), self.hessian_structure == "kron"
+        basis = fitted.posterior.basis
         start = _checks.prior_precisions(initial)
         if len(start) > 1:
-            self._core_prior(start, basis)
+            self._core_prior(start, fitted)
         elif prior_structure == "diag" and kronecker:
             raise ValueError(
                 "Expected prior_structure 'scalar' or 'layerwise' (one for each block), got 'diag': one for each "
                 "parameter does not commute with a Kronecker basis."
             )
         elif prior_structure != "scalar":
-            lengths = {"layerwise": len(basis.parts) if kronecker else len(basis.shapes), "diag": basis.n_params}
+            lengths = {"layerwise": len(basis.parts) if kronecker else len(basis.shapes), "diag": self._n_chosen or 0}
             start = start.expand(lengths[prior_structure])
         if len(start) == 1 or (kronecker and len(start) == len(basis.parts)):
             self.prior_precision = maximise_marginal_likelihood(self.posterior, per_block=len(start) > 1)
