@@ -72,6 +72,10 @@ class Part(ABC):
     def lift(self, coefficients: Tensor) -> list[Tensor]:
         r""":math:`U c`, ``[..., *shape] -> [..., G, O, I]`` for each block."""
 
+    @abstractmethod
+    def diagonal_of(self, other: Any, values: Tensor) -> Tensor:
+        r"""Of :math:`U' \mathrm{diag}(v) U'^\top` with another part, the diagonal along these columns."""
+
     def prepare_inputs(self, inputs: Sequence[Tensor], n_vectors: int) -> Any:
         """What can be done once with the inputs ``[N, G, I, S]`` for all vectors of a batch."""
         return inputs
@@ -115,6 +119,11 @@ class KroneckerBasis(Part):
 
     def lift(self, coefficients: Tensor) -> list[Tensor]:
         return [self.outputs @ coefficients @ self.inputs.mT]
+
+    def diagonal_of(self, other: KroneckerBasis, values: Tensor) -> Tensor:
+        outputs = (self.outputs.mT @ other.outputs).square()
+        inputs = (self.inputs.mT @ other.inputs).square()
+        return outputs @ values.to(outputs) @ inputs.mT
 
     def prepare_inputs(self, inputs: Sequence[Tensor], n_vectors: int) -> tuple[Tensor, bool]:
         """The inputs, rotated if that is the cheaper order for this many vectors, and whether they are."""
@@ -168,6 +177,9 @@ class IdentityBasis(Part):
     def lift(self, coefficients: Tensor) -> list[Tensor]:
         return [coefficients]
 
+    def diagonal_of(self, other: IdentityBasis, values: Tensor) -> Tensor:
+        return values
+
     def project_gradients(
         self, inputs: Sequence[Tensor], vectors: Sequence[Tensor], *, unit: bool = False
     ) -> Gradients:
@@ -211,6 +223,11 @@ class DenseBasis(Part):
 
     def lift(self, coefficients: Tensor) -> list[Tensor]:
         return [(coefficients.to(self.dtype) @ own.flatten(1)).unflatten(-1, own.shape[1:]) for own in self.columns]
+
+    def diagonal_of(self, other: DenseBasis, values: Tensor) -> Tensor:
+        pairs = zip(self.columns, other.columns, strict=True)
+        overlaps = torch.stack([own.flatten(1) @ theirs.flatten(1).mT for own, theirs in pairs]).sum(0)
+        return overlaps.square() @ values.to(overlaps)
 
     def project_gradients(
         self, inputs: Sequence[Tensor], vectors: Sequence[Tensor], *, unit: bool = False
@@ -323,6 +340,20 @@ class Basis:
             for index, matrix in zip(own, part.lift(c), strict=True):
                 parameters.update(self.blocks[index].scatter(matrix))
         return flatten(parameters, self.shapes)
+
+    def diagonal_of(self, other: Basis, values: Tensor) -> Tensor:
+        r"""Of :math:`U' \mathrm{diag}(v) U'^\top`, another basis of the same structure, the diagonal along U."""
+        own = zip(self.parts, other.parts, other.split(values), strict=True)
+        return self.join([part.diagonal_of(theirs, v) for part, theirs, v in own])
+
+    def by_rank(self, other: Basis, values: Tensor) -> Tensor:
+        """Values ``[rank']`` along another basis of the same structure: k-th of a part to k-th, or zero."""
+        aligned = []
+        for part, theirs, own in zip(self.parts, other.parts, other.split(values), strict=True):
+            if part.shape != theirs.shape:  # low rank: one number for each direction
+                own = torch.nn.functional.pad(own[: part.rank], (0, max(0, part.rank - theirs.rank)))
+            aligned.append(own)
+        return self.join(aligned)
 
     def prepare_inputs(self, inputs: Sequence[Tensor], n_vectors: int) -> list[Any]:
         """What can be done once with the inputs of all blocks for all vectors of a batch."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -59,6 +59,10 @@ class Gradients:
         """The same gradients as vectors: one input ``a = 1``, ``[N, 1, V, G * o * i, 1]``; formed, then converted."""
         rows = self.rows().to(dtype or self.inputs.dtype)[:, None, :, :, None]
         return Gradients(rows.new_ones(len(rows), 1, 1, 1), rows)
+
+    def scaled(self, factor: float) -> Gradients:
+        """The same gradients times a number."""
+        return replace(self, vectors=factor * self.vectors)
 
     def masked(self, mask: Tensor) -> Gradients:
         """The same gradients with zeros where the mask ``[G, o, i]`` is false; formed."""

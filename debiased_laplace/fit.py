@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -16,12 +16,13 @@ from tqdm import tqdm
 from debiased_laplace import _checks, _data, _store
 from debiased_laplace._guards import global_random_state
 from debiased_laplace.checkpoint import Progress
-from debiased_laplace.curvatures import projected_curvatures
 from debiased_laplace.gradients import CurvatureData, Network
 from debiased_laplace.likelihoods import Likelihood
+from debiased_laplace.measurement import Measurement
 from debiased_laplace.posterior import Posterior
-from debiased_laplace.sampling import Sampler, UniformSampler, WeightedData
+from debiased_laplace.sampling import Sample, Sampler, UniformSampler
 from debiased_laplace.splits import Single, Split, TwoBatch
+from debiased_laplace.stream import Observed, Stream, mean_loss
 from debiased_laplace.structures import Kronecker, Structure
 
 logger = logging.getLogger(__name__)
@@ -29,9 +30,6 @@ logger = logging.getLogger(__name__)
 #: Outputs up to which the square root of the loss Hessian is exact by default.
 MAX_EXACT_OUTPUTS = 32
 ESTIMATORS = ("projected", "factored")
-
-#: Chunks of data that are measured in one step; a fit can be interrupted between two steps.
-STEP_CHUNKS = 16
 
 
 @dataclass(frozen=True)
@@ -43,11 +41,12 @@ class Fit:
         network: The model with its blocks.
         mean_loss: Mean loss of the data drawn, per datum in nats; of all data if all were drawn.
         n_seen: Number of data in the stream.
-        direction_indices: Positions in the stream of the data that chose the directions.
-        curvature_indices: Of those that measured the curvatures.
+        direction_indices: Positions in the stream of the data that chose the final directions.
+        curvature_indices: Of those that measured curvatures.
         mc_samples: Random vectors for each datum, or None for the exact loss Hessian.
         settings: What the fit was called with, in words, and the seed.
-        folds: The data drawn, to which a later fit can add; None for a fit that was loaded.
+        sample: The data drawn, to which a later fit can add; None for a fit that was loaded.
+        observed: What the pass over the stream told, if the sampler made one; None for a fit that was loaded.
     """
 
     posterior: Posterior
@@ -58,11 +57,12 @@ class Fit:
     curvature_indices: Tensor
     mc_samples: int | None
     settings: dict[str, Any] = field(default_factory=dict)
-    folds: list[WeightedData] | None = None
+    sample: Sample | None = None
+    observed: Observed | None = None
 
     def state(self) -> dict[str, Any]:
         """Everything but the model and the data, as tensors and plain Python objects."""
-        own = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("network", "folds")}
+        own = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("network", "sample", "observed")}
         return _store.to_plain(own | {"network": self.network.description()})
 
     @classmethod
@@ -203,84 +203,64 @@ def fit(
     progress = Progress(checkpoint, kept)
     if progress.completed is not None:
         return Fit.restore(model, progress.completed)
+
+    def discover(inputs: _data.Inputs) -> Network:
+        return Network.discover(model, inputs, parameters=parameters, indices=indices, separate_bias=separate_bias)
+
     with torch.inference_mode(False), global_random_state():
 
         def draw() -> dict[str, Any]:
-            folds, n_seen = sampler.draw(
-                batches, split.folds, generator, likelihood=likelihood, targets_key=targets_key,
+            stream = Stream(discover, likelihood, structure)
+            drawn = sampler.draw(
+                batches, split.folds, generator, likelihood=likelihood, observe=stream, targets_key=targets_key,
                 progress_bar=progress_bar,
             )  # fmt: skip
+            sample, observed = drawn, stream.observed
             if previous is not None:
-                folds, n_seen = _add(previous, folds, n_seen)
-            return {"folds": folds, "n_seen": n_seen, "generator": generator.get_state()}
+                sample, observed = _added(previous, drawn, observed)
+            return {"sample": sample, "observed": observed, "generator": generator.get_state()}
 
-        drawn = progress.once("drawn", draw)
-        folds, n_seen = drawn["folds"], drawn["n_seen"]
-        generator.set_state(drawn["generator"])
-        directions, measured = split(folds)
-        network = Network.discover(
-            model, directions.inputs, parameters=parameters, indices=indices, separate_bias=separate_bias
-        )
-        likelihood.check_targets(torch.cat([fold.targets for fold in folds]), network.n_outputs)
+        kept_draw = progress.once("drawn", draw)
+        sample, observed = kept_draw["sample"], kept_draw["observed"]
+        generator.set_state(kept_draw["generator"])
+        network = discover(sample.data.inputs)
+        likelihood.check_targets(sample.data.targets, network.n_outputs)
         mc_samples = _resolve_mc_samples(mc_samples, network.n_outputs)
-
         with tqdm(desc="Curvature", unit="datum", disable=not progress_bar, leave=False) as bar:
-
-            def gradients(data: WeightedData) -> CurvatureData:
-                return CurvatureData(
-                    network, data, likelihood, mc_samples=mc_samples, curvature=curvature, generator=generator,
-                    chunk_size=chunk_size, progress=bar.update,
-                )  # fmt: skip
-
-            def summed(name: str, data: CurvatureData, of: Callable[[CurvatureData], Any]) -> Any:
-                return progress.accumulate(name, data.slices(STEP_CHUNKS), lambda part: of(data.take(part)))
-
-            def measure(name: str, data: CurvatureData) -> Any:
-                return summed(name, data, lambda part: structure.measure(network, part))
-
-            first = gradients(directions)
-            second = first if measured is directions else gradients(measured)
-            statistics: Any = measure("directions", first) if structure.data_dependent or second is first else None
-            basis = structure.eigenbasis(network, statistics)
-            own = estimator == "factored" or not structure.projects
-            if own or (second is first and statistics.exact):
-                curvatures = (statistics if second is first else measure("curvatures", second)).curvatures(basis)
-            else:
-                curvatures = summed("curvatures", second, lambda part: projected_curvatures(network, basis, part))
-        mean_loss = _mean_loss(network, likelihood, folds)
+            data = CurvatureData(
+                network, sample.data, likelihood, mc_samples=mc_samples, curvature=curvature, generator=generator,
+                chunk_size=chunk_size, progress=bar.update,
+            )  # fmt: skip
+            measurement = Measurement(structure, network, data, sample, observed, progress)
+            basis, curvatures = measurement.cross(split, factored=estimator == "factored")
+        loss = mean_loss(network, likelihood, sample) if observed is None else observed.mean_loss
+    measured = sorted({fold for own in split.rounds for fold in own.curvatures})
     precision = _checks.prior_precisions(prior_precision, len(basis.parts), basis.n_params).to(network.device)
     fitted = Fit(
-        Posterior(network.mean(), basis, curvatures, n_seen if n_data is None else n_data, precision,
+        Posterior(network.mean(), basis, curvatures, sample.n_seen if n_data is None else n_data, precision,
                   fixed=None if network.free is None else ~network.free, **posterior),
-        network, mean_loss, n_seen, directions.indices, measured.indices, mc_samples, settings, folds,
+        network, loss, sample.n_seen, sample.fold(split.final).indices, sample.fold(measured).indices, mc_samples, settings,
+        sample, observed,
     )  # fmt: skip
     if checkpoint is not None:
         progress.complete(fitted.state())
     return fitted
 
 
-def _add(previous: Fit, folds: list[WeightedData], n_seen: int) -> tuple[list[WeightedData], int]:
-    """Fold by fold the data of both fits, each weighted by the size of its stream."""
-    if previous.folds is None:
+def _added(previous: Fit, drawn: Sample, observed: Observed | None) -> tuple[Sample, Observed | None]:
+    """The data of both fits, each stream weighted by its size."""
+    if previous.sample is None:
         raise ValueError(
             "Expected an earlier fit that still has its data, to add to them; a fit that was loaded has none. "
             "Fit on all data instead."
         )
-    if len(previous.folds) != len(folds):
+    if previous.sample.n_folds != drawn.n_folds:
         raise ValueError(
-            f"Expected the split of the earlier fit, with {len(previous.folds)} folds, got one with {len(folds)}."
+            f"Expected the split of the earlier fit, with {previous.sample.n_folds} folds, got one with "
+            f"{drawn.n_folds}."
         )
-    total = previous.n_seen + n_seen
-    joined = [
-        WeightedData(
-            _data.concatenate([old.inputs, new.inputs]),
-            torch.cat([old.targets, new.targets]),
-            torch.cat([old.weights * (previous.n_seen / total), new.weights * (n_seen / total)]),
-            torch.cat([old.indices, new.indices + previous.n_seen]),
-        )
-        for old, new in zip(previous.folds, folds, strict=True)
-    ]
-    return joined, total
+    both = previous.observed is not None and observed is not None
+    return previous.sample + drawn, previous.observed + observed if both else None  # type: ignore[operator]
 
 
 def make_generator(generator: torch.Generator | int) -> torch.Generator:
@@ -312,13 +292,3 @@ def _resolve_mc_samples(mc_samples: int | str | None, n_outputs: int) -> int | N
     if mc_samples is not None and (not isinstance(mc_samples, int) or mc_samples < 1):
         raise ValueError(f"Expected mc_samples to be a positive number, None (exact) or 'auto', got {mc_samples!r}.")
     return mc_samples
-
-
-def _mean_loss(network: Network, likelihood: Likelihood, folds: list[WeightedData]) -> float:
-    data = WeightedData.union(folds)
-    total = torch.zeros((), dtype=torch.float64, device=network.device)
-    for part in _data.slices(len(data), 512):
-        outputs = network.outputs(_data.take(data.inputs, part))
-        losses = likelihood.loss(outputs.to(network.dtype), data.targets[part].to(network.device))
-        total += data.weights[part].to(network.device) @ losses.double()
-    return float(total)

@@ -596,8 +596,8 @@ class CurvatureData:
         """The data, so many chunks at a time."""
         return list(_data.slices(len(self.data), chunks * self.chunk_size))
 
-    def take(self, part: slice) -> CurvatureData:
-        """Some of the chunks, with the same random vectors."""
+    def take(self, part: Tensor | slice) -> CurvatureData:
+        """Some of the data, with the same random vectors."""
         taken = copy.copy(self)
         taken.data = self.data.take(part)
         taken.uniforms = None if self.uniforms is None else self.uniforms[part]

@@ -51,6 +51,10 @@ class Likelihood(ABC):
     def hessian_square_root(self, outputs: Tensor) -> Tensor:
         r"""Exact square root of the loss Hessian, ``[N, C] -> [V, N, C]``."""
 
+    def curvature(self, outputs: Tensor) -> Tensor:
+        r"""Trace of the loss Hessian, ``[N, C] -> [N]``: how much of the curvature a datum can carry."""
+        return self.hessian_square_root(outputs).square().sum((0, 2))
+
     @abstractmethod
     def sampled_square_root(self, outputs: Tensor, uniforms: Tensor) -> Tensor:
         r"""Random vectors with :math:`E[S S^\top] = \nabla^2_f \ell` (the Fisher, never the empirical one).
@@ -130,6 +134,14 @@ class Categorical(Likelihood):
         root = torch.diag_embed(roots) - probabilities[:, :, None] * roots[:, None, :]
         reflected = root[:, :, :-1] - root[:, :, -1:] * (roots[:, :-1] / (1 + roots[:, -1:]))[:, None, :]
         return reflected.movedim(2, 0)
+
+    def curvature(self, outputs: Tensor) -> Tensor:
+        # sum_c p_c (1 - p_c), with 1 - p_c as the sum of the others: it is tiny for confident networks.
+        logarithms = outputs.log_softmax(-1)
+        top = logarithms.argmax(-1, keepdim=True)
+        rest = logarithms.exp().scatter(-1, top, 0.0)
+        others = rest.sum(-1)
+        return others * (1 - others) + (rest * (1 - rest)).sum(-1)
 
     def sampled_square_root(self, outputs: Tensor, uniforms: Tensor) -> Tensor:
         probabilities = outputs.softmax(-1)

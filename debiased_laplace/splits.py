@@ -3,21 +3,44 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, NamedTuple, Protocol
 
-from debiased_laplace.sampling import WeightedData
+#: How the curvatures of several rounds become those along the final directions.
+AVERAGES = ("rank", "rotated")
+
+
+class Round(NamedTuple):
+    """Folds in the two roles; curvatures are the average over rounds."""
+
+    directions: tuple[int, ...]
+    curvatures: tuple[int, ...]
 
 
 class Split(Protocol):
-    """Assigns the two roles to folds."""
+    """Assigns the two roles to folds.
+
+    Data that belong to all folds (:class:`~debiased_laplace.sampling.Sample`) carry no sampling error, and always have
+    both roles.
+    """
 
     @property
     def folds(self) -> int:
-        """Number of disjoint folds that the sampler has to draw."""
+        """Number of folds that the sampler has to deal."""
         ...
 
-    def __call__(self, folds: list[WeightedData]) -> tuple[WeightedData, WeightedData]:
-        """Data for the directions, and data for the curvatures along them."""
+    @property
+    def final(self) -> tuple[int, ...]:
+        """Folds that choose the directions of the posterior."""
+        ...
+
+    @property
+    def rounds(self) -> list[Round]:
+        """Which folds measure curvatures, along whose directions."""
+        ...
+
+    @property
+    def average(self) -> str:
+        """How rounds are averaged, one of :data:`AVERAGES`."""
         ...
 
 
@@ -31,15 +54,21 @@ class Single:
     """
 
     folds: int = 1
+    average: ClassVar[str] = "rank"
 
     def __post_init__(self) -> None:
         if self.folds < 1:
             raise ValueError(f"Expected at least one fold in folds, got {self.folds}.")
 
-    def __call__(self, folds: list[WeightedData]) -> tuple[WeightedData, WeightedData]:
-        """All data, twice."""
-        data = WeightedData.union(folds)
-        return data, data
+    @property
+    def final(self) -> tuple[int, ...]:
+        """All folds."""
+        return tuple(range(self.folds))
+
+    @property
+    def rounds(self) -> list[Round]:
+        """All folds in both roles."""
+        return [Round(self.final, self.final)]
 
 
 @dataclass(frozen=True)
@@ -56,6 +85,7 @@ class TwoBatch:
 
     folds: int = 2
     directions: int | None = None
+    average: ClassVar[str] = "rank"
 
     def __post_init__(self) -> None:
         if self.folds < 2:
@@ -66,7 +96,46 @@ class TwoBatch:
                 f"directions={self.directions}."
             )
 
-    def __call__(self, folds: list[WeightedData]) -> tuple[WeightedData, WeightedData]:
+    @property
+    def final(self) -> tuple[int, ...]:
+        """The first folds."""
+        return tuple(range(self.directions or self.folds // 2))
+
+    @property
+    def rounds(self) -> list[Round]:
         """The first folds, and the others."""
-        first = self.directions or len(folds) // 2
-        return WeightedData.union(folds[:first]), WeightedData.union(folds[first:])
+        return [Round(self.final, tuple(range(len(self.final), self.folds)))]
+
+
+@dataclass(frozen=True)
+class CrossFit:
+    """Every fold in both roles, and never in both at once.
+
+    For each fold the others choose directions, and the fold measures the curvature along them; curvatures are averaged
+    over the folds, and the directions of the posterior come from all of them.
+
+    Attributes:
+        folds: Number of folds, K. Directions come from (K - 1) / K of the data; the cost is K eigendecompositions, and
+            one pass over every fold.
+        average: ``"rank"``, the k-th largest of every round together (Bartz, arXiv 1611.00798); or ``"rotated"``, the
+            diagonal, along the final directions, of the average of the rounds' matrices (NERCOME: Lam 2016).
+    """
+
+    folds: int = 4
+    average: str = "rank"
+
+    def __post_init__(self) -> None:
+        if self.folds < 2:
+            raise ValueError(f"Expected at least two folds to cross-fit, got {self.folds}.")
+        if self.average not in AVERAGES:
+            raise ValueError(f"Expected an average out of {list(AVERAGES)}, got {self.average!r}.")
+
+    @property
+    def final(self) -> tuple[int, ...]:
+        """All folds."""
+        return tuple(range(self.folds))
+
+    @property
+    def rounds(self) -> list[Round]:
+        """For each fold, the others and it."""
+        return [Round((*range(fold), *range(fold + 1, self.folds)), (fold,)) for fold in range(self.folds)]

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from debiased_laplace import Single, TwoBatch, UniformSampler, _store
 from debiased_laplace import checkpoint as checkpoint_module
+from debiased_laplace import measurement
 from debiased_laplace.curvatures import projected_curvatures
 from debiased_laplace.fit import Fit, fit
 from debiased_laplace.gradients import CurvatureData
@@ -121,8 +122,9 @@ def test_two_batches_add_up_fold_by_fold(structure, split):
     one = fitted(first, structure=structure, split=split, sampler=UniformSampler(12))
     alone = fitted(second, structure=structure, split=split, sampler=UniformSampler(18), generator=4)
     both = fitted(second, structure=structure, split=split, sampler=UniformSampler(18), generator=4, previous=one)
-    folds = []
-    for old, new in zip(one.folds, alone.folds, strict=True):
+    roles = []
+    for chosen in (split.final, split.rounds[0].curvatures):
+        old, new = one.sample.fold(chosen), alone.sample.fold(chosen)
         inputs = torch.cat([old.inputs, new.inputs])
         weights = torch.cat([
             torch.full((len(old),), 13 / 43 / len(old), dtype=torch.float64),
@@ -130,8 +132,8 @@ def test_two_batches_add_up_fold_by_fold(structure, split):
         ])  # fmt: skip
         labels, indices = torch.cat([old.targets, new.targets]), torch.cat([old.indices, 13 + new.indices])
         assert float(weights.sum()) == pytest.approx(1)
-        folds.append(WeightedData(inputs, labels, weights, indices))
-    directions, measured = split(folds)
+        roles.append(WeightedData(inputs, labels, weights, indices))
+    directions, measured = roles
     network = both.network
     statistics = structure.measure(network, CurvatureData(network, directions, Categorical()))
     basis = structure.eigenbasis(network, statistics)
@@ -150,8 +152,7 @@ def test_two_batches_add_up_fold_by_fold(structure, split):
     assert not set(both.direction_indices.tolist()) & set(both.curvature_indices.tolist())
     assert both.n_seen == both.posterior.n_data == 43
     everything = torch.cat([batch[0] for batch in first + second])
-    for fold in both.folds:
-        assert_equal(fold.inputs, everything[fold.indices], 0.0)
+    assert_equal(both.sample.data.inputs, everything[both.sample.data.indices], 0.0)
 
 
 def test_streams_weigh_as_much_as_they_have_data():
@@ -185,7 +186,7 @@ def test_a_loaded_fit_has_no_data_to_add_to(tmp_path):
     model = CASE.model()
     fitted(stream(12), model).save(tmp_path / "fit")
     loaded = Fit.load(tmp_path / "fit", model)
-    assert loaded.folds is None
+    assert loaded.sample is None
     with pytest.raises(ValueError, match="a fit that was loaded has none"):
         fitted(stream(6), model, previous=loaded)
 
@@ -200,7 +201,7 @@ class Interrupted(BaseException):
 @pytest.fixture
 def steps(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
     """One datum in every step; counts steps, and interrupts before the ``stop``-th."""
-    module = __import__("sys").modules["debiased_laplace.fit"]
+    module = measurement
     state: dict[str, Any] = {"count": 0, "stop": None}
 
     def counting(function):

@@ -18,9 +18,10 @@ def stream(n: int, batch_size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor
 
 
 def draw(n: int, budget: int | None, folds: int = 1, seed: int = 0, batch_size: int = 3) -> list[WeightedData]:
-    drawn, seen = UniformSampler(budget).draw(stream(n, batch_size), folds, torch.Generator().manual_seed(seed))
-    assert seen == n
-    return drawn
+    sample = UniformSampler(budget).draw(stream(n, batch_size), folds, torch.Generator().manual_seed(seed))
+    assert sample.n_seen == n
+    assert sample.n_folds == folds
+    return [sample.fold([fold]) for fold in range(folds)]
 
 
 @pytest.mark.parametrize("budget", [None, 5, 8, 100])
@@ -86,18 +87,20 @@ def test_weighted_sums_are_unbiased_for_the_mean(folds):
     values = torch.randn(20, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).exp()
     means = []
     for seed in range(400):
-        drawn = draw(20, 7, folds, seed=seed)
-        means.append(torch.stack([fold.weights @ values[fold.indices] for fold in [*drawn, WeightedData.union(drawn)]]))
+        sample = UniformSampler(7).draw(stream(20, 3), folds, torch.Generator().manual_seed(seed))
+        drawn = [*(sample.fold([fold]) for fold in range(folds)), sample.data]
+        means.append(torch.stack([fold.weights @ values[fold.indices] for fold in drawn]))
     assert_unbiased(torch.stack(means), values.mean(0).expand(folds + 1, 2))
 
 
-def test_a_union_weighs_folds_by_their_size():
-    drawn = draw(7, None, 3)
-    union = WeightedData.union(drawn)
-    assert sorted(union.indices.tolist()) == list(range(7))
-    assert_equal(union.weights, torch.full((7,), 1 / 7, dtype=torch.float64))
-    assert_equal(union.inputs[:, 0], union.indices.double(), 0.0)
-    assert WeightedData.union(drawn[:1]) is drawn[0]
+def test_several_folds_together():
+    sample = UniformSampler(None).draw(stream(7, 3), 3, torch.Generator().manual_seed(0))
+    for folds in ([0], [0, 2], [0, 1, 2]):
+        joined = sample.fold(folds)
+        expected = sorted(i for fold in folds for i in sample.part(fold).indices.tolist())
+        assert joined.indices.tolist() == expected
+        assert_equal(joined.weights, torch.full((len(joined),), 1 / len(joined), dtype=torch.float64))
+        assert_equal(joined.inputs[:, 0], joined.indices.double(), 0.0)
 
 
 def test_a_budget_beyond_the_data_uses_all_and_says_so(caplog):
@@ -114,9 +117,10 @@ def test_an_empty_batch_in_between_does_no_harm():
             yield x[:0], y[:0]
 
     for budget in (None, 3):
-        one, _ = UniformSampler(budget).draw(batches(), 2, torch.Generator().manual_seed(0))
-        other, _ = UniformSampler(budget).draw(stream(5, 2), 2, torch.Generator().manual_seed(0))
-        assert [torch.equal(a.indices, b.indices) for a, b in zip(one, other, strict=True)] == [True, True]
+        one = UniformSampler(budget).draw(batches(), 2, torch.Generator().manual_seed(0))
+        other = UniformSampler(budget).draw(stream(5, 2), 2, torch.Generator().manual_seed(0))
+        assert torch.equal(one.data.indices, other.data.indices)
+        assert torch.equal(one.folds, other.folds)
 
 
 def test_dictionaries_keep_their_nesting():
@@ -124,8 +128,9 @@ def test_dictionaries_keep_their_nesting():
         pass
 
     batches = [Encoding(ids=torch.arange(4)[:, None] + 10 * k, labels=torch.arange(4) + 10 * k) for k in range(3)]
-    (drawn,), seen = UniformSampler(5).draw(iter(batches), 1, torch.Generator().manual_seed(0))
-    assert seen == 12
+    sample = UniformSampler(5).draw(iter(batches), 1, torch.Generator().manual_seed(0))
+    drawn = sample.data
+    assert sample.n_seen == 12
     assert set(drawn.inputs) == {"ids", "labels"}
     assert torch.equal(drawn.inputs["ids"][:, 0], drawn.targets)
     with pytest.raises(TypeError, match="targets under 'y', got the keys"):

@@ -287,7 +287,7 @@ def test_fits_measure_the_second_data(structure, likelihood):
         split=TwoBatch(),
     )
     own = result.curvature_indices
-    data = replace(result.folds[1], weights=torch.full((7,), 1 / 7, dtype=torch.float64))
+    data = replace(result.sample.part(1), weights=torch.full((7,), 1 / 7, dtype=torch.float64))
     assert torch.equal(data.indices, own)
     assert_equal(data.inputs, inputs[own], 0.0)
     expected = check_curvatures(result.network, result.posterior.basis, data, likelihood)

@@ -197,7 +197,7 @@ def test_the_laws_hold_for_a_subset(structure):
     names = ["0.bias", "2.weight", "2.bias"]
     model = frozen("cnn", names)
     result = fitted(ZOO["cnn"].model(), "cnn", structure=structure, split=Single(), parameters=names)
-    data = replace(result.folds[0])
+    data = result.sample.data
     reference = Network.discover(model, data.inputs)
     check_basis(result.posterior.basis)
     check_posterior(result.posterior)
@@ -271,7 +271,7 @@ def test_other_parameters_have_no_graph(name):
     assert {id(leaf) for leaf in leaves(factors._graph_outputs.grad_fn)} == chosen
     everything = leaves(whole.factors(inputs)._graph_outputs.grad_fn)
     assert len({id(leaf) for leaf in everything}) > len(chosen)
-    chunks = CurvatureData(network, fitted(model, name).folds[0], Categorical())
+    chunks = CurvatureData(network, fitted(model, name).sample.data, Categorical())
     for chunk in chunks:
         list(chunk.factors.backpropagate(chunk.vectors))
     assert all(p.grad is None for p in model.parameters())

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from debiased_laplace.basis import Basis
-from debiased_laplace.gradients import CurvatureData, Network
+from debiased_laplace.gradients import CurvatureData, Factors, Network
 
 
 class Statistics(Protocol):
@@ -22,6 +22,10 @@ class Statistics(Protocol):
 
     def __add__(self, other: Any) -> Any:
         """Statistics of both data together."""
+        ...
+
+    def __mul__(self, factor: float) -> Any:
+        """Statistics of the same data with weights that are multiplied by a factor."""
         ...
 
     def all_reduce(self) -> Any:
@@ -44,13 +48,27 @@ class Structure(ABC):
         """Whether equation (2) measures its curvatures; otherwise its statistics always do."""
         return True
 
+    def observe(self, network: Network, factors: Factors) -> Any:
+        """What a forward pass alone tells, additive over all data of a stream; None if nothing."""
+        return None
+
+    def complete(self, statistics: Any, observed: Any) -> Any:
+        """Statistics with the sum over :meth:`observe` in the place of what they know less well."""
+        return statistics
+
     @abstractmethod
     def measure(self, network: Network, data: CurvatureData) -> Any:
         """Statistics of weighted data, in one pass."""
 
     @abstractmethod
-    def eigenbasis(self, network: Network, statistics: Any) -> Basis:
-        """The orthonormal directions they give, by descending curvature where there is an order."""
+    def eigenbasis(self, network: Network, statistics: Any, like: Basis | None = None) -> Basis:
+        """The orthonormal directions they give, by descending curvature where there is an order.
+
+        Args:
+            network: The model with its blocks.
+            statistics: Of the data that choose the directions.
+            like: A basis of the same structure whose numbers of directions are wanted, where these depend on data.
+        """
 
 
 def eigh(matrices: Tensor, name: str) -> tuple[Tensor, Tensor]:

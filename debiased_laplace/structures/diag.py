@@ -39,6 +39,10 @@ class DiagonalStatistics:
         """Statistics of both data together."""
         return DiagonalStatistics([a + b for a, b in zip(self.diagonals, other.diagonals, strict=True)])
 
+    def __mul__(self, factor: float) -> DiagonalStatistics:
+        """Statistics of the same data with weights that are multiplied by a factor."""
+        return DiagonalStatistics([factor * d for d in self.diagonals])
+
     def all_reduce(self) -> DiagonalStatistics:
         """Sum over the processes of ``torch.distributed``; each process weighs its data for all of them."""
         reduced = DiagonalStatistics([d.clone() for d in self.diagonals])
@@ -98,7 +102,9 @@ class Diagonal(Structure):
             _checks.finite(total, f"the curvatures of {block.name!r}", "Look for NaN in the data that measure them.")
         return DiagonalStatistics(totals)
 
-    def eigenbasis(self, network: Network, statistics: DiagonalStatistics | None = None) -> Basis:
+    def eigenbasis(
+        self, network: Network, statistics: DiagonalStatistics | None = None, like: Basis | None = None
+    ) -> Basis:
         """The identity, whatever the statistics."""
         parts = [IdentityBasis(block.groups, block.outputs, block.inputs) for block in network.blocks]
         return Basis(network.blocks, network.shapes, parts)

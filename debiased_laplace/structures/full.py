@@ -38,6 +38,10 @@ class FullStatistics:
             [a + b for a, b in zip(self.matrices, other.matrices, strict=True)], self.groups, self.free
         )
 
+    def __mul__(self, factor: float) -> FullStatistics:
+        """Statistics of the same data with weights that are multiplied by a factor."""
+        return FullStatistics([factor * matrix for matrix in self.matrices], self.groups, self.free)
+
     def all_reduce(self) -> FullStatistics:
         """Sum over the processes of ``torch.distributed``; each process weighs its data for all of them."""
         reduced = FullStatistics([matrix.clone() for matrix in self.matrices], self.groups, self.free)
@@ -100,7 +104,7 @@ class Full(Structure):
             _checks.finite(matrix, f"the curvature of {names}", "Look for NaN in the data, or for an overflow.")
         return FullStatistics(matrices, groups, free)
 
-    def eigenbasis(self, network: Network, statistics: FullStatistics) -> Basis:
+    def eigenbasis(self, network: Network, statistics: FullStatistics, like: Basis | None = None) -> Basis:
         """Eigenvectors of the matrices, by descending eigenvalues, in float64."""
         parts = []
         for group, matrix, free in zip(statistics.groups, statistics.matrices, statistics.free, strict=True):

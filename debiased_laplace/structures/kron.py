@@ -21,7 +21,7 @@ from torch import Tensor
 
 from debiased_laplace._checks import NonFiniteError
 from debiased_laplace.basis import Basis, KroneckerBasis
-from debiased_laplace.gradients import CurvatureData, Network
+from debiased_laplace.gradients import CurvatureData, Factors, Network
 from debiased_laplace.structures.base import Structure, eigh
 
 
@@ -45,6 +45,10 @@ class KroneckerStatistics:
             [a + b for a, b in zip(self.inputs, other.inputs, strict=True)],
             [a + b for a, b in zip(self.outputs, other.outputs, strict=True)],
         )
+
+    def __mul__(self, factor: float) -> KroneckerStatistics:
+        """Statistics of the same data with weights that are multiplied by a factor."""
+        return KroneckerStatistics([factor * a for a in self.inputs], [factor * b for b in self.outputs])
 
     def all_reduce(self) -> KroneckerStatistics:
         """Sum over the processes of ``torch.distributed``; each process weighs its data for all of them."""
@@ -72,6 +76,24 @@ class KroneckerStatistics:
 
 
 @dataclass(frozen=True)
+class InputStatistics:
+    """Input statistics of all data of a stream: no loss is in them, so that they need neither weights nor vectors.
+
+    Attributes:
+        totals: Sum of the outer products of every block, ``[G, I, I]``.
+        count: Number of data in the sums.
+    """
+
+    totals: list[Tensor]
+    count: int
+
+    def __add__(self, other: InputStatistics) -> InputStatistics:
+        """Of both data together."""
+        totals = [a + b for a, b in zip(self.totals, other.totals, strict=True)]
+        return InputStatistics(totals, self.count + other.count)
+
+
+@dataclass(frozen=True)
 class Kronecker(Structure):
     """The K-FAC structure.
 
@@ -80,6 +102,21 @@ class Kronecker(Structure):
     """
 
     eigh_dtype: torch.dtype = torch.float64
+
+    def observe(self, network: Network, factors: Factors) -> InputStatistics:
+        """Outer products of the inputs, of every block."""
+        n = len(factors.outputs)
+        totals = []
+        for block in network.blocks:
+            total = torch.zeros(block.groups, block.inputs, block.inputs, device=network.device, dtype=network.dtype)
+            for _, columns in factors.input_pieces(block):
+                total += _gram(columns)
+            totals.append(total)
+        return InputStatistics(totals, n)
+
+    def complete(self, statistics: KroneckerStatistics, observed: InputStatistics) -> KroneckerStatistics:
+        """A of the whole stream in the place of that of a sample."""
+        return KroneckerStatistics([total / observed.count for total in observed.totals], statistics.outputs)
 
     def measure(self, network: Network, data: CurvatureData) -> KroneckerStatistics:
         """Statistics of weighted data, in one pass.
@@ -116,7 +153,7 @@ class Kronecker(Structure):
                     )
         return KroneckerStatistics(inputs, outputs)
 
-    def eigenbasis(self, network: Network, statistics: KroneckerStatistics) -> Basis:
+    def eigenbasis(self, network: Network, statistics: KroneckerStatistics, like: Basis | None = None) -> Basis:
         """Eigenvectors of the factors of every block, by descending eigenvalues."""
         parts = [
             KroneckerBasis(self._eigenvectors(b, block.name), self._eigenvectors(a, block.name))

@@ -49,6 +49,10 @@ class LowRankStatistics:
         """Statistics of both data together: the columns of both."""
         return LowRankStatistics([a + b for a, b in zip(self.columns, other.columns, strict=True)], self.groups)
 
+    def __mul__(self, factor: float) -> LowRankStatistics:
+        """Statistics of the same data with weights that are multiplied by a factor."""
+        return LowRankStatistics([[own.scaled(factor**0.5) for own in block] for block in self.columns], self.groups)
+
     def all_reduce(self) -> LowRankStatistics:
         """The columns of all processes of ``torch.distributed``; each process weighs its data for all of them."""
         gathered: list[LowRankStatistics | None] = [None] * torch.distributed.get_world_size()
@@ -143,14 +147,15 @@ class LowRank(Structure):
                 columns[index].append(own.compact() if free is None else own.masked(free))
         return LowRankStatistics(columns, group_blocks(network, self.blocks))
 
-    def eigenbasis(self, network: Network, statistics: LowRankStatistics) -> Basis:
+    def eigenbasis(self, network: Network, statistics: LowRankStatistics, like: Basis | None = None) -> Basis:
         """The leading eigenvectors of every part, by descending eigenvalues; fewer if the curvature has lower rank."""
         parts = []
-        for group in statistics.groups:
+        ranks = [self.rank] * len(statistics.groups) if like is None else [part.rank for part in like.parts]
+        for group, rank in zip(statistics.groups, ranks, strict=True):
             name = ", ".join(network.blocks[i].name for i in group)
             gram = statistics.gram(group)
             _checks.finite(gram, f"the curvature of {name}", "Look for NaN in the data, or for an overflow.")
-            values, vectors = leading_eigenpairs(gram, self.rank, name, torch.finfo(network.dtype).eps)
+            values, vectors = leading_eigenpairs(gram, rank, name, torch.finfo(network.dtype).eps)
             parts.append(DenseBasis(lift_eigenvectors(network, statistics, group, values, vectors)))
         return Basis(network.blocks, network.shapes, parts, statistics.groups)
 
