@@ -239,8 +239,8 @@ def fit(
     fitted = Fit(
         Posterior(network.mean(), basis, curvatures, sample.n_seen if n_data is None else n_data, precision,
                   fixed=None if network.free is None else ~network.free, **posterior),
-        network, loss, sample.n_seen, sample.fold(split.final).indices, sample.fold(measured).indices, mc_samples, settings,
-        sample, observed,
+        network, loss, sample.n_seen, sample.fold(split.final).indices, sample.fold(measured).indices, mc_samples,
+        settings, sample, observed,
     )  # fmt: skip
     if checkpoint is not None:
         progress.complete(fitted.state())

@@ -44,23 +44,32 @@ class Measurement:
         structure, rounds = self._structure, split.rounds
         needs = structure.data_dependent or all(own.directions == own.curvatures for own in rounds)
         basis = self._basis(split.final) if needs else structure.eigenbasis(self._network, None)
-        parts: list[Tensor] = []
+        if list(self._parts) == [SHARED]:
+            return basis, self._curvatures(split.final, basis, factored) + self._shared(basis, factored)
+        total: Any = 0.0
         for number, own in enumerate(rounds):
             along = basis if own.directions == split.final else self._basis(own.directions, like=basis)
-            if factored or not structure.projects:
-                values = self._estimate(own.curvatures).curvatures(along)
-            else:
-                weight = self._sample.factor(own.curvatures)
-                values = sum(
-                    weight * self._measured(fold, along, number) for fold in own.curvatures if fold in self._parts
-                )
+            values = self._curvatures(own.curvatures, along, factored, number)
             if along is not basis:
                 values = basis.by_rank(along, values) if split.average == "rank" else basis.diagonal_of(along, values)
-            parts.append(values)
-        curvatures = torch.stack(parts).mean(0)
-        if SHARED in self._parts and not (factored or not structure.projects):
-            curvatures = curvatures + self._measured(SHARED, basis, 0)
-        return basis, curvatures
+            total = total + values / len(rounds)
+        return basis, total + self._shared(basis, factored)
+
+    def _curvatures(self, folds: Sequence[int], basis: Basis, factored: bool, number: int = 0) -> Tensor:
+        """Curvatures of some folds along a basis, unbiased for the stream together with :meth:`_shared`."""
+        if factored or not self._structure.projects:
+            return self._estimate(folds).curvatures(basis)
+        total = torch.zeros(basis.rank, dtype=self._network.dtype, device=self._network.device)
+        for fold in folds:
+            if fold in self._parts:
+                total = total + self._sample.factor(folds) * self._measured(fold, basis, number)
+        return total
+
+    def _shared(self, basis: Basis, factored: bool) -> Tensor | float:
+        """Curvatures of the data that belong to all folds, where they are not in those of the folds already."""
+        if SHARED not in self._parts or factored or not self._structure.projects:
+            return 0.0
+        return self._measured(SHARED, basis, 0)
 
     def _basis(self, folds: Sequence[int], like: Basis | None = None) -> Basis:
         return self._structure.eigenbasis(self._network, self._estimate(folds), like)

@@ -267,6 +267,7 @@ class PrioritySampler:
     regression) the calibrated draw is the uniform one.
 
     Data with :math:`\omega_n \geq \tau` are kept for certain: they stand for themselves alone, and belong to all folds.
+    So do the others if there is not one of them for each fold.
 
     Attributes:
         budget: Number of data to keep in all folds together.
@@ -320,6 +321,8 @@ class PrioritySampler:
             certain = scores >= threshold
         weights = scores.clamp_min(threshold) / (scores * reservoir.n_seen)
         assigned = torch.full((len(scores),), SHARED)
+        if int((~certain).sum()) < folds:  # not one for each
+            return _sample(reservoir, weights, assigned, folds)
         # Keys are uniform only for equal scores: which fold a datum falls into is a draw of its own.
         assigned[~certain] = _dealt(torch.rand(int((~certain).sum()), generator=generator, dtype=torch.float64), folds)
         return _sample(reservoir, weights, assigned, folds)

@@ -13,9 +13,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from debiased_laplace import Single, TwoBatch, UniformSampler, _store
+from debiased_laplace import Single, TwoBatch, UniformSampler, _store, measurement
 from debiased_laplace import checkpoint as checkpoint_module
-from debiased_laplace import measurement
 from debiased_laplace.curvatures import projected_curvatures
 from debiased_laplace.fit import Fit, fit
 from debiased_laplace.gradients import CurvatureData

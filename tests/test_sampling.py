@@ -4,11 +4,21 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 
-from debiased_laplace.sampling import UniformSampler, WeightedData
+from debiased_laplace._checks import NonFiniteError
+from debiased_laplace.sampling import (
+    SHARED,
+    PrioritySampler,
+    Reservoir,
+    Sample,
+    UniformSampler,
+    WeightedData,
+    calibrated_threshold,
+)
 from tests.tolerances import MONTE_CARLO_Z, assert_equal, assert_unbiased
 
 
@@ -179,3 +189,158 @@ def test_an_exception_of_the_loader_comes_through():
 
     with pytest.raises(OSError, match="the disk is gone"):
         bad_draw(batches())
+
+
+# -- priorities ------------------------------------------------------------------------------------
+
+
+class Given:
+    """A likelihood whose curvature is the output itself."""
+
+    def curvature(self, outputs: torch.Tensor) -> torch.Tensor:
+        return outputs[:, 0]
+
+
+#: Over four orders of magnitude, as on a trained network.
+SCORES = torch.logspace(-3, 1, 40, dtype=torch.float64)[torch.randperm(40, generator=torch.Generator().manual_seed(2))]
+
+
+def priority_draw(
+    scores: torch.Tensor, budget: int, folds: int = 1, seed: int = 0, batch_size: int = 7, **options: Any
+) -> Sample:
+    batches = zip(scores[:, None].split(batch_size), torch.arange(len(scores)).split(batch_size), strict=True)
+    return PrioritySampler(budget, **{"floor": 1e-12, **options}).draw(
+        batches, folds, torch.Generator().manual_seed(seed), likelihood=Given(), observe=lambda inputs, _: inputs
+    )
+
+
+@pytest.mark.parametrize("folds", [1, 2, 4])
+def test_priority_weights_are_unbiased(folds):
+    """For totals that have nothing to do with the scores, of the whole sample and of every fold."""
+    values = torch.stack([torch.ones(40), torch.linspace(-1, 2, 40), SCORES.sqrt()], 1).double()
+    found = []
+    for seed in range(3000):
+        sample = priority_draw(SCORES, 12, folds, seed=seed, calibrated=False)
+        drawn = [sample.data, *(sample.fold([fold]) for fold in range(folds))]
+        found.append(torch.stack([own.weights @ values[own.indices] for own in drawn]))
+    assert_unbiased(torch.stack(found), values.mean(0).expand(folds + 1, 3))
+
+
+def test_calibrated_weights_know_the_total_of_the_scores():
+    """Exactly; other totals with less noise than the unbiased weights, if they are related to the scores."""
+    related = SCORES * torch.linspace(0.5, 1.5, 40).double()
+    errors: dict[bool, list[float]] = {True: [], False: []}
+    for seed in range(300):
+        for calibrated in (True, False):
+            sample = priority_draw(SCORES, 12, seed=seed, calibrated=calibrated)
+            total = float(sample.data.weights @ SCORES[sample.data.indices])
+            if calibrated:
+                assert total == pytest.approx(float(SCORES.mean()), rel=1e-9)
+            errors[calibrated].append(float(sample.data.weights @ related[sample.data.indices] - related.mean()))
+    spread = {key: float(torch.tensor(values).square().mean()) ** 0.5 for key, values in errors.items()}
+    assert spread[True] < 0.7 * spread[False]
+    bias = torch.tensor(errors[True]).double()
+    assert abs(float(bias.mean())) < 0.02 * float(related.mean())
+
+
+def test_the_threshold_is_the_one_for_which_the_total_is_exact():
+    """Against bisection."""
+    for seed in range(50):
+        generator = torch.Generator().manual_seed(seed)
+        scores = torch.rand(9, generator=generator, dtype=torch.float64).pow(4)
+        total = float(scores.sum() * (1 + 3 * torch.rand((), generator=generator)))
+        low, high = 0.0, total
+        for _ in range(200):
+            middle = (low + high) / 2
+            low, high = (middle, high) if float(scores.clamp_min(middle).sum()) < total else (low, middle)
+        assert calibrated_threshold(scores, total) == pytest.approx(high, rel=1e-9)
+    assert calibrated_threshold(scores, float(scores.sum())) <= float(scores.min()) * (1 + 1e-5)
+
+
+def test_equal_scores_are_a_uniform_draw():
+    sample = priority_draw(torch.ones(40).double(), 10, 2)
+    assert len(sample.data) == 10
+    assert_equal(sample.data.weights, torch.full((10,), 0.1, dtype=torch.float64))
+    assert not bool((sample.folds == SHARED).any())
+    assert_equal(sample.fold([0]).weights, torch.full((5,), 0.2, dtype=torch.float64))
+    counts = torch.zeros(40)
+    for seed in range(800):
+        counts[priority_draw(torch.ones(40).double(), 10, seed=seed).data.indices] += 1
+    z = (counts - 200) / (800 * 0.25 * 0.75) ** 0.5
+    assert float(z.abs().max()) < MONTE_CARLO_Z
+
+
+def test_what_is_kept_for_certain_stands_for_itself_in_every_fold():
+    scores = torch.cat([torch.tensor([50.0, 80.0]).double(), torch.full((30,), 0.1).double()])
+    sample = priority_draw(scores, 8, 3)
+    certain = sample.folds == SHARED
+    assert sorted(sample.data.indices[certain].tolist()) == [0, 1]
+    assert_equal(sample.data.weights[certain], torch.full((2,), 1 / 32, dtype=torch.float64))
+    assert_equal(sample.data.weights[~certain], torch.full((6,), 30 / 6 / 32, dtype=torch.float64))
+    for folds in ([0], [1, 2], [0, 1, 2]):
+        own = sample.fold(folds)
+        assert {0, 1} <= set(own.indices.tolist())
+        assert len(own) == 2 + 2 * len(folds)
+        assert float(own.weights.sum()) == pytest.approx(1)
+    assert len(sample.part(SHARED)) == 2
+
+
+def test_a_budget_for_the_whole_stream_keeps_it():
+    for budget in (40, 100):
+        sample = priority_draw(SCORES, budget, 2)
+        assert sample.data.indices.tolist() == list(range(40))
+        assert_equal(sample.data.weights, torch.full((40,), 1 / 40, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 40])
+def test_priorities_do_not_depend_on_the_batch_size(batch_size):
+    one, other = priority_draw(SCORES, 9, 2, batch_size=batch_size), priority_draw(SCORES, 9, 2)
+    assert torch.equal(one.data.indices, other.data.indices)
+    assert torch.equal(one.folds, other.folds)
+    assert_equal(one.data.weights, other.data.weights)
+
+
+@pytest.mark.parametrize("capacity", [None, 5, 13, 60])
+@pytest.mark.parametrize("cut", [0, 3, 17, 40])
+def test_reservoirs_of_two_parts_are_that_of_the_whole(capacity, cut):
+    keys = torch.rand(40, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+    def reservoir(start: int, stop: int) -> Reservoir:
+        filled = Reservoir(capacity)
+        for at in range(start, stop, 4):
+            own = slice(at, min(at + 4, stop))
+            filled.offer(SCORES[own, None], torch.arange(40)[own], keys[own], SCORES[own])
+        return filled
+
+    joined, whole = reservoir(0, cut) + reservoir(cut, 40), reservoir(0, 40)
+    assert torch.equal(joined.indices, whole.indices)
+    assert torch.equal(joined.keys, whole.keys)
+    assert torch.equal(joined.content()[0], whole.content()[0])
+    assert (joined.n_seen, joined.total) == (whole.n_seen, pytest.approx(whole.total))
+
+
+@pytest.mark.parametrize("budget", [0, -1, 2.5, None, True])
+def test_bad_priority_budgets(budget):
+    with pytest.raises(ValueError, match="a budget of at least one datum, got"):
+        PrioritySampler(budget)
+
+
+def test_bad_priorities():
+    with pytest.raises(ValueError, match="positive, finite floor, got 0"):
+        PrioritySampler(5, floor=0.0)
+    with pytest.raises(TypeError, match="likelihood and observe"):
+        PrioritySampler(5).draw(stream(5, 2), 1, torch.Generator())
+    with pytest.raises(NonFiniteError, match="the curvature of the loss"):
+        priority_draw(torch.tensor([1.0, torch.nan]).double(), 1)
+    with pytest.raises(ValueError, match="budget of at least 4 data, one for each fold, got 2"):
+        priority_draw(SCORES, 2, 4)
+
+
+def test_a_sample_of_two_streams_weighs_them_by_their_size():
+    one, two = priority_draw(SCORES, 9, 2), priority_draw(SCORES[:20], 7, 2, seed=1)
+    both = one + two
+    assert (both.n_seen, both.n_folds, len(both.data)) == (60, 2, 16)
+    assert_equal(both.data.weights, torch.cat([one.data.weights * (40 / 60), two.data.weights * (20 / 60)]))
+    assert both.data.indices.tolist() == [*one.data.indices.tolist(), *(40 + two.data.indices).tolist()]
+    with pytest.raises(ValueError, match="2 folds, got one with 3"):
+        one + priority_draw(SCORES, 9, 3)

@@ -465,7 +465,7 @@ def fitted():
         model = Model().eval()
         inputs = {"image": {"pixels": torch.randn(12, 1, 4, 4)}, "other": [torch.randn(12, 1)], "labels": None}
     inputs["labels"] = torch.arange(12) % 2
-    (data,), _ = UniformSampler(8).draw([inputs], 1, torch.Generator().manual_seed(0))
+    data = UniformSampler(8).draw([inputs], 1, torch.Generator().manual_seed(0)).data
     return fit(model, [inputs], Categorical()), data
 
 

@@ -1,0 +1,242 @@
+"""Every fold in both roles and never in both at once; importance and folds together."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from debiased_laplace.curvatures import projected_curvatures
+from debiased_laplace.fit import Fit, fit
+from debiased_laplace.gradients import CurvatureData, Network
+from debiased_laplace.likelihoods import Categorical, Gaussian
+from debiased_laplace.predictive import functional_moments
+from debiased_laplace.sampling import SHARED, PrioritySampler, Sample, UniformSampler, WeightedData
+from debiased_laplace.splits import CrossFit, Single, TwoBatch
+from debiased_laplace.structures import Diagonal, Full, Kronecker, LowRank
+from debiased_laplace.testing import dense_basis, dense_ggn
+from tests.datasets import targets
+from tests.networks import ZOO
+from tests.test_curvatures import SPECTRUM, measured_and_true
+from tests.tolerances import MONTE_CARLO_Z, assert_equal, z_scores
+
+CASE = ZOO["cnn"]
+STRUCTURES = [Kronecker(), Diagonal(), Full(), LowRank(4), LowRank(2, blocks="layer")]
+every_structure = pytest.mark.parametrize("structure", STRUCTURES, ids=repr)
+N = 40
+
+
+def confident() -> nn.Module:
+    """A model whose outputs are large, so that few data have curvature left."""
+    model = CASE.model()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(6)
+    return model
+
+
+def stream(n: int = N, seed: int = 1, size: int = 7) -> list[tuple[Tensor, Tensor]]:
+    inputs, labels = CASE.inputs(n, seed=seed), targets(Categorical(), n, 2, seed)
+    return list(zip(inputs.split(size), labels.split(size), strict=True))
+
+
+def fitted(batches: Any = None, model: nn.Module | None = None, **options: Any) -> Fit:
+    batches = stream() if batches is None else batches
+    return fit(confident() if model is None else model, batches, Categorical(), **{"generator": 3} | options)
+
+
+def dense(result: Fit) -> Tensor:
+    columns = dense_basis(result.posterior.basis)
+    return (columns * result.posterior.curvatures) @ columns.mT
+
+
+def scaled(data: WeightedData, factor: float) -> WeightedData:
+    return WeightedData(data.inputs, data.targets, factor * data.weights, data.indices)
+
+
+def by_hand(result: Fit, structure: Any, split: Any, inputs_of_all: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Final directions ``[D, rank]`` and curvatures, from the folds of a fit, by the dense matrix where it can be."""
+    network, sample = result.network, result.sample
+    assert isinstance(sample, Sample)
+    n_light = int((sample.folds != SHARED).sum())
+
+    def basis_of(folds: tuple[int, ...], like: Any = None) -> Any:
+        own = CurvatureData(network, sample.fold(folds), Categorical())
+        statistics = structure.measure(network, own)
+        if inputs_of_all is not None:
+            factors = network.factors(inputs_of_all)
+            for block, a in zip(network.blocks, statistics.inputs, strict=True):
+                columns = factors.inputs(block)
+                a.copy_(torch.einsum("ngis,ngjs->gij", columns, columns) / len(inputs_of_all))
+        return structure.eigenbasis(network, statistics, like)
+
+    def quadratic(columns: Tensor, data: WeightedData) -> Tensor:
+        ggn = dense_ggn(result.network.model, data.inputs, data.weights, Categorical())
+        return torch.einsum("dr,de,er->r", columns, ggn, columns)
+
+    final = basis_of(split.final)
+    total = torch.zeros(final.rank, dtype=torch.float64)
+    for own in split.rounds:
+        along = basis_of(own.directions, final)
+        light = [sample.part(fold) for fold in own.curvatures]
+        factor = n_light / sum(len(part) for part in light)
+        values = sum(quadratic(dense_basis(along), scaled(part, factor)) for part in light)
+        if split.average == "rotated":
+            overlaps = dense_basis(final).mT @ dense_basis(along)
+            values = overlaps.square() @ values
+        total += values / len(split.rounds)
+    if bool((sample.folds == SHARED).any()):
+        total += quadratic(dense_basis(final), sample.part(SHARED))
+    return dense_basis(final), total
+
+
+@pytest.mark.parametrize("structure", [s for s in STRUCTURES if s != Full()], ids=repr)  # for Full see below
+@pytest.mark.parametrize(
+    "split", [CrossFit(2), CrossFit(3), CrossFit(3, "rotated"), TwoBatch(), TwoBatch(3, 2)], ids=repr
+)
+@pytest.mark.parametrize("sampler", [UniformSampler(18), PrioritySampler(18)], ids=repr)
+def test_a_fit_is_its_folds_put_together(structure, split, sampler):
+    """Against the dense matrices of the folds; directions see the inputs of the whole stream where the sampler does."""
+    result = fitted(structure=structure, split=split, sampler=sampler)
+    if isinstance(sampler, PrioritySampler):
+        assert 2 <= int((result.sample.folds == SHARED).sum()) <= 12
+    observed = isinstance(sampler, PrioritySampler) and isinstance(structure, Kronecker)
+    everything = torch.cat([x for x, _ in stream()]) if observed else None
+    columns, curvatures = by_hand(result, structure, split, everything)
+    assert_equal(dense(result), (columns * curvatures) @ columns.mT)
+
+
+@pytest.mark.parametrize("average", ["rank", "rotated"])
+def test_dense_directions_are_cross_fitted_too(average):
+    """With as many data as there are parameters in a fold, eigenvalues are distinct and directions are determined."""
+    model = nn.Linear(4, 1, bias=False).double()
+    inputs = torch.randn(60, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * SPECTRUM[:4].sqrt()
+    split = CrossFit(3, average)
+    result = fit(model, [(inputs, torch.zeros(60, 1).double())], Gaussian(), structure=Full(), split=split,
+                 sampler=UniformSampler(None))  # fmt: skip
+    total = torch.zeros(4, dtype=torch.float64)
+    final = torch.linalg.eigh(inputs.mT @ inputs).eigenvectors.flip(1)
+    for fold in range(3):
+        own, others = (inputs[result.sample.folds == fold], inputs[result.sample.folds != fold])
+        vectors = torch.linalg.eigh(others.mT @ others).eigenvectors.flip(1)
+        values = (own @ vectors).square().mean(0)
+        total += (values if average == "rank" else (final.mT @ vectors).square() @ values) / 3
+    assert_equal(result.posterior.curvatures, total)
+
+
+@every_structure
+def test_with_all_data_and_any_sampler_the_full_fit(structure):
+    """Importance has nothing to choose from, and the statistics of the stream are those of the data."""
+    one = fitted(structure=structure, split=Single(), sampler=UniformSampler(None))
+    other = fitted(structure=structure, split=CrossFit(), sampler=PrioritySampler(N))
+    assert bool((other.sample.folds == SHARED).all())
+    assert_equal(dense(other), dense(one))
+    assert other.mean_loss == pytest.approx(one.mean_loss, rel=1e-9)
+
+
+@pytest.mark.parametrize("sampler", [UniformSampler(20), PrioritySampler(20)], ids=repr)
+@pytest.mark.parametrize("average", ["rank", "rotated"])
+def test_directions_that_do_not_depend_on_data_need_no_split(sampler, average):
+    single, crossed = (
+        fitted(structure=Diagonal(), split=split, sampler=sampler) for split in (Single(4), CrossFit(4, average))
+    )
+    if isinstance(sampler, UniformSampler):
+        assert_equal(crossed.posterior.curvatures, single.posterior.curvatures)
+    else:  # folds of unequal size weigh the same
+        difference = (crossed.posterior.curvatures - single.posterior.curvatures).abs().max()
+        assert float(difference) < 0.1 * float(single.posterior.curvatures.max())
+
+
+def test_the_loss_and_the_inputs_are_those_of_the_whole_stream():
+    result = fitted(sampler=PrioritySampler(6))
+    inputs, labels = (torch.cat(column) for column in zip(*stream(), strict=True))
+    losses = nn.functional.cross_entropy(confident()(inputs), labels).detach()
+    assert result.mean_loss == pytest.approx(float(losses), rel=1e-9)
+    network = Network.discover(confident(), inputs)
+    for part, block in zip(result.posterior.basis.parts, network.blocks, strict=True):
+        columns = network.factors(inputs).inputs(block)
+        gram = torch.einsum("ngis,ngjs->gij", columns, columns)
+        rotated = part.inputs.mT @ gram @ part.inputs
+        assert_equal(rotated, torch.diag_embed(rotated.diagonal(dim1=1, dim2=2)))
+
+
+@pytest.mark.parametrize("size", [1, 5, 40])
+def test_batches_of_any_size_give_the_same_fit(size):
+    one, other = (fitted(stream(size=s), sampler=PrioritySampler(12), split=CrossFit(3)) for s in (size, 7))
+    assert torch.equal(one.direction_indices, other.direction_indices)
+    assert_equal(dense(one), dense(other))
+
+
+def test_cross_fitting_does_not_overstate_where_one_batch_does():
+    """On a known population: the k-th curvature, against that of the final directions."""
+    single, true = measured_and_true(Single(), "projected", n=8)
+    crossed, _ = measured_and_true(CrossFit(4), "projected", n=8)
+    top_single, top_crossed = (
+        float((found[:, 0] - true[:, 0]).mean() / true[:, 0].mean()) for found in (single, crossed)
+    )
+    assert float(z_scores(single - true, torch.zeros(len(SPECTRUM)).double())[0]) > MONTE_CARLO_Z
+    assert top_crossed < 0.25 * top_single
+    last = float(crossed[:, -1].mean() / true[:, -1].mean())
+    assert last > 2 * float(single[:, -1].mean() / true[:, -1].mean())
+
+
+@pytest.mark.parametrize("structure", [Kronecker(), LowRank(4), Full()], ids=repr)
+def test_a_round_measures_along_directions_that_its_fold_cannot_change(structure):
+    """Other data in one fold: the curvatures that the other folds' rounds add do not change by its directions alone."""
+    split = CrossFit(2)
+    inputs, labels = CASE.inputs(16), targets(Categorical(), 16, 2)
+    one = fitted([(inputs, labels)], structure=structure, split=split, sampler=UniformSampler(None))
+    network, sample = one.network, one.sample
+    statistics = structure.measure(network, CurvatureData(network, sample.fold([1]), Categorical()))
+    along = structure.eigenbasis(network, statistics, one.posterior.basis)
+    chunks = CurvatureData(network, sample.fold([0]), Categorical())
+    first = projected_curvatures(network, along, chunks)
+    # Scaling the second fold's weights changes neither its directions nor what the first fold measures.
+    statistics = structure.measure(network, CurvatureData(network, scaled(sample.fold([1]), 7.0), Categorical()))
+    again = projected_curvatures(network, structure.eigenbasis(network, statistics, one.posterior.basis), chunks)
+    if not isinstance(structure, Full):
+        assert_equal(first, again)
+    assert_equal(first.sum(), again.sum())
+
+
+@every_structure
+def test_priority_fits_are_closer_to_the_full_one_than_uniform_ones(structure):
+    """Output variances at the same budget, over seeds."""
+    inputs = CASE.inputs(9, seed=7)
+
+    def variances(result: Fit) -> Tensor:
+        return functional_moments(result.network, result.posterior, inputs, covariance=False)[1].log()
+
+    batches = stream(300)
+    full = variances(fitted(batches, structure=structure, split=Single(), sampler=UniformSampler(None)))
+    errors = {}
+    for name, sampler, split in (
+        ("uniform", UniformSampler(24), None), ("priority", PrioritySampler(24), None),
+        ("crossed", PrioritySampler(24), CrossFit(3)),
+    ):  # fmt: skip
+        found = [
+            variances(fitted(batches, structure=structure, split=split, sampler=sampler, generator=seed)) - full
+            for seed in range(6)
+        ]
+        errors[name] = float(torch.stack(found).abs().mean())
+    assert errors["priority"] < 0.7 * errors["uniform"]
+    assert errors["crossed"] < 0.7 * errors["uniform"]
+
+
+def test_two_priority_fits_add_up():
+    first, second = stream(30), stream(20, seed=2)
+    one = fitted(first, sampler=PrioritySampler(12), split=CrossFit(2))
+    both = fitted(second, sampler=PrioritySampler(10), split=CrossFit(2), previous=one)
+    assert (both.n_seen, both.posterior.n_data, len(both.sample.data)) == (50, 50, 22)
+    everything = fitted(first + second, sampler=UniformSampler(None), split=Single())
+    assert both.mean_loss == pytest.approx(everything.mean_loss, rel=1e-9)
+    uniform = fitted(second, sampler=UniformSampler(10), split=CrossFit(2), previous=one)
+    assert uniform.observed is None
+
+
+def test_bad_targets_are_found_on_the_way():
+    inputs, labels = CASE.inputs(6), torch.tensor([0, 1, 0, 1, 0, 5])
+    with pytest.raises(ValueError, match="class indices from 0 to 1"):
+        fitted([(inputs, labels)], sampler=PrioritySampler(3))
