@@ -20,9 +20,9 @@ if TYPE_CHECKING:
     )
     from debiased_laplace.likelihoods import Bernoulli, Categorical, Gaussian
     from debiased_laplace.posterior import Posterior
-    from debiased_laplace.sampling import UniformSampler
+    from debiased_laplace.sampling import PrioritySampler, UniformSampler
     from debiased_laplace.spectrum import GGN, directional_derivatives
-    from debiased_laplace.splits import Single, TwoBatch
+    from debiased_laplace.splits import CrossFit, Single, TwoBatch
     from debiased_laplace.structures import Diagonal, Full, Kronecker, LowRank
 
 __version__ = "0.1.0"
@@ -39,8 +39,10 @@ _HOMES = {
     "Categorical": "likelihoods",
     "Gaussian": "likelihoods",
     "Bernoulli": "likelihoods",
+    "PrioritySampler": "sampling",
     "UniformSampler": "sampling",
     "Single": "splits",
+    "CrossFit": "splits",
     "TwoBatch": "splits",
     "Diagonal": "structures",
     "Full": "structures",
@@ -54,6 +56,7 @@ __all__ = [
     "GGN",
     "Bernoulli",
     "Categorical",
+    "CrossFit",
     "DebiasedDiagLaplace",
     "DebiasedFullLaplace",
     "DebiasedKronLaplace",
@@ -67,6 +70,7 @@ __all__ = [
     "Kronecker",
     "LowRank",
     "Posterior",
+    "PrioritySampler",
     "Single",
     "TwoBatch",
     "UniformSampler",

@@ -20,8 +20,8 @@ from debiased_laplace.gradients import CurvatureData, Network
 from debiased_laplace.likelihoods import Likelihood
 from debiased_laplace.measurement import Measurement
 from debiased_laplace.posterior import Posterior
-from debiased_laplace.sampling import Sample, Sampler, UniformSampler
-from debiased_laplace.splits import Single, Split, TwoBatch
+from debiased_laplace.sampling import PrioritySampler, Sample, Sampler, UniformSampler
+from debiased_laplace.splits import CrossFit, Single, Split
 from debiased_laplace.stream import Observed, Stream, mean_loss
 from debiased_laplace.structures import Kronecker, Structure
 
@@ -154,9 +154,9 @@ def fit(
         structure: Gives the directions; K-FAC by default.
         parameters: Which trainable parameters the posterior is about: all, ``"last_layer"``, or names and patterns.
         indices: Instead, single entries of the vector of all trainable parameters (not for K-FAC).
-        sampler: Which data to keep of the stream; 1,024 uniform ones by default.
-        split: Which of them choose directions and which measure curvatures; ``TwoBatch()`` by default, ``Single()`` for
-            a structure whose directions do not depend on data.
+        sampler: Which data to keep of the stream; 1,024 by importance by default.
+        split: Which of them choose directions and which measure curvatures; ``CrossFit()`` by default, ``Single()`` for
+            a structure whose directions do not depend on data, and with ``UniformSampler(None)``, all data.
         estimator: ``"projected"``, equation (2), or ``"factored"``, from the structure's own statistics of the second
             data (classical K-FAC; the same thing for the other structures).
         mc_samples: Random vectors for each datum; ``None`` for the exact loss Hessian; ``"auto"`` is exact
@@ -181,9 +181,9 @@ def fit(
     if estimator not in ESTIMATORS:
         raise ValueError(f"Expected an estimator out of {list(ESTIMATORS)}, got {estimator!r}.")
     structure = structure if structure is not None else Kronecker()
-    sampler = sampler if sampler is not None else UniformSampler()
-    if split is None:
-        split = TwoBatch() if structure.data_dependent else Single()
+    sampler = sampler if sampler is not None else PrioritySampler()
+    if split is None:  # with all data there is nothing to overstate
+        split = CrossFit() if structure.data_dependent and sampler != UniformSampler(None) else Single()
     generator = make_generator(generator)
     settings = {
         "structure": repr(structure), "parameters": repr(parameters), "sampler": repr(sampler), "split": repr(split),

@@ -82,14 +82,16 @@ class Factors:
                 parts.append(call.inputs(n, layout, ones=block.bias)[part].to(dtype))
         return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
 
-    def input_pieces(self, block: Block) -> Iterator[tuple[slice, Tensor]]:
-        """Inputs of a block for as many data at a time as a processor's cache holds."""
+    def input_pieces(self, block: Block, among: slice | None = None) -> Iterator[tuple[slice, Tensor]]:
+        """Inputs of a block for as many data at a time as a processor's cache holds, of all data or of some."""
         n, per_datum = len(self.outputs), 1
+        among = among or slice(0, n)
         if block.kind == "kronecker":
             outputs = sum(math.prod(self._calls[index].output_shape) for index in block.calls) // n
             per_datum = outputs // block.outputs * block.inputs * (torch.finfo(self.network.dtype).bits // 8)
         size = n if self.network.device.type != "cpu" else max(1, CACHE_MEMORY // max(1, per_datum))
-        for part in _data.slices(n, size):
+        for part in _data.slices(among.stop - among.start, size):
+            part = slice(among.start + part.start, among.start + part.stop)
             yield part, self.inputs(block, part)
 
     def backpropagate(self, vectors: Tensor, chunk: int = 1) -> Iterator[tuple[slice, list[Tensor]]]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,6 +14,10 @@ from debiased_laplace.gradients import CHUNK_MEMORY, Network
 from debiased_laplace.likelihoods import Likelihood
 from debiased_laplace.sampling import Sample
 from debiased_laplace.structures import Structure
+
+#: Data at the start of a stream of which a structure observes all; of the others every EVERY-th WINDOW of consecutive
+#: ones stands for EVERY. The products of layer inputs cost ten times the forward pass of a ResNet.
+WHOLE, WINDOW, EVERY = 2048, 32, 8
 
 
 @dataclass(frozen=True)
@@ -37,8 +41,27 @@ class Observed:
 
     def __add__(self, other: Observed) -> Observed:
         """Of both streams."""
-        both = self.statistics if other.statistics is None else self.statistics + other.statistics
+        statistics = [own.statistics for own in (self, other) if own.statistics is not None]
+        both = statistics[0] + statistics[1] if len(statistics) == 2 else statistics[0] if statistics else None
         return Observed(self.n + other.n, self.loss + other.loss, both)
+
+
+def windows(start: int, n: int) -> Iterator[tuple[slice, int]]:
+    """Of ``n`` data at a position of the stream, those to observe, as slices of them, and how many each stands for.
+
+    Which data these are depends on their positions alone, not on how the stream is cut. In every run of
+    ``WINDOW * EVERY`` data the window lies elsewhere (at multiples of the golden ratio), so that no period of an
+    ordered stream is seen at one phase only.
+    """
+    if start < WHOLE:
+        yield slice(0, min(n, WHOLE - start)), 1
+    length = WINDOW * EVERY
+    for run in range(max(0, start - WHOLE) // length, max(0, start + n - WHOLE + length - 1) // length):
+        offset = WINDOW * int(run * 0.6180339887498949 % 1 * EVERY)
+        first = WHOLE + run * length + offset - start
+        chosen = slice(max(0, first), min(n, first + WINDOW))
+        if chosen.start < chosen.stop:
+            yield chosen, EVERY
 
 
 class Stream:
@@ -63,7 +86,14 @@ class Stream:
             factors = network.factors(_data.take(inputs, part))
             outputs.append(factors.outputs.to(network.dtype))
             losses = self._likelihood.loss(outputs[-1], targets[part].to(network.device))
-            own = Observed(len(losses), float(losses.double().sum()), self._structure.observe(network, factors))
+            seen = 0 if self.observed is None else self.observed.n
+            own = Observed(len(losses), float(losses.double().sum()), None)
+            for chosen, weight in windows(seen, len(losses)):
+                statistics = self._structure.observe(network, factors, chosen)
+                if statistics is None:
+                    break
+                statistics = statistics if weight == 1 else statistics * weight
+                own = replace(own, statistics=statistics if own.statistics is None else own.statistics + statistics)
             self.observed = own if self.observed is None else self.observed + own
         return torch.cat(outputs)
 

@@ -95,3 +95,37 @@ def trained_cifar_resnet(depth: int, folder: Path) -> nn.Module:
     model = CifarResNet(blocks=(depth - 2) // 6)
     model.load_state_dict({name.removeprefix("module."): value for name, value in state.items()})
     return model.eval()
+
+
+def digits_cnn(n_classes: int = 10) -> nn.Module:
+    """Two convolutions and two linear layers for 8 x 8 images, 9,802 parameters."""
+    return nn.Sequential(
+        nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 16, 3, stride=2, padding=1), nn.ReLU(), nn.Flatten(),
+        nn.Linear(256, 32), nn.ReLU(), nn.Linear(32, n_classes),
+    )  # fmt: skip
+
+
+def digits_mlp(n_classes: int = 10) -> nn.Module:
+    """Two hidden layers of 48 units for 8 x 8 images, 5,962 parameters."""
+    return nn.Sequential(
+        nn.Flatten(), nn.Linear(64, 48), nn.Tanh(), nn.Linear(48, 48), nn.Tanh(), nn.Linear(48, n_classes)
+    )
+
+
+class _RowTransformer(nn.Module):
+    def __init__(self, n_classes: int, width: int = 32) -> None:
+        super().__init__()
+        self.embedding = nn.Linear(8, width)
+        self.position = nn.Parameter(0.1 * torch.randn(8, width))
+        layer = nn.TransformerEncoderLayer(width, 4, 64, dropout=0.0, batch_first=True)
+        self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+        self.head = nn.Linear(width, n_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = self.embedding(x.flatten(1, 2)) + self.position
+        return self.head(self.encoder(rows).mean(1))
+
+
+def digits_transformer(n_classes: int = 10) -> nn.Module:
+    """Two encoder layers over the eight rows of 8 x 8 images, 17,834 parameters."""
+    return _RowTransformer(n_classes)

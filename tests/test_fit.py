@@ -364,7 +364,7 @@ def test_a_batch_of_one_and_a_stream_of_one():
     inputs, targets = data(1)
     result = fitted([(inputs, targets)], split=Single())
     assert result.n_seen == 1
-    with pytest.raises(ValueError, match=r"at least 2 data, one for each fold, got 1.*Single\(\)"):
+    with pytest.raises(ValueError, match=r"at least 4 data, one for each fold, got 1.*Single\(\)"):
         fitted([(inputs, targets)])
 
 
@@ -415,6 +415,7 @@ def test_regression_targets_need_the_outputs_shape():
 
 
 def test_a_budget_is_what_is_drawn():
-    result = fitted(budget=7)
+    result = fitted(budget=7, split=TwoBatch())
     assert len(result.direction_indices) + len(result.curvature_indices) == 7
+    assert len(fitted(budget=7).direction_indices) == 7
     assert replace(result, mean_loss=0.0).n_seen == N

@@ -18,7 +18,7 @@ from debiased_laplace.gradients import Network
 from debiased_laplace.laplace_torch import noise, subset
 from debiased_laplace.laplace_torch.settings import STRUCTURES, SettingsLayer, embed, restrict
 from debiased_laplace.posterior import Posterior
-from debiased_laplace.sampling import Sampler, UniformSampler
+from debiased_laplace.sampling import PrioritySampler, Sampler, UniformSampler
 from debiased_laplace.splits import Split
 from debiased_laplace.structures import Structure
 
@@ -54,11 +54,14 @@ class FittingLayer(SettingsLayer):
             override: Fit anew. False adds these data to those of the earlier fit, as if both had been given at once:
                 everything is measured again on the data drawn in both, at the model's present parameters.
             progress_bar: Show tqdm bars.
-            budget: Data to draw from the loader for curvature, directions and measurement together; ``None`` for all.
+            budget: Data to draw from the loader for curvature, directions and measurement together; ``None`` for all,
+                the full-data fit.
             n_data: Size of the training set that the loader stands for, if its data are not it.
-            split: ``TwoBatch()`` by default (``Single()`` for ``"diag"``, which has no bias); ``Single()`` is the
+            split: ``CrossFit()`` by default, every datum in both roles but never at once (``Single()`` for ``"diag"``
+                and with all data, where there is no bias); ``TwoBatch()`` is the source paper's, ``Single()`` the
                 usual, biased practice.
-            sampler: Instead of a uniform draw of ``budget`` data.
+            sampler: Instead of a draw of ``budget`` data by importance, ``PrioritySampler(budget)``;
+                ``UniformSampler(budget)`` is the usual one, and needs no forward pass over the loader.
             structure: The structure of ``hessian_structure`` with other settings, such as ``LowRank(rank=50)``.
             estimator: ``"projected"`` (equation 2) or ``"factored"`` (classical K-FAC).
             mc_samples: Random vectors for each datum; None is exact; ``"auto"`` is what the backend says, or else exact
@@ -78,6 +81,8 @@ class FittingLayer(SettingsLayer):
         previous = None if override else self.fitted
         if previous is not None:
             noise.check_profile(self.sigma_noise, self._noise_profile, self.n_outputs)
+        if sampler is None:
+            sampler = UniformSampler(None) if budget is None else PrioritySampler(budget)
         if mc_samples == "auto":
             mc_samples = self._backend_settings.get("mc_samples", "auto")
         curvature = curvature or self._backend_settings.get("curvature", "ggn")
@@ -85,7 +90,7 @@ class FittingLayer(SettingsLayer):
             self.model, train_loader, noise.with_noise(self.output_likelihood, self.sigma_noise),
             structure=self._structure(structure), indices=self._indices,
             parameters=None if self._indices is not None else self._names or "last_layer",
-            sampler=sampler or UniformSampler(budget), split=split, estimator=estimator, mc_samples=mc_samples,
+            sampler=sampler, split=split, estimator=estimator, mc_samples=mc_samples,
             curvature=curvature, separate_bias=self._separates_bias,
             generator=self.seed if generator is None else generator, chunk_size=chunk_size,
             targets_key=self.dict_key_y, progress_bar=progress_bar, previous=previous, checkpoint=checkpoint,

@@ -48,8 +48,8 @@ class Structure(ABC):
         """Whether equation (2) measures its curvatures; otherwise its statistics always do."""
         return True
 
-    def observe(self, network: Network, factors: Factors) -> Any:
-        """What a forward pass alone tells, additive over all data of a stream; None if nothing."""
+    def observe(self, network: Network, factors: Factors, part: slice) -> Any:
+        """What a forward pass alone tells of some of its data; additive and a mean in the end; None if nothing."""
         return None
 
     def complete(self, statistics: Any, observed: Any) -> Any:

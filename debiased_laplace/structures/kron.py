@@ -81,16 +81,20 @@ class InputStatistics:
 
     Attributes:
         totals: Sum of the outer products of every block, ``[G, I, I]``.
-        count: Number of data in the sums.
+        count: Number of data in the sums, those that stand for several counted so many times.
     """
 
     totals: list[Tensor]
-    count: int
+    count: float
 
     def __add__(self, other: InputStatistics) -> InputStatistics:
         """Of both data together."""
         totals = [a + b for a, b in zip(self.totals, other.totals, strict=True)]
         return InputStatistics(totals, self.count + other.count)
+
+    def __mul__(self, factor: float) -> InputStatistics:
+        """Of data that stand for so many times as many."""
+        return InputStatistics([factor * total for total in self.totals], factor * self.count)
 
 
 @dataclass(frozen=True)
@@ -103,16 +107,15 @@ class Kronecker(Structure):
 
     eigh_dtype: torch.dtype = torch.float64
 
-    def observe(self, network: Network, factors: Factors) -> InputStatistics:
+    def observe(self, network: Network, factors: Factors, part: slice) -> InputStatistics:
         """Outer products of the inputs, of every block."""
-        n = len(factors.outputs)
         totals = []
         for block in network.blocks:
             total = torch.zeros(block.groups, block.inputs, block.inputs, device=network.device, dtype=network.dtype)
-            for _, columns in factors.input_pieces(block):
+            for _, columns in factors.input_pieces(block, part):
                 total += _gram(columns)
             totals.append(total)
-        return InputStatistics(totals, n)
+        return InputStatistics(totals, part.stop - part.start)
 
     def complete(self, statistics: KroneckerStatistics, observed: InputStatistics) -> KroneckerStatistics:
         """A of the whole stream in the place of that of a sample."""
