@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from debiased_laplace import _data
 from debiased_laplace.evaluation import records
-from debiased_laplace.splits import Single, TwoBatch
+from debiased_laplace.sampling import UniformSampler
+from debiased_laplace.splits import Single
 
 Batch = tuple[_data.Inputs, Tensor]
 
@@ -90,12 +91,11 @@ class Options:
 
 
 def standard_methods(budget: int) -> tuple[Method, ...]:
-    """MAP, temperature scaling, and K-FAC from one batch, from two, and from all the data.
+    """MAP, temperature scaling, and K-FAC from one batch, debiased, and from all the data.
 
     Args:
         budget: Training data spent on curvature by each of the two mini-batch methods, all told.
     """
-    half = budget // 2
     return (
         Method("MAP", "map", description="The trained network's softmax; no posterior."),
         Method(
@@ -103,12 +103,13 @@ def standard_methods(budget: int) -> tuple[Method, ...]:
             description="Softmax of the outputs divided by one number, tuned on the validation data.",
         ),
         Method(
-            "single-batch K-FAC", fit={"split": Single(), "budget": budget}, role="baseline",
-            description=f"Directions and curvatures from the same {budget} training data: the usual practice.",
+            "single-batch K-FAC", fit={"sampler": UniformSampler(budget), "split": Single()}, role="baseline",
+            description=f"Directions and curvatures from the same {budget} random training data: the usual practice.",
         ),
         Method(
-            "debiased K-FAC", fit={"split": TwoBatch(), "budget": budget}, role="candidate",
-            description=f"Directions from {budget - half} training data, curvatures along them from {half} others.",
+            "debiased K-FAC", fit={"budget": budget}, role="candidate",
+            description=f"{budget} training data chosen by importance, each for directions and for curvatures along "
+            "those of others.",
         ),
         Method(
             "full-data K-FAC", fit={"split": Single(), "budget": None}, role="reference",
