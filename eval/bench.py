@@ -1,17 +1,19 @@
 """Speed and memory beside laplace-torch, from one run on one machine.
 
-    python eval/bench.py [--device cuda] [--only lenet] [--out folder]
+    python eval/bench.py [--device cuda] [--only lenet] [--again] [--out folder]
 
 Every measurement is a fresh process that builds its network, warms up once, and repeats; processes of
 the sides that are compared take turns. Reported are medians, ratios of medians, and the growth of peak
 memory (resident set, or the card's) over the process before the measured call. Networks have random
-weights: cost does not depend on them.
+weights: cost does not depend on them. A case is written when it is complete; a run that was
+interrupted goes on after it, and ``--again`` measures everything anew.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
+import importlib.metadata
 import json
 import platform
 import subprocess
@@ -75,8 +77,8 @@ CASES: list[tuple[str, str, int, list[tuple[str, int]], str]] = [
 ]  # fmt: skip
 
 
-#: Batches to try for the largest one.
-BATCHES = (16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536)
+#: Batches to try for the largest one; eigenvectors of the Gram matrix take minutes above.
+BATCHES = (16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
 
 
 def synchronise(device: str) -> None:
@@ -328,6 +330,11 @@ def report(records: list[dict[str, Any]], title: str) -> str:
             if "error" in result:
                 lines.append(f"| {what} | {side} | fails: {result['error'][:110]} | | | |")
                 continue
+            if "batch" in result:
+                largest = " (the largest that was tried)" if result["batch"] == BATCHES[-1] else ""
+                cells = f"| batch of {result['batch']}{largest} | | | {result['memory_mb']:.0f} MB |"
+                lines.append(f"| {record['what']}, {record['network']} | {side} {cells}")
+                continue
             seconds = median(result["seconds"])
             unit = ""
             if result.get("unit_seconds"):
@@ -347,6 +354,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--only", default="", help="run the cases that have this in their network or name")
+    parser.add_argument("--again", action="store_true", help="measure cases that have a record anew")
     parser.add_argument("--rounds", type=int, default=3, help="fresh processes for each side")
     parser.add_argument("--out", type=Path, default=Path("bench-results"))
     parser.add_argument(
@@ -360,42 +368,57 @@ def main() -> None:
     known_cases = [f"{case[0]} {case[1]}" for case in CASES]
     if not any(options.only.lower() in case.lower() for case in known_cases):
         parser.error(f"expected --only to be part of one of {known_cases}, got {options.only!r}")
-    records = []
-    for what, name, n, sides, target in CASES:
-        if options.only.lower() not in f"{what} {name}".lower():
-            continue
-        results: dict[str, dict[str, Any]] = {}
-        for _ in range(options.rounds):
-            for side, repetitions in sides:
-                known = results.get(side, {})
-                if "error" in known or (repetitions == 1 and known):
-                    continue
-                if what == "largest batch":
-                    result = largest_batch(name, side, options.device)
-                else:
-                    arguments = ["--one", what, name, str(n), side, str(repetitions)]
-                    result = run_process(["--device", options.device, *arguments])
-                print(f"{what} {name} {side}: {result.get('error') or median(result['seconds'])}", file=sys.stderr)
-                if known:  # medians over all repetitions of all processes
-                    for key in ("seconds", "unit_seconds"):
-                        result[key] = known.get(key, []) + result.get(key, [])
-                    result["memory_mb"] = max(result["memory_mb"], known["memory_mb"])
-                results[side] = result
-        records.append({"what": what, "network": name, "n": n, "target": target, "sides": list(results.items())})
-    import importlib.metadata
-
     versions = {
         name: importlib.metadata.version(name)
-        for name in ("torch", "laplace-torch", "curvlinops-for-pytorch", "backpack-for-pytorch")
+        for name in ("torch", "laplace-torch", "curvlinops-for-pytorch", "backpack-for-pytorch", "vivit-for-pytorch")
     }
-    where = f"{hardware(options.device)}; " + ", ".join(f"{name} {version}" for name, version in versions.items())
-    table = report(records, where)
     options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / f"bench-{options.device}.json").write_text(
-        json.dumps({"hardware": hardware(options.device), "versions": versions, "records": records}, indent=1)
-    )
-    (options.out / f"bench-{options.device}.md").write_text(table + "\n")
+    path = options.out / f"bench-{options.device}.json"
+    here: dict[str, Any] = {"hardware": hardware(options.device), "versions": versions}
+    known_records: dict[str, Any] = {}
+    if path.exists() and not options.again:
+        kept = json.loads(path.read_text())
+        if {key: kept[key] for key in here} != here:
+            parser.error(f"{path} has records of {kept['hardware']}, {kept['versions']}; name another --out or --again")
+        known_records = {f"{record['what']} {record['network']}": record for record in kept["records"]}
+    for what, name, n, sides, target in CASES:
+        case = f"{what} {name}"
+        if options.only.lower() not in case.lower() or case in known_records:
+            continue
+        results = measure_case(what, name, n, sides, options)
+        known_records[case] = {"what": what, "network": name, "n": n, "target": target, "sides": list(results.items())}
+        records = [known_records[key] for key in known_cases if key in known_records]
+        path.with_suffix(".part").write_text(json.dumps(here | {"records": records}, indent=1))
+        path.with_suffix(".part").replace(path)
+    records = [known_records[key] for key in known_cases if key in known_records]
+    where = f"{here['hardware']}; " + ", ".join(f"{name} {version}" for name, version in versions.items())
+    table = report(records, where)
+    path.with_suffix(".md").write_text(table + "\n")
     print(table)
+
+
+def measure_case(
+    what: str, name: str, n: int, sides: list[tuple[str, int]], options: argparse.Namespace
+) -> dict[str, dict[str, Any]]:
+    """Every side in fresh processes that take turns."""
+    results: dict[str, dict[str, Any]] = {}
+    for _ in range(options.rounds):
+        for side, repetitions in sides:
+            known = results.get(side, {})
+            if "error" in known or (repetitions == 1 and known):
+                continue
+            if what == "largest batch":
+                result = largest_batch(name, side, options.device)
+            else:
+                arguments = ["--one", what, name, str(n), side, str(repetitions)]
+                result = run_process(["--device", options.device, *arguments])
+            print(f"{what} {name} {side}: {result.get('error') or median(result['seconds'])}", file=sys.stderr)
+            if known:  # medians over all repetitions of all processes
+                for key in ("seconds", "unit_seconds"):
+                    result[key] = known.get(key, []) + result.get(key, [])
+                result["memory_mb"] = max(result["memory_mb"], known["memory_mb"])
+            results[side] = result
+    return results
 
 
 if __name__ == "__main__":

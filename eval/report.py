@@ -1,0 +1,330 @@
+"""Tables and figures of ``docs/fidelity.md`` from the records of ``eval/fidelity.py``.
+
+    python eval/report.py [--results eval/results] [--docs docs]
+
+What lies between ``<!-- table NAME -->`` and ``<!-- end -->`` in the document is replaced; the text around it stays.
+The means and standard errors that the tables show are written to ``<docs>/records/fidelity.json`` too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import re
+import sys
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from fidelity import ABLATION, MAIN
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+ONE, TWO, DEFAULT = MAIN
+NETWORKS = {
+    "digits-cnn": "CNN on digits",
+    "digits-mlp": "MLP on digits",
+    "digits-transformer": "Transformer on digits",
+    "lenet": "LeNet on Fashion-MNIST",
+    "resnet20": "ResNet-20 on CIFAR-10",
+    "resnet56": "ResNet-56 on CIFAR-10",
+}
+#: Colour, marker and line of the main methods: apart in grey and for the colour-blind (Okabe and Ito).
+STYLES = {ONE: ("#D55E00", "s", "--"), TWO: ("#0072B2", "^", "-."), DEFAULT: ("#000000", "o", "-")}
+
+Key = tuple[str, str, str, int]  # network, structure, method, budget
+
+
+def load(folder: Path) -> dict[Key, list[dict[str, Any]]]:
+    """Records of all seeds."""
+    found: dict[Key, list[dict[str, Any]]] = defaultdict(list)
+    for path in sorted(folder.glob("*.json")):
+        record = json.loads(path.read_text())
+        found[record["network"], record["structure"], record["method"], record["budget"]].append(record)
+    if not found:
+        sys.exit(f"Expected records in {folder}, found none. Run eval/fidelity.py first.")
+    return found
+
+
+def statistics(records: Sequence[dict[str, Any]], *path: str) -> dict[str, float] | None:
+    """Mean, standard error and number of a field over seeds."""
+    values = []
+    for record in records:
+        value: Any = record
+        for name in path:
+            value = value.get(name) if value is not None else None
+        if value is not None:
+            values.append(float(value))
+    if not values:
+        return None
+    error = float(np.std(values, ddof=1) / math.sqrt(len(values))) if len(values) > 1 else math.nan
+    return {"mean": float(np.mean(values)), "se": error, "n": len(values), "min": min(values), "max": max(values)}
+
+
+class Records:
+    """What the tables ask for."""
+
+    def __init__(self, found: dict[Key, list[dict[str, Any]]]) -> None:
+        self.found = found
+
+    def of(self, network: str, structure: str, method: str, budget: int, *path: str) -> dict[str, float] | None:
+        """Statistics of a field."""
+        return statistics(self.found.get((network, structure, method, budget), []), *path)
+
+    def error(self, network: str, method: str, budget: int, prior: str, structure: str = "kron") -> float | None:
+        """Mean absolute log ratio of the variances."""
+        own = self.of(network, structure, method, budget, "priors", prior, "abs_log_ratio")
+        return None if own is None else own["mean"]
+
+    def networks(self, structure: str = "kron") -> list[str]:
+        """Those with records, in the order of the document."""
+        return [name for name in NETWORKS if any(key[:2] == (name, structure) for key in self.found)]
+
+    def budgets(self, network: str, structure: str = "kron", method: str = DEFAULT) -> list[int]:
+        """Of one network."""
+        return sorted({key[3] for key in self.found if key[:3] == (network, structure, method)})
+
+
+def number(own: dict[str, float] | None, digits: int = 3, signed: bool = False) -> str:
+    """Mean and standard error."""
+    if own is None:
+        return ""
+    sign = "+" if signed else ""
+    return f"{own['mean']:{sign}.{digits}f} ± {own['se']:.{digits}f}"
+
+
+def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table."""
+    return "\n".join(["| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows)])
+
+
+def geometric_mean(values: Sequence[float]) -> float:
+    """Of positive numbers."""
+    return float(np.exp(np.mean(np.log(values))))
+
+
+def main_table(records: Records, prior: str) -> str:
+    """Error of the main methods for every network and budget."""
+    rows = []
+    for network in records.networks():
+        for budget in records.budgets(network):
+            own = {m: records.of(network, "kron", m, budget, "priors", prior, "abs_log_ratio") for m in MAIN}
+            bias = records.of(network, "kron", DEFAULT, budget, "priors", prior, "log_ratio")
+            two, default = own[TWO], own[DEFAULT]
+            ratio = f"{default['mean'] / two['mean']:.3f}" if two and default and two["mean"] > 0 else ""
+            rows.append([
+                NETWORKS[network], str(budget), *(number(own[m], 4) for m in MAIN), number(bias, 4, signed=True), ratio,
+            ])  # fmt: skip
+    head = ["network", "budget", *MAIN, "default, signed", "default / two batches"]
+    return markdown(head, rows)
+
+
+def claims(records: Records) -> str:
+    """What was wanted, and what the records say."""
+    rows = []
+    for prior in ("1", "tuned"):
+        for budget, wanted in ((128, 0.02), (512, 0.005)):
+            own = records.of("resnet20", "kron", DEFAULT, budget, "priors", prior, "abs_log_ratio")
+            if own:
+                rows.append([
+                    f"ResNet-20, K-FAC, {budget} samples, default, prior precision {prior}", f"at most {wanted}",
+                    number(own, 4), "yes" if own["mean"] <= wanted else "no",
+                ])  # fmt: skip
+        against_two, worse = [], []
+        for network in records.networks():
+            for budget in records.budgets(network):
+                default, two, one = (records.error(network, m, budget, prior) for m in (DEFAULT, TWO, ONE))
+                if default is None or two is None or one is None:
+                    continue
+                if min(default, two) > 1e-9:  # all data are no comparison
+                    against_two.append(default / two)
+                if default > one * (1 + 1e-9):
+                    worse.append(f"{NETWORKS[network]}, {budget}")
+        if against_two:
+            mean = geometric_mean(against_two)
+            rows.append([
+                f"default / uniform two batches, geometric mean of {len(against_two)}, prior precision {prior}",
+                "at most 0.2", f"{mean:.3f}", "yes" if mean <= 0.2 else "no",
+            ])  # fmt: skip
+            rows.append([
+                f"default against one uniform batch, prior precision {prior}", "never worse",
+                "worse for " + "; ".join(worse) if worse else "better everywhere", "no" if worse else "yes",
+            ])  # fmt: skip
+    return markdown(["claim", "wanted", "measured", "holds"], rows)
+
+
+def ablation(records: Records, prior: str = "1") -> str:
+    """Geometric means over networks of the error relative to the default's."""
+    budgets = (8, 32, 128)
+    rows = []
+    for method in [*MAIN, *ABLATION]:
+        cells = []
+        for budget in budgets:
+            ratios = []
+            for network in records.networks():
+                own, default = (
+                    records.error(network, method, budget, prior),
+                    records.error(network, DEFAULT, budget, prior),
+                )
+                if own and default and network != "resnet56":
+                    ratios.append(own / default)
+            cells.append(f"{geometric_mean(ratios):.2f} ({len(ratios)})" if ratios else "")
+        rows.append([method, *cells])
+    return markdown(["error relative to the default's", *(f"budget {b}" for b in budgets)], rows)
+
+
+def predictions(records: Records) -> str:
+    """Differences of predictions to those of the full-data posterior, at its tuned prior precision."""
+    rows = []
+    for network in records.networks():
+        for budget in [b for b in records.budgets(network) if b in (32, 128, 512)]:
+            for method in MAIN:
+                own = [
+                    records.of(network, "kron", method, budget, "priors", prior, field)
+                    for prior in ("1", "tuned") for field in ("kl", "nll_difference", "ece_difference")
+                ]  # fmt: skip
+                if own[0] is not None:
+                    rows.append([
+                        NETWORKS[network], str(budget), method,
+                        *(f"{cell['mean']:.2e} ± {cell['se']:.0e}" if cell else "" for cell in own),
+                    ])  # fmt: skip
+    names = ["KL", "NLL", "ECE"]
+    return markdown(
+        ["network", "budget", "method", *(f"{n}, prior 1" for n in names), *(f"{n}, tuned" for n in names)], rows
+    )
+
+
+def low_rank(records: Records) -> str:
+    """Curvature along the first 20 directions, estimated over true."""
+    rows = []
+    methods = [ONE, TWO, "priority, one batch", "priority, two batches", DEFAULT]
+    for network in records.networks("lowrank"):
+        for budget in records.budgets(network, "lowrank"):
+            for method in methods:
+                own = records.of(network, "lowrank", method, budget, "curvature_ratio")
+                if own is None:
+                    continue
+                error = records.of(network, "lowrank", method, budget, "priors", "1", "abs_log_ratio")
+                rows.append([
+                    NETWORKS[network], str(budget), method, number(own), f"{own['min']:.3f} to {own['max']:.3f}",
+                    number(error, 4),
+                ])  # fmt: skip
+    head = ["network", "budget", "method", "sum, estimated / true", "range over draws", "error of the variances"]
+    return markdown(head, rows)
+
+
+def diagonal(records: Records) -> str:
+    """The control: directions that do not depend on data."""
+    rows = []
+    for network in records.networks("diag"):
+        for budget in records.budgets(network, "diag"):
+            own = [records.of(network, "diag", m, budget, "priors", "1", "abs_log_ratio") for m in MAIN]
+            signed = [records.of(network, "diag", m, budget, "priors", "1", "log_ratio") for m in MAIN]
+            cells = [f"{number(a, 3)} ({s['mean']:+.3f})" if a and s else "" for a, s in zip(own, signed, strict=True)]
+            rows.append([NETWORKS[network], str(budget), *cells])
+    return markdown(["network", "budget", *MAIN], rows)
+
+
+def exact(records: Records) -> str:
+    """Against the posterior of the whole curvature matrix."""
+    rows = []
+    for network in records.networks():
+        for budget in records.budgets(network):
+            own = [records.of(network, "kron", m, budget, "priors", "1", "exact_abs_log_ratio") for m in MAIN]
+            if own[-1] is not None:
+                rows.append([NETWORKS[network], str(budget), *(number(cell) for cell in own)])
+        full = records.of(
+            network, "kron", DEFAULT, records.budgets(network)[0], "priors", "1", "reference_exact_abs_log_ratio"
+        )
+        if full is not None:
+            rows.append([NETWORKS[network], "all data, K-FAC", f"{full['mean']:.3f}", "", ""])
+    return markdown(["network", "budget", *MAIN], rows)
+
+
+def figure(records: Records, prior: str, path: Path) -> None:
+    """Error against budget, a panel for each network."""
+    names = records.networks()
+    columns = min(3, len(names))
+    rows = -(-len(names) // columns)
+    drawn, axes = plt.subplots(rows, columns, figsize=(3.6 * columns, 3.0 * rows), squeeze=False, sharey=True)
+    for axis in axes.flat[len(names) :]:
+        axis.set_visible(False)
+    for axis, network in zip(axes.flat, names, strict=False):
+        for method, (colour, marker, line) in STYLES.items():
+            budgets = records.budgets(network, "kron", method)
+            own = [records.of(network, "kron", method, b, "priors", prior, "abs_log_ratio") for b in budgets]
+            points = [(b, s["mean"], s["se"]) for b, s in zip(budgets, own, strict=True) if s and s["mean"] > 1e-6]
+            if points:
+                x, y, error = (list(column) for column in zip(*points, strict=True))
+                axis.errorbar(x, y, error, color=colour, marker=marker, linestyle=line, markersize=4, capsize=2,
+                              linewidth=1.2, label=method)  # fmt: skip
+        axis.set(xscale="log", yscale="log", title=NETWORKS[network])
+        ticks = records.budgets(network)
+        axis.set_xticks(ticks, [str(t) for t in ticks], fontsize=8)
+        axis.minorticks_off()
+        axis.grid(alpha=0.3)
+    for axis in axes[:, 0]:
+        axis.set_ylabel("mean |log ratio| of variances")
+    for axis in axes[-1]:
+        axis.set_xlabel("data spent on curvature")
+    axes.flat[0].legend(fontsize=8, frameon=False)
+    drawn.tight_layout()
+    drawn.savefig(path, dpi=110)
+    plt.close(drawn)
+
+
+def fill(document: Path, tables: dict[str, str]) -> None:
+    """Replace the tables of the document."""
+    text = document.read_text()
+    for name, table in tables.items():
+        pattern = rf"(<!-- table {re.escape(name)} -->\n).*?(<!-- end -->)"
+        text, count = re.subn(pattern, lambda m, table=table: f"{m[1]}{table}\n{m[2]}", text, flags=re.DOTALL)  # type: ignore[misc]
+        if count != 1:
+            sys.exit(f"Expected one place for the table {name!r} in {document}, found {count}.")
+    document.write_text(text)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, default=Path("eval/results"))
+    parser.add_argument("--docs", type=Path, default=Path("docs"))
+    options = parser.parse_args()
+    records = Records(load(options.results / "fidelity"))
+    fill(
+        options.docs / "fidelity.md",
+        {
+            "claims": claims(records),
+            "prior 1": main_table(records, "1"),
+            "prior tuned": main_table(records, "tuned"),
+            "ablation": ablation(records),
+            "predictions": predictions(records),
+            "low rank": low_rank(records),
+            "diagonal": diagonal(records),
+            "exact": exact(records),
+        },
+    )
+    figure(records, "1", options.docs / "fidelity.png")
+    fields = ("abs_log_ratio", "log_ratio", "kl", "nll_difference", "ece_difference")
+    summary = [
+        {"network": key[0], "structure": key[1], "method": key[2], "budget": key[3], "seeds": len(own)}
+        | {
+            f"{field}, prior {prior}": {k: round(v, 6) for k, v in value.items() if k in ("mean", "se")}
+            for prior in ("1", "tuned") for field in fields
+            if (value := statistics(own, "priors", prior, field)) is not None
+        }
+        | ({"curvature_ratio": ratio} if (ratio := statistics(own, "curvature_ratio")) is not None else {})
+        for key, own in sorted(records.found.items())
+    ]  # fmt: skip
+    target = options.docs / "records" / "fidelity.json"
+    target.parent.mkdir(exist_ok=True)
+    lines = ",\n".join(json.dumps(entry) for entry in summary)
+    target.write_text(f"[\n{lines}\n]\n")
+
+
+if __name__ == "__main__":
+    main()
