@@ -15,6 +15,7 @@ from debiased_laplace.gradients import CurvatureData, Network
 from debiased_laplace.likelihoods import Bernoulli, Categorical, Gaussian
 from debiased_laplace.posterior import Posterior
 from debiased_laplace.predictive import functional_moments, joint_covariance
+from debiased_laplace.sampling import WeightedData
 from debiased_laplace.structures import Full, Kronecker, LowRank, lowrank
 from debiased_laplace.testing import dense_basis, dense_ggn, dense_jacobian
 from tests.datasets import LIKELIHOODS, example, measure, targets, valid, weighted
@@ -394,3 +395,46 @@ def test_a_second_batch_along_the_directions_of_a_spectrum():
     assert_unbiased(two - true, torch.zeros(3, dtype=torch.float64))
     assert float(z_scores(single[:, 0] - true[:, 0], torch.zeros(()).double())) > 2 * MONTE_CARLO_Z
     assert float(single[:, 0].mean() / true[:, 0].mean()) > 1.2
+
+
+@pytest.mark.parametrize("blocks", [None, "layer"])
+@pytest.mark.parametrize("name", ["cnn", "mlp", "attention"])
+def test_a_large_gram_matrix_is_not_formed(name, blocks, monkeypatch):
+    """Products of the factors give the same directions, of all layers together and of each (eigenvalues are pairs)."""
+    monkeypatch.setattr(lowrank, "LANCZOS_SIZE", 10**9)
+    model, network, data = example(ZOO[name], Gaussian(), n=70)
+    structure = LowRank(2, blocks=blocks)
+    statistics = measure(structure, network, data, Gaussian())
+    expected = structure.eigenbasis(network, statistics)
+    monkeypatch.setattr(lowrank, "MATRIX_FREE_SIZE", 10)
+    monkeypatch.setattr(lowrank.LowRankStatistics, "gram", None)
+    found = structure.eigenbasis(network, statistics)
+    one, other = dense_basis(found), dense_basis(expected)
+    assert_equal(one @ one.mT, other @ other.mT)
+    if blocks is None:
+        ggn = dense_ggn(model, data.inputs, data.weights, Gaussian())
+        assert_equal((one.mT @ ggn @ one).diagonal(), spectrum(ggn, 2))
+    assert torch.equal(dense_basis(structure.eigenbasis(network, statistics)), one)
+
+
+def test_a_matrix_that_is_not_formed_in_single_precision(monkeypatch):
+    model, network, data = example(ZOO["cnn"], Gaussian(), n=70)
+    statistics = measure(LowRank(3), network, data, Gaussian())
+    expected = dense_basis(LowRank(3).eigenbasis(network, statistics))
+    monkeypatch.setattr(lowrank, "MATRIX_FREE_SIZE", 10)
+    single = Network.discover(model.float(), data.inputs.float())
+    data = WeightedData(data.inputs.float(), data.targets.float(), data.weights, data.indices)
+    found = dense_basis(LowRank(3).eigenbasis(single, measure(LowRank(3), single, data, Gaussian())))
+    assert_equal(found @ found.mT, expected @ expected.mT, FLOAT32)
+
+
+def test_a_matrix_that_is_not_formed_with_bad_data(monkeypatch):
+    _, network, data = example(ZOO["mlp"], Gaussian(), n=70)
+    monkeypatch.setattr(lowrank, "MATRIX_FREE_SIZE", 10)
+    statistics = measure(LowRank(3), network, data, Gaussian())
+    zero = statistics * 0.0
+    with pytest.raises(ValueError, match="is zero on the data that choose the directions"):
+        LowRank(3).eigenbasis(network, zero)
+    statistics.columns[0][0].vectors[0] = torch.nan
+    with pytest.raises(NonFiniteError, match="the curvature of"):
+        LowRank(3).eigenbasis(network, statistics)

@@ -11,10 +11,12 @@ Source: Dangel, Tatzel, Hennig (arXiv 2106.02624), section 3.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
+import numpy as np
 import scipy.sparse.linalg
 import torch
 from torch import Tensor
@@ -27,6 +29,9 @@ from debiased_laplace.structures.base import Structure, eigh, group_blocks
 
 #: Size above which a few eigenpairs come from Lanczos' method instead of a whole decomposition (on the CPU).
 LANCZOS_SIZE = 1000
+
+#: Size above which the Gram matrix is not formed either: its products with vectors are those of the factors.
+MATRIX_FREE_SIZE = 5000
 
 
 @dataclass(frozen=True)
@@ -61,6 +66,11 @@ class LowRankStatistics:
         for other in others:
             first = first + other
         return first
+
+    @property
+    def size(self) -> int:
+        """Number of columns, N V."""
+        return sum(len(own.inputs) * own.vectors.shape[2] for own in self.columns[0])
 
     def gram(self, group: tuple[int, ...] | None = None) -> Tensor:
         """Gram matrix of some blocks (all by default), ``[N V, N V]``, float64."""
@@ -153,9 +163,13 @@ class LowRank(Structure):
         ranks = [self.rank] * len(statistics.groups) if like is None else [part.rank for part in like.parts]
         for group, rank in zip(statistics.groups, ranks, strict=True):
             name = ", ".join(network.blocks[i].name for i in group)
-            gram = statistics.gram(group)
-            _checks.finite(gram, f"the curvature of {name}", "Look for NaN in the data, or for an overflow.")
-            values, vectors = leading_eigenpairs(gram, rank, name, torch.finfo(network.dtype).eps)
+            precision = torch.finfo(network.dtype).eps
+            if isinstance(rank, int) and statistics.size > max(MATRIX_FREE_SIZE, 20 * rank):
+                values, vectors = matrix_free_eigenpairs(statistics, group, rank, name, precision)
+            else:
+                gram = statistics.gram(group)
+                _checks.finite(gram, f"the curvature of {name}", _REMEDY)
+                values, vectors = leading_eigenpairs(gram, rank, name, precision)
             parts.append(DenseBasis(lift_eigenvectors(network, statistics, group, values, vectors)))
         return Basis(network.blocks, network.shapes, parts, statistics.groups)
 
@@ -177,23 +191,61 @@ def leading_eigenpairs(gram: Tensor, rank: int | float, name: str, precision: fl
     size = len(gram)
     if isinstance(rank, int) and size > LANCZOS_SIZE and rank <= size // 10 and gram.device.type == "cpu":
         start = torch.linspace(1, 2, size, dtype=torch.float64).numpy()
-        found_values, found = scipy.sparse.linalg.eigsh(gram.numpy(), k=rank, which="LA", v0=start)
+        found_values, found = scipy.sparse.linalg.eigsh(gram.numpy(), k=rank, which="LA", v0=start, **_restarts())
         values, vectors = torch.from_numpy(found_values).flip(0), torch.from_numpy(found).flip(1)
     else:
         values, vectors = eigh(gram, name)
-    largest = float(values[0])
-    if largest <= 0:
-        raise ValueError(
-            f"The curvature of {name} is zero on the data that choose the directions, so there are none. "
-            "Give more data."
-        )
-    keep = is_nonzero(values, size, precision)
+    keep = _worth_keeping(values, size, name, precision)
     if isinstance(rank, int):
         keep[rank:] = False
     else:
         explained = values.cumsum(0) / gram.trace()
         keep[int((explained < rank).sum()) + 1 :] = False
     return values[keep], vectors[:, keep]
+
+
+def matrix_free_eigenpairs(
+    statistics: LowRankStatistics, group: tuple[int, ...], rank: int, name: str, precision: float
+) -> tuple[Tensor, Tensor]:
+    """The same by Lanczos' method with products of the factors; memory for the vectors alone, ``[N V, 2 K]``."""
+    size, device = statistics.size, statistics.columns[0][0].inputs.device
+
+    def product(vector: Any) -> Any:
+        own = torch.as_tensor(vector, dtype=torch.float64, device=device).reshape(1, -1)
+        total = torch.zeros(size, dtype=torch.float64, device=device)
+        for index in group:
+            total += statistics.multiply(index, statistics.combine(index, own))[0]
+        _checks.finite(total, f"the curvature of {name}", _REMEDY)
+        return total.cpu().numpy()
+
+    start = np.linspace(1, 2, size)
+    if not product(start).any():
+        raise ValueError(_NO_CURVATURE.format(name=name))
+    operator = scipy.sparse.linalg.LinearOperator((size, size), matvec=product, dtype=np.float64)
+    found_values, found = scipy.sparse.linalg.eigsh(
+        operator, k=rank, which="LA", v0=start, tol=0 if precision < 1e-12 else precision, **_restarts()
+    )
+    values, vectors = torch.tensor(found_values[::-1].copy()), torch.tensor(found[:, ::-1].copy())
+    keep = _worth_keeping(values, size, name, precision)
+    return values[keep].to(device), vectors[:, keep].to(device)
+
+
+def _restarts() -> dict[str, Any]:
+    """What an exhausted subspace is continued with must not come from the global random state (SciPy 1.17 or later)."""
+    takes = "rng" in inspect.signature(scipy.sparse.linalg.eigsh).parameters
+    return {"rng": np.random.default_rng(0)} if takes else {}
+
+
+_NO_CURVATURE = (
+    "The curvature of {name} is zero on the data that choose the directions, so there are none. Give more data."
+)
+_REMEDY = "Look for NaN in the data, or for an overflow."
+
+
+def _worth_keeping(values: Tensor, size: int, name: str, precision: float) -> Tensor:
+    if float(values[0]) <= 0:
+        raise ValueError(_NO_CURVATURE.format(name=name))
+    return is_nonzero(values, size, precision)
 
 
 def lift_eigenvectors(
