@@ -16,7 +16,7 @@ from tqdm import tqdm
 from debiased_laplace import _checks, _data, _store
 from debiased_laplace._guards import global_random_state
 from debiased_laplace.checkpoint import Progress
-from debiased_laplace.gradients import CurvatureData, Network
+from debiased_laplace.gradients import CURVATURES, CurvatureData, Network
 from debiased_laplace.likelihoods import Likelihood
 from debiased_laplace.measurement import Measurement
 from debiased_laplace.posterior import Posterior
@@ -39,7 +39,8 @@ class Fit:
     Attributes:
         posterior: The posterior, with prior precision one unless another was asked for.
         network: The model with its blocks.
-        mean_loss: Mean loss of the data drawn, per datum in nats; of all data if all were drawn.
+        mean_loss: Mean loss of the stream, per datum in nats; estimated from the data drawn if the sampler did not look
+            at all of them.
         n_seen: Number of data in the stream.
         direction_indices: Positions in the stream of the data that chose the final directions.
         curvature_indices: Of those that measured curvatures.
@@ -154,7 +155,8 @@ def fit(
         structure: Gives the directions; K-FAC by default.
         parameters: Which trainable parameters the posterior is about: all, ``"last_layer"``, or names and patterns.
         indices: Instead, single entries of the vector of all trainable parameters (not for K-FAC).
-        sampler: Which data to keep of the stream; 1,024 by importance by default.
+        sampler: Which data to keep of the stream; 1,024 by default, by importance (for ``"ggn"``: what a datum adds to
+            another curvature does not follow from the outputs alone, and the draw is uniform).
         split: Which of them choose directions and which measure curvatures; ``CrossFit()`` by default, ``Single()`` for
             a structure whose directions do not depend on data, and with ``UniformSampler(None)``, all data.
         estimator: ``"projected"``, equation (2), or ``"factored"``, from the structure's own statistics of the second
@@ -181,10 +183,17 @@ def fit(
     if estimator not in ESTIMATORS:
         raise ValueError(f"Expected an estimator out of {list(ESTIMATORS)}, got {estimator!r}.")
     structure = structure if structure is not None else Kronecker()
-    sampler = sampler if sampler is not None else PrioritySampler()
+    if sampler is None:
+        sampler = default_sampler(1024, structure, curvature)
     if split is None:  # with all data there is nothing to overstate
         split = CrossFit() if structure.data_dependent and sampler != UniformSampler(None) else Single()
     generator = make_generator(generator)
+    _checks.chunk_size(chunk_size)
+    if curvature not in CURVATURES:
+        raise ValueError(f"Expected a curvature out of {list(CURVATURES)}, got {curvature!r}.")
+    _check_mc_samples(mc_samples)
+    if previous is not None:
+        _check_previous(previous, split.folds)
     settings = {
         "structure": repr(structure), "parameters": repr(parameters), "sampler": repr(sampler), "split": repr(split),
         "indices": None if indices is None else indices.tolist(),
@@ -197,6 +206,8 @@ def fit(
         fields_ = {"n_data": n_data, "prior_precision": prior_precision, **posterior}
         kept = {**settings, "posterior": {name: _in_words(value) for name, value in fields_.items()}}
         kept["weights"] = _store.fingerprint(model.state_dict())
+        kept["likelihood_settings"] = {name: _in_words(value) for name, value in vars(likelihood).items()}
+        kept["targets_key"], kept["generator"] = targets_key, _in_words(generator.get_state())
         if previous is not None:
             drawn_before = {"directions": previous.direction_indices, "curvatures": previous.curvature_indices}
             kept["previous"] = _store.fingerprint(drawn_before)
@@ -210,14 +221,16 @@ def fit(
     with torch.inference_mode(False), global_random_state():
 
         def draw() -> dict[str, Any]:
-            stream = Stream(discover, likelihood, structure)
+            stream = Stream(discover, likelihood, structure, chunk_size)
             drawn = sampler.draw(
                 batches, split.folds, generator, likelihood=likelihood, observe=stream, targets_key=targets_key,
                 progress_bar=progress_bar,
             )  # fmt: skip
             sample, observed = drawn, stream.observed
             if previous is not None:
-                sample, observed = _added(previous, drawn, observed)
+                now = discover(drawn.data.inputs)
+                same = previous.network.shapes == now.shapes and torch.equal(previous.posterior.mean, now.mean())
+                sample, observed = _added(previous, drawn, observed, same)
             return {"sample": sample, "observed": observed, "generator": generator.get_state()}
 
         kept_draw = progress.once("drawn", draw)
@@ -247,20 +260,32 @@ def fit(
     return fitted
 
 
-def _added(previous: Fit, drawn: Sample, observed: Observed | None) -> tuple[Sample, Observed | None]:
-    """The data of both fits, each stream weighted by its size."""
+def _check_previous(previous: Fit, n_folds: int) -> None:
+    """What can be known before the data are read."""
     if previous.sample is None:
         raise ValueError(
             "Expected an earlier fit that still has its data, to add to them; a fit that was loaded has none. "
             "Fit on all data instead."
         )
-    if previous.sample.n_folds != drawn.n_folds:
+    if previous.sample.n_folds != n_folds:
         raise ValueError(
-            f"Expected the split of the earlier fit, with {previous.sample.n_folds} folds, got one with "
-            f"{drawn.n_folds}."
+            f"Expected the split of the earlier fit, with {previous.sample.n_folds} folds, got one with {n_folds}."
         )
-    both = previous.observed is not None and observed is not None
-    return previous.sample + drawn, previous.observed + observed if both else None  # type: ignore[operator]
+
+
+def _added(previous: Fit, drawn: Sample, observed: Observed | None, same_model: bool) -> tuple[Sample, Observed | None]:
+    """The data of both fits, each stream weighted by its size."""
+    assert previous.sample is not None
+    known = previous.observed if same_model else None  # sums over earlier data were made with the earlier parameters
+    both = None if known is None or observed is None else known + observed
+    return previous.sample + drawn, both
+
+
+def default_sampler(budget: int | None, structure: Structure, curvature: str) -> Sampler:
+    """By importance where the outputs tell it: what a datum adds to the GGN is bounded by its loss Hessian's trace."""
+    if budget is None or curvature != "ggn" or not structure.projects:
+        return UniformSampler(budget)
+    return PrioritySampler(budget)
 
 
 def make_generator(generator: torch.Generator | int) -> torch.Generator:
@@ -289,6 +314,10 @@ def _resolve_mc_samples(mc_samples: int | str | None, n_outputs: int) -> int | N
             )  # fmt: skip
         else:
             logger.info("The model has %d outputs: the loss Hessian is exact.", n_outputs)
-    if mc_samples is not None and (not isinstance(mc_samples, int) or mc_samples < 1):
-        raise ValueError(f"Expected mc_samples to be a positive number, None (exact) or 'auto', got {mc_samples!r}.")
+    assert not isinstance(mc_samples, str)
     return mc_samples
+
+
+def _check_mc_samples(mc_samples: Any) -> None:
+    if mc_samples not in (None, "auto") and (not isinstance(mc_samples, int) or mc_samples < 1):
+        raise ValueError(f"Expected mc_samples to be a positive number, None (exact) or 'auto', got {mc_samples!r}.")

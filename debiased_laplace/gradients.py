@@ -54,10 +54,11 @@ class Factors:
     _calls: list[Call]
     _lone: list[Tensor] | None = None
 
-    def inputs(self, block: Block, part: slice | None = None) -> Tensor:
+    def inputs(self, block: Block, part: slice | None = None, phase: int | None = None) -> Tensor:
         """Inputs of a block, a one appended for the bias, ``[N, G, I, S]``, at least in float32.
 
-        With ``part``, those of some of the data, formed for them alone where the layer allows it.
+        With ``part``, those of some of the data, formed for them alone where the layer allows it; with ``phase``, on a
+        coarser grid of positions (:meth:`~debiased_laplace.layers.Call.inputs`).
         """
         n, dtype = len(self.outputs), self.network.dtype
         part = part or slice(0, n)
@@ -77,12 +78,14 @@ class Factors:
                 positions = math.prod(call.output_shape) // (n * block.groups * block.outputs)
                 parts.append(self.outputs.new_ones((size, block.groups, 1, positions), dtype=dtype))
             elif (narrowed := call.narrow(part, n, layout)) is not None:
-                parts.append(narrowed.inputs(size, layout, ones=block.bias).to(dtype))
+                parts.append(narrowed.inputs(size, layout, ones=block.bias, phase=phase).to(dtype))
             else:
-                parts.append(call.inputs(n, layout, ones=block.bias)[part].to(dtype))
+                parts.append(call.inputs(n, layout, ones=block.bias, phase=phase)[part].to(dtype))
         return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
 
-    def input_pieces(self, block: Block, among: slice | None = None) -> Iterator[tuple[slice, Tensor]]:
+    def input_pieces(
+        self, block: Block, among: slice | None = None, phase: int | None = None
+    ) -> Iterator[tuple[slice, Tensor]]:
         """Inputs of a block for as many data at a time as a processor's cache holds, of all data or of some."""
         n, per_datum = len(self.outputs), 1
         among = among or slice(0, n)
@@ -92,7 +95,7 @@ class Factors:
         size = n if self.network.device.type != "cpu" else max(1, CACHE_MEMORY // max(1, per_datum))
         for part in _data.slices(among.stop - among.start, size):
             part = slice(among.start + part.start, among.start + part.stop)
-            yield part, self.inputs(block, part)
+            yield part, self.inputs(block, part, phase)
 
     def backpropagate(self, vectors: Tensor, chunk: int = 1) -> Iterator[tuple[slice, list[Tensor]]]:
         """Back-propagate output vectors to every block.

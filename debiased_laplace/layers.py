@@ -26,6 +26,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+#: Coarser grids of positions: every second one in each dimension of a convolution (2, 4 or 8), every fourth token.
+N_PHASES = 4
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -95,8 +98,12 @@ class Call(ABC):
         return replace(self, input=self.input[rows], output_shape=shape)
 
     @abstractmethod
-    def inputs(self, n_data: int, layout: Layout, *, ones: bool) -> Tensor:
-        """Inputs of the weight, ``[N, G, I, S]``; with ``ones`` a further input that is one."""
+    def inputs(self, n_data: int, layout: Layout, *, ones: bool, phase: int | None = None) -> Tensor:
+        """Inputs of the weight, ``[N, G, I, S]``; with ``ones`` a further input that is one.
+
+        With a ``phase``, positions on a coarser grid, one of those that together have all positions, times the root of
+        their number: outer products, summed over positions, then have the right mean over phases.
+        """
 
     @abstractmethod
     def outputs(self, gradient: Tensor, n_data: int, layout: Layout) -> Tensor:
@@ -107,8 +114,11 @@ class Call(ABC):
 class LinearCall(Call):
     """``F.linear`` with any leading dimensions."""
 
-    def inputs(self, n_data: int, layout: Layout, *, ones: bool) -> Tensor:
+    def inputs(self, n_data: int, layout: Layout, *, ones: bool, phase: int | None = None) -> Tensor:
         rows = layout.by_datum(self.input, n_data, 1)  # [N, S, I]
+        if phase is not None and rows.shape[1] >= N_PHASES:
+            rows = rows[:, phase % N_PHASES :: N_PHASES]
+            return N_PHASES**0.5 * (F.pad(rows, (0, 1), value=1.0) if ones else rows).mT[:, None]
         return (F.pad(rows, (0, 1), value=1.0) if ones else rows).mT[:, None]
 
     def outputs(self, gradient: Tensor, n_data: int, layout: Layout) -> Tensor:
@@ -132,9 +142,13 @@ class ConvolutionCall(Call):
     def groups(self) -> int:
         return self.n_groups
 
-    def inputs(self, n_data: int, layout: Layout, *, ones: bool) -> Tensor:
+    def inputs(self, n_data: int, layout: Layout, *, ones: bool, phase: int | None = None) -> Tensor:
         assert self.weight is not None
         kernel, spatial = self.weight.shape[2:], self.output_shape[2:]
+        step, start = 1, [0] * len(spatial)
+        if phase is not None and min(spatial) > 1:
+            step, start = 2, [phase >> dimension & 1 for dimension in range(len(spatial))]
+            spatial = torch.Size((size - first + 1) // 2 for size, first in zip(spatial, start, strict=True))
         pad = [amount for pair in reversed(self.padding) for amount in pair]
         padded = F.pad(self.input, pad).contiguous() if any(pad) else self.input.contiguous()
         n, per_group = len(padded), padded.shape[1] // self.groups
@@ -144,15 +158,18 @@ class ConvolutionCall(Call):
             (n, self.groups, per_group, *kernel, *spatial),
             (
                 by_sample, by_channel * per_group, by_channel,
-                *(step * dilation for step, dilation in zip(steps, self.dilation, strict=True)),
-                *(step * stride for step, stride in zip(steps, self.stride, strict=True)),
+                *(by * dilation for by, dilation in zip(steps, self.dilation, strict=True)),
+                *(step * by * stride for by, stride in zip(steps, self.stride, strict=True)),
             ),
+            sum(first * by * stride for first, by, stride in zip(start, steps, self.stride, strict=True)),
         )  # fmt: skip
         size = per_group * math.prod(kernel)
         # Data next to positions in memory: sums over both are then products of matrices without another copy.
         columns = padded.new_empty(self.groups, size + ones, n, math.prod(spatial)).permute(2, 0, 1, 3)
         columns[:, :, :size].unflatten(-1, spatial).unflatten(2, (per_group, *kernel)).copy_(patches)
         columns[:, :, size:] = 1
+        if step > 1:
+            columns *= step ** (0.5 * len(spatial))  # as many phases as step to the power of dimensions
         return self._merge(columns, n_data, layout)
 
     def outputs(self, gradient: Tensor, n_data: int, layout: Layout) -> Tensor:
@@ -182,7 +199,7 @@ class NormalisationCall(Call):
     def n_trailing(self) -> int:  # type: ignore[override]
         return self.channel_dimensions if self.channels_last else len(self.output_shape) - 1
 
-    def inputs(self, n_data: int, layout: Layout, *, ones: bool) -> Tensor:
+    def inputs(self, n_data: int, layout: Layout, *, ones: bool, phase: int | None = None) -> Tensor:
         return self.input.new_ones((n_data, 1, 1, 1))
 
     def outputs(self, gradient: Tensor, n_data: int, layout: Layout) -> Tensor:

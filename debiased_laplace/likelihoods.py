@@ -144,14 +144,12 @@ class Categorical(Likelihood):
         return others * (1 - others) + (rest * (1 - rest)).sum(-1)
 
     def sampled_square_root(self, outputs: Tensor, uniforms: Tensor) -> Tensor:
-        probabilities = outputs.softmax(-1)
-        cumulative = probabilities.cumsum(-1)
-        # The last entry may round to below one: a class beyond it would not exist.
-        drawn = torch.searchsorted(cumulative, uniforms[..., 0].to(cumulative) * cumulative[:, -1:]).clamp_(
-            max=outputs.shape[-1] - 1
-        )
-        one_hot = F.one_hot(drawn, outputs.shape[-1]).to(outputs)  # [N, M, C]
-        return ((probabilities[:, None] - one_hot) / math.sqrt(uniforms.shape[1])).movedim(1, 0)
+        # S z with signs z: E[z z^T] = I. Its square norm is of the order of the trace for every draw; that of p - e_y,
+        # with a class y drawn from p, is large for few draws on a confident network, which importance cannot foresee.
+        probabilities = outputs.softmax(-1)[:, None]
+        signed = probabilities.sqrt() * _signs(uniforms, outputs)  # [N, M, C]
+        drawn = signed - probabilities * signed.sum(-1, keepdim=True)
+        return (drawn / math.sqrt(uniforms.shape[1])).movedim(1, 0)
 
     def predictive(self, mean: Tensor, spread: Tensor, link: str, normals: Tensor | None = None) -> Tensor:
         self.check_link(link)
@@ -189,9 +187,11 @@ class Bernoulli(Likelihood):
         return torch.diag_embed((0.5 * (F.logsigmoid(outputs) + F.logsigmoid(-outputs))).exp()).movedim(1, 0)
 
     def sampled_square_root(self, outputs: Tensor, uniforms: Tensor) -> Tensor:
-        probabilities = outputs.sigmoid()[:, None]
-        drawn = (uniforms.to(outputs) < probabilities).to(outputs)
-        return ((probabilities - drawn) / math.sqrt(uniforms.shape[1])).movedim(1, 0)
+        roots = (0.5 * (F.logsigmoid(outputs) + F.logsigmoid(-outputs))).exp()[:, None]
+        return (roots * _signs(uniforms, outputs) / math.sqrt(uniforms.shape[1])).movedim(1, 0)
+
+    def curvature(self, outputs: Tensor) -> Tensor:
+        return (F.logsigmoid(outputs) + F.logsigmoid(-outputs)).exp().sum(-1)
 
     def predictive(self, mean: Tensor, spread: Tensor, link: str, normals: Tensor | None = None) -> Tensor:
         self.check_link(link)
@@ -233,7 +233,10 @@ class Gaussian(Likelihood):
         return unit_vectors(outputs)
 
     def sampled_square_root(self, outputs: Tensor, uniforms: Tensor) -> Tensor:
-        return (torch.special.ndtri(uniforms).to(outputs) / math.sqrt(uniforms.shape[1])).movedim(1, 0)
+        return (_signs(uniforms, outputs) / math.sqrt(uniforms.shape[1])).movedim(1, 0)
+
+    def curvature(self, outputs: Tensor) -> Tensor:
+        return outputs.new_full((len(outputs),), outputs.shape[1])
 
     def predictive(self, mean: Tensor, spread: Tensor, link: str, normals: Tensor | None = None) -> Tensor:
         raise TypeError("A regression predictive is a mean and a variance; it has no probabilities.")
@@ -244,6 +247,11 @@ class Gaussian(Likelihood):
 
     def needs_covariance(self, link: str) -> bool:
         return False
+
+
+def _signs(uniforms: Tensor, like: Tensor) -> Tensor:
+    """Random signs, of which every product but squares has mean zero, and squares have no variance at all."""
+    return torch.where(uniforms.to(like.device) < 0.5, -1.0, 1.0).to(like)
 
 
 def unit_vectors(outputs: Tensor) -> Tensor:

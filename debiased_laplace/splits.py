@@ -115,8 +115,8 @@ class CrossFit:
     over the folds, and the directions of the posterior come from all of them.
 
     Attributes:
-        folds: Number of folds, K. Directions come from (K - 1) / K of the data; the cost is K eigendecompositions, and
-            one pass over every fold.
+        folds: Number of folds, K. Directions come from (K - 1) / K of the data; the cost is K + 1 eigendecompositions,
+            and as many passes over every fold as over a single batch.
         average: ``"rank"``, the k-th largest of every round together (Bartz, arXiv 1611.00798); or ``"rotated"``, the
             diagonal, along the final directions, of the average of the rounds' matrices (NERCOME: Lam 2016).
     """

@@ -10,14 +10,17 @@ import torch
 from torch import Tensor
 
 from debiased_laplace import _data
-from debiased_laplace.gradients import CHUNK_MEMORY, Network
+from debiased_laplace.gradients import Network
 from debiased_laplace.likelihoods import Likelihood
 from debiased_laplace.sampling import Sample
 from debiased_laplace.structures import Structure
 
-#: Data at the start of a stream of which a structure observes all; of the others every EVERY-th WINDOW of consecutive
-#: ones stands for EVERY. The products of layer inputs cost ten times the forward pass of a ResNet.
-WHOLE, WINDOW, EVERY = 2048, 32, 8
+#: Data at the start of a stream that a structure observes at all positions of its layers. Then every WINDOW of data is
+#: observed on one of several coarser grids of positions: the products cost ten times the forward pass of a ResNet.
+WHOLE, WINDOW = 1024, 64
+
+#: Bytes that the activations of a forward pass may take at a time.
+STREAM_MEMORY = {"cpu": 2**29, "accelerator": 2**32}
 
 
 @dataclass(frozen=True)
@@ -27,7 +30,7 @@ class Observed:
     Attributes:
         n: Number of data.
         loss: Sum of their losses, in nats.
-        statistics: What the structure sums over all data.
+        statistics: What the structure sums over all data; None if it sums nothing.
     """
 
     n: int
@@ -41,61 +44,68 @@ class Observed:
 
     def __add__(self, other: Observed) -> Observed:
         """Of both streams."""
-        statistics = [own.statistics for own in (self, other) if own.statistics is not None]
-        both = statistics[0] + statistics[1] if len(statistics) == 2 else statistics[0] if statistics else None
+        known = self.statistics is not None and other.statistics is not None  # half of the data are not all of them
+        both = self.statistics + other.statistics if known else None
         return Observed(self.n + other.n, self.loss + other.loss, both)
 
 
-def windows(start: int, n: int) -> Iterator[tuple[slice, int]]:
-    """Of ``n`` data at a position of the stream, those to observe, as slices of them, and how many each stands for.
+def windows(start: int, n: int) -> Iterator[tuple[slice, int | None]]:
+    """The ``n`` data at a position of the stream in slices, with the phase of the grid that each is observed on.
 
-    Which data these are depends on their positions alone, not on how the stream is cut. In every run of
-    ``WINDOW * EVERY`` data the window lies elsewhere (at multiples of the golden ratio), so that no period of an
-    ordered stream is seen at one phase only.
+    The phase of a datum depends on its position alone, not on how the stream is cut.
     """
     if start < WHOLE:
-        yield slice(0, min(n, WHOLE - start)), 1
-    length = WINDOW * EVERY
-    for run in range(max(0, start - WHOLE) // length, max(0, start + n - WHOLE + length - 1) // length):
-        offset = WINDOW * int(run * 0.6180339887498949 % 1 * EVERY)
-        first = WHOLE + run * length + offset - start
-        chosen = slice(max(0, first), min(n, first + WINDOW))
-        if chosen.start < chosen.stop:
-            yield chosen, EVERY
+        yield slice(0, min(n, WHOLE - start)), None
+    for number in range(max(0, start - WHOLE) // WINDOW, max(0, start + n - WHOLE + WINDOW - 1) // WINDOW):
+        first = WHOLE + number * WINDOW - start
+        yield slice(max(0, first), min(n, first + WINDOW)), number
 
 
 class Stream:
     """Gives a sampler the outputs of every batch, and sums on the way what needs no more than the forward pass."""
 
     def __init__(
-        self, discover: Callable[[_data.Inputs], Network], likelihood: Likelihood, structure: Structure
+        self,
+        discover: Callable[[_data.Inputs], Network],
+        likelihood: Likelihood,
+        structure: Structure,
+        chunk_size: int | None = None,
     ) -> None:
         self._discover, self._likelihood, self._structure = discover, likelihood, structure
+        self._chunk_size = chunk_size
         self._network: Network | None = None
         #: None until a sampler asks for outputs.
         self.observed: Observed | None = None
 
     def __call__(self, inputs: _data.Inputs, targets: Tensor) -> Tensor:
-        """Outputs ``[n, C]``, in chunks that fit :data:`~debiased_laplace.gradients.CHUNK_MEMORY`."""
+        """Outputs ``[n, C]``, in chunks of activations that fit :data:`STREAM_MEMORY`."""
         if self._network is None:
             self._network = self._discover(inputs)
         network = self._network
         self._likelihood.check_targets(targets, network.n_outputs)
+        memory = STREAM_MEMORY["cpu" if network.device.type == "cpu" else "accelerator"]
         outputs = []
-        for part in _data.slices(_data.count(inputs), network.chunk_size(CHUNK_MEMORY)):
-            factors = network.factors(_data.take(inputs, part))
-            outputs.append(factors.outputs.to(network.dtype))
-            losses = self._likelihood.loss(outputs[-1], targets[part].to(network.device))
-            seen = 0 if self.observed is None else self.observed.n
-            own = Observed(len(losses), float(losses.double().sum()), None)
-            for chosen, weight in windows(seen, len(losses)):
-                statistics = self._structure.observe(network, factors, chosen)
-                if statistics is None:
-                    break
-                statistics = statistics if weight == 1 else statistics * weight
-                own = replace(own, statistics=statistics if own.statistics is None else own.statistics + statistics)
-            self.observed = own if self.observed is None else self.observed + own
+        for part in _data.slices(_data.count(inputs), self._chunk_size or network.chunk_size(memory, 0)):
+            own, new = self._look(network, _data.take(inputs, part), targets[part])
+            outputs.append(own)
+            self.observed = new if self.observed is None else self.observed + new
         return torch.cat(outputs)
+
+    def _look(self, network: Network, inputs: _data.Inputs, targets: Tensor) -> tuple[Tensor, Observed]:
+        if not self._structure.observes:  # no need to know the layers
+            outputs = network.outputs(inputs).to(network.dtype)
+            return outputs, self._observed(network, outputs, targets)
+        factors = network.factors(inputs)
+        outputs = factors.outputs.to(network.dtype)
+        new = self._observed(network, outputs, targets)
+        for part, phase in windows(0 if self.observed is None else self.observed.n, len(outputs)):
+            statistics = self._structure.observe(network, factors, part, phase)
+            new = replace(new, statistics=statistics if new.statistics is None else new.statistics + statistics)
+        return outputs, new
+
+    def _observed(self, network: Network, outputs: Tensor, targets: Tensor) -> Observed:
+        losses = self._likelihood.loss(outputs, targets.to(network.device))
+        return Observed(len(losses), float(losses.double().sum()), None)
 
 
 def mean_loss(network: Network, likelihood: Likelihood, sample: Sample) -> float:

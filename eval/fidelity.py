@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import gzip
+import hashlib
 import json
 import os
 import sys
@@ -28,6 +29,7 @@ import torch.nn.functional as F
 from networks import digits_cnn, digits_mlp, digits_transformer, lenet, trained_cifar_resnet
 from torch import Tensor, nn
 
+import debiased_laplace
 from debiased_laplace import __version__
 from debiased_laplace.checkpoint import Progress
 from debiased_laplace.curvatures import projected_curvatures
@@ -44,6 +46,10 @@ from debiased_laplace.stream import Observed, Stream
 from debiased_laplace.structures import Diagonal, Full, Kronecker, LowRank, Structure
 from debiased_laplace.tuning import grid_search
 
+#: What of the package decides the numbers, so that records of another state are told apart.
+SOURCE = hashlib.sha256(
+    b"".join(path.read_bytes() for path in sorted(Path(debiased_laplace.__file__).parent.rglob("*.py")))
+).hexdigest()[:12]
 BUDGETS = (8, 16, 32, 64, 128, 256, 512, 1024)
 ABLATION_BUDGETS = (8, 32, 128)
 LIKELIHOOD = Categorical()
@@ -199,6 +205,8 @@ class Method:
     sampler: Callable[[int], Sampler]
     split: Split
     estimator: str = "projected"
+    #: Whether the statistics of layer inputs are those of the whole pool; by default where the sampler looks at it.
+    stream: bool | None = None
 
 
 #: The package's defaults and what they are judged against come first; the others are the ablation.
@@ -212,6 +220,8 @@ ABLATION: dict[str, Method] = {
     "uniform, two batches, factored": Method(UniformSampler, TwoBatch(), "factored"),
     "uniform, two overlapping batches": Method(lambda budget: Independent(UniformSampler(budget)), TwoBatch()),
     "uniform, cross-fit": Method(UniformSampler, CrossFit()),
+    "uniform, cross-fit, inputs of the stream": Method(UniformSampler, CrossFit(), stream=True),
+    "priority, cross-fit, inputs of the sample": Method(PrioritySampler, CrossFit(), stream=False),
     "priority, one batch": Method(PrioritySampler, Single()),
     "priority, two batches": Method(PrioritySampler, TwoBatch()),
     "priority, cross-fit, rotated": Method(PrioritySampler, CrossFit(average="rotated")),
@@ -224,6 +234,7 @@ ABLATION: dict[str, Method] = {
     "priority, cross-fit, factored": Method(PrioritySampler, CrossFit(), "factored"),
 }
 METHODS = MAIN | ABLATION
+ONE, TWO, DEFAULT = MAIN
 
 
 # -- one run ---------------------------------------------------------------------------------------
@@ -302,11 +313,12 @@ class Bench:
             observe=lambda inputs, _: self.outputs[id(inputs)],
         )  # fmt: skip
         looked = not isinstance(sampler, (UniformSampler, Independent))
-        observed: Observed | None = self.stream.observed if looked else None
+        stream = looked if method.stream is None else method.stream
+        observed: Observed | None = self.stream.observed if stream else None
         data = CurvatureData(self.network, sample.data, LIKELIHOOD)
         measurement = Measurement(self.structure, self.network, data, sample, observed, Progress(None, {}))
         basis, curvatures = measurement.cross(method.split, factored=method.estimator == "factored")
-        seconds = time.perf_counter() - start + self.pass_seconds * looked
+        seconds = time.perf_counter() - start + self.pass_seconds * (looked or stream)
         posterior = Posterior(
             self.network.mean(), basis, curvatures, self.problem.n_data, torch.ones(1, dtype=torch.float64)
         )
@@ -391,7 +403,7 @@ def plan(options: argparse.Namespace) -> list[tuple[str, str, str, int, int]]:
         if name in ("digits-cnn", "lenet"):
             add(name, "lowrank", [*MAIN, "priority, one batch", "priority, two batches"], few, options.seeds)
         if name in ("digits-cnn", "digits-mlp"):
-            add(name, "diag", MAIN, few, options.seeds)
+            add(name, "diag", [ONE, TWO, "priority, one batch"], few, options.seeds)
     for name, budgets in own.items():  # what takes long comes last
         if name == "resnet20" and not options.quick:
             add(name, "kron", ABLATION, [b for b in budgets if b in ABLATION_BUDGETS], min(3, options.seeds))
@@ -429,7 +441,7 @@ def main() -> None:
             "estimator": METHODS[method].estimator,
             "sampler": repr(METHODS[method].sampler(budget)), "split": repr(METHODS[method].split), "budget": budget,
             "seed": seed, "n_pool": len(bench.problem.pool[0]), "n_data": bench.problem.n_data,
-            "versions": {"debiased_laplace": __version__, "torch": torch.__version__},
+            "versions": {"debiased_laplace": __version__, "torch": torch.__version__, "source": SOURCE},
         } | found  # fmt: skip
         write(path, lambda p, record=record: p.write_text(json.dumps(record, indent=1)))  # type: ignore[misc]
         errors = {key: f"{own['abs_log_ratio']:.4f}" for key, own in found.get("priors", {}).items()}

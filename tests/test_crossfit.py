@@ -8,10 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from debiased_laplace.curvatures import projected_curvatures
 from debiased_laplace.fit import Fit, fit
 from debiased_laplace.gradients import CurvatureData, Network
-from debiased_laplace.likelihoods import Categorical, Gaussian
+from debiased_laplace.likelihoods import Bernoulli, Categorical, Gaussian
 from debiased_laplace.predictive import functional_moments
 from debiased_laplace.sampling import SHARED, PrioritySampler, Sample, UniformSampler, WeightedData
 from debiased_laplace.splits import CrossFit, Single, TwoBatch
@@ -182,25 +181,6 @@ def test_cross_fitting_does_not_overstate_where_one_batch_does():
     assert last > 2 * float(single[:, -1].mean() / true[:, -1].mean())
 
 
-@pytest.mark.parametrize("structure", [Kronecker(), LowRank(4), Full()], ids=repr)
-def test_a_round_measures_along_directions_that_its_fold_cannot_change(structure):
-    """Other data in one fold: the curvatures that the other folds' rounds add do not change by its directions alone."""
-    split = CrossFit(2)
-    inputs, labels = CASE.inputs(16), targets(Categorical(), 16, 2)
-    one = fitted([(inputs, labels)], structure=structure, split=split, sampler=UniformSampler(None))
-    network, sample = one.network, one.sample
-    statistics = structure.measure(network, CurvatureData(network, sample.fold([1]), Categorical()))
-    along = structure.eigenbasis(network, statistics, one.posterior.basis)
-    chunks = CurvatureData(network, sample.fold([0]), Categorical())
-    first = projected_curvatures(network, along, chunks)
-    # Scaling the second fold's weights changes neither its directions nor what the first fold measures.
-    statistics = structure.measure(network, CurvatureData(network, scaled(sample.fold([1]), 7.0), Categorical()))
-    again = projected_curvatures(network, structure.eigenbasis(network, statistics, one.posterior.basis), chunks)
-    if not isinstance(structure, Full):
-        assert_equal(first, again)
-    assert_equal(first.sum(), again.sum())
-
-
 @every_structure
 def test_priority_fits_are_closer_to_the_full_one_than_uniform_ones(structure):
     """Output variances at the same budget, over seeds."""
@@ -225,18 +205,106 @@ def test_priority_fits_are_closer_to_the_full_one_than_uniform_ones(structure):
     assert errors["crossed"] < 0.7 * errors["uniform"]
 
 
-def test_two_priority_fits_add_up():
+@pytest.mark.parametrize("changed", [False, True])
+def test_two_priority_fits_add_up(changed):
+    """Everything is measured at the present parameters: what was summed at others is not used."""
     first, second = stream(30), stream(20, seed=2)
     one = fitted(first, sampler=PrioritySampler(12), split=CrossFit(2))
-    both = fitted(second, sampler=PrioritySampler(10), split=CrossFit(2), previous=one)
+    model = confident()
+    if changed:
+        with torch.no_grad():
+            next(model.parameters()).mul_(1.1)
+    both = fitted(second, model, sampler=PrioritySampler(10), split=CrossFit(2), previous=one)
     assert (both.n_seen, both.posterior.n_data, len(both.sample.data)) == (50, 50, 22)
-    everything = fitted(first + second, sampler=UniformSampler(None), split=Single())
-    assert both.mean_loss == pytest.approx(everything.mean_loss, rel=1e-9)
-    uniform = fitted(second, sampler=UniformSampler(10), split=CrossFit(2), previous=one)
+    everything = torch.cat([x for x, _ in first + second])
+    columns, curvatures = by_hand(both, Kronecker(), CrossFit(2), None if changed else everything)
+    assert_equal(dense(both), (columns * curvatures) @ columns.mT)
+    losses = fitted(first + second, model, sampler=UniformSampler(None), split=Single()).mean_loss
+    if changed:
+        assert both.observed is None
+        data = both.sample.data
+        own = nn.functional.cross_entropy(model(data.inputs), data.targets, reduction="none").detach()
+        assert both.mean_loss == pytest.approx(float(data.weights @ own), rel=1e-9)
+    else:
+        assert both.mean_loss == pytest.approx(losses, rel=1e-9)
+    uniform = fitted(second, model, sampler=UniformSampler(10), split=CrossFit(2), previous=one)
     assert uniform.observed is None
+
+
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_fewer_data_than_folds(n):
+    """They are the whole stream and belong to all folds."""
+    batches = stream(n)
+    result = fitted(batches)
+    assert_equal(dense(result), dense(fitted(batches, sampler=UniformSampler(None), split=Single())))
+    both = fitted(batches, previous=fitted(stream(12, seed=4)))
+    assert both.n_seen == 12 + n
+
+
+@pytest.mark.parametrize("likelihood", [Categorical(), Bernoulli()], ids=lambda x: type(x).__name__)
+def test_importance_keeps_its_use_with_random_vectors(likelihood):
+    """The trace of the curvature from one vector for each datum, on a confident network with many outputs."""
+    generator = torch.Generator().manual_seed(0)
+    outputs = 8 * torch.randn(2000, 60, generator=generator, dtype=torch.float64)
+    traces = likelihood.curvature(outputs)
+    errors: dict[str, list[float]] = {"priority": [], "uniform": []}
+    for seed in range(40):
+        own = torch.Generator().manual_seed(seed)
+        for name, sampler in (("priority", PrioritySampler(64)), ("uniform", UniformSampler(64))):
+            data = sampler.draw(
+                [(outputs, torch.zeros(2000))], 1, own, likelihood=likelihood, observe=lambda inputs, _: inputs
+            ).data
+            uniforms = torch.rand(64, 1, 60, generator=own, dtype=torch.float64)
+            found = likelihood.sampled_square_root(data.inputs, uniforms).square().sum((0, 2))
+            errors[name].append(float(data.weights @ found / traces.mean()) - 1)
+    spread = {name: float(torch.tensor(values).square().mean()) ** 0.5 for name, values in errors.items()}
+    assert spread["priority"] < 0.5 * spread["uniform"]
+
+
+@pytest.mark.parametrize(
+    "options", [{"curvature": "empirical_fisher"}, {"structure": Diagonal("hesscale_gn")}], ids=str
+)
+def test_other_curvatures_are_drawn_uniformly(options):
+    """What a datum adds to them does not follow from its outputs."""
+    model = nn.Sequential(nn.Flatten(), nn.Linear(60, 2)).double()
+    result = fitted(stream(20), model, **options)
+    assert result.settings["sampler"] == "UniformSampler(budget=1024)"
+    assert fitted(stream(20), model).settings["sampler"].startswith("PrioritySampler(budget=1024")
+
+
+def test_a_loader_that_uses_its_memory_again():
+    inputs, labels = CASE.inputs(12), targets(Categorical(), 12, 2)
+
+    def batches():
+        x, y = torch.empty_like(inputs[:4]), torch.empty_like(labels[:4])
+        for part in range(3):
+            x.copy_(inputs[4 * part : 4 * part + 4])
+            y.copy_(labels[4 * part : 4 * part + 4])
+            yield x, y
+
+    for sampler in (PrioritySampler(100), UniformSampler(None), UniformSampler(9)):
+        data = fitted(batches(), sampler=sampler, split=Single()).sample.data
+        assert_equal(data.inputs, inputs[data.indices], 0.0)
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"mc_samples": 0}, "mc_samples"), ({"curvature": "hessian"}, "a curvature out of"),
+        ({"chunk_size": 0}, "chunk_size"), ({"sampler": PrioritySampler(3)}, "budget of at least 4 data"),
+        ({"sampler": UniformSampler(3)}, "budget of at least 4 data"),
+    ],
+)  # fmt: skip
+def test_wrong_arguments_are_found_before_the_data_are_read(options, match):
+    def unreadable():
+        raise AssertionError("the data were read")
+        yield
+
+    with pytest.raises(ValueError, match=match):
+        fitted(unreadable(), **options)
 
 
 def test_bad_targets_are_found_on_the_way():
     inputs, labels = CASE.inputs(6), torch.tensor([0, 1, 0, 1, 0, 5])
     with pytest.raises(ValueError, match="class indices from 0 to 1"):
-        fitted([(inputs, labels)], sampler=PrioritySampler(3))
+        fitted([(inputs, labels)], sampler=PrioritySampler(4))

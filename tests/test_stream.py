@@ -12,50 +12,65 @@ from debiased_laplace.stream import Observed, Stream, windows
 from debiased_laplace.structures import Diagonal, Kronecker
 from tests.datasets import targets
 from tests.networks import ZOO
-from tests.tolerances import MONTE_CARLO_Z, assert_equal
+from tests.tolerances import assert_equal
 
 CASE = ZOO["cnn"]
 
 
-def chosen(n: int, size: int) -> dict[int, int]:
-    """Positions of the data that are observed, and what each stands for, in batches of a size."""
-    found: dict[int, int] = {}
+def phases(n: int, size: int) -> list[int | None]:
+    """The phase that every datum is observed on, in batches of a size."""
+    found: list[int | None] = []
     for start in range(0, n, size):
-        for part, weight in windows(start, min(size, n - start)):
-            assert 0 <= part.start < part.stop <= min(size, n - start)
-            for position in range(start + part.start, start + part.stop):
-                assert position not in found
-                found[position] = weight
+        for part, phase in windows(start, min(size, n - start)):
+            assert start + part.start == len(found)
+            found += [phase] * (part.stop - part.start)
     return found
 
 
-@pytest.mark.parametrize("n", [1, 2048, 2049, 6000])
-@pytest.mark.parametrize("size", [1, 7, 100, 2048, 5000])
-def test_windows_do_not_depend_on_the_batches(n, size):
-    found = chosen(n, size)
-    assert found == chosen(n, n)
-    assert [found[p] for p in range(min(n, module.WHOLE))] == [1] * min(n, module.WHOLE)
-    assert set(found.values()) <= {1, module.EVERY}
+@pytest.mark.parametrize("n", [1, 1024, 1025, 3000])
+@pytest.mark.parametrize("size", [1, 7, 100, 1024, 5000])
+def test_every_datum_is_observed_once_and_in_a_phase_of_its_own_position(n, size):
+    found = phases(n, size)
+    assert len(found) == n
+    assert found == phases(n, n)
+    assert found[: module.WHOLE] == [None] * min(n, module.WHOLE)
+    for position in range(module.WHOLE, n):
+        assert found[position] == (position - module.WHOLE) // module.WINDOW
 
 
-def test_windows_stand_for_the_whole_stream():
-    n = module.WHOLE + 40 * module.WINDOW * module.EVERY
-    found = chosen(n, 128)
-    assert sum(found.values()) == n
-    later = torch.tensor([position for position, weight in found.items() if weight > 1])
-    assert len(later) == 40 * module.WINDOW
-    # A period of the order of the windows' runs is seen at all phases.
-    length = module.WINDOW * module.EVERY
-    counts = torch.bincount(((later - module.WHOLE) % length) * 8 // length, minlength=8)
-    assert float(counts.min()) > 0.5 * float(counts.float().mean())
+@pytest.mark.parametrize("name", [name for name, case in ZOO.items() if case.n_outputs > 1])
+def test_the_grids_together_have_all_positions(name):
+    """Of every layer: the mean of the outer products over phases is that at all positions."""
+    case = ZOO[name]
+    model, inputs = case.model(), case.inputs(3)
+    network = Network.discover(model, inputs)
+    factors = network.factors(inputs)
+    n_phases = 8  # a multiple of those of every kind of layer
+    for block in network.blocks:
+
+        def gram(phase: int | None, block=block) -> torch.Tensor:
+            columns = factors.inputs(block, phase=phase)
+            return torch.einsum("ngis,ngjs->gij", columns, columns)
+
+        assert_equal(sum(gram(phase) for phase in range(n_phases)) / n_phases, gram(None))
+
+
+def test_coarser_grids_have_fewer_positions():
+    case = ZOO["cnn"]
+    inputs = case.inputs(3)
+    network = Network.discover(case.model(), inputs)
+    factors = network.factors(inputs)
+    positions = [factors.inputs(block).shape[-1] for block in network.blocks]
+    fewer = [factors.inputs(block, phase=3).shape[-1] for block in network.blocks]
+    assert all(f <= p for f, p in zip(fewer, positions, strict=True))
+    assert fewer[0] <= positions[0] / 2
 
 
 @pytest.mark.parametrize("size", [1, 4, 30])
 def test_the_sums_of_a_stream(size, monkeypatch):
-    """Weighted sums over the observed data; means over all in expectation, exactly while the stream is short."""
+    """Sums of what is observed of every datum; at all positions while the stream is short."""
     monkeypatch.setattr(module, "WHOLE", 8)
-    monkeypatch.setattr(module, "WINDOW", 2)
-    monkeypatch.setattr(module, "EVERY", 3)
+    monkeypatch.setattr(module, "WINDOW", 3)
     model, n = CASE.model(), 30
     inputs, labels = CASE.inputs(n), targets(Categorical(), n, 2)
     network = Network.discover(model, inputs)
@@ -66,16 +81,25 @@ def test_the_sums_of_a_stream(size, monkeypatch):
     assert isinstance(observed, Observed)
     assert observed.n == n
     assert observed.mean_loss == pytest.approx(float(torch.nn.functional.cross_entropy(model(inputs), labels).detach()))
-    weights = torch.zeros(n, dtype=torch.float64)
-    for position, weight in chosen(n, n).items():
-        weights[position] = weight
-    assert weights[:8].tolist() == [1] * 8
-    assert 0 < int((weights[8:] == 3).sum()) < 22
+    assert observed.statistics.count == n
     factors = network.factors(inputs)
-    assert observed.statistics.count == float(weights.sum())
     for total, block in zip(observed.statistics.totals, network.blocks, strict=True):
-        columns = factors.inputs(block)
-        assert_equal(total, torch.einsum("n,ngis,ngjs->gij", weights, columns, columns))
+        expected = torch.zeros_like(total)
+        for position, phase in enumerate(phases(n, n)):
+            columns = factors.inputs(block, slice(position, position + 1), phase)
+            expected += torch.einsum("ngis,ngjs->gij", columns, columns)
+        assert_equal(total, expected)
+
+
+@pytest.mark.parametrize("structure", [Kronecker(), Diagonal()], ids=repr)
+def test_the_chunk_size_is_the_users(structure):
+    calls = []
+    model = CASE.model()
+    network = Network.discover(model, CASE.inputs(3))
+    model.register_forward_hook(lambda module, inputs, output: calls.append(len(output)))
+    stream = Stream(lambda _: network, Categorical(), structure, chunk_size=4)
+    stream(CASE.inputs(10), targets(Categorical(), 10, 2))
+    assert calls == [4, 4, 2]
 
 
 def test_nothing_to_observe():
@@ -87,14 +111,14 @@ def test_nothing_to_observe():
     assert stream.observed.n == 5
 
 
-def test_a_periodic_stream_is_observed_without_bias():
-    """The mean over observed data of a quantity with any period near the windows' run, against the mean over all."""
-    n = module.WHOLE + 400 * module.WINDOW * module.EVERY
-    found = chosen(n, 1000)
-    positions = torch.tensor(list(found))
-    weights = torch.tensor(list(found.values())).double()
-    length = module.WINDOW * module.EVERY
-    for period in (length // 8, length // 2, length - 1, length, length + 1, 2 * length, 1000):
-        value = torch.sin(2 * torch.pi * positions / period)
-        error = (weights * value).sum() / weights.sum()
-        assert abs(float(error)) < MONTE_CARLO_Z / (2 * 400) ** 0.5  # as for windows at random
+def test_half_of_the_data_are_not_all_of_them():
+    model = CASE.model()
+    network = Network.discover(model, CASE.inputs(3))
+    both = []
+    for structure in (Kronecker(), Diagonal()):
+        stream = Stream(lambda _: network, Categorical(), structure)
+        stream(CASE.inputs(5), targets(Categorical(), 5, 2))
+        both.append(stream.observed)
+    assert (both[0] + both[1]).statistics is None
+    assert (both[0] + both[1]).n == 10
+    assert (both[0] + both[0]).statistics.count == 10

@@ -13,12 +13,12 @@ from torch import Tensor
 
 from debiased_laplace import _checks
 from debiased_laplace.basis import DenseBasis, IdentityBasis
-from debiased_laplace.fit import Fit, fit
+from debiased_laplace.fit import Fit, default_sampler, fit
 from debiased_laplace.gradients import Network
 from debiased_laplace.laplace_torch import noise, subset
 from debiased_laplace.laplace_torch.settings import STRUCTURES, SettingsLayer, embed, restrict
 from debiased_laplace.posterior import Posterior
-from debiased_laplace.sampling import PrioritySampler, Sampler, UniformSampler
+from debiased_laplace.sampling import Sampler
 from debiased_laplace.splits import Split
 from debiased_laplace.structures import Structure
 
@@ -60,8 +60,9 @@ class FittingLayer(SettingsLayer):
             split: ``CrossFit()`` by default, every datum in both roles but never at once (``Single()`` for ``"diag"``
                 and with all data, where there is no bias); ``TwoBatch()`` is the source paper's, ``Single()`` the
                 usual, biased practice.
-            sampler: Instead of a draw of ``budget`` data by importance, ``PrioritySampler(budget)``;
-                ``UniformSampler(budget)`` is the usual one, and needs no forward pass over the loader.
+            sampler: Instead of a draw of ``budget`` data by importance, ``PrioritySampler(budget)``, with one forward
+                pass over the whole loader; ``UniformSampler(budget)`` is the usual one, needs no forward pass, and is
+                the default for the empirical Fisher and for HesScale.
             structure: The structure of ``hessian_structure`` with other settings, such as ``LowRank(rank=50)``.
             estimator: ``"projected"`` (equation 2) or ``"factored"`` (classical K-FAC).
             mc_samples: Random vectors for each datum; None is exact; ``"auto"`` is what the backend says, or else exact
@@ -81,14 +82,14 @@ class FittingLayer(SettingsLayer):
         previous = None if override else self.fitted
         if previous is not None:
             noise.check_profile(self.sigma_noise, self._noise_profile, self.n_outputs)
-        if sampler is None:
-            sampler = UniformSampler(None) if budget is None else PrioritySampler(budget)
         if mc_samples == "auto":
             mc_samples = self._backend_settings.get("mc_samples", "auto")
         curvature = curvature or self._backend_settings.get("curvature", "ggn")
+        structure = self._structure(structure)
+        sampler = sampler or default_sampler(budget, structure, curvature)
         fitted = fit(
             self.model, train_loader, noise.with_noise(self.output_likelihood, self.sigma_noise),
-            structure=self._structure(structure), indices=self._indices,
+            structure=structure, indices=self._indices,
             parameters=None if self._indices is not None else self._names or "last_layer",
             sampler=sampler, split=split, estimator=estimator, mc_samples=mc_samples,
             curvature=curvature, separate_bias=self._separates_bias,

@@ -111,7 +111,7 @@ class GaussianLayer(FittingLayer):
 
     @property
     def log_likelihood(self) -> Tensor:
-        """Log-likelihood of the training data; estimated from the data drawn, unless all were."""
+        """Log-likelihood of the training data; estimated from the data drawn if the sampler did not look at all."""
         return self._log_likelihood().to(self._float_dtype)
 
     def _log_likelihood(self) -> Tensor:

@@ -42,6 +42,10 @@ class ProfiledGaussian(Gaussian):
         """``[C, N, C]``, the unit vectors divided by the profile."""
         return super().hessian_square_root(outputs) / self.profile.to(outputs)
 
+    def curvature(self, outputs: Tensor) -> Tensor:
+        """``[N]``, the same for all data."""
+        return self.profile.to(outputs).square().reciprocal().sum().expand(len(outputs))
+
     def sampled_square_root(self, outputs: Tensor, uniforms: Tensor) -> Tensor:
         """``[M, N, C]``, likewise."""
         return super().sampled_square_root(outputs, uniforms) / self.profile.to(outputs)

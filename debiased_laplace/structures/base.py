@@ -43,14 +43,20 @@ class Structure(ABC):
     #: Whether the directions depend on data at all. If not, there is no bias, and splitting only discards data.
     data_dependent: ClassVar[bool] = True
 
+    #: Whether a forward pass over the whole stream tells something (:meth:`observe`).
+    observes: ClassVar[bool] = False
+
     @property
     def projects(self) -> bool:
         """Whether equation (2) measures its curvatures; otherwise its statistics always do."""
         return True
 
-    def observe(self, network: Network, factors: Factors, part: slice) -> Any:
-        """What a forward pass alone tells of some of its data; additive and a mean in the end; None if nothing."""
-        return None
+    def observe(self, network: Network, factors: Factors, part: slice, phase: int | None = None) -> Any:
+        """What a forward pass alone tells of some of its data, additive over data.
+
+        With a ``phase``, an unbiased estimate of it from a coarser grid of positions (:mod:`debiased_laplace.layers`).
+        """
+        raise NotImplementedError
 
     def complete(self, statistics: Any, observed: Any) -> Any:
         """Statistics with the sum over :meth:`observe` in the place of what they know less well."""

@@ -81,20 +81,16 @@ class InputStatistics:
 
     Attributes:
         totals: Sum of the outer products of every block, ``[G, I, I]``.
-        count: Number of data in the sums, those that stand for several counted so many times.
+        count: Number of data in the sums.
     """
 
     totals: list[Tensor]
-    count: float
+    count: int
 
     def __add__(self, other: InputStatistics) -> InputStatistics:
         """Of both data together."""
         totals = [a + b for a, b in zip(self.totals, other.totals, strict=True)]
         return InputStatistics(totals, self.count + other.count)
-
-    def __mul__(self, factor: float) -> InputStatistics:
-        """Of data that stand for so many times as many."""
-        return InputStatistics([factor * total for total in self.totals], factor * self.count)
 
 
 @dataclass(frozen=True)
@@ -107,12 +103,14 @@ class Kronecker(Structure):
 
     eigh_dtype: torch.dtype = torch.float64
 
-    def observe(self, network: Network, factors: Factors, part: slice) -> InputStatistics:
+    observes: ClassVar[bool] = True
+
+    def observe(self, network: Network, factors: Factors, part: slice, phase: int | None = None) -> InputStatistics:
         """Outer products of the inputs, of every block."""
         totals = []
         for block in network.blocks:
             total = torch.zeros(block.groups, block.inputs, block.inputs, device=network.device, dtype=network.dtype)
-            for _, columns in factors.input_pieces(block, part):
+            for _, columns in factors.input_pieces(block, part, phase):
                 total += _gram(columns)
             totals.append(total)
         return InputStatistics(totals, part.stop - part.start)
