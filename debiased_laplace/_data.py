@@ -6,7 +6,7 @@ joins batches is in this file, so that a dictionary-like input works wherever a 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -61,17 +61,31 @@ def take(inputs: Inputs, index: Tensor | slice) -> Inputs:
 
 
 def concatenate(batches: list[Inputs]) -> Inputs:
-    """Join batches of one nesting along the data."""
+    """Join batches of one nesting along the data.
+
+    Raises:
+        ValueError: If their shapes differ otherwise.
+    """
     if isinstance(batches[0], Tensor):
-        return torch.cat(batches)
+        return _joined(batches)
     first, spec = _pytree.tree_flatten(map_tensors(lambda leaf: leaf, batches[0]))
     columns = zip(
         first,
         *(_pytree.tree_leaves(map_tensors(lambda leaf: leaf, batch)) for batch in batches[1:]),
         strict=True,
     )
-    joined = [torch.cat(column) if isinstance(column[0], Tensor) else column[0] for column in columns]
+    joined = [_joined(column) if isinstance(column[0], Tensor) else column[0] for column in columns]
     return _pytree.tree_unflatten(joined, spec)
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    shapes = {part.shape[1:] for part in parts}
+    if len(shapes) > 1:
+        raise ValueError(
+            "Expected inputs of one shape in all batches, since data of several are kept together, got "
+            f"{sorted(tuple(shape) for shape in shapes)} after the first dimension. Pad or crop them to one size."
+        )
+    return torch.cat(list(parts))
 
 
 def to_device(inputs: Inputs, device: torch.device) -> Inputs:
