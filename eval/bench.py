@@ -77,8 +77,13 @@ CASES: list[tuple[str, str, int, list[tuple[str, int]], str]] = [
 ]  # fmt: skip
 
 
-#: Batches to try for the largest one; eigenvectors of the Gram matrix take minutes above.
-BATCHES = (16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
+#: Batches to try for the largest one. After one that takes longer than PATIENCE no larger one is tried: eigenvectors of
+#: a whole Gram matrix take minutes.
+BATCHES = {
+    "LeNet": (256, 512, 768, 1024, 2048, 4096),
+    "3C3D": (16, 32, 48, 64, 80, 96, 128, 192, 256, 384, 512, 768, 1024),
+}
+PATIENCE = 60.0
 
 
 def synchronise(device: str) -> None:
@@ -292,11 +297,16 @@ def run_process(arguments: list[str]) -> dict[str, Any]:
 def largest_batch(name: str, side: str, device: str) -> dict[str, Any]:
     """The largest of some batches whose top eigenpairs take at most 4 GB, with its time and memory."""
     best: dict[str, Any] = {"error": "not even the smallest batch"}
-    for n in BATCHES:
+    for n in BATCHES[name]:
         result = run_process(["--device", device, "--one", "largest batch", name, str(n), side, "1"])
         if "error" in result or result["memory_mb"] > 4096:
             break
-        best = {**result, "batch": n}
+        why = "the largest that was tried" if n == BATCHES[name][-1] else ""
+        if result["seconds"][0] > PATIENCE:
+            why = f"took {result['seconds'][0]:.0f} s; larger ones were not tried"
+        best = {**result, "batch": n, "why": why}
+        if result["seconds"][0] > PATIENCE:
+            break
     return best
 
 
@@ -331,7 +341,7 @@ def report(records: list[dict[str, Any]], title: str) -> str:
                 lines.append(f"| {what} | {side} | fails: {result['error'][:110]} | | | |")
                 continue
             if "batch" in result:
-                largest = " (the largest that was tried)" if result["batch"] == BATCHES[-1] else ""
+                largest = f" ({result['why']})" if result["why"] else ""
                 cells = f"| batch of {result['batch']}{largest} | | | {result['memory_mb']:.0f} MB |"
                 lines.append(f"| {record['what']}, {record['network']} | {side} {cells}")
                 continue
