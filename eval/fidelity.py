@@ -367,6 +367,64 @@ class Bench:
         return compared
 
 
+# -- time ------------------------------------------------------------------------------------------
+
+
+class Clocked(Kronecker):
+    """K-FAC that knows how long its steps take."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        object.__setattr__(self, "seconds", {"inputs": 0.0, "statistics": 0.0, "eigenvectors": 0.0})
+
+    def _timed(self, name: str, call: Callable[[], Any]) -> Any:
+        start = time.perf_counter()
+        result = call()
+        self.seconds[name] += time.perf_counter() - start  # type: ignore[attr-defined]
+        return result
+
+    def observe(self, *arguments: Any) -> Any:
+        """As K-FAC's."""
+        return self._timed("inputs", lambda: Kronecker.observe(self, *arguments))
+
+    def measure(self, *arguments: Any) -> Any:
+        """As K-FAC's."""
+        return self._timed("statistics", lambda: Kronecker.measure(self, *arguments))
+
+    def eigenbasis(self, *arguments: Any, **keywords: Any) -> Any:
+        """As K-FAC's."""
+        return self._timed("eigenvectors", lambda: Kronecker.eigenbasis(self, *arguments, **keywords))
+
+
+def timing(name: str, cache: Path, folder: Path | None) -> dict[str, Any]:
+    """Seconds of every step of a whole fit, of few data and of all; the latter from a fifth of them, times five."""
+    problem = PROBLEMS[name](cache, folder)
+    inputs, labels = problem.pool
+    batches = list(zip(inputs.split(250), labels.split(250), strict=True))
+
+    def steps(some: list[tuple[Tensor, Tensor]], sampler: Sampler) -> dict[str, float]:
+        structure, shares = Clocked(), {}
+        start = time.perf_counter()
+        fitted = fit(problem.model, some, LIKELIHOOD, structure=structure, sampler=sampler, n_data=problem.n_data)
+        shares = {"total": time.perf_counter() - start} | structure.seconds  # type: ignore[attr-defined]
+        if isinstance(sampler, PrioritySampler):
+            network, start = fitted.network, time.perf_counter()
+            for x, _ in some:
+                network.factors(x)
+            shares["forward pass"] = time.perf_counter() - start
+        shares["curvatures and the rest"] = shares["total"] - sum(v for key, v in shares.items() if key != "total")
+        return shares
+
+    steps(batches[:1], PrioritySampler(16))  # warm
+    found: dict[str, Any] = {
+        f"default, {budget} data": steps(batches, PrioritySampler(budget)) for budget in (128, 512)
+    }
+    few = batches[: max(1, len(batches) // 5)]
+    fifth = steps(few, UniformSampler(None))
+    found["all data"] = {key: value * len(batches) / len(few) for key, value in fifth.items()}
+    return found
+
+
 # -- the grid --------------------------------------------------------------------------------------
 
 
@@ -419,11 +477,18 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--data-dir", type=Path, default=None, help="folder with FashionMNIST/raw and cifar10")
     parser.add_argument("--out", type=Path, default=Path("eval/results"))
+    parser.add_argument("--timing", action="store_true", help="only the seconds of whole fits, of one network")
     parser.add_argument("--quick", action="store_true", help="two networks on digits, few budgets and seeds")
     options = parser.parse_args()
     if options.networks is None:
         some = [name for name in PROBLEMS if name.startswith("digits")]
         options.networks = list(PROBLEMS) if options.data_dir else some
+    if options.timing:
+        for name in options.networks:
+            record = timing(name, options.out / "cache", options.data_dir)
+            write(options.out / "timing" / f"{name}.json", lambda p, r=record: p.write_text(json.dumps(r, indent=1)))  # type: ignore[misc]
+            print(json.dumps(record, indent=1))
+        return
     if options.quick:
         options.networks, options.budgets, options.seeds = ["digits-cnn", "digits-mlp"], [16, 64], 2
     bench: Bench | None = None

@@ -285,6 +285,22 @@ def exact(records: Records) -> str:
     return markdown(["network", "budget", *MAIN], rows)
 
 
+def time_table(folder: Path) -> str:
+    """Seconds of the steps of whole fits."""
+    rows = []
+    for path in sorted(folder.glob("*.json")):
+        found = json.loads(path.read_text())
+        whole = found["all data"]["total"]
+        for fitted, shares in found.items():
+            cells = ", ".join(
+                f"{name} {100 * value / shares['total']:.0f} %" for name, value in shares.items() if name != "total"
+            )
+            rows.append([
+                NETWORKS[path.stem], fitted, f"{shares['total']:.1f}", f"1/{whole / shares['total']:.1f}", cells,
+            ])  # fmt: skip
+    return markdown(["network", "fit", "seconds", "of the full fit", "shares"], rows)
+
+
 def figure(records: Records, prior: str, path: Path) -> None:
     """Error against budget, a panel for each network."""
     names = records.networks()
@@ -342,6 +358,7 @@ def main() -> None:
             "prior tuned": main_table(records, "tuned"),
             "ablation": ablation(records),
             "cost": cost(records),
+            "time": time_table(options.results / "timing"),
             "predictions": predictions(records),
             "low rank": low_rank(records),
             "diagonal": diagonal(records),

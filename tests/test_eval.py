@@ -1,0 +1,81 @@
+"""The fidelity experiment in its smallest form: records that are kept, tables that are filled, a picture."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+def script(name: str, *arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, ROOT / "eval" / name, *arguments], capture_output=True, text=True, cwd=ROOT)
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory) -> Path:
+    """Two budgets of one network."""
+    out = tmp_path_factory.mktemp("results")
+    done = run_fidelity(out)
+    assert done.returncode == 0, done.stderr
+    return out
+
+
+def run_fidelity(out: Path) -> subprocess.CompletedProcess:
+    return script(
+        "fidelity.py", "--networks", "digits-cnn", "--budgets", "16", "64", "--seeds", "2", "--methods",
+        "uniform, one batch", "uniform, two batches", "default", "--out", str(out),
+    )  # fmt: skip
+
+
+def test_records_are_kept_and_not_made_twice(results):
+    paths = sorted((results / "fidelity").glob("digits-cnn.kron.*.json"))
+    assert len(paths) == 3 * 2 * 2
+    before = {path: path.read_bytes() for path in paths}
+    missing = paths.pop()
+    missing.unlink()
+    done = run_fidelity(results)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("digits-cnn.kron") == 1
+    again = json.loads(missing.read_text())
+    first = json.loads(before[missing])
+    for key in ("budget", "seed", "drawn", "certain", "method", "versions"):
+        assert again[key] == first[key]
+    assert again["priors"]["1"]["abs_log_ratio"] == pytest.approx(first["priors"]["1"]["abs_log_ratio"], rel=1e-3)
+    for path in paths:
+        assert path.read_bytes() == before[path]
+
+
+def test_the_report_fills_its_tables(results, tmp_path):
+    docs = tmp_path / "docs"
+    docs.mkdir()
+    shutil.copy(ROOT / "docs" / "fidelity.md", docs)
+    done = script("report.py", "--results", str(results), "--docs", str(docs))
+    assert done.returncode == 0, done.stderr
+    text = (docs / "fidelity.md").read_text()
+    row = next(line for line in text.splitlines() if line.startswith("| CNN on digits | 64 |"))
+    summary = json.loads((docs / "records" / "fidelity.json").read_text())
+    (own,) = [e for e in summary if (e["structure"], e["method"], e["budget"]) == ("kron", "default", 64)]
+    assert f"{own['abs_log_ratio, prior 1']['mean']:.4f}" in row
+    uniform = next(
+        e for e in summary if (e["structure"], e["method"], e["budget"]) == ("kron", "uniform, two batches", 64)
+    )
+    assert own["abs_log_ratio, prior 1"]["mean"] < uniform["abs_log_ratio, prior 1"]["mean"]
+    assert (docs / "fidelity.png").stat().st_size > 5000
+
+
+def test_without_records_the_report_says_what_to_do(tmp_path):
+    done = script("report.py", "--results", str(tmp_path), "--docs", str(tmp_path))
+    assert done.returncode == 1
+    assert "Run eval/fidelity.py first" in done.stderr
+
+
+def test_data_that_are_not_there():
+    done = script("fidelity.py", "--networks", "lenet", "--seeds", "1")
+    assert done.returncode == 1
+    assert "folder FashionMNIST/raw in the folder of --data-dir, got None" in done.stderr
