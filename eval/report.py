@@ -366,15 +366,15 @@ def main() -> None:
         },
     )
     figure(records, "1", options.docs / "fidelity.png")
-    fields = ("abs_log_ratio", "log_ratio", "kl", "nll_difference", "ece_difference")
+    fields = ("abs_log_ratio", "log_ratio")
     summary = [
         {"network": key[0], "structure": key[1], "method": key[2], "budget": key[3], "seeds": len(own)}
         | {
-            f"{field}, prior {prior}": {k: round(v, 6) for k, v in value.items() if k in ("mean", "se")}
+            f"{field}, prior {prior}": {k: float(f"{v:.4g}") for k, v in value.items() if k in ("mean", "se")}
             for prior in ("1", "tuned") for field in fields
             if (value := statistics(own, "priors", prior, field)) is not None
         }
-        | ({"curvature_ratio": ratio} if (ratio := statistics(own, "curvature_ratio")) is not None else {})
+        | ({"curvature_ratio": {k: round(v, 4) for k, v in ratio.items()}} if (ratio := statistics(own, "curvature_ratio")) is not None else {})
         for key, own in sorted(records.found.items())
     ]  # fmt: skip
     target = options.docs / "records" / "fidelity.json"
