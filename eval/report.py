@@ -344,6 +344,12 @@ def fill(document: Path, tables: dict[str, str]) -> None:
     document.write_text(text)
 
 
+def ratios(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The curvature ratio, where there is one."""
+    own = statistics(records, "curvature_ratio")
+    return {} if own is None else {"curvature_ratio": {key: round(value, 4) for key, value in own.items()}}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=Path("eval/results"))
@@ -374,7 +380,7 @@ def main() -> None:
             for prior in ("1", "tuned") for field in fields
             if (value := statistics(own, "priors", prior, field)) is not None
         }
-        | ({"curvature_ratio": {k: round(v, 4) for k, v in ratio.items()}} if (ratio := statistics(own, "curvature_ratio")) is not None else {})
+        | ratios(own)
         for key, own in sorted(records.found.items())
     ]  # fmt: skip
     target = options.docs / "records" / "fidelity.json"
