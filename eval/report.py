@@ -198,24 +198,6 @@ def ablation(records: Records, prior: str = "1") -> str:
     return markdown(["error relative to the default's", *(f"budget {b}" for b in budgets)], rows)
 
 
-def cost(records: Records, prior: str = "1") -> str:
-    """Error and time together."""
-    rows = []
-    for network in records.networks():
-        for budget in [b for b in records.budgets(network) if b in (8, 32, 128, 512)]:
-            for method in MAIN:
-                error = records.of(network, "kron", method, budget, "priors", prior, "abs_log_ratio")
-                seconds, gradients = (
-                    records.of(network, "kron", method, budget, field) for field in ("seconds", "gradients")
-                )
-                if error and seconds and gradients:
-                    rows.append([
-                        NETWORKS[network], str(budget), method, number(error), f"{seconds['mean']:.2f}",
-                        f"{gradients['mean']:.0f}",
-                    ])  # fmt: skip
-    return markdown(["network", "budget", "method", "error", "seconds", "gradients of a datum"], rows)
-
-
 def predictions(records: Records) -> str:
     """Differences of predictions to those of the full-data posterior, at its tuned prior precision."""
     rows = []
@@ -363,7 +345,6 @@ def main() -> None:
             "prior 1": main_table(records, "1"),
             "prior tuned": main_table(records, "tuned"),
             "ablation": ablation(records),
-            "cost": cost(records),
             "time": time_table(options.results / "timing"),
             "predictions": predictions(records),
             "low rank": low_rank(records),
