@@ -241,3 +241,14 @@ def versions() -> dict[str, str]:
         "numpy": np.__version__,
         "safetensors": safetensors.__version__,
     }
+
+
+def check_model(path: str | Path, header: dict[str, Any], model: torch.nn.Module) -> None:
+    """Raise a ``ValueError`` that says what differs, unless a file's header has the shapes and weights of the model."""
+    shapes = {name: list(p.shape) for name, p in model.named_parameters() if name in header["shapes"]}
+    lines = differences({"shape": header["shapes"]}, {"shape": shapes})
+    lines = lines or differences(header["weights"], fingerprint(model.state_dict()))
+    if lines:
+        raise ValueError(
+            f"Expected the model that {path} was fitted to, got another: {'; '.join(lines)}. Load that model's weights."
+        )

@@ -110,14 +110,7 @@ class Fit:
         header = _store.read_header(path)
         if header.get("kind") != "fit":
             raise ValueError(f"Expected a saved fit in {path}, got {header.get('kind', 'something else')}.")
-        shapes = {name: list(p.shape) for name, p in model.named_parameters() if name in header["shapes"]}
-        lines = _store.differences({"shape": header["shapes"]}, {"shape": shapes})
-        lines = lines or _store.differences(header["weights"], _store.fingerprint(model.state_dict()))
-        if lines:
-            raise ValueError(
-                f"Expected the model that {path} was fitted to, got another: {'; '.join(lines)}. "
-                "Load that model's weights."
-            )
+        _store.check_model(path, header, model)
         state, _ = _store.read(path)
         return cls.restore(model, state)
 

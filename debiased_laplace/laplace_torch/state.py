@@ -144,14 +144,7 @@ class StateLayer(TuningLayer):
             raise ValueError(
                 f"Expected a saved {cls.__name__} in {path}, got one of {header['class']}. Use that class."
             )
-        shapes = {name: list(p.shape) for name, p in model.named_parameters() if name in header["shapes"]}
-        lines = _store.differences({"shape": header["shapes"]}, {"shape": shapes})
-        lines = lines or _store.differences(header["weights"], _store.fingerprint(model.state_dict()))
-        if lines:
-            raise ValueError(
-                f"Expected the model that {path} was fitted to, got another: {'; '.join(lines)}. Load that model's "
-                "weights."
-            )
+        _store.check_model(path, header, model)
         if likelihood is None and header["likelihood"] not in LIKELIHOODS:
             raise ValueError(f"Expected likelihood to be the {header['likelihood']} of the file, got None. Pass it.")
         state, _ = _store.read(path, _device(model))
