@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -59,6 +60,59 @@ def functional_moments(
     if any(p.gradient_basis is not basis for p in grid):  # priors that turn the directions: nothing to share
         moments = [functional_moments(network, p, inputs, covariance=covariance, chunk_size=chunk_size) for p in grid]
         return moments[0][0], torch.stack([spread for _, spread in moments])
+    means, spreads = [], []
+    for mean, parts in _part_spreads(network, grid, inputs, covariance=covariance, chunk_size=chunk_size):
+        means.append(mean)
+        spreads.append(sum(parts, torch.zeros((), device=mean.device)).to(network.dtype))
+    mean, spread = torch.cat(means), torch.cat(spreads, 1)
+    return mean, spread if several else spread[0]
+
+
+def part_variances(
+    network: Network,
+    posterior: Posterior,
+    inputs: _data.Inputs,
+    prior_precisions: Tensor,
+    chunk_size: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    r"""Mean, and what every part of the basis adds to the variances of the linearised outputs.
+
+    Equation (4) is a sum over the parts, and each term depends on the prior precision of its own part alone: with a
+    table over R values for every part the variances for any of the :math:`R^{n_{parts}}` combinations are sums.
+
+    Args:
+        network: The model with its blocks.
+        posterior: Its prior precision has no effect.
+        inputs: N data.
+        prior_precisions: ``[R]``, each for the parts and, of an incomplete basis, the rest of their blocks' parameters.
+        chunk_size: Data at a time; ``None`` bounds the memory by ``CHUNK_MEMORY``.
+
+    Returns:
+        ``f: [N, C]`` and ``[R, n_parts, N, C]``, in squared units of the outputs; projections are computed once.
+    """
+    grid = [replace(posterior, prior_precision=p.reshape(1)) for p in _checks.prior_precisions(prior_precisions)]
+    means, spreads = [], []
+    for mean, parts in _part_spreads(
+        network, [p.normal_form for p in grid], inputs, covariance=False, chunk_size=chunk_size
+    ):
+        means.append(mean)
+        spreads.append(torch.stack([part.to(network.dtype) for part in parts], 1))
+    return torch.cat(means), torch.cat(spreads, 2)
+
+
+def _part_spreads(
+    network: Network, grid: Sequence[Posterior], inputs: _data.Inputs, *, covariance: bool, chunk_size: int | None
+) -> Iterator[tuple[Tensor, Iterator[Tensor]]]:
+    """Chunk after chunk the outputs ``[n, C]``, and part after part its (co)variances, ``[R, n, C]`` (``[..., C]``).
+
+    Args:
+        network: The model with its blocks.
+        grid: R posteriors in their normal forms, of one basis.
+        inputs: Data.
+        covariance: The covariance between outputs, or their variances alone.
+        chunk_size: Data at a time.
+    """
+    basis = grid[0].gradient_basis
     scales = basis.split(torch.stack([p.precisions for p in grid]).reciprocal())
     priors = None if basis.complete else _prior_variances(grid)
     _checks.chunk_size(chunk_size)
@@ -66,23 +120,22 @@ def functional_moments(
         shared = network.is_head and not covariance  # its unit vectors are the same for all data
         dense = any(isinstance(part, DenseBasis) for part in basis.parts)
         chunk_size = network.chunk_size(CHUNK_MEMORY, 0 if shared else network.n_outputs, formed=dense)
-    means, spreads = [], []
-    for chunk in _data.slices(_data.count(inputs), chunk_size):
-        mean, projections = _project(network, basis, _data.take(inputs, chunk))
-        spread = torch.zeros((), device=mean.device)
+
+    def contracted(projections: Iterator[tuple[Projected, list[Gradients]]]) -> Iterator[Tensor]:
         for index, (projected, raw) in enumerate(projections):
             contract = projected.covariances if covariance else projected.variances
-            if raw and priors is not None:  # J J^T / delta - Z^T (1 / delta - h) Z, in the precision of the part
-                along, prior = priors[index]
-                spread = spread - contract(along - scales[index])
-                for factors, variance in zip(raw, prior, strict=True):
-                    spread = spread + (factors.covariances if covariance else factors.variances)(variance)
-            else:
-                spread = spread + contract(scales[index])
-        means.append(mean)
-        spreads.append(spread.to(network.dtype))
-    mean, spread = torch.cat(means), torch.cat(spreads, 1)
-    return mean, spread if several else spread[0]
+            if not raw or priors is None:
+                yield contract(scales[index])
+                continue
+            along, prior = priors[index]  # J J^T / delta - Z^T (1 / delta - h) Z, in the precision of the part
+            spread = -contract(along - scales[index])
+            for factors, variance in zip(raw, prior, strict=True):
+                spread = spread + (factors.covariances if covariance else factors.variances)(variance)
+            yield spread
+
+    for chunk in _data.slices(_data.count(inputs), chunk_size):
+        mean, projections = _project(network, basis, _data.take(inputs, chunk))
+        yield mean, contracted(projections)
 
 
 def _prior_variances(grid: Sequence[Posterior]) -> list[tuple[Tensor, list[Tensor]]]:

@@ -57,18 +57,22 @@ def grid_search(
     seed: int = 0,
     targets_key: str = "labels",
     progress_bar: bool = False,
+    output_temperature: float = 1.0,
 ) -> PriorCurve:
     """Validation loss of every prior precision of a grid, in one pass: projections are computed once.
 
-    Regression uses the Gaussian predictive with the posterior's noise variance added.
+    Regression uses the Gaussian predictive with the posterior's noise variance added. Outputs are divided by
+    ``output_temperature`` before the link.
 
     Raises:
-        ValueError: If the loader is empty, a target is invalid, or a prior precision is not positive.
+        ValueError: If the loader is empty, a target is invalid, or a prior precision or the temperature is not positive
+            (or is not one, for regression).
 
     Warns:
         UserWarning: If the best value lies at the edge of the grid.
     """
     likelihood.check_link(link)
+    tau = checked_temperature(likelihood, output_temperature)
     grid = [replace(posterior, prior_precision=p.reshape(1)) for p in _checks.prior_precisions(prior_precisions)]
     covariance = likelihood.needs_covariance(link)
     generator = torch.Generator().manual_seed(seed)
@@ -84,27 +88,126 @@ def grid_search(
         if likelihood.is_regression:
             losses = gaussian_nll(mean, spread, targets, posterior.noise_variance)
         else:
-            losses = likelihood.log_loss(likelihood.predictive(mean, spread, link, normals), targets)
+            losses = likelihood.log_loss(likelihood.predictive(mean / tau, spread / tau**2, link, normals), targets)
         total += losses.double().sum(-1)
         n += n_batch
     if n == 0:
-        raise ValueError("Expected validation data, got an empty val_loader. A generator can be read only once.")
+        raise ValueError(EMPTY)
     losses = (total / n).cpu()
     _checks.finite(losses, "the validation losses", "Look for NaN in the validation data.")
     curve = PriorCurve(torch.stack([p.prior_precision[0] for p in grid]).cpu(), losses, link)
     if curve.at_edge and len(grid) > 1:
-        side, name = (
-            ("smallest", "log_prior_prec_min") if int(losses.argmin()) == 0 else ("largest", "log_prior_prec_max")
-        )
-        warnings.warn(
-            f"The best prior precision, {curve.best:.3g}, is the {side} of the grid: the optimum may lie beyond. "
-            f"Change {name}" + (
-                ", unless the loss has levelled off (then the posterior has nothing to add on these data)."
-                if side == "largest" else "."
-            ),
-            stacklevel=2,
-        )  # fmt: skip
+        warn_of_the_edge(curve.best, smallest=int(losses.argmin()) == 0)
     return curve
+
+
+EMPTY = "Expected validation data, got an empty val_loader. A generator can be read only once."
+
+
+def warn_of_the_edge(best: float, *, smallest: bool, of: str = "") -> None:
+    """Say that the best prior precision is an end of the grid."""
+    side, name = ("smallest", "log_prior_prec_min") if smallest else ("largest", "log_prior_prec_max")
+    warnings.warn(
+        f"The best prior precision{of}, {best:.3g}, is the {side} of the grid: the optimum may lie beyond. "
+        f"Change {name}" + (
+            "." if smallest
+            else ", unless the loss has levelled off (then the posterior has nothing to add on these data)."
+        ),
+        stacklevel=3,
+    )  # fmt: skip
+
+
+def checked_temperature(likelihood: Likelihood, temperature: float) -> float:
+    """A positive number, which is one for a regression, or a ``ValueError``."""
+    number = _checks.positive(temperature, "output_temperature")
+    if likelihood.is_regression and number != 1:
+        raise ValueError(f"A regression has no link, and so no output temperature: expected 1, got {number:g}.")
+    return number
+
+
+@dataclass(frozen=True)
+class TunedNoise:
+    """What a search of prior precision and observation noise found.
+
+    Attributes:
+        prior_precision: For all parameters.
+        noise_variance: Of the observations, the best for it.
+        curve: The search; its prior precisions are meant at the best noise of each.
+    """
+
+    prior_precision: float
+    noise_variance: float
+    curve: PriorCurve
+
+
+def noise_search(
+    network: Network,
+    posterior: Posterior,
+    likelihood: Likelihood,
+    batches: Iterable[Any],
+    prior_precisions: Tensor,
+    *,
+    targets_key: str = "labels",
+    progress_bar: bool = False,
+) -> TunedNoise:
+    r"""Prior precision and noise variance of a regression, jointly, in one pass over validation data.
+
+    With :math:`v(\delta')` the functional variance at unit noise, that at noise :math:`\sigma^2` and prior precision
+    :math:`\delta'/\sigma^2` is :math:`\sigma^2 v(\delta')`: the best noise has a closed form, see :func:`best_noise`.
+
+    Args:
+        network: The model with its blocks.
+        posterior: Its prior precision and noise variance have no effect.
+        likelihood: Of a regression.
+        batches: Validation data.
+        prior_precisions: ``[R]``, those at unit noise.
+        targets_key: Where dictionary-like batches have their targets.
+        progress_bar: Show a tqdm bar.
+
+    Raises:
+        ValueError: If it is no regression, the loader is empty, or a target is invalid.
+
+    Warns:
+        UserWarning: If the best value lies at the edge of the grid.
+    """
+    if not likelihood.is_regression:
+        raise ValueError(f"Expected a regression to tune its noise, got {type(likelihood).__name__}.")
+    grid = [
+        replace(posterior, prior_precision=p.reshape(1), noise_variance=1.0)
+        for p in _checks.prior_precisions(prior_precisions)
+    ]
+    found = []
+    stream = _data.labelled(batches, targets_key)
+    for inputs, targets, _ in tqdm(stream, desc="Noise and prior", unit="batch", disable=not progress_bar, leave=False):
+        likelihood.check_targets(targets, network.n_outputs)
+        mean, variances = functional_moments(network, grid, inputs, covariance=False)
+        found.append((mean.double(), variances.double(), targets.to(mean).double()))
+    if not found:
+        raise ValueError(EMPTY)
+    mean, targets = (torch.cat([own[i] for own in found]) for i in (0, 2))
+    noise, losses = (own.cpu() for own in best_noise(mean, torch.cat([own[1] for own in found], 1), targets))
+    _checks.finite(losses, "the validation losses", "Look for NaN in the validation data.")
+    best = int(losses.argmin())
+    own = torch.stack([p.prior_precision[0].cpu() for p in grid]) / noise
+    if best in (0, len(grid) - 1) and len(grid) > 1:
+        warn_of_the_edge(float(own[best]), smallest=best == 0)
+    return TunedNoise(float(own[best]), float(noise[best]), PriorCurve(own, losses, "probit"))
+
+
+def best_noise(mean: Tensor, variances: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    r"""The noise variance with the smallest loss, :math:`\sigma^2 = \mathrm{mean}\big((y - f)^2 / (1 + v)\big)`.
+
+    Args:
+        mean: ``[N, C]``.
+        variances: ``[R, N, C]``, functional variances v at unit noise.
+        targets: ``[N, C]``.
+
+    Returns:
+        Noise variances and mean negative log predictive densities (nats for each datum), ``[R]``.
+    """
+    noise = ((targets - mean).square() / (1 + variances)).mean((-2, -1))
+    total = noise[:, None, None] * (1 + variances)
+    return noise, gaussian_nll(mean, total, targets, 0.0).mean(-1)
 
 
 def gaussian_nll(mean: Tensor, variance: Tensor, targets: Tensor, noise_variance: float | Tensor) -> Tensor:

@@ -81,6 +81,7 @@ CASES = {
 }
 LIKELIHOODS = ("classification", "regression")
 N, C = 12, 3
+SIGMAS = torch.tensor([0.5, 1.0, 3.0], dtype=torch.float64)
 X = torch.randn(5, 3, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
 
 
@@ -1142,6 +1143,272 @@ def test_a_grid_search_leaves_the_random_state():
     assert torch.equal(torch.get_rng_state(), before)
 
 
+# -- several priors, and an output temperature, on validation data ---------------------------------
+
+VALIDATION = {"method": "gridsearch", "grid_size": 25, "log_prior_prec_min": -3, "log_prior_prec_max": 3}
+
+
+def validation_of(la: Any, **loading: Any) -> DataLoader:
+    """Of a classification, the classes that the network says for two data of three, and others."""
+    loader = loader_of(la.likelihood, seed=9, n=30, dtype=next(la.model.parameters()).dtype)
+    x, y = loader.dataset.tensors
+    if la.likelihood == "classification":
+        y = torch.where(torch.arange(30) % 3 > 0, la.model(x).argmax(1), y)
+    return DataLoader(TensorDataset(x, y), **{"batch_size": 5, **loading})
+
+
+def tuned(la: Any, **keywords: Any) -> Any:
+    """The object, tuned on other data."""
+    validation = validation_of(la)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The best prior precision")
+        la.optimize_prior_precision(val_loader=validation, **{**VALIDATION, **keywords})
+    return la
+
+
+def loss_of(la: Any, **keywords: Any) -> float:
+    """Of its predictions on those data."""
+    x, y = validation_of(la).dataset.tensors
+    prediction = la(x, **keywords)
+    if la.likelihood == "classification":
+        return float(nn.functional.nll_loss(prediction.log(), y))
+    spread = prediction[1].diagonal(dim1=1, dim2=2) + la.sigma_noise.square()
+    return float(-torch.distributions.Normal(prediction[0], spread.sqrt()).log_prob(y).sum(1).mean())
+
+
+@pytest.mark.parametrize("prior_structure", ["scalar", "layerwise"])
+@pytest.mark.parametrize("tune_temperature", [False, True])
+@pytest.mark.parametrize("case", CASES)
+def test_predictions_have_the_loss_that_tuning_found(case, tune_temperature, prior_structure):
+    la = fitted(case)
+    assert la.tuned is None
+    tuned(la, prior_structure=prior_structure, tune_temperature=tune_temperature)
+    n_parts = len(la.posterior.basis.parts)
+    assert la.prior_precision.shape == (n_parts if prior_structure == "layerwise" else 1,)
+    assert la.link == "probit"
+    assert (la.output_temperature != 1.0) == tune_temperature
+    if prior_structure == "scalar" and not tune_temperature:
+        assert la.tuned is None
+        assert loss_of(la) == pytest.approx(float(la.curve.losses.min()), rel=1e-9)
+        return
+    assert loss_of(la) == pytest.approx(la.tuned.loss, rel=1e-9)
+    assert la.tuned.loss <= float(la.curve.losses.min())
+    assert la.curve is la.tuned.curve
+    assert la.output_temperature == la.tuned.temperature
+    assert_equal(la.prior_precision, la.tuned.prior_precisions, 0.0)
+    before = la.tuned.curve.losses
+    la.output_temperature = 1.0
+    assert_equal(tuned(la).curve.losses, before)
+    assert la.tuned is None
+
+
+@pytest.mark.parametrize("noise", [0.7, SIGMAS], ids=["one", "each"])
+@pytest.mark.parametrize("case", ["kron", "diag", "last-full"])
+def test_a_prior_for_each_part_of_a_regression(case, noise):
+    la = tuned(fitted(case, "regression", sigma_noise=noise), prior_structure="layerwise")
+    assert loss_of(la) == pytest.approx(la.tuned.loss, rel=1e-9)
+    assert la.output_temperature == 1.0
+
+
+def test_a_prior_for_each_of_as_many_parts_as_tensors():
+    """A vector of this length means tensors, in their order, when it is set."""
+    model = nn.Sequential(nn.Linear(3, 4, bias=False), nn.Tanh(), nn.Linear(4, C, bias=False)).double()
+    model[2].weight.data *= 10
+    la = DebiasedLowRankLaplace(model, "classification")
+    la.fit(loader_of("classification", batch_size=5), structure=LowRank(3, blocks=[["2.*"], ["0.*"]]))
+    tuned(la, prior_structure="layerwise", tune_temperature=True)
+    assert la.tuned.prior_precisions[0] != la.tuned.prior_precisions[1]
+    by_part = dict(zip(la.posterior.basis.members, la.tuned.prior_precisions, strict=True))
+    assert la.posterior.basis.members == [(1,), (0,)]
+    assert_equal(la.prior_precision, torch.stack([by_part[0,], by_part[1,]]), 0.0)
+    assert loss_of(la) == pytest.approx(la.tuned.loss, rel=1e-9)
+
+
+@pytest.mark.parametrize("link", ["mc", "bridge"])
+def test_a_temperature_with_other_links(link):
+    la = tuned(fitted("kron"), tune_temperature=True, link_approx=link)
+    assert la.link == link
+    assert loss_of(la) == pytest.approx(la.tuned.loss, rel=1e-9)
+    assert la.output_temperature == la.tuned.temperature != 1.0
+
+
+def test_single_entries_and_single_precision():
+    la = DebiasedLaplace(model_of(), "classification", "subnetwork", "diag",
+                         subnetwork_indices=torch.tensor([1, 3, 17, 25]))  # fmt: skip
+    la.fit(loader_of("classification"))
+    tuned(la, prior_structure="layerwise", tune_temperature=True)
+    assert loss_of(la) == pytest.approx(la.tuned.loss, rel=1e-9)
+    la = DebiasedKronLaplace(model_of(torch.float32), "classification")
+    la.fit(loader_of("classification", dtype=torch.float32))
+    tuned(la, prior_structure="layerwise", tune_temperature=True)
+    assert loss_of(la) == pytest.approx(la.tuned.loss, rel=1e-5)
+
+
+@pytest.mark.parametrize("backprop", [False, True])
+def test_outputs_are_divided_before_the_link_and_nowhere_else(backprop):
+    """Predictions are those of a network whose last layer, and with it the Jacobians, are divided."""
+    tau = 2.5
+    la = fitted("last-kron", enable_backprop=backprop)
+    plain = {p: la.functional_samples(X, p, n_samples=4, generator=generator()) for p in ("glm", "nn", "linearized")}
+    mean, spread = la._glm_predictive_distribution(X)
+    curvature = la.posterior.curvatures
+    la.output_temperature = tau
+    assert la.temperature == 1.0
+    assert_equal(la.posterior.curvatures, curvature, 0.0)
+    assert_equal(la._glm_predictive_distribution(X)[1], spread, 0.0)
+    for link in Categorical.links:
+        draws = torch.randn(100, C, generator=generator(), dtype=torch.float64) if link == "mc" else None
+        own = spread if link != "probit" else spread.diagonal(dim1=1, dim2=2)
+        expected = Categorical().predictive(mean / tau, own / tau**2, link, draws)
+        assert_equal(la(X, link_approx=link, generator=generator()), expected)
+    for pred_type, samples in plain.items():
+        assert_equal(la.functional_samples(X, pred_type, n_samples=4, generator=generator()), samples, 0.0)
+        found = la.predictive_samples(X, pred_type, n_samples=4, generator=generator())
+        assert_equal(found, (samples / tau).softmax(-1))
+        if pred_type != "glm":
+            assert_equal(la(X, pred_type, n_samples=4, generator=generator()), (samples / tau).softmax(-1).mean(0))
+
+
+def test_an_output_temperature_of_independent_outputs():
+    la = DebiasedKronLaplace(model_of(), Bernoulli())
+    x, _ = loader_of("classification").dataset.tensors
+    la.fit([(x, torch.rand(N, C, generator=generator()).double())])
+    samples = la.functional_samples(X, "nn", n_samples=4, generator=generator())
+    la.output_temperature = 3.0
+    assert_equal(la(X, "nn", n_samples=4, generator=generator()), (samples / 3).sigmoid().mean(0))
+
+
+@pytest.mark.filterwarnings("ignore:The best prior precision:UserWarning")
+@pytest.mark.parametrize("keywords", [{}, {"loss": mean_nll}, {"pred_type": "nn", "n_samples": 4},
+                                      {"pred_type": "linearized", "n_samples": 4}, {"link_approx": "mc"},
+                                      {"link_approx": "bridge", "loss": mean_nll}])  # fmt: skip
+def test_the_grid_search_predicts_at_the_output_temperature(keywords):
+    la = fitted("kron")
+    la.output_temperature = 0.4
+    validation = loader_of("classification", seed=9, n=30)
+    la.optimize_prior_precision(val_loader=validation, **{**GRID, **keywords})
+    assert la.output_temperature == 0.4
+    x, y = validation.dataset.tensors
+    found, own = la.curve.losses, {k: v for k, v in keywords.items() if k != "loss"}
+    for value, prior in zip(found, la.curve.prior_precisions, strict=True):
+        la.prior_precision = prior
+        prediction = la(x, **own)
+        loss = mean_nll(prediction, y) if "loss" in keywords else nn.functional.nll_loss(prediction.log(), y)
+        assert_equal(value, torch.as_tensor(loss, dtype=torch.float64))
+
+
+def test_a_layerwise_search_predicts_at_the_output_temperature():
+    la = fitted("kron")
+    la.output_temperature = 0.4
+    tuned(la, prior_structure="layerwise")
+    assert la.output_temperature == la.tuned.temperature == 0.4
+    assert loss_of(la) == pytest.approx(la.tuned.loss, rel=1e-9)
+    assert tuned(la, tune_temperature=True).output_temperature != 0.4
+
+
+def test_rewards_have_no_output_temperature_but_their_pairs_have():
+    pairs = torch.randn(N, 2, 3, generator=generator(3), dtype=torch.float64)
+    chosen = torch.randint(2, (N,), generator=generator(4))
+    la = DebiasedKronLaplace(Reward(), "reward_modeling")
+    la.fit([(pairs, chosen)])
+    rewards, samples = la(X), la.predictive_samples(X, n_samples=3, generator=generator())
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The best prior precision")
+        la.optimize_prior_precision(val_loader=[(pairs, chosen)], tune_temperature=True, **VALIDATION)
+    loss = nn.functional.nll_loss(la(pairs, fitting=True).log(), chosen)
+    assert float(loss) == pytest.approx(la.tuned.loss, rel=1e-9)
+    la.prior_precision = 1.0
+    assert la.output_temperature != 1.0
+    assert_equal(flat(la(X)), flat(rewards), 0.0)
+    assert_equal(la.predictive_samples(X, n_samples=3, generator=generator()), samples, 0.0)
+
+
+@pytest.mark.parametrize("case", ["kron", "diag", "last-lowrank"])
+def test_an_output_temperature_is_kept(case, tmp_path):
+    la = tuned(fitted(case), prior_structure="layerwise", tune_temperature=True)
+    la.save(tmp_path / "posterior")
+    state = la.state_dict()
+    loaded = fitted(case)
+    loaded.load_state_dict(state)
+    others = [DebiasedLaplace.load(tmp_path / "posterior", model_of()), loaded, copy.deepcopy(la),
+              pickle.loads(pickle.dumps(la))]  # fmt: skip
+    for other in others:
+        assert other.output_temperature == la.output_temperature != 1.0
+        assert_equal(other(X), la(X), 0.0)
+    assert others[-1].tuned.loss == la.tuned.loss
+    del state["output_temperature"]  # as it was before there was one
+    loaded.load_state_dict(state)
+    assert loaded.output_temperature == 1.0
+    assert not torch.equal(loaded(X), la(X))
+    old = pickle.loads(pickle.dumps(fitted(case)))
+    vars(old).pop("_output_temperature", None)
+    assert (old.output_temperature, old.tuned) == (1.0, None)
+
+
+def test_joint_tuning_repeats_itself_and_leaves_the_random_state():
+    before = torch.get_rng_state()
+    found = []
+    for batch_size, shuffle in ((5, True), (5, True), (30, False)):
+        la = fitted("kron")
+        loader = validation_of(la, batch_size=batch_size, shuffle=shuffle)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="The best prior precision")
+            la.optimize_prior_precision(
+                val_loader=loader, prior_structure="layerwise", tune_temperature=True, **VALIDATION
+            )
+        found.append(la.tuned)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert_equal(found[0].prior_precisions, found[1].prior_precisions, 0.0)
+    assert (found[0].loss, found[0].temperature) == (found[1].loss, found[1].temperature)
+    assert found[2].loss == pytest.approx(found[0].loss, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("keywords", "match"),
+    [
+        (
+            {"prior_structure": "diag"},
+            r"'scalar' or 'layerwise' with method='gridsearch', got 'diag'.*method='marglik'",
+        ),
+        ({"prior_structure": "blockwise"}, "prior_structure out of"),
+        ({"prior_structure": "layerwise", "link_approx": "mc"}, r"variances alone, 'probit'.*got 'mc'"),
+        ({"tune_temperature": True, "link_approx": "bridge_norm"}, "does not depend on the scale of the outputs"),
+        ({"prior_structure": "layerwise", "pred_type": "nn"}, r"prior_structure='layerwise'.*got pred_type='nn'"),
+        ({"prior_structure": "layerwise", "loss": mean_nll}, r"prior_structure='layerwise'.*and no loss, got loss="),
+        ({"tune_temperature": True, "pred_type": "linearized"}, r"tune_temperature=True.*got pred_type='linearized'"),
+        ({"tune_temperature": True, "loss": mean_nll}, r"tune_temperature=True.*and no loss, got loss="),
+        ({"tune_temperature": True, "val_loader": []}, "empty val_loader"),
+        ({"method": "marglik", "tune_temperature": True}, "does not depend on the output temperature"),
+    ],
+)
+def test_bad_joint_tuning(keywords, match):
+    la = fitted("kron", prior_precision=2.0)
+    with pytest.raises(ValueError, match=match):
+        la.optimize_prior_precision(**{"val_loader": loader_of("classification"), **VALIDATION, **keywords})
+    assert (float(la.prior_precision), la.output_temperature, la.tuned) == (2.0, 1.0, None)
+
+
+def test_bad_output_temperatures():
+    la = fitted("kron")
+    for value in (0.0, -1.0, math.inf):
+        with pytest.raises(ValueError, match="positive, finite output_temperature"):
+            la.output_temperature = value
+    with pytest.raises(TypeError, match="a positive number for output_temperature, got 'hot'"):
+        la.output_temperature = "hot"
+    assert la.output_temperature == 1.0
+    la = fitted("kron", "regression")
+    la.output_temperature = 1.0
+    with pytest.raises(ValueError, match=r"A regression has no link.*got 2. To scale its posterior use temperature"):
+        la.output_temperature = 2.0
+    with pytest.raises(ValueError, match="no temperature to tune"):
+        tuned(la, tune_temperature=True)
+
+
+def test_verbose_says_the_temperature(capsys):
+    la = tuned(fitted("kron"), tune_temperature=True, verbose=True)
+    assert f"output temperature {la.output_temperature:.4g}" in capsys.readouterr().out
+
+
 def test_the_structure_of_the_initial_prior_is_kept():
     la = DebiasedKronLaplace(model_of(), "classification", separate_bias=True)
     la.fit(loader_of("classification"))
@@ -1209,8 +1476,6 @@ def test_biases_have_blocks_of_their_own_if_there_is_a_prior_for_each_tensor():
 
 
 # -- noise of each output --------------------------------------------------------------------------
-
-SIGMAS = torch.tensor([0.5, 1.0, 3.0], dtype=torch.float64)
 
 
 @pytest.mark.parametrize("case", CASES)

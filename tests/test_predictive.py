@@ -8,12 +8,20 @@ from dataclasses import replace
 import pytest
 import torch
 
+from debiased_laplace.fit import fit
 from debiased_laplace.gradients import CurvatureData, Network
 from debiased_laplace.likelihoods import Gaussian
 from debiased_laplace.posterior import Posterior
-from debiased_laplace.predictive import functional_moments, joint_covariance, linearized_samples, weight_samples
-from debiased_laplace.sampling import WeightedData
-from debiased_laplace.structures import Kronecker
+from debiased_laplace.predictive import (
+    functional_moments,
+    joint_covariance,
+    linearized_samples,
+    part_variances,
+    weight_samples,
+)
+from debiased_laplace.sampling import UniformSampler, WeightedData
+from debiased_laplace.splits import Single
+from debiased_laplace.structures import Diagonal, Full, Kronecker, LowRank
 from debiased_laplace.testing import check_predictive, dense_jacobian, dense_posterior_precision, truncate
 from tests.networks import ZOO
 from tests.tolerances import EXACT, FLOAT32, assert_equal, assert_unbiased
@@ -56,6 +64,58 @@ def test_a_grid_shares_its_projections_and_equals_one_by_one():
             alone = functional_moments(network, own, inputs, covariance=covariance)
             assert_equal(found, alone[1])
             assert_equal(mean, alone[0], 0.0)
+
+
+STRUCTURES = {
+    "kron": Kronecker(),
+    "diag": Diagonal(),
+    "full": Full(),
+    "lowrank": LowRank(4),
+    "lowrank-by-layer": LowRank(3, blocks="layer"),
+}
+
+
+@pytest.mark.parametrize("chunk_size", [None, 2])
+@pytest.mark.parametrize("indices", [None, [0, 3, 5, 14, 20]], ids=["all", "subnetwork"])
+@pytest.mark.parametrize("structure", [*STRUCTURES, "kron-incomplete"])
+def test_variances_are_sums_over_the_parts(structure, indices, chunk_size):
+    """Also of parts with different priors, each at a value of its own."""
+    name = structure.removesuffix("-incomplete")
+    if indices is not None and name == "kron":
+        indices = None
+    case = ZOO["mlp"]
+    data = [(case.inputs(8), torch.rand(8, 2, generator=torch.Generator().manual_seed(3)).double())]
+    fitted = fit(case.model(), data, Gaussian(), structure=STRUCTURES[name], sampler=UniformSampler(None),
+                 split=Single(), indices=None if indices is None else torch.tensor(indices))  # fmt: skip
+    network, posterior = fitted.network, fitted.posterior
+    if structure != name:
+        basis = truncate(posterior.basis)
+        posterior = replace(posterior, basis=basis, curvatures=torch.linspace(1, 0, basis.rank).double())
+    inputs, priors = case.inputs(5, seed=5), torch.tensor([0.01, 1.0, 30.0]).double()
+    mean, variances = part_variances(network, posterior, inputs, priors, chunk_size)
+    n_parts = len(posterior.basis.parts)
+    assert n_parts == (1 if structure in ("full", "lowrank") else 2)
+    assert variances.shape == (3, n_parts, 5, 2)
+    for prior, own in zip(priors, variances, strict=True):
+        expected = functional_moments(network, replace(posterior, prior_precision=prior[None]), inputs)
+        assert_equal(mean, expected[0], 0.0)
+        assert_equal(own.sum(0), expected[1].diagonal(dim1=1, dim2=2))
+    positions, parts = torch.tensor([2, 0])[:n_parts], torch.arange(n_parts)
+    mixed = replace(posterior, prior_precision=priors[positions])
+    expected = functional_moments(network, mixed, inputs, covariance=False)[1]
+    assert_equal(variances[positions, parts].sum(0), expected)
+    jacobians = dense_jacobian(network.model, inputs)
+    if indices is None:
+        covariance = dense_posterior_precision(mixed).inverse()
+        assert_equal(expected, (jacobians @ covariance * jacobians).sum(-1))
+
+
+def test_part_variances_of_bad_priors():
+    network, posterior = example("mlp")
+    with pytest.raises(ValueError, match="positive, finite prior precisions"):
+        part_variances(network, posterior, ZOO["mlp"].inputs(2), torch.tensor([1.0, 0.0]))
+    with pytest.raises(ValueError, match="chunk_size of at least one"):
+        part_variances(network, posterior, ZOO["mlp"].inputs(2), torch.ones(1), chunk_size=0)
 
 
 def test_a_stronger_prior_means_less_variance_and_a_weaker_one_more():

@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
+from scipy.optimize import minimize_scalar
 
-from debiased_laplace import Single, UniformSampler
+from debiased_laplace import DebiasedLaplace, Single, UniformSampler
 from debiased_laplace._checks import NonFiniteError
 from debiased_laplace.fit import Fit, fit
+from debiased_laplace.joint import TunedPrior, _interpolate, _Search, joint_search
 from debiased_laplace.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood
 from debiased_laplace.posterior import standard_normals
 from debiased_laplace.predictive import functional_moments
+from debiased_laplace.structures import Diagonal, Full, LowRank
 from debiased_laplace.testing import dense_jacobian, dense_posterior_precision, truncate
-from debiased_laplace.tuning import gaussian_nll, grid_search, maximise_marginal_likelihood
+from debiased_laplace.tuning import best_noise, gaussian_nll, grid_search, maximise_marginal_likelihood, noise_search
 from tests.networks import ZOO
 from tests.test_posterior import example as posterior_example
 from tests.tolerances import EXACT, assert_equal
@@ -257,3 +262,420 @@ def test_bad_grids_and_data():
         search([(bad, targets)])
     with pytest.raises(ValueError, match="one target for each"):
         search([(inputs, targets[:3])])
+
+
+def test_a_grid_search_at_another_output_temperature():
+    """The network with divided outputs has divided Jacobians."""
+    result, batches = noisy()
+    for link in Categorical.links:
+        curve = search(result, batches, GRID, link=link, output_temperature=2.5, n_samples=20)
+        expected = [reference(result, batches, 20)(p.reshape(1), 2.5, link) for p in GRID]
+        assert_equal(curve.losses, torch.tensor(expected, dtype=torch.float64))
+    with pytest.raises(ValueError, match="positive, finite output_temperature, got -1"):
+        search(result, batches, GRID, output_temperature=-1.0)
+    with pytest.raises(ValueError, match=r"A regression has no link.*expected 1, got 2"):
+        search(fitted(Gaussian()), [data(Gaussian(), 5)], GRID, Gaussian(), output_temperature=2.0)
+
+
+# -- several priors, and a temperature -------------------------------------------------------------
+
+FINE = torch.logspace(-3, 3, 25, dtype=torch.float64)
+#: What linear interpolation between the values of FINE may cost, in nats: log V has a second derivative in log delta of
+#: at most 1/4, hence a relative error of the variances of at most 0.58^2 / 8 / 4.
+INTERPOLATION = 0.01
+
+
+def noisy(
+    likelihood: Likelihood | None = None, right: float = 0.7, scale: float = 20.0, **options: Any
+) -> tuple[Fit, list]:
+    """A network too confident by much, right for some of the data: its best priors and temperature are finite."""
+    likelihood = likelihood or Categorical()
+    case = ZOO["mlp"]
+    model = case.model()
+    model[2].weight.data *= scale
+    inputs, more = case.inputs(40), case.inputs(60, seed=7)
+    kept = torch.rand(60, generator=torch.Generator().manual_seed(3)) < right
+    if isinstance(likelihood, Categorical):
+        own, other = model(inputs).argmax(1), model(more).argmax(1)
+        other = torch.where(kept, other, 1 - other)
+    else:
+        own, other = (model(inputs) > 0).double(), (model(more) > 0).double()
+        other = torch.where(kept[:, None], other, 1 - other)
+    batches = [(more[:25], other[:25]), (more[25:], other[25:])]
+    options = {"sampler": UniformSampler(None), "split": Single()} | options
+    return fit(model, [(inputs, own)], likelihood, **options), batches
+
+
+def search(result: Fit, batches: Any, grid: torch.Tensor, likelihood: Likelihood | None = None, **options: Any):
+    """The existing search, without its warnings."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return grid_search(result.network, result.posterior, likelihood or Categorical(), batches, grid, **options)
+
+
+def joint(
+    result: Fit, batches: Any, grid: torch.Tensor = FINE, likelihood: Likelihood | None = None, **options: Any
+) -> TunedPrior:
+    """Without the warnings of the edges."""
+    options = {"per_part": False, "temperature": False} | options
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The best prior precision")
+        return joint_search(result.network, result.posterior, likelihood or Categorical(), batches, grid, **options)
+
+
+def reference(result: Fit, batches: list, n_samples: int = 100) -> Callable[..., float]:
+    """Mean loss from explicit Jacobians, the dense posterior, and the links as they are defined."""
+    inputs, targets = (torch.cat(column) for column in zip(*batches, strict=True))
+    jacobians, mean = dense_jacobian(result.network.model, inputs), result.network.outputs(inputs)
+    known: dict[tuple[float, ...], torch.Tensor] = {}
+
+    def spread(priors: torch.Tensor) -> torch.Tensor:
+        key = tuple(priors.tolist())
+        if key not in known:
+            posterior = replace(result.posterior, prior_precision=priors.double())
+            known[key] = jacobians @ dense_posterior_precision(posterior).inverse() @ jacobians.mT
+        return known[key]
+
+    def loss(priors: torch.Tensor, tau: float, link: str = "probit", n: int = n_samples) -> float:
+        scaled = spread(priors) / (tau * tau)
+        variance = scaled.diagonal(dim1=1, dim2=2)
+        if link == "probit":
+            logits = (mean / tau) / (1 + math.pi * variance / 8).sqrt()
+            if targets.is_floating_point():
+                return float(torch.nn.functional.binary_cross_entropy_with_logits(logits, targets) * 2)
+            return float(-torch.log_softmax(logits, 1)[torch.arange(len(targets)), targets].mean())
+        normals = standard_normals((n, 2), mean, torch.Generator().manual_seed(0))
+        likelihood = Bernoulli() if targets.is_floating_point() else Categorical()
+        return float(likelihood.log_loss(likelihood.predictive(mean / tau, scaled, link, normals), targets).mean())
+
+    return loss
+
+
+def best_temperature(loss: Callable[[float], float]) -> tuple[float, float]:
+    """By trial, then refined where the trial was best."""
+    trial = torch.linspace(math.log(1 / 20), math.log(20), 121).double()
+    losses = [loss(math.exp(t)) for t in trial]
+    at = min(range(121), key=losses.__getitem__)
+    ends = float(trial[max(at - 1, 0)]), float(trial[min(at + 1, 120)])
+    found = minimize_scalar(lambda t: loss(math.exp(t)), bounds=ends, method="bounded", options={"xatol": 1e-10})
+    return math.exp(found.x), float(found.fun)
+
+
+STRUCTURES = {
+    "kron": {},
+    "diag": {"structure": Diagonal()},
+    "full": {"structure": Full()},
+    "lowrank": {"structure": LowRank(6)},
+    "lowrank-by-layer": {"structure": LowRank(4, blocks="layer")},
+}
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+@pytest.mark.parametrize("per_part", [False, True])
+@pytest.mark.parametrize("temperature", [False, True])
+def test_a_joint_search_is_as_good_as_the_whole_product_grid(structure, per_part, temperature):
+    result, batches = noisy(**STRUCTURES[structure])
+    exact = reference(result, batches)
+    found = joint(result, batches, per_part=per_part, temperature=temperature)
+    n_priors = len(result.posterior.basis.parts) if per_part else 1
+    assert found.prior_precisions.shape == (n_priors,)
+    assert found.prior_precisions.dtype == torch.float64
+    assert found.loss == pytest.approx(exact(found.prior_precisions, found.temperature), rel=EXACT)
+    assert bool(((found.prior_precisions >= FINE[0]) & (found.prior_precisions <= FINE[-1])).all())
+    combinations = torch.cartesian_prod(*[FINE[::2]] * n_priors).reshape(-1, n_priors)
+    if temperature:
+        some = combinations[:: 1 + len(combinations) // 40]
+        least = min(best_temperature(lambda tau, p=p: exact(p, tau))[1] for p in some)
+        least = min(least, *(exact(p, found.temperature) for p in combinations))
+    else:
+        least = min(exact(p, 1.0) for p in combinations)
+        assert found.temperature == 1.0
+    assert found.loss <= least + INTERPOLATION * (1 if not temperature else 0.1)
+    assert found.loss <= float(found.curve.losses.min())
+    assert_equal(found.curve.losses, search(result, batches, FINE).losses)
+    assert_equal(found.curve.prior_precisions, FINE, 0.0)
+    if temperature:  # at the priors that were found there is no better temperature but for the interpolation
+        assert found.loss <= best_temperature(lambda tau: exact(found.prior_precisions, tau))[1] + 1e-4
+        assert found.loss < float(found.curve.losses.min()) - 1e-4, "the example is one where a temperature helps"
+
+
+def test_each_freedom_is_worth_something():
+    result, batches = noisy()
+    plain, parts, tau, both = (joint(result, batches, per_part=p, temperature=t) for p, t in
+                               ((False, False), (True, False), (False, True), (True, True)))  # fmt: skip
+    assert parts.loss < plain.loss - 1e-3
+    assert tau.loss < plain.loss - 1e-3
+    assert both.loss < min(parts.loss, tau.loss, both.temperature_alone[1]) - 1e-5
+    assert not bool(((parts.prior_precisions == FINE[0]) | (parts.prior_precisions == FINE[-1])).any())
+
+
+@pytest.mark.parametrize("likelihood", [Categorical(), Bernoulli()], ids=lambda x: type(x).__name__)
+@pytest.mark.parametrize("link", ["probit", "mc", "bridge", "bridge_norm"])
+def test_a_temperature_with_every_link(likelihood, link):
+    if link not in likelihood.links:
+        return
+    result, batches = noisy(likelihood)
+    if link == "bridge_norm":
+        with pytest.raises(ValueError, match=r"link_approx='bridge_norm' does not depend on the scale of the outputs"):
+            joint(result, batches, temperature=True, link=link)
+        prediction = [likelihood.predictive(torch.ones(1, 2) / t, torch.eye(2)[None] / t**2, link) for t in (1, 5)]
+        assert_equal(*prediction, 1e-6)
+        least = float(search(result, batches, FINE, link=link).losses.min())
+        assert joint(result, batches, link=link).loss == pytest.approx(least, rel=EXACT)
+        return
+    exact = reference(result, batches, 20)
+    found = joint(result, batches, likelihood=likelihood, temperature=True, link=link, n_samples=20)
+    assert found.loss == pytest.approx(exact(found.prior_precisions, found.temperature, link), rel=EXACT)
+    assert found.curve.link == link
+    assert_equal(found.curve.losses, search(result, batches, FINE, likelihood, link=link, n_samples=20).losses)
+    least = min(best_temperature(lambda tau, p=p: exact(p.reshape(1), tau, link))[1] for p in FINE)
+    assert found.loss <= least + (1e-6 if link != "probit" else 1e-4)
+    assert found.loss <= float(found.curve.losses.min())
+
+
+@pytest.mark.parametrize("likelihood", [Categorical(), Bernoulli()], ids=lambda x: type(x).__name__)
+def test_the_temperature_alone_is_temperature_scaling(likelihood):
+    result, batches = noisy(likelihood)
+    inputs, targets = (torch.cat(column) for column in zip(*batches, strict=True))
+    outputs = result.network.model(inputs).detach()
+
+    def scaled(logarithm: float) -> float:
+        logits = outputs / math.exp(logarithm)
+        if isinstance(likelihood, Bernoulli):
+            odds = torch.where(targets == 1, -logits, logits)
+            return float(torch.logaddexp(odds, torch.zeros(1).double()).sum(1).mean())
+        return float(-logits.log_softmax(1).gather(1, targets[:, None]).mean())
+
+    expected = minimize_scalar(scaled, bracket=(0.0, 1.0), tol=1e-12)
+    for per_part in (False, True):
+        tau, loss = joint(result, batches, likelihood=likelihood, temperature=True, per_part=per_part).temperature_alone
+        assert tau == pytest.approx(math.exp(expected.x), abs=1e-6)
+        assert loss == pytest.approx(float(expected.fun), abs=1e-12)
+    fixed = joint(result, batches, likelihood=likelihood, per_part=True, output_temperature=3.0)
+    assert fixed.temperature == 3.0
+    assert fixed.temperature_alone == (3.0, pytest.approx(scaled(math.log(3.0)), abs=1e-12))
+
+
+@pytest.mark.parametrize("noise", [0.3, [0.2, 0.6]])
+def test_a_prior_for_each_part_of_a_regression(noise):
+    result = fitted(Gaussian(), noise_variance=0.3)
+    batches = [data(Gaussian(), 5, seed=4), data(Gaussian(), 3, seed=5)]
+    variances = torch.as_tensor(noise, dtype=torch.float64)
+    found = joint(result, batches, likelihood=Gaussian(), per_part=True, noise_variance=variances)
+    inputs, targets = (torch.cat(column) for column in zip(*batches, strict=True))
+
+    def exact(priors: torch.Tensor) -> float:
+        own = replace(result.posterior, prior_precision=priors)
+        mean, spread = functional_moments(result.network, own, inputs, covariance=False)
+        return float(-torch.distributions.Normal(mean, (spread + variances).sqrt()).log_prob(targets).sum(1).mean())
+
+    assert found.loss == pytest.approx(exact(found.prior_precisions), rel=EXACT)
+    assert found.loss <= min(exact(p) for p in torch.cartesian_prod(FINE, FINE)) + INTERPOLATION
+    if noise == 0.3:
+        by_default = joint(result, batches, likelihood=Gaussian(), per_part=True)
+        assert by_default.loss == pytest.approx(found.loss, rel=EXACT)
+        assert_equal(found.curve.losses, search(result, batches, FINE, Gaussian()).losses)
+
+
+def test_a_fixed_temperature_is_used_by_a_search_of_priors():
+    result, batches = noisy()
+    found = joint(result, batches, per_part=True, output_temperature=2.0)
+    exact = reference(result, batches)
+    assert found.loss == pytest.approx(exact(found.prior_precisions, 2.0), rel=EXACT)
+    assert_equal(found.curve.losses, search(result, batches, FINE, output_temperature=2.0).losses)
+    assert found.loss <= min(exact(p, 2.0) for p in torch.cartesian_prod(FINE[::2], FINE[::2])) + INTERPOLATION
+
+
+class Once:
+    """Batches that say how often they were read."""
+
+    def __init__(self, batches: list) -> None:
+        self.batches, self.passes = batches, 0
+
+    def __iter__(self) -> Iterator[Any]:
+        self.passes += 1
+        return iter(self.batches)
+
+
+@pytest.mark.parametrize("options", [{"per_part": True, "temperature": True}, {"temperature": True, "link": "bridge"}])
+def test_the_same_result_from_any_loader_and_in_any_mode(options):
+    result, batches = noisy()
+    loader = Once(batches)
+    found = joint(result, loader, **options)
+    assert loader.passes == (2 if options.get("per_part") else 1)
+    state = torch.get_rng_state()
+    for context in (torch.no_grad, torch.enable_grad, torch.inference_mode):
+        with context():
+            other = joint(result, iter([(x.clone(), y.clone()) for x, y in batches]), FINE.flip(0), **options)
+        assert_equal(other.prior_precisions, found.prior_precisions, 0.0)
+        assert (other.temperature, other.loss) == (found.temperature, found.loss)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert not found.prior_precisions.requires_grad
+
+
+def test_a_grid_of_one_value_leaves_the_temperature():
+    result, batches = noisy()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = joint(result, batches, torch.full((4,), 0.5), per_part=True, temperature=True)
+    assert found.prior_precisions.tolist() == [0.5, 0.5]
+    best = best_temperature(lambda tau: reference(result, batches)(torch.tensor([0.5]), tau))
+    assert found.temperature == pytest.approx(best[0], abs=1e-5)
+
+
+def test_a_part_without_any_variance():
+    """A last layer of zeros lets nothing through to the first: any prior does for it."""
+    result, batches = noisy(scale=0.0)
+    assert len(result.posterior.basis.parts) == 2
+    found = joint(result, batches, per_part=True, temperature=True)
+    exact = reference(result, batches)
+    assert found.loss == pytest.approx(exact(found.prior_precisions, found.temperature), rel=EXACT)
+
+
+def test_single_precision():
+    result, batches = noisy()
+    model = ZOO["mlp"].model(dtype=torch.float32)
+    model.load_state_dict({name: value.float() for name, value in result.network.model.state_dict().items()})
+    inputs = ZOO["mlp"].inputs(40)
+    single = fit(model, [(inputs.float(), result.network.model(inputs).argmax(1))], Categorical(),
+                 sampler=UniformSampler(None), split=Single())  # fmt: skip
+    expected = joint(result, batches, per_part=True, temperature=True)
+    found = joint(single, [(x.float(), y) for x, y in batches], per_part=True, temperature=True)
+    assert found.loss == pytest.approx(expected.loss, rel=1e-4)
+    assert found.prior_precisions.dtype == torch.float64
+
+
+def test_the_interpolation_is_linear_in_logarithms():
+    logs = torch.tensor([0.0, 1.0, 3.0]).double()
+    table = torch.randn(3, 2, 4, 5, generator=torch.Generator().manual_seed(0)).double()
+    at = torch.tensor([0.25, 2.5]).double().requires_grad_()
+    found = _interpolate(table, logs, at)
+    expected = (0.75 * table[0, 0] + 0.25 * table[1, 0]).exp() + (0.25 * table[1, 1] + 0.75 * table[2, 1]).exp()
+    assert_equal(found, expected)
+    torch.autograd.gradcheck(lambda values: _interpolate(table, logs, values), at)
+    for index, value in enumerate(logs):
+        assert_equal(_interpolate(table, logs, value.repeat(2)), table[index].exp().sum(0))
+
+
+@pytest.mark.parametrize("start", [0, 3, 17, 24])
+def test_climbing_ends_where_no_neighbour_is_better(start):
+    search = _Search(None, torch.ones(25, 1, 1, 1), FINE, None)
+    search._profile = {index: (1.0, abs(index - 17.2)) for index in range(25)}
+    assert search.climb(start) == 17
+    search._profile = {index: (1.0, float(index)) for index in range(25)}
+    assert search.climb(start) == 0
+
+
+def test_warnings_of_a_joint_search():
+    result, batches = overconfident()
+    narrow = torch.logspace(-2, 0, 5, dtype=torch.float64)
+    arguments = result.network, result.posterior, Categorical(), batches, narrow
+    with pytest.warns(UserWarning, match="best prior precision of 0, 2, 0.01, is the smallest.*log_prior_prec_min"):
+        joint_search(*arguments, per_part=True, temperature=False)
+    with pytest.warns(UserWarning, match=r"The best prior precision, 0.01, is the smallest of the grid"):
+        joint_search(*arguments, per_part=False, temperature=False)
+    inputs = batches[0][0]
+    right = [(inputs, result.network.outputs(inputs).argmax(1))]
+    arguments = result.network, result.posterior, Categorical(), right, narrow
+    with pytest.warns(UserWarning, match=r"precision, 1, is the largest of the grid.*log_prior_prec_max.*levelled off"):
+        joint_search(*arguments, per_part=False, temperature=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # a part at the upper end has no uncertainty, which is a result
+        found = joint_search(*arguments, per_part=True, temperature=False)
+    assert_equal(found.prior_precisions, torch.ones(2).double())
+
+
+def test_bad_joint_searches():
+    result, batches = noisy()
+    with pytest.raises(ValueError, match=r"variances alone, 'probit', for one prior precision.*got 'mc'"):
+        joint(result, batches, per_part=True, link="mc")
+    with pytest.raises(ValueError, match="Expected a link_approx out of"):
+        joint(result, batches, link="sigmoid")
+    with pytest.raises(ValueError, match="A regression has no link, and so no temperature to tune"):
+        joint(fitted(Gaussian()), [data(Gaussian(), 5)], likelihood=Gaussian(), temperature=True)
+    with pytest.raises(ValueError, match=r"A regression has no link.*expected 1, got 2"):
+        joint(fitted(Gaussian()), [data(Gaussian(), 5)], likelihood=Gaussian(), output_temperature=2.0)
+    with pytest.raises(ValueError, match="empty val_loader"):
+        joint(result, [], temperature=True)
+    with pytest.raises(ValueError, match="positive, finite prior precisions"):
+        joint(result, batches, torch.tensor([0.0, 1.0]))
+    with pytest.raises(ValueError, match=r"class indices from 0 to 1.*got 0 to 5"):
+        joint(result, [(batches[0][0][:2], torch.tensor([0, 5]))], per_part=True)
+    bad = batches[0][0].clone()
+    bad[0, 0] = float("nan")
+    with pytest.raises(NonFiniteError, match=r"validation losses.*NaN in the validation data"):
+        joint(result, [(bad, batches[0][1])], temperature=True)
+
+
+# -- observation noise -----------------------------------------------------------------------------
+
+
+def test_the_noise_is_the_best_one_for_every_prior_precision() -> None:
+    generator = torch.Generator().manual_seed(0)
+    mean, targets = (torch.randn(30, 2, generator=generator, dtype=torch.float64) for _ in range(2))
+    variances = torch.rand(3, 30, 2, generator=generator, dtype=torch.float64)
+    noise, losses = best_noise(mean, variances, targets)
+    for own, found, loss in zip(variances, noise, losses, strict=True):
+        result = minimize_scalar(
+            lambda log, own=own: float(gaussian_nll(mean, math.exp(log) * own, targets, math.exp(log)).mean()),
+            bounds=(-5, 5), method="bounded", options={"xatol": 1e-10},
+        )  # fmt: skip
+        assert math.exp(result.x) == pytest.approx(float(found), rel=1e-4)
+        assert_equal(loss, torch.tensor(result.fun, dtype=torch.float64))
+
+
+def uncertain_data(found: Fit) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Validation data whose errors grow with the variance at prior precision 5: that prior is worth finding."""
+    batches = []
+    for n, seed in ((40, 5), (15, 6)):
+        inputs = 3 * ZOO["mlp"].inputs(n, seed=seed)
+        posterior = replace(found.posterior, prior_precision=torch.tensor([5.0], dtype=torch.float64))
+        mean, variance = functional_moments(found.network, posterior, inputs, covariance=False)
+        noise = torch.randn(mean.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        batches.append((inputs, mean + noise * (variance + 0.01).sqrt()))
+    return batches
+
+
+def test_noise_and_prior_precision_against_brute_force() -> None:
+    found = fitted(Gaussian())
+    batches = uncertain_data(found)
+    inputs, targets = (torch.cat(column) for column in zip(*batches, strict=True))
+    grid = torch.logspace(-2, 3, 26, dtype=torch.float64)
+    tuned = noise_search(found.network, found.posterior, Gaussian(), batches, grid)
+
+    def loss(prior: float, noise: float) -> float:
+        posterior = replace(
+            found.posterior, prior_precision=torch.tensor([prior], dtype=torch.float64), noise_variance=noise
+        )
+        mean, variance = functional_moments(found.network, posterior, inputs, covariance=False)
+        return float(gaussian_nll(mean, variance, targets, noise).mean())
+
+    best = float(tuned.curve.losses.min())
+    assert loss(tuned.prior_precision, tuned.noise_variance) == pytest.approx(best, rel=EXACT)
+    for noise in torch.logspace(-3, 1, 41, dtype=torch.float64).tolist():
+        for unit in grid.tolist():  # the grid at unit noise
+            assert loss(unit / noise, noise) >= best - EXACT
+
+
+def test_the_drop_in_tunes_its_noise() -> None:
+    la = DebiasedLaplace(ZOO["mlp"].model(), "regression")
+    la.fit([data(Gaussian(), 12)], budget=None)
+    batches = uncertain_data(la.fitted)[:1]
+    la.optimize_prior_precision(method="gridsearch", val_loader=batches, tune_sigma_noise=True)
+    mean, variance = la(batches[0][0])
+    variance = variance.diagonal(dim1=1, dim2=2)
+    own = gaussian_nll(mean, variance, batches[0][1], la.sigma_noise.square()).mean()
+    assert_equal(own, la.curve.losses.min())
+    assert float(la.sigma_noise) != 1
+    with pytest.raises(ValueError, match="prior_structure='scalar' and no loss, got 'gridsearch', 'layerwise'"):
+        la.optimize_prior_precision(
+            method="gridsearch", val_loader=batches, tune_sigma_noise=True, prior_structure="layerwise"
+        )
+    classifier = DebiasedLaplace(ZOO["mlp"].model(), "classification")
+    classifier.fit([data(Categorical(), 12)])
+    with pytest.raises(ValueError, match="a regression with one sigma_noise for tune_sigma_noise=True, got classif"):
+        classifier.optimize_prior_precision(method="gridsearch", val_loader=batches, tune_sigma_noise=True)
+    with pytest.raises(ValueError, match="Expected a regression to tune its noise, got Categorical"):
+        noise_search(classifier.network, classifier.posterior, Categorical(), batches, GRID)
+    with pytest.raises(ValueError, match="empty val_loader"):
+        noise_search(la.network, la.posterior, Gaussian(), [], GRID)

@@ -1,10 +1,10 @@
-"""Does it help? Scores, shifts, foreign data, and the comparison of posteriors on any trained classifier.
+"""Does it help, and is that real? Scores of any predictors on test, shifted and foreign data, with intervals.
 
-Data flow one way: a task and some methods (``tasks``) are compared (``compare``, with ``metrics`` and
-``shifts``) into one record for each seed (``records``), records into a summary (``summary``), and a summary
-into sentences, tables, figures and files (``statement``, ``tables``, ``figures``, ``report``).
-Names are loaded when they are first used; the function ``compare`` is imported from its module, whose name
-it has.
+:func:`evaluate` (in ``judge``) takes anything callable that gives probabilities, or a mean and a variance. On top of
+it, data flow one way: a task file (``tasks``, ``shipped``) and methods are fitted, tuned and evaluated (``suite``)
+into one record for each seed (``records``), records into a summary (``summary``), and a summary into sentences,
+tables, figures and files (``statement``, ``tables``, ``figures``, ``report``). Names are loaded when they are first
+used.
 """
 
 from __future__ import annotations
@@ -13,35 +13,65 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from debiased_laplace.evaluation.compare import run
+    from debiased_laplace.evaluation.judge import conditions, evaluate
     from debiased_laplace.evaluation.metrics import classification_metrics, out_of_distribution_metrics
+    from debiased_laplace.evaluation.predictors import (
+        LaplacePredictor,
+        Prediction,
+        ensemble_predictor,
+        gaussian_predictor,
+        point_predictor,
+        tuned_temperature,
+    )
+    from debiased_laplace.evaluation.regression import regression_metrics
     from debiased_laplace.evaluation.report import write_outputs
+    from debiased_laplace.evaluation.suite import Method, Options, run, standard_methods
     from debiased_laplace.evaluation.summary import summarise
-    from debiased_laplace.evaluation.tasks import Method, Options, Task, settings_of, standard_methods
+    from debiased_laplace.evaluation.tasks import Context, Task, TaskError
 
 _HOMES = {
     "classification_metrics": "metrics",
     "out_of_distribution_metrics": "metrics",
+    "regression_metrics": "regression",
+    "evaluate": "judge",
+    "conditions": "judge",
+    "Prediction": "predictors",
+    "LaplacePredictor": "predictors",
+    "ensemble_predictor": "predictors",
+    "gaussian_predictor": "predictors",
+    "point_predictor": "predictors",
+    "tuned_temperature": "predictors",
+    "Context": "tasks",
     "Task": "tasks",
-    "Method": "tasks",
-    "Options": "tasks",
-    "settings_of": "tasks",
-    "standard_methods": "tasks",
-    "run": "compare",
+    "TaskError": "tasks",
+    "Method": "suite",
+    "Options": "suite",
+    "run": "suite",
+    "standard_methods": "suite",
     "summarise": "summary",
     "write_outputs": "report",
 }
 
 __all__ = [
+    "Context",
+    "LaplacePredictor",
     "Method",
     "Options",
+    "Prediction",
     "Task",
+    "TaskError",
     "classification_metrics",
+    "conditions",
+    "ensemble_predictor",
+    "evaluate",
+    "gaussian_predictor",
     "out_of_distribution_metrics",
+    "point_predictor",
+    "regression_metrics",
     "run",
-    "settings_of",
     "standard_methods",
     "summarise",
+    "tuned_temperature",
     "write_outputs",
 ]
 

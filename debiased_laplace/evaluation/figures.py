@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,18 +15,26 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from torch import Tensor
 
+from debiased_laplace.evaluation.metrics import N_BINS
 from debiased_laplace.evaluation.statement import plus_minus
+from debiased_laplace.evaluation.suite import MAP, TEMPERATURE
+from debiased_laplace.evaluation.summary import by_role, shifts
+
+Summary = Mapping[str, Any]
 
 #: Okabe and Ito's colours, darkest first, each with a marker and a dash pattern of its own.
 STYLES: tuple[tuple[str, str, Any], ...] = (
-    ("#0072B2", "o", "-"),
+    ("#000000", "o", "-"),
     ("#D55E00", "s", "--"),
-    ("#009E73", "^", ":"),
-    ("#CC79A7", "D", "-."),
-    ("#56B4E9", "v", (0, (5, 1, 1, 1, 1, 1))),
-    ("#E69F00", "P", (0, (1, 2))),
+    ("#0072B2", "^", "-"),
+    ("#009E73", "D", ":"),
+    ("#CC79A7", "v", "-."),
+    ("#56B4E9", "P", (0, (5, 1, 1, 1, 1, 1))),
+    ("#E69F00", "X", (0, (1, 2))),
+    ("#8B4513", "<", (0, (7, 2))),
+    ("#666666", ">", (0, (3, 1, 1, 1))),
+    ("#4B0082", "*", (0, (2, 1))),
 )
 #: Bins with fewer data are left out of reliability diagrams: their accuracy is noise.
 SMALLEST_BIN = 10
@@ -48,148 +57,298 @@ class Picture:
     png: bytes
 
 
-def reliability_pictures(summary: dict[str, Any]) -> list[Picture]:
-    """One reliability diagram for each method, with all conditions in it."""
-    pictures = []
-    for name, method in summary["methods"].items():
+def style(summary: Summary) -> dict[str, tuple[str, str, Any]]:
+    """A colour, a marker and a dash pattern for every method, the same in all figures."""
+    return {name: STYLES[index % len(STYLES)] for index, name in enumerate(summary["test"]["scores"])}
+
+
+def pictures(summary: Summary) -> list[Picture]:
+    """All figures of the report but the reliability diagrams."""
+    makers = (_severity, _risk_coverage, _calibration_curve, _foreign, _tuning, _distances)
+    return [picture for maker in makers if (picture := maker(summary)) is not None]
+
+
+# -- reliability -----------------------------------------------------------------------------------
+
+
+def reliability_pictures(summary: Summary) -> list[Picture]:
+    """One reliability diagram for each method: test data, and the strongest shift of each kind together."""
+    if summary["regression"]:
+        return []
+    found = []
+    for name in summary["test"]["scores"]:
         figure = Figure(figsize=(4.2, 4.2), layout="constrained")
-        _reliability(figure.subplots(), name, method)
-        conditions = method["conditions"].items()
-        errors = ", ".join(f"{key} {plus_minus(scores['ece'], 1, scale=100)} %" for key, scores in conditions)
-        alternative = f"Reliability diagram of {name}: accuracy against confidence. ECE: {errors}."
-        pictures.append(Picture(name, "", alternative, _png(figure)))
-    return pictures
+        lines = _reliability(figure.subplots(), summary, name)
+        alternative = f"Reliability diagram of {name}: accuracy against confidence. {'; '.join(lines)}."
+        found.append(Picture(name, "", alternative, _png(figure)))
+    return found
 
 
-def reliability_png(summary: dict[str, Any]) -> bytes:
-    """All reliability diagrams in one image."""
-    methods = summary["methods"]
-    columns = min(3, len(methods))
-    rows = math.ceil(len(methods) / columns)
+def reliability_png(summary: Summary) -> bytes:
+    """All reliability diagrams, or calibration curves of a regression, in one image."""
+    if summary["regression"]:
+        picture = _calibration_curve(summary)
+        assert picture is not None
+        return picture.png
+    names = list(summary["test"]["scores"])
+    columns = min(3, len(names))
+    rows = math.ceil(len(names) / columns)
     figure = Figure(figsize=(4 * columns, 4.1 * rows), layout="constrained")
     panels = np.ravel(figure.subplots(rows, columns, squeeze=False))
-    for panel, (name, method) in zip(panels, methods.items(), strict=False):
-        _reliability(panel, name, method)
-    for panel in panels[len(methods) :]:
+    for panel, name in zip(panels, names, strict=False):
+        _reliability(panel, summary, name)
+    for panel in panels[len(names) :]:
         panel.set_visible(False)
     return _png(figure)
 
 
-def _reliability(axes: Axes, name: str, method: dict[str, Any]) -> None:
+def _reliability(axes: Axes, summary: Summary, name: str) -> list[str]:
     axes.plot([0, 1], [0, 1], color="0.55", linewidth=1, zorder=1)
-    for (condition, bins), (color, marker, dashes) in zip(method["reliability"].items(), STYLES, strict=False):
+    said = []
+    for (title, bins), (color, marker, dashes) in zip(_bins(summary, name).items(), STYLES[:3], strict=False):
         counts = np.asarray(bins["counts"], dtype=float)
         kept = counts >= SMALLEST_BIN
         confidence = np.asarray(bins["confidences"])[kept] / counts[kept]
         accuracy = np.asarray(bins["correct"])[kept] / counts[kept]
-        error = plus_minus(method["conditions"][condition]["ece"], 1, scale=100)
+        error = np.abs(np.asarray(bins["confidences"]) - np.asarray(bins["correct"])).sum() / counts.sum()
         axes.plot(confidence, accuracy, color=color, linestyle=dashes, linewidth=1.5, zorder=2)
         axes.scatter(
             confidence, accuracy, 15 + 120 * np.sqrt(counts[kept] / counts.sum()), color=color, marker=marker,
             edgecolors="white", linewidths=0.6, zorder=3,
         )  # fmt: skip
-        label = f"{condition}: ECE {error} %"
+        label = f"{title}: ECE {100 * error:.1f} %"
         axes.plot([], [], color=color, linestyle=dashes, marker=marker, markersize=5, label=label)
+        said.append(label)
     axes.set(xlim=(0, 1.03), ylim=(0, 1.03), xlabel="confidence", ylabel="accuracy", title=name, aspect="equal")
     axes.grid(color="0.9", linewidth=0.6)
     axes.legend(loc="upper left", fontsize=9, frameon=True, framealpha=0.9)
+    return said
 
 
-def tuning_picture(summary: dict[str, Any]) -> Picture | None:
-    """Validation loss against prior precision."""
-    methods = {name: method for name, method in summary["methods"].items() if "curve" in method}
-    if not methods:
+def _bins(summary: Summary, name: str) -> dict[str, dict[str, Any]]:
+    """Bins of the test data, and those of all shifts of severity 3 (or without degrees) and 5, added."""
+    found = {"test data": summary["test"]["curves"][name]["reliability"]}
+    for title, severities in (("shifts, severity 3", (3, None)), ("shifts, severity 5", (5,))):
+        own = [e["curves"][name]["reliability"] for e in summary["shifts"] if e["severity"] in severities]
+        if own:
+            found[title] = {key: [sum(c) for c in zip(*(b[key] for b in own), strict=True)] for key in own[0]}
+    return found
+
+
+# -- lines -----------------------------------------------------------------------------------------
+
+
+def _severity(summary: Summary) -> Picture | None:
+    """Loss and calibration error against severity, a panel for each shift."""
+    found = {name: entries for name, entries in shifts(summary).items() if len(entries) > 1}
+    if not found:
         return None
-    figure = Figure(figsize=(5.4, 4.0), layout="constrained")
-    axes = figure.subplots()
-    tuned = []
-    point = next(((name, m) for name, m in summary["methods"].items() if m["kind"] == "map"), None)
-    if point is not None:
-        axes.axhline(point[1]["validation_nll"]["mean"], color="0.35", linewidth=1, label=point[0])
-    ceiling = 0.0 if point is None else point[1]["validation_nll"]["mean"]
-    for (name, method), (color, marker, dashes) in zip(methods.items(), STYLES, strict=False):
-        curve = method["curve"]
-        grid, mean = np.asarray(curve["prior_precisions"]), np.asarray(curve["mean"])
-        best = int(mean.argmin())
-        axes.plot(
-            grid, mean, color=color, linestyle=dashes, linewidth=1.8, marker=marker, markevery=[best], markersize=9,
-            markeredgecolor="white", label=name,
-        )  # fmt: skip
-        ceiling = max(ceiling, float(mean.min()))
-        tuned.append(f"{name} {mean[best]:.3f} at {grid[best]:.3g}")
-    axes.set(xscale="log", xlabel="prior precision", ylabel="validation NLL, nats")
-    lowest = min(min(method["curve"]["mean"]) for method in methods.values())
-    room = max(ceiling - lowest, 0.15 * ceiling)
-    top = ceiling + 1.5 * room  # far left the losses are huge and say nothing
-    inside = [x for m in methods.values() for x, y in zip(*_points(m["curve"]), strict=True) if y < top]
-    axes.set(ylim=(lowest - 0.4 * room, top), xlim=(min(inside) / 3, max(inside) * 1.5))
-    axes.grid(color="0.9", linewidth=0.6)
-    axes.legend(fontsize=9)
+    styles = style(summary)
+    zero = TEMPERATURE if TEMPERATURE in styles else next(iter(styles))
+    rows: list[tuple[str, Callable[[Any, str], float]]] = [
+        ("NLL, nats", lambda entry, name: entry["scores"][name]["nll"][0]),
+        (
+            f"NLL minus that of\n{zero}",
+            lambda entry, name: entry["scores"][name]["nll"][0] - entry["scores"][zero]["nll"][0],
+        ),
+        ("ECE, %", lambda entry, name: 100 * entry["scores"][name]["ece"][0]),
+    ]
+    figure = Figure(figsize=(max(5.5, 2.75 * len(found)), 7.4), layout="constrained")
+    panels = figure.subplots(len(rows), len(found), squeeze=False)
+    for row, (label, value) in zip(panels, rows, strict=True):
+        for panel, (name, entries) in zip(row, found.items(), strict=True):
+            own = [summary["test"], *entries]
+            places = [0, *(entry["severity"] for entry in entries)]
+            for method, (color, marker, dashes) in styles.items():
+                values = [value(entry, method) for entry in own]
+                panel.plot(places, values, color=color, linestyle=dashes, marker=marker, markersize=4, linewidth=1.4)
+            panel.grid(color="0.9", linewidth=0.6)
+            panel.set_xticks(places)
+            panel.set_title(name, fontsize=10)
+        row[0].set_ylabel(label)
+    for panel in panels[-1]:
+        panel.set_xlabel("severity")
+    _legend(figure, styles)
+    worst = {
+        method: np.mean([e[-1]["scores"][method]["nll"][0] for e in found.values()]) for method in styles
+    }  # fmt: skip
+    listed = ", ".join(f"{method} {value:.2f}" for method, value in worst.items())
     return Picture(
-        "Tuning",
-        "Mean over seeds of the validation loss for each prior precision; a marker is the lowest point of the mean "
-        "(each seed is tuned by itself). Far to the right every posterior is MAP; the rise to the left is cut off.",
-        f"Validation NLL against prior precision. Lowest mean: {'; '.join(tuned)}.",
+        "How scores change under shift",
+        "Severity 0 is the test data. Every panel has a scale of its own; intervals are in the tables.",
+        f"NLL and ECE against severity for the shifts {', '.join(found)}. Mean NLL at the highest severity: {listed}.",
         _png(figure),
-    )
+    )  # fmt: skip
 
 
-def distance_picture(summary: dict[str, Any]) -> Picture | None:
-    """Distance to the reference, one line for each seed."""
-    methods = {name: method["distances"] for name, method in summary["methods"].items() if "distances" in method}
-    entries: list[dict[str, Any]] = next(iter(methods.values()), [])
-    if not entries:
+def _risk_coverage(summary: Summary) -> Picture | None:
+    if summary["regression"]:
         return None
-    figure = Figure(figsize=(2.7 * len(entries), 3.5), layout="constrained")
-    panels = np.ravel(figure.subplots(1, len(entries), squeeze=False))
-    parts = []
-    for index, (panel, entry) in enumerate(zip(panels, entries, strict=True)):
-        values = np.array([distances[index]["absolute"]["values"] for distances in methods.values()])
-        panel.plot(np.arange(len(methods)), values, color="0.7", linewidth=1, marker="o", markersize=3, zorder=1)
-        for place, (distances, (color, marker, _)) in enumerate(zip(methods.values(), STYLES, strict=False)):
-            value = distances[index]["absolute"]
-            panel.errorbar(
-                place, value["mean"], value["standard_error"] or 0, color=color, marker=marker, markersize=9,
-                capsize=5, linewidth=2, zorder=2,
-            )  # fmt: skip
-        panel.set_xticks(np.arange(len(methods)), [name.replace(" ", "\n", 1) for name in methods])
-        panel.set_xlim(-0.5, len(methods) - 0.5)
-        panel.set_ylim(0, max(float(values.max()) * 1.08, 1e-6))
-        title = "tuned prior precision" if entry["at"] == "tuned" else f"prior precision {entry['at']}"
-        panel.set_title(title, fontsize=10)
+    styles = style(summary)
+    figure = Figure(figsize=(6.4, 4.6), layout="constrained")
+    axes = figure.subplots()
+    for name, (color, _, dashes) in styles.items():
+        curve = summary["test"]["curves"][name]
+        axes.plot(curve["coverage"], 100 * np.asarray(curve["risk"]), color=color, linestyle=dashes, linewidth=1.5)
+    axes.set(xlabel="share of the data that is answered, most confident first", ylabel="errors among them, %")
+    axes.set(xlim=(0, 1), ylim=(0, None))
+    axes.grid(color="0.9", linewidth=0.6)
+    _legend(figure, {name: (color, "", dashes) for name, (color, _, dashes) in styles.items()})
+    areas = ", ".join(f"{n} {plus_minus(summary['test']['scores'][n]['aurc'], 2, scale=100)} %" for n in styles)
+    return Picture(
+        "Answering only when confident", "Test data. Lower is better; the area under the line is AURC.",
+        f"Error rate against coverage. Areas under the lines: {areas}.", _png(figure),
+    )  # fmt: skip
+
+
+def _calibration_curve(summary: Summary) -> Picture | None:
+    if not summary["regression"]:
+        return None
+    styles = style(summary)
+    figure = Figure(figsize=(5.4, 5.4), layout="constrained")
+    axes = figure.subplots()
+    axes.plot([0, 1], [0, 1], color="0.55", linewidth=1)
+    for name, (color, marker, dashes) in styles.items():
+        curve = summary["test"]["curves"][name]
+        axes.plot(
+            curve["expected"], curve["observed"], color=color, linestyle=dashes, marker=marker, markersize=4,
+            linewidth=1.4,
+        )  # fmt: skip
+    axes.set(xlabel="stated probability of the central interval", ylabel="share of targets inside", aspect="equal")
+    axes.grid(color="0.9", linewidth=0.6)
+    _legend(figure, styles)
+    listed = ", ".join(f"{n} {plus_minus(summary['test']['scores'][n]['coverage_95'], 1, scale=100)} %" for n in styles)
+    return Picture(
+        "Do intervals hold what they promise?", "Below the grey diagonal intervals are too narrow, above too wide.",
+        f"Observed against stated coverage. At 95 %: {listed}.", _png(figure),
+    )  # fmt: skip
+
+
+def _foreign(summary: Summary) -> Picture | None:
+    """Histograms of scores of known and foreign data, for the network and the candidate."""
+    candidate = by_role(summary, "candidate")
+    if not summary["ood"] or candidate is None:
+        return None
+    wanted = [(MAP, "maximum probability"), (candidate, "maximum probability"), (candidate, "functional variance")]
+    wanted = [(n, s) for n, s in wanted if s in summary["ood"][0]["histograms"].get(n, {})]
+    figure = Figure(figsize=(3.3 * len(wanted), 2.6 * len(summary["ood"])), layout="constrained")
+    panels = figure.subplots(len(summary["ood"]), len(wanted), squeeze=False)
+    for row, entry in zip(panels, summary["ood"], strict=True):
+        for panel, (name, score) in zip(row, wanted, strict=True):
+            own = entry["histograms"][name][score]
+            edges = np.asarray(own["edges"])
+            for key, color, hatch in (("known", "#0072B2", ""), ("foreign", "#D55E00", "////")):
+                shares = np.asarray(own[key]) / max(1, sum(own[key]))
+                panel.bar(
+                    edges[:-1], 100 * shares, np.diff(edges), align="edge", label=key, hatch=hatch, alpha=0.6,
+                    facecolor="none" if hatch else color, edgecolor=color, linewidth=0.8,
+                )  # fmt: skip
+            value = plus_minus(entry["scores"][name][f"{score}, auroc"], 1, scale=100)
+            panel.set_title(f"{name}\n{_score(score)}: AUROC {value} %", fontsize=9)
+            panel.grid(axis="y", color="0.9", linewidth=0.6)
+        row[0].set_ylabel(f"{entry['name']}\nshare of data, %", fontsize=9)
+    panels[0][0].legend(fontsize=9)
+    names = ", ".join(entry["name"] for entry in summary["ood"])
+    return Picture(
+        "Foreign data", "First seed. The further apart the two, the better the score tells them.",
+        f"Histograms of out-of-distribution scores of test data and of {names}; the AUROC is in the table.",
+        _png(figure),
+    )  # fmt: skip
+
+
+def _score(name: str) -> str:
+    return "1 \N{MINUS SIGN} maximum probability" if name == "maximum probability" else name
+
+
+def _tuning(summary: Summary) -> Picture | None:
+    """Validation loss against prior precision."""
+    styles = style(summary)
+    curves = {name: about["curve"] for name, about in summary["predictors"].items() if "curve" in about}
+    lines = {n: curve for n, curve in curves.items() if "prior_precisions" not in summary["predictors"][n]}
+    if not lines:
+        return None
+    figure = Figure(figsize=(6.4, 4.6), layout="constrained")
+    axes = figure.subplots()
+    said, ceiling = [], -math.inf
+    point = summary["predictors"].get(MAP, {}).get("validation_nll")
+    if point is not None:
+        ceiling = float(np.mean(point))
+        axes.axhline(ceiling, color="0.35", linewidth=1)
+    for name, curve in lines.items():
+        color, marker, dashes = styles.get(name, STYLES[0])
+        grid, losses = np.asarray(curve["prior_precisions"]), np.asarray(curve["losses"])
+        best = int(losses.argmin())
+        axes.plot(
+            grid, losses, color=color, linestyle=dashes, linewidth=1.7, marker=marker, markevery=[best], markersize=9,
+            markeredgecolor="white",
+        )  # fmt: skip
+        ceiling = max(ceiling, float(losses.min()))
+        said.append(f"{name} {losses[best]:.3f} at {grid[best]:.3g}")
+    lowest = min(min(curve["losses"]) for curve in lines.values())
+    room = max(ceiling - lowest, 0.15 * abs(ceiling))
+    top = ceiling + 1.5 * room  # far left the losses are huge and say nothing
+    inside = [
+        x
+        for curve in lines.values()
+        for x, y in zip(curve["prior_precisions"], curve["losses"], strict=True)
+        if y < top
+    ]
+    axes.set(xscale="log", xlabel="prior precision", ylabel="validation NLL, nats", ylim=(lowest - 0.4 * room, top))
+    axes.set(xlim=(min(inside) / 3, max(inside) * 1.5))
+    axes.grid(color="0.9", linewidth=0.6)
+    _legend(figure, {name: styles.get(name, STYLES[0]) for name in lines})
+    return Picture(
+        "Choosing the prior precision",
+        "Mean validation loss over seeds, one prior precision for all layers; a marker is the lowest point. "
+        + ("The grey line is the network itself. " if point is not None else "")
+        + "Far to the right every posterior is the network itself; the rise to the left is cut off.",
+        f"Validation NLL against prior precision. Lowest: {'; '.join(said)}.", _png(figure),
+    )  # fmt: skip
+
+
+def _distances(summary: Summary) -> Picture | None:
+    found = summary["distances"]
+    if not found:
+        return None
+    styles = style(summary)
+    names = [name for name in next(iter(found.values())) if name != "prior_precision"]
+    figure = Figure(figsize=(3.0 * len(found), 3.2), layout="constrained")
+    panels = np.ravel(figure.subplots(1, len(found), squeeze=False))
+    said = []
+    for panel, (where, own) in zip(panels, found.items(), strict=True):
+        for place, name in enumerate(names):
+            color, marker, _ = styles[name]
+            value = own[name]["absolute"]
+            panel.errorbar(place, value[0], value[1], color=color, marker=marker, markersize=9, capsize=5, linewidth=2)
+            said.append(f"{name} {plus_minus(value, 3)} ({where})")
+        panel.set_xticks(np.arange(len(names)), [name.replace(" ", "\n", 1) for name in names])
+        panel.set_xlim(-0.5, len(names) - 0.5)
+        panel.set_ylim(0, None)
+        panel.set_title("tuned prior precision" if where == "tuned" else "prior precision 1", fontsize=10)
         panel.grid(axis="y", color="0.9", linewidth=0.6)
-        means = ", ".join(f"{name} {plus_minus(d[index]['absolute'], 3)}" for name, d in methods.items())
-        parts.append(f"at prior precision {entry['at']}: {means}")
     panels[0].set_ylabel("mean absolute log ratio")
     return Picture(
-        "Distance to the reference posterior",
-        "Grey lines join the values of one seed; markers are means, bars standard errors. Zero would be the reference.",
-        f"Mean absolute log ratio of output variances, {'; '.join(parts)}.",
-        _png(figure),
+        "Distance to the posterior of all training data", "Zero would be that posterior. Bars are standard errors.",
+        f"Mean absolute log ratio of output variances: {'; '.join(said)}.", _png(figure),
+    )  # fmt: skip
+
+
+def _legend(figure: Figure, styles: Mapping[str, tuple[str, str, Any]]) -> None:
+    from matplotlib.lines import Line2D
+
+    handles = [
+        Line2D([], [], color=color, marker=marker or None, linestyle=dashes, markersize=5, label=name)
+        for name, (color, marker, dashes) in styles.items()
+    ]
+    width = figure.get_figwidth()
+    figure.legend(
+        handles=handles, loc="outside lower center", ncols=max(1, int(width // 2.2)), fontsize=9, frameon=False
     )
 
 
-def examples_picture(images: dict[str, Tensor], caption: str, n_columns: int = 8) -> Picture:
-    """Some images of every condition, one row each.
-
-    Args:
-        images: ``[N, channels, height, width]`` in [0, 1] for each row; one or three channels.
-        caption: What the rows are.
-        n_columns: Images in a row.
-    """
-    figure = Figure(figsize=(5.6, 0.85 * len(images)), layout="constrained")
-    grid = figure.subplots(len(images), n_columns, squeeze=False)
-    for row, (name, shown) in zip(grid, images.items(), strict=True):
-        for panel, image in zip(row, shown[:n_columns].cpu(), strict=False):
-            panel.imshow(image.permute(1, 2, 0).squeeze(-1).numpy(), cmap="gray", vmin=0, vmax=1)
-        for panel in row:
-            panel.set(xticks=[], yticks=[])
-        row[0].set_ylabel(name.replace(" ", "\n"), rotation=0, ha="right", va="center", fontsize=9)
-    return Picture("What the data look like", caption, f"Rows of example images: {', '.join(images)}.", _png(figure))
-
-
-def _points(curve: dict[str, Any]) -> tuple[list[float], list[float]]:
-    return curve["prior_precisions"], curve["mean"]
+def bins_note() -> str:
+    """How reliability diagrams are made."""
+    return f"{N_BINS} equal-width bins; those with fewer than {SMALLEST_BIN} data are left out"
 
 
 def _png(figure: Figure) -> bytes:
@@ -197,3 +356,13 @@ def _png(figure: Figure) -> bytes:
     file = io.BytesIO()
     figure.savefig(file, format="png", dpi=120, facecolor="white", metadata={"Software": None})
     return file.getvalue()
+
+
+def shown(summary: Summary) -> list[tuple[str, str, Sequence[dict[str, Any]]]]:
+    """The most uncertain inputs: title, predictor and the inputs, for test and foreign data."""
+    entries = [("test data", summary["test"]), *((e["name"], e) for e in summary["ood"])]
+    return [
+        (title, e["most_uncertain"]["predictor"], e["most_uncertain"]["inputs"])
+        for title, e in entries
+        if "most_uncertain" in e
+    ]

@@ -15,7 +15,7 @@ import torch
 
 import debiased_laplace
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 PACKAGES = ("torch", "numpy", "scipy", "scikit-learn", "netcal", "laplace-torch")
 
 
@@ -39,7 +39,7 @@ def write_json(path: Path, value: Any) -> None:
     Raises:
         ValueError: If a number is not finite, which standard JSON cannot hold.
     """
-    write_atomically(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
+    write_atomically(path, json.dumps(value, allow_nan=False, separators=(",", ":")) + "\n")
 
 
 def jsonable(value: Any) -> Any:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from debiased_laplace.evaluation.summary import CONFIDENCE, by_role, difference, verdict
+from debiased_laplace.evaluation.suite import MAP, TEMPERATURE
+from debiased_laplace.evaluation.summary import by_role, differences, is_strong, verdict
 
 MINUS = "\N{MINUS SIGN}"
+Summary = Mapping[str, Any]
 
 
-def statement(summary: dict[str, Any]) -> dict[str, Any]:
-    """The answer in one sentence, and what else to know.
+def statement(summary: Summary) -> dict[str, Any]:
+    """The answer in one sentence for everybody, and what else to know.
 
     Args:
         summary: From :func:`~debiased_laplace.evaluation.summary.summarise`.
@@ -19,104 +22,222 @@ def statement(summary: dict[str, Any]) -> dict[str, Any]:
     Returns:
         ``answer``, a sentence, and ``details``, a list of sentences.
     """
-    baseline, candidate, reference = (by_role(summary, role) for role in ("baseline", "candidate", "reference"))
-    if baseline is None or candidate is None:
-        return {"answer": "Nothing was compared pairwise: the tables show each method by itself.", "details": []}
-    predictions, tuning = _predictions(summary, baseline, candidate), _tuning(summary)
-    entry = difference(summary, baseline, "distance", "tuned", "absolute")
-    if entry is None or reference is None:
-        return {"answer": predictions[0], "details": [*predictions[1:], *tuning]}
-    compared = {
-        "better": f"{candidate} is closer to the {reference} posterior than {baseline} is",
-        "worse": f"{candidate} is farther from the {reference} posterior than {baseline} is",
-        "within the error": (
-            f"{_seeds(summary)} {'do' if len(summary['seeds']) > 1 else 'does'} not show whether {candidate} or "
-            f"{baseline} is closer to the {reference} posterior"
-        ),
-    }[verdict(entry)]
-    return {
-        "answer": f"On {summary['task']['name']}, at the tuned prior precision, {compared}.",
-        "details": [*_distances(summary, baseline, candidate, reference), *predictions, *tuning],
-    }
+    candidate = by_role(summary, "candidate")
+    if candidate is None:
+        return {"answer": "The tables show each method by itself: none is marked as a candidate.", "details": []}
+    if summary["regression"]:
+        answer, details = _regression(summary, candidate)
+    else:
+        answer, details = _classification(summary, candidate)
+    details += [*_posteriors(summary, candidate), *_distance(summary, candidate), *_tuning(summary)]
+    return {"answer": answer, "details": details}
 
 
-def _distances(summary: dict[str, Any], baseline: str, candidate: str, reference: str) -> list[str]:
-    sentences = []
-    for mine, theirs in zip(*(summary["methods"][name]["distances"] for name in (candidate, baseline)), strict=True):
-        at = f"tuned for {reference}" if mine["at"] == "tuned" else mine["at"]
-        entry = difference(summary, baseline, "distance", mine["at"], "absolute")
-        assert entry is not None
-        typical = [math.exp(value["absolute"]["mean"]) for value in (mine, theirs)]
-        sentences.append(
-            f"At the prior precision {at}, output variances differ from those of {reference} by a typical factor of "
-            f"{typical[0]:.2f} ({candidate}) and {typical[1]:.2f} ({baseline}): mean absolute log ratio "
-            f"{plus_minus(mine['absolute'], 3)} and {plus_minus(theirs['absolute'], 3)}, paired difference "
-            f"{plus_minus(entry, 3, sign=True)} over {_seeds(summary)}{_interval(entry, 3)}. The mean signed log ratio "
-            f"is {plus_minus(mine['signed'], 3, sign=True)} and {plus_minus(theirs['signed'], 3, sign=True)} "
-            "(above zero: more uncertain than all the data warrant)."
+def _classification(summary: Summary, candidate: str) -> tuple[str, list[str]]:
+    name = summary["task"]["name"]
+    against_point = _test(summary, candidate, MAP, "nll")
+    against_temperature = _test(summary, candidate, TEMPERATURE, "nll")
+    if against_point is None:
+        return f"On {name} there is no point network to compare with.", []
+    point = verdict("nll", against_point)
+    temperature = None if against_temperature is None else verdict("nll", against_temperature)
+    strong = [(entry, cell) for entry, cell in differences(summary, candidate, TEMPERATURE, "nll") if is_strong(entry)]
+    wins, losses = (sum(verdict("nll", cell) == word for _, cell in strong) for word in ("better", "worse"))
+    helped = {
+        "better": "are better than the network's own",
+        "worse": "are worse than the network's own",
+        "no difference shown": "are not shown to differ in quality from the network's own",
+    }[point]
+    answer = f"On data like the training data of {name}, the probabilities of {candidate} {helped}"
+    if temperature is not None:
+        joint = ", but" if point == "better" and temperature != "better" else ", and"
+        answer += (
+            joint
+            + {
+                "better": " better than those of the simplest remedy, dividing the outputs by one tuned number",
+                "worse": " dividing the outputs by one tuned number (a temperature) does better",
+                "no difference shown": " dividing the outputs by one tuned number (a temperature) would have done",
+            }[temperature]
         )
-    return sentences
+    if strong:
+        where = f"under strong shift (severity 3 and more, {len(strong)} cases)"
+        if wins or losses:
+            answer += f"; {where} it beats the temperature in {wins} and loses to it in {losses}"
+        else:
+            answer += f"; {where} no difference to the temperature is shown"
+    details = [_scores(summary, [MAP, TEMPERATURE, candidate])]
+    for second, cell in ((MAP, against_point), (TEMPERATURE, against_temperature)):
+        if cell is not None:
+            details.append(
+                f"Negative log-likelihood, {candidate} minus {second}, test data: {with_interval(cell, 4)} "
+                f"({verdict('nll', cell)})."
+            )
+    details += _best(summary, candidate)
+    details += _foreign(summary, candidate)
+    return answer + ".", details
 
 
-def _predictions(summary: dict[str, Any], baseline: str, candidate: str) -> list[str]:
-    sentences = []
-    for second in dict.fromkeys(entry["second"] for entry in summary["differences"]):
-        entries = [d for d in summary["differences"] if d["second"] == second and d["group"] != "distance"]
-        shown = [d for d in entries if d["shown"]]
-        what = f"After tuning, of {len(entries)} paired differences in scores between {candidate} and {second}"
-        if not shown:
-            sentences.append(f"{what}, none is beyond its error: nothing is shown.")
-            continue
-        better = sum(verdict(d) == "better" for d in shown)
-        sentences.append(
-            f"{what}, {len(shown)} {'are' if len(shown) > 1 else 'is'} beyond "
-            f"{'their' if len(shown) > 1 else 'its'} error, {better} in favour of {candidate}; about "
-            f"{len(entries) * (1 - CONFIDENCE):.0f} would be by chance if the scores were independent."
-        )
-        losses = [d for d in shown if d["score"] == "nll" and second != baseline]
-        for entry in losses:
-            mine, theirs = (summary["methods"][m]["conditions"][entry["name"]]["nll"] for m in (candidate, second))
+def _scores(summary: Summary, names: Sequence[str]) -> str:
+    cells = summary["test"]["scores"]
+    parts = [
+        f"{name} NLL {plus_minus(cells[name]['nll'], 3)}, ECE {plus_minus(cells[name]['ece'], 1, scale=100)} %"
+        for name in names
+        if name in cells
+    ]
+    return f"Test data: {'; '.join(parts)}."
+
+
+def _best(summary: Summary, candidate: str) -> list[str]:
+    """Which method has the lowest loss, in distribution and under strong shift."""
+    cells = summary["test"]["scores"]
+    best = min(cells, key=lambda name: cells[name]["nll"][0])
+    sentences = [f"The lowest NLL on test data has {best} ({plus_minus(cells[best]['nll'], 3)})."]
+    strong = [entry for entry in summary["shifts"] if is_strong(entry)]
+    if strong:
+        means = {name: sum(e["scores"][name]["nll"][0] for e in strong) / len(strong) for name in cells}
+        order = sorted(means, key=lambda name: means[name])
+        listed = ", ".join(f"{name} {means[name]:.3f}" for name in order)
+        sentences.append(f"Mean NLL over the {len(strong)} strong shifts: {listed}.")
+        counts = []
+        for first in [name for name in order if name not in (MAP, TEMPERATURE)]:
+            found = [
+                verdict("nll", cell)
+                for entry, cell in differences(summary, first, TEMPERATURE, "nll")
+                if is_strong(entry)
+            ]
+            if found:
+                counts.append(f"{first} {found.count('better')} to {found.count('worse')}")
+        if counts:
             sentences.append(
-                f"Negative log-likelihood, {entry['name']}: {plus_minus(mine, 3)} for {candidate} and "
-                f"{plus_minus(theirs, 3)} for {second}; the difference, {plus_minus(entry, 3, sign=True)}, is beyond "
-                f"its error ({verdict(entry)})."
+                f"Of these, how often NLL is shown to be better than that of {TEMPERATURE}, and how often worse: "
+                f"{', '.join(counts)}."
             )
     return sentences
 
 
-def _tuning(summary: dict[str, Any]) -> list[str]:
+def _foreign(summary: Summary, candidate: str) -> list[str]:
     sentences = []
-    for side, meaning in (
-        (
-            "largest",
-            "there the validation data asked for hardly any posterior uncertainty, and predictions are close to MAP's",
-        ),
-        ("smallest", "the optimum may lie below the grid"),
-    ):
-        at_edge = {name: m["edges"][side] for name, m in summary["methods"].items() if m.get("edges", {}).get(side)}
+    for entry in summary["ood"]:
+        scores = entry["scores"]
+        of_map = scores.get(MAP, {}).get("maximum probability, auroc")
+        own = {key.removesuffix(", auroc"): cell for key, cell in scores[candidate].items() if key.endswith(", auroc")}
+        best = max(own, key=lambda key: own[key][0])
+        text = (
+            f"Telling {entry['name']} from test data: AUROC {plus_minus(own[best], 1, scale=100)} % for {candidate} "
+            f"with the score {best}"
+        )
+        if of_map is not None:
+            text += f", {plus_minus(of_map, 1, scale=100)} % for the network's own maximum probability"
+        sentences.append(text + ".")
+    return sentences
+
+
+def _regression(summary: Summary, candidate: str) -> tuple[str, list[str]]:
+    name, cells = summary["task"]["name"], summary["test"]["scores"]
+    cell = _test(summary, candidate, MAP, "nll")
+    if cell is None:
+        return f"On {name} there is no point network to compare with.", []
+    said = {
+        "better": "describes the errors better than one noise level for all inputs does",
+        "worse": "describes the errors worse than one noise level for all inputs does",
+        "no difference shown": "is not shown to describe the errors better than one noise level for all inputs does",
+    }[verdict("nll", cell)]
+    coverage = cells[candidate]["coverage_95"]
+    answer = (
+        f"On {name}, the uncertainty of {candidate} {said}; its 95 % intervals hold "
+        f"{plus_minus(coverage, 1, scale=100)} % of the test targets"
+    )
+    details = [
+        f"Negative log-likelihood, {candidate} minus {MAP}: {with_interval(cell, 3)} ({verdict('nll', cell)}).",
+        "NLL: " + "; ".join(f"{key} {plus_minus(own['nll'], 3)}" for key, own in cells.items()) + ".",
+    ]
+    return answer + ".", details
+
+
+def _posteriors(summary: Summary, candidate: str) -> list[str]:
+    """Debiased against single-batch and full-data posteriors, and laplace-torch's."""
+    sentences = []
+    for role, what in (("baseline", "the single batch at the same budget"), ("reference", "all the training data")):
+        other = by_role(summary, role)
+        cell = None if other is None else _test(summary, candidate, other, "nll")
+        if cell is None:
+            continue
+        found = [verdict("nll", c) for _, c in differences(summary, candidate, str(other), "nll")]
+        shifted = (
+            f"; over {len(found)} shifted data better in {found.count('better')}, worse in {found.count('worse')}"
+            if found
+            else ""
+        )
+        sentences.append(
+            f"{candidate} against {what} ({other}), NLL on test data: {with_interval(cell, 4)} ({verdict('nll', cell)})"
+            f"{shifted}."
+        )
+    return sentences
+
+
+def _distance(summary: Summary, candidate: str) -> list[str]:
+    sentences = []
+    baseline = by_role(summary, "baseline")
+    for where, found in summary["distances"].items():
+        at = "at the prior precision tuned for the full data" if where == "tuned" else "at prior precision 1"
+        parts = [
+            f"{math.exp(found[name]['absolute'][0]):.3f} for {name} (mean absolute log ratio "
+            f"{plus_minus(found[name]['absolute'], 3)})"
+            for name in (candidate, baseline)
+            if name in found
+        ]
+        sentences.append(
+            f"Output variances differ from those of the full-data posterior, {at}, by a typical factor of "
+            f"{' and '.join(parts)}."
+        )
+    return sentences
+
+
+def _tuning(summary: Summary) -> list[str]:
+    sentences = []
+    meanings = {
+        "largest": "there the validation data asked for hardly any posterior uncertainty, and predictions are close to "
+        "those of the network itself",
+        "smallest": "the optimum may lie below the grid",
+    }
+    for side, meaning in meanings.items():
+        at_edge = {n: m["edge"].count(side) for n, m in summary["predictors"].items() if side in m.get("edge", [])}
         if at_edge:
             counts = ", ".join(f"{name} for {count}" for name, count in at_edge.items())
             sentences.append(
-                f"The tuned prior precision was the {side} of the grid for some of the {_seeds(summary)} ({counts}): "
+                f"The tuned prior precision was the {side} of the grid for some of the {seeds(summary)} ({counts}): "
                 f"{meaning}."
             )
+    for name, about in summary["predictors"].items():
+        if "failed" in about:
+            sentences.append(f"{name} did not run: {'; '.join(about['failed'])}.")
     return sentences
 
 
-def plus_minus(value: dict[str, Any], digits: int, *, sign: bool = False, scale: float = 1.0) -> str:
-    """Mean ± standard error as text; the mean alone for a single seed."""
-    mean, error = value["mean"] * scale, value["standard_error"]
-    text = (f"{mean:+.{digits}f}" if sign else f"{mean:.{digits}f}").replace("-", MINUS)
-    return text if error is None else f"{text} ± {error * scale:.{digits}f}"
+def _test(summary: Summary, first: str, second: str, score: str) -> Sequence[float] | None:
+    return summary["test"]["differences"].get(second, {}).get(first, {}).get(score)
 
 
-def _interval(entry: dict[str, Any], digits: int) -> str:
-    if entry["interval"] is None:
-        return ", too few for an error"
-    low, high = (f"{value:+.{digits}f}".replace("-", MINUS) for value in entry["interval"])
-    return f" (95 % interval {low} to {high}{'' if entry['shown'] else ', which holds zero'})"
+# -- numbers as text -------------------------------------------------------------------------------
 
 
-def _seeds(summary: dict[str, Any]) -> str:
+def number(value: float, digits: int, *, sign: bool = False, scale: float = 1.0) -> str:
+    """A number with a true minus."""
+    return (f"{value * scale:+.{digits}f}" if sign else f"{value * scale:.{digits}f}").replace("-", MINUS)
+
+
+def plus_minus(cell: Sequence[float], digits: int, *, sign: bool = False, scale: float = 1.0) -> str:
+    """Value ± standard error."""
+    return f"{number(cell[0], digits, sign=sign, scale=scale)} ± {number(cell[1], digits, scale=scale)}"
+
+
+def with_interval(cell: Sequence[float], digits: int, *, scale: float = 1.0) -> str:
+    """A difference with its 95 % interval."""
+    value, low, high = (number(cell[i], digits, sign=True, scale=scale) for i in (0, 2, 3))
+    return f"{value} [{low}, {high}]"
+
+
+def seeds(summary: Summary) -> str:
+    """How many seeds, in words."""
     count = len(summary["seeds"])
     return f"{count} seed{'s' * (count > 1)}"

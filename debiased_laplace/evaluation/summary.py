@@ -1,51 +1,50 @@
-r"""Records of several seeds become means with standard errors, and paired differences.
+r"""Records of several seeds become one summary of the same layout; a cell is ``[value, standard error, lower, upper]``.
 
-A standard error is the sample standard deviation over seeds divided by the square root of their number.
-Two methods are compared seed by seed; a difference counts as shown only if the 95 % interval of
-Student's t leaves out zero.
+Of one record the cells stay: bootstrap over the data. Of several, the value is the mean and the standard error that of
+the mean over seeds. Where all seeds were judged on the same data, these are resampled by no seed, and the mean square
+of the bootstrap errors is added to the variance. Intervals are Student's t. A difference counts as shown only if its
+95 % interval leaves out zero.
 """
 
 from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from scipy.stats import t as student
 
 from debiased_laplace.evaluation import records as storage
 
-#: Scores of a condition, and whether a larger one is better.
-CONDITION_SCORES = {"accuracy": True, "nll": False, "brier": False, "ece": False, "adaptive_ece": False}
-OOD_SCORES = {"auroc": True, "fpr95": False}
-DISTANCES = ("absolute", "signed")
+Cell = list[float]
 CONFIDENCE = 0.95
+#: Scores of which a larger value is better; of all others a smaller one is, or neither (coverage).
+LARGER_IS_BETTER = ("accuracy", "auroc", "aupr")
+#: Severity from which a shift counts as strong.
+STRONG = 3
 
 
-def mean_and_error(values: Sequence[float]) -> dict[str, Any]:
-    """Mean over seeds and its standard error (``None`` for a single value)."""
-    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
-    return {"mean": statistics.fmean(values), "standard_error": error, "values": list(values)}
+def combine(cells: Sequence[Cell], same_data: bool) -> Cell:
+    """The cell of several seeds.
 
-
-def paired_difference(first: Sequence[float], second: Sequence[float]) -> dict[str, Any]:
-    """Mean of first minus second with its standard error and 95 % interval of Student's t.
-
-    Returns:
-        With ``interval`` (``None`` for one seed) and ``shown``, whether it leaves out zero.
+    Args:
+        cells: One for each seed.
+        same_data: Whether all seeds were judged on the same data, so that their spread knows nothing of these.
     """
-    result = mean_and_error([a - b for a, b in zip(first, second, strict=True)])
-    error, n = result["standard_error"], len(first)
-    if error is None:
-        return result | {"interval": None, "shown": False}
-    half = float(student.ppf(0.5 + CONFIDENCE / 2, n - 1)) * error
-    low, high = result["mean"] - half, result["mean"] + half
-    return result | {"interval": [low, high], "shown": low > 0 or high < 0}
+    if len(cells) == 1:
+        return cells[0]
+    values = [cell[0] for cell in cells]
+    variance = statistics.variance(values) / len(values)
+    if same_data:
+        variance += statistics.fmean(cell[1] ** 2 for cell in cells)
+    mean, error = statistics.fmean(values), math.sqrt(variance)
+    half = float(student.ppf(0.5 + CONFIDENCE / 2, len(values) - 1)) * error
+    return [mean, error, mean - half, mean + half]
 
 
 def summarise(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Everything the report shows, from the records of :func:`~debiased_laplace.evaluation.compare.compare`.
+    """Everything the report shows, from the records of :func:`~debiased_laplace.evaluation.suite.run`.
 
     Raises:
         ValueError: If there is no record, or records differ in their settings or share a seed.
@@ -57,102 +56,154 @@ def summarise(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
         raise ValueError("Expected records of one task with equal settings. Summarise the others by themselves.")
     if len(set(seeds)) != len(seeds):
         raise ValueError(f"Expected one record for each seed, got seeds {seeds}.")
-    methods = {name: _method([record["methods"][name] for record in records]) for name in first["methods"]}
-    summary = {
+    same_data = all(record["test"]["targets"] == first["test"]["targets"] for record in records)
+    names = [name for name in first["predictors"] if all(name in record["test"]["scores"] for record in records)]
+    return {
         "schema_version": storage.SCHEMA_VERSION,
         "task": first["task"],
         "settings": first["settings"],
         "seeds": seeds,
+        "same_data": same_data,
+        "regression": first["regression"],
+        "n_resamples": first["n_resamples"],
         "environments": _unique([record["environment"] for record in records]),
-        "seconds": {"train": mean_and_error([record["seconds"]["train"] for record in records])},
-        "methods": methods,
-        "differences": _differences(methods),
+        "seconds": {"model": statistics.fmean(record["seconds"]["model"] for record in records)},
+        "predictors": {
+            name: _about([record["predictors"][name] for record in records]) for name in first["predictors"]
+        },
+        "test": _entry([record["test"] for record in records], names, same_data),
+        "shifts": [
+            _entry([record["shifts"][i] for record in records], names, same_data) for i in range(len(first["shifts"]))
+        ],
+        "ood": [_entry([record["ood"][i] for record in records], names, same_data) for i in range(len(first["ood"]))],
+        "distances": _distances([record["distances"] for record in records], same_data),
     }
-    return summary | {"records": list(records)}
 
 
-def by_role(summary: dict[str, Any], role: str) -> str | None:
-    """Name of the method with a role, if there is one."""
-    return next((name for name, method in summary["methods"].items() if method["role"] == role), None)
-
-
-def _method(entries: list[dict[str, Any]]) -> dict[str, Any]:
+def _entry(entries: Sequence[dict[str, Any]], names: Sequence[str], same_data: bool) -> dict[str, Any]:
     first = entries[0]
-    result: dict[str, Any] = {key: first[key] for key in ("kind", "role", "description")}
-    for group, scores in (("conditions", CONDITION_SCORES), ("ood", OOD_SCORES)):
-        result[group] = {
-            name: {score: mean_and_error([entry[group][name][score] for entry in entries]) for score in scores}
-            for name in first[group]
+    result: dict[str, Any] = {key: first[key] for key in ("name", "severity", "n")}
+    result["scores"] = {
+        name: {
+            score: combine([entry["scores"][name][score] for entry in entries], same_data)
+            for score in first["scores"][name]
         }
-    result["reliability"] = {
-        name: _pooled([entry["conditions"][name]["reliability"] for entry in entries]) for name in first["conditions"]
+        for name in names
     }
-    result["seconds"] = {key: mean_and_error([entry["seconds"][key] for entry in entries]) for key in first["seconds"]}
-    result["validation_nll"] = mean_and_error([entry["validation_nll"] for entry in entries])
-    result["warnings"] = _unique([text for entry in entries for text in entry["warnings"]])
-    if "temperature" in first:
-        result["temperature"] = mean_and_error([entry["temperature"] for entry in entries])
-    if "curve" in first:
-        values = [entry["prior_precision"] for entry in entries]
-        result["prior_precision"] = {"geometric_mean": statistics.geometric_mean(values), "values": values}
-        result["edges"] = {side: sum(e["edge"] == side for e in entries) for side in ("smallest", "largest")}
-        columns = zip(*(entry["curve"]["losses"] for entry in entries), strict=True)
-        losses = [mean_and_error(column) for column in columns]
-        result["curve"] = {
-            "prior_precisions": first["curve"]["prior_precisions"],
-            "mean": [loss["mean"] for loss in losses],
-            "standard_error": [loss["standard_error"] for loss in losses],
+    result["differences"] = {
+        second: {
+            name: {
+                score: combine([entry["differences"][second][name][score] for entry in entries], same_data)
+                for score in first["differences"][second][name]
+            }
+            for name in names
+            if name != second
         }
-    if "distances" in first:
-        result["distances"] = [
-            {"at": entry["at"], "prior_precision": [e["distances"][i]["prior_precision"] for e in entries]}
-            | {key: mean_and_error([e["distances"][i][key] for e in entries]) for key in DISTANCES}
-            for i, entry in enumerate(first["distances"])
-        ]
+        for second in first["differences"]
+        if second in names
+    }
+    if "curves" in first:
+        result["curves"] = {name: _curves([entry["curves"][name] for entry in entries]) for name in names}
+    for key in ("histograms", "most_uncertain"):  # pictures of the first seed
+        if key in first:
+            result[key] = first[key]
     return result
 
 
-def _pooled(bins: list[dict[str, list[float]]]) -> dict[str, list[float]]:
-    """Reliability bins of several seeds, added."""
-    return {key: [sum(column) for column in zip(*(b[key] for b in bins), strict=True)] for key in bins[0]}
-
-
-def _differences(methods: dict[str, Any]) -> list[dict[str, Any]]:
-    """Paired differences of the candidate to the baseline, and to each method without a posterior."""
-    roles = {method["role"]: name for name, method in methods.items() if method["role"]}
-    candidate = roles.get("candidate")
-    if candidate is None:
-        return []
-    without_posterior = [name for name, method in methods.items() if method["kind"] != "laplace"]
-    found = []
-    for other in [*([roles["baseline"]] if "baseline" in roles else []), *without_posterior]:
-        mine, theirs = methods[candidate], methods[other]
-        pairs = {"first": candidate, "second": other}
-        for index, entry in enumerate(mine.get("distances", [])):
-            if "distances" in theirs:
-                ours, others = entry["absolute"]["values"], theirs["distances"][index]["absolute"]["values"]
-                about = {"group": "distance", "name": entry["at"], "score": "absolute", "larger_is_better": False}
-                found.append(pairs | about | paired_difference(ours, others))
-        for group, scores in (("conditions", CONDITION_SCORES), ("ood", OOD_SCORES)):
-            for name in mine[group]:
-                for score, larger in scores.items():
-                    ours, others = mine[group][name][score]["values"], theirs[group][name][score]["values"]
-                    about = {"group": group, "name": name, "score": score, "larger_is_better": larger}
-                    found.append(pairs | about | paired_difference(ours, others))
+def _curves(curves: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Bins added, lines averaged."""
+    found: dict[str, Any] = {}
+    for key in curves[0]:
+        own = [curve[key] for curve in curves]
+        if key == "reliability":
+            found[key] = {
+                part: [sum(column) for column in zip(*(bins[part] for bins in own), strict=True)] for part in own[0]
+            }
+        else:
+            length = min(len(line) for line in own)
+            found[key] = [statistics.fmean(line[i] for line in own) for i in range(length)]
     return found
 
 
-def difference(summary: dict[str, Any], second: str | None, group: str, name: str, score: str) -> dict[str, Any] | None:
-    """One of the paired differences, candidate minus ``second``."""
-    wanted = {"second": second, "group": group, "name": name, "score": score}
-    return next((d for d in summary["differences"] if all(d[key] == value for key, value in wanted.items())), None)
+def _about(entries: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    first = entries[0]
+    found: dict[str, Any] = {key: first[key] for key in ("kind", "role", "description")}
+    found["seconds"] = {
+        step: statistics.fmean(entry["seconds"][step] for entry in entries)
+        for step in first["seconds"]
+        if all(step in entry["seconds"] for entry in entries)
+    }
+    found["warnings"] = _unique([text for entry in entries for text in entry["warnings"]])
+    failed = _unique([entry["failed"] for entry in entries if "failed" in entry])
+    if failed:
+        return found | {"failed": failed}
+    for key in ("prior_precision", "temperature", "noise", "validation_nll", "edge", "prior_precisions"):
+        if key in first:
+            found[key] = [entry[key] for entry in entries]
+    for key in ("coverage", "layers", "members"):
+        if key in first:
+            found[key] = first[key]
+    if first.get("curve"):
+        columns = zip(*(entry["curve"]["losses"] for entry in entries), strict=True)
+        found["curve"] = {
+            "prior_precisions": first["curve"]["prior_precisions"],
+            "losses": [statistics.fmean(column) for column in columns],
+        }
+    return found
 
 
-def verdict(entry: dict[str, Any]) -> str:
-    """``"better"``, ``"worse"``, or ``"within the error"``, for the first of the two methods."""
-    if not entry["shown"]:
-        return "within the error"
-    return "better" if (entry["mean"] > 0) == entry["larger_is_better"] else "worse"
+def _distances(entries: Sequence[dict[str, Any]], same_data: bool) -> dict[str, Any]:
+    if not entries[0]:
+        return {}
+    return {
+        where: {
+            name: {part: combine([entry[where][name][part] for entry in entries], same_data) for part in own}
+            for name, own in found.items()
+            if name != "prior_precision"
+        }
+        | {"prior_precision": [entry[where]["prior_precision"] for entry in entries]}
+        for where, found in entries[0].items()
+    }
+
+
+# -- looking things up -----------------------------------------------------------------------------
+
+
+def by_role(summary: Mapping[str, Any], role: str) -> str | None:
+    """Name of the method with a role, if there is one that was judged."""
+    return next((name for name in summary["test"]["scores"] if summary["predictors"][name]["role"] == role), None)
+
+
+def shifts(summary: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    """The entries of every shift, by severity."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for entry in summary["shifts"]:
+        found.setdefault(entry["name"], []).append(entry)
+    return found
+
+
+def is_strong(entry: Mapping[str, Any]) -> bool:
+    """Whether a shift is of severity three or more, or has no degrees."""
+    return entry["severity"] is None or entry["severity"] >= STRONG
+
+
+def differences(
+    summary: Mapping[str, Any], first: str, second: str, score: str
+) -> Iterator[tuple[dict[str, Any], Cell]]:
+    """Entries of the shifts with the difference of two predictors there."""
+    for entry in summary["shifts"]:
+        cell = entry["differences"].get(second, {}).get(first, {}).get(score)
+        if cell is not None:
+            yield entry, cell
+
+
+def verdict(score: str, cell: Sequence[float]) -> str:
+    """``"better"``, ``"worse"``, or ``"no difference shown"``, for the first of two predictors."""
+    low, high = cell[2], cell[3]
+    if not (low > 0 or high < 0):
+        return "no difference shown"
+    larger = score.rpartition(", ")[2] in LARGER_IS_BETTER
+    return "better" if (cell[0] > 0) == larger else "worse"
 
 
 def _unique(values: list[Any]) -> list[Any]:

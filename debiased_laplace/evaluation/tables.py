@@ -1,7 +1,9 @@
-"""The tables of a summary, as text; the terminal and the report show the same ones."""
+"""The tables of a summary, as text; the terminal, the page and the Markdown show the same ones."""
 
 from __future__ import annotations
 
+import statistics
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,8 +11,10 @@ import rich.table
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from debiased_laplace.evaluation.statement import plus_minus
-from debiased_laplace.evaluation.summary import verdict
+from debiased_laplace.evaluation import summary as summaries
+from debiased_laplace.evaluation.metrics import N_BINS
+from debiased_laplace.evaluation.statement import plus_minus, seeds, with_interval
+from debiased_laplace.evaluation.summary import by_role, verdict
 
 #: Column title, number of digits and factor of every score.
 SCORES = {
@@ -19,11 +23,25 @@ SCORES = {
     "brier": ("Brier", 3, 1.0),
     "ece": ("ECE %", 1, 100.0),
     "adaptive_ece": ("adaptive ECE %", 1, 100.0),
+    "classwise_ece": ("classwise ECE %", 2, 100.0),
+    "aurc": ("AURC %", 2, 100.0),
     "auroc": ("AUROC %", 1, 100.0),
+    "aupr": ("AUPR %", 1, 100.0),
     "fpr95": ("FPR95 %", 1, 100.0),
-    "absolute": ("absolute log ratio", 3, 1.0),
-    "signed": ("signed log ratio", 3, 1.0),
+    "rmse": ("RMSE", 3, 1.0),
+    "crps": ("CRPS", 3, 1.0),
+    "coverage_50": ("50 % interval holds %", 1, 100.0),
+    "coverage_90": ("90 % holds %", 1, 100.0),
+    "coverage_95": ("95 % holds %", 1, 100.0),
+    "width_50": ("50 % width", 3, 1.0),
+    "width_90": ("90 % width", 3, 1.0),
+    "width_95": ("95 % width", 3, 1.0),
+    "calibration_error": ("calibration error %", 1, 100.0),
 }
+#: What the short form of a table has.
+SHORT = ("accuracy", "nll", "brier", "ece", "rmse", "crps", "coverage_95")
+#: Scores whose difference has no good direction.
+UNDIRECTED = tuple(name for name in SCORES if name.startswith(("coverage", "width")))
 
 
 @dataclass(frozen=True)
@@ -55,124 +73,190 @@ class Table:
                 shown.add_row(*(Text(cell) for cell in row))
         return Group(shown, Text(self.caption + "\n"))
 
+    def markdown(self, level: int = 3) -> str:
+        """As Markdown."""
+        lines = [f"{'#' * level} {self.title}", "", self.caption]
+        for section, rows in self.sections:
+            if section:
+                lines += ["", f"**{section}**"]
+            lines += ["", _row(self.columns), "|" + " --- |" * len(self.columns), *(_row(row) for row in rows)]
+        return "\n".join(lines) + "\n"
 
-def tables(summary: dict[str, Any], *, short: bool = False) -> list[Table]:
+
+def _row(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+def tables(summary: Mapping[str, Any], *, short: bool = False) -> list[Table]:
     """All tables of a summary, in the order in which they are read.
 
     Args:
         summary: From :func:`~debiased_laplace.evaluation.summary.summarise`.
-        short: Leave out the adaptive calibration error and most of the differences.
+        short: Only what fits a terminal.
     """
-    found = [_distances(summary), _predictions(summary, short), _foreign(summary)]
-    seconds = list(dict.fromkeys(entry["second"] for entry in summary["differences"]))
-    found += [_differences(summary, second, short) for second in (seconds[:1] if short else seconds)]
-    return [table for table in [*found, _cost(summary)] if table.sections and table.sections[0][1]]
+    candidate = by_role(summary, "candidate")
+    found = [_test(summary, short)]
+    if candidate is not None:
+        found.append(_test_differences(summary, candidate, short))
+    for score in ("nll",) if short else ("nll", "ece"):
+        found.append(_shifts(summary, score))
+    if candidate is not None and not short:
+        found += [_shift_differences(summary, candidate, second) for second in summary["test"]["differences"]]
+    found += [_foreign(summary, short), _distances(summary), _cost(summary)]
+    return [table for table in found if table.sections and table.sections[0][1]]
 
 
-def _at(name: str) -> str:
-    return "tuned prior precision" if name == "tuned" else f"prior precision {name}"
-
-
-def _cell(value: dict[str, Any], score: str, *, sign: bool = False) -> str:
+def _cell(cell: Sequence[float], score: str, *, sign: bool = False) -> str:
     _, digits, scale = SCORES[score]
-    return plus_minus(value, digits, sign=sign, scale=scale)
+    return plus_minus(cell, digits, sign=sign, scale=scale)
 
 
-def _distances(summary: dict[str, Any]) -> Table:
-    measured = {name: method["distances"] for name, method in summary["methods"].items() if "distances" in method}
+def _errors(summary: Mapping[str, Any]) -> str:
+    if len(summary["seeds"]) == 1:
+        return f"value ± standard error of the bootstrap ({summary['n_resamples']:,} resamples of the data)"
+    return f"mean over {seeds(summary)} ± standard error" + (
+        ", which holds the bootstrap error of the data that all seeds share" if summary["same_data"] else ""
+    )
+
+
+def _test(summary: Mapping[str, Any], short: bool) -> Table:
+    scores = summary["test"]["scores"]
+    names = [s for s in next(iter(scores.values())) if not short or s in SHORT]
+    how = (
+        "NLL in nats for each datum, RMSE, CRPS and widths in the units of the target."
+        if summary["regression"]
+        else f"NLL in nats. Brier score summed over classes. ECE with {N_BINS} equal-width bins; adaptive with "
+        f"{N_BINS} equally full ones; classwise: the mean over classes. AURC: mean error of the most "
+        "confident part, over all parts."
+    )
+    return Table(
+        "Test data", f"{how} Cells: {_errors(summary)}.", ["method", *(SCORES[s][0] for s in names)],
+        [("", [[name, *(_cell(own[s], s) for s in names)] for name, own in scores.items()])],
+    )  # fmt: skip
+
+
+def _test_differences(summary: Mapping[str, Any], candidate: str, short: bool) -> Table:
     sections = []
-    for index, entry in enumerate(next(iter(measured.values()), [])):
-        title = _at(entry["at"])
+    for second, found in summary["test"]["differences"].items():
+        own = found.get(candidate, {})
         rows = [
-            [name, *(_cell(d[index][score], score, sign=score == "signed") for score in ("absolute", "signed"))]
-            for name, d in measured.items()
+            [SCORES[s][0], with_interval(cell, SCORES[s][1] + 1, scale=SCORES[s][2]),
+             "" if s in UNDIRECTED else verdict(s, cell)]
+            for s, cell in own.items()
+            if not short or s in ("nll", "ece", "crps")
+        ]  # fmt: skip
+        if rows:
+            sections.append((f"minus {second}", rows))
+    return Table(
+        f"{candidate} against the others, test data",
+        "Paired, datum by datum, with the 95 % interval; a difference is called better or worse only if its interval "
+        "leaves out zero. One row in twenty would by chance.",
+        ["score", "difference", "verdict"],
+        sections,
+    )
+
+
+def _shifts(summary: Mapping[str, Any], score: str) -> Table:
+    heading = SCORES[score][0]
+    sections, columns = [], 0
+    for name, entries in summaries.shifts(summary).items():
+        columns = max(columns, len(entries))
+        rows = [
+            [method, *(_cell(entry["scores"][method][score], score) for entry in entries)]
+            for method in entries[0]["scores"]
+        ]
+        sections.append((name, rows))
+    first = next(iter(summaries.shifts(summary).values()), [])
+    severities = [str(entry["severity"]) if entry["severity"] is not None else "shifted" for entry in first]
+    return Table(
+        f"Shifted data: {heading}", f"By severity. Cells: {_errors(summary)}.",
+        ["method", *(f"severity {s}" if s != "shifted" else s for s in severities)], sections,
+    )  # fmt: skip
+
+
+def _shift_differences(summary: Mapping[str, Any], candidate: str, second: str) -> Table:
+    rows = []
+    found = summaries.shifts(summary)
+    for name, entries in found.items():
+        cells = [entry["differences"].get(second, {}).get(candidate, {}).get("nll") for entry in entries]
+        rows.append([name, *("" if cell is None else with_interval(cell, 3) for cell in cells)])
+    first = next(iter(found.values()), [])
+    return Table(
+        f"Shifted data: NLL of {candidate} minus {second}",
+        "Paired, with the 95 % interval. Below zero: the former is better.",
+        ["shift", *(f"severity {e['severity']}" if e["severity"] is not None else "shifted" for e in first)],
+        [("", rows)],
+    )
+
+
+def _foreign(summary: Mapping[str, Any], short: bool) -> Table:
+    sections = []
+    for entry in summary["ood"]:
+        rows = []
+        for method, own in entry["scores"].items():
+            kinds = list(dict.fromkeys(key.rpartition(", ")[0] for key in own))
+            for kind in kinds[:1] if short else kinds:
+                cells = [_cell(own[f"{kind}, {score}"], score) for score in ("auroc", "aupr", "fpr95")]
+                rows.append([method if short else f"{method}: {kind}", *cells])
+        sections.append((f"{entry['name']} ({entry['n']:,})", rows))
+    return Table(
+        "Foreign data",
+        "How well a score tells data of another kind from test data. Foreign is positive. FPR95: test data called "
+        "foreign when 95 % of the foreign data are found; lower is better."
+        + (" Score: one minus the maximum probability." if short else ""),
+        ["method" if short else "method: score", *(SCORES[score][0] for score in ("auroc", "aupr", "fpr95"))],
+        sections,
+    )
+
+
+def _distances(summary: Mapping[str, Any]) -> Table:
+    sections = []
+    for where, found in summary["distances"].items():
+        value = statistics.geometric_mean(found["prior_precision"])
+        title = (
+            f"tuned prior precision of the reference ({value:.3g})"
+            if where == "tuned"
+            else f"prior precision {value:g}"
+        )
+        rows = [
+            [name, plus_minus(own["absolute"], 4), plus_minus(own["signed"], 4, sign=True)]
+            for name, own in found.items()
+            if name != "prior_precision"
         ]
         sections.append((title, rows))
     return Table(
-        "Distance to the reference posterior",
-        "Log ratio of the variances of the outputs to those of the reference, at equal prior precision, over "
-        "unshifted test inputs and outputs. Absolute: zero is best. Signed: above zero is too uncertain. The tuned "
-        "prior precision is the reference's, one for each seed, for all methods.",
+        "Distance to the posterior of all training data",
+        "Log ratio of the variances of the outputs to those of the full-data posterior, at equal prior precision, over "
+        "test inputs and outputs. Absolute: zero is best. Signed: above zero is too uncertain.",
         ["method", "mean absolute log ratio", "mean signed log ratio"],
         sections,
     )
 
 
-def _predictions(summary: dict[str, Any], short: bool) -> Table:
-    scores = ("accuracy", "nll", "brier", "ece") if short else ("accuracy", "nll", "brier", "ece", "adaptive_ece")
-    methods = summary["methods"]
-    conditions = next(iter(methods.values()))["conditions"]
-    return Table(
-        "Predictions",
-        "NLL in nats. Brier score summed over classes. ECE with 15 equal-width bins"
-        + ("." if short else "; adaptive with 15 equally full ones."),
-        ["method", *(SCORES[score][0] for score in scores)],
-        [
-            (name, [[key, *(_cell(m["conditions"][name][s], s) for s in scores)] for key, m in methods.items()])
-            for name in conditions
-        ],
-    )
-
-
-def _foreign(summary: dict[str, Any]) -> Table:
-    methods = summary["methods"]
-    return Table(
-        "Out-of-distribution detection",
-        "Score: one minus the largest probability. Foreign data are the positives. FPR95: unshifted test data called "
-        "foreign when 95 % of the foreign data are found; lower is better.",
-        ["method", SCORES["auroc"][0], SCORES["fpr95"][0]],
-        [
-            (name, [[key, *(_cell(m["ood"][name][s], s) for s in ("auroc", "fpr95"))] for key, m in methods.items()])
-            for name in next(iter(methods.values()))["ood"]
-        ],
-    )
-
-
-def _differences(summary: dict[str, Any], second: str, short: bool) -> Table:
-    entries = [entry for entry in summary["differences"] if entry["second"] == second]
-    if short:
-        entries = [entry for entry in entries if entry["score"] in ("absolute", "nll", "ece", "auroc")]
-    first = entries[0]["first"]
-    groups = {"distance": "distance to the reference", "conditions": "predictions", "ood": "out of distribution"}
-    sections = []
-    for group, title in groups.items():
-        rows = []
-        for entry in entries:
-            if entry["group"] == group:
-                heading, digits, scale = SCORES[entry["score"]]
-                interval = "" if entry["interval"] is None else " to ".join(
-                    plus_minus({"mean": value, "standard_error": None}, digits, sign=True, scale=scale)
-                    for value in entry["interval"]
-                )  # fmt: skip
-                name = _at(entry["name"]) if group == "distance" else entry["name"]
-                said = verdict(entry) if entry["interval"] is not None else "one seed, no error"
-                rows.append([f"{name}, {heading}", _cell(entry, entry["score"], sign=True), interval, said])
-        if rows:
-            sections.append((title, rows))
-    return Table(
-        f"{first} minus {second}",
-        f"Paired over seeds. The last column says what the 95 % interval shows about {first}; one row in twenty would "
-        "be beyond its error by chance.",
-        ["score", "difference", "95 % interval", "verdict"],
-        sections,
-    )
-
-
-def _cost(summary: dict[str, Any]) -> Table:
+def _cost(summary: Mapping[str, Any]) -> Table:
     rows = []
-    for name, method in summary["methods"].items():
-        tuned = f"{method['prior_precision']['geometric_mean']:.3g}" if "prior_precision" in method else "none"
-        if "temperature" in method:
-            tuned = f"temperature {plus_minus(method['temperature'], 2)}"
-        seconds = [
-            plus_minus(method["seconds"][step], 2) if step in method["seconds"] else "none"
-            for step in ("fit", "tune", "predict")
-        ]
-        rows.append([name, tuned, *seconds])
+    for name, about in summary["predictors"].items():
+        if "failed" in about:
+            continue
+        tuned = []
+        if "prior_precisions" in about and len(about["prior_precisions"][0]) > 1:
+            values = [value for own in about["prior_precisions"] for value in own]
+            tuned.append(f"prior {min(values):.2g} to {max(values):.2g}")
+        elif "prior_precisions" in about:
+            tuned.append(f"prior {statistics.geometric_mean(own[0] for own in about['prior_precisions']):.3g}")
+        elif "prior_precision" in about:
+            tuned.append(f"prior {statistics.geometric_mean(about['prior_precision']):.3g}")
+        if "temperature" in about:
+            tuned.append(f"temperature {statistics.fmean(about['temperature']):.2f}")
+        if "noise" in about:
+            tuned.append(f"noise {statistics.fmean(about['noise']):.3g}")
+        seconds = [f"{about['seconds'][s]:.2f}" if s in about["seconds"] else "" for s in ("fit", "tune", "predict")]
+        rows.append([name, ", ".join(tuned), *seconds])
     return Table(
         "Tuning and cost",
-        f"Prior precision: geometric mean over seeds. Training took {plus_minus(summary['seconds']['train'], 2)} s for "
-        "each seed. Predicting covers all conditions and all foreign data.",
-        ["method", "prior precision", "fit, s", "tune, s", "predict, s"],
+        f"Means over {seeds(summary)} (prior precisions: geometric). Seconds. Predicting covers all data of this page; "
+        "posteriors that share a fit are predicted together, and the time is under the first of them. Getting the "
+        f"network took {summary['seconds']['model']:.1f} s.",
+        ["method", "tuned", "fit, s", "tune, s", "predict, s"],
         [("", rows)],
     )

@@ -1,143 +1,207 @@
-"""What is compared, and on what: tasks, methods, and how the methods are tuned and judged."""
+"""A task: a Python file, or the name of a shipped one, that says what model to judge and on what data.
+
+Functions of the file (all but the first four are optional):
+
+==================== =================================================================================================
+``model``            the trained network
+``train_loader``     batches ``(inputs, targets)`` of its training data
+``val_loader``       held-out batches, on which everything is tuned
+``test_loader``      further ones, on which everything is judged
+``shifted_loaders``  ``{name: loader}`` or ``{name: {severity: loader}}``
+``ood_loaders``      ``{name: loader}`` of foreign data
+``ensemble``         trained networks of several runs
+``images``           from the inputs of a batch to images ``[N, channels, H, W]`` in [0, 1], for the report
+``target_scale``     of a regression: the standard deviation by which the targets were divided
+``description``      what the data and the model are
+==================== =================================================================================================
+
+Every function is called with those of ``seed``, ``data_dir``, ``cache``, ``quick`` and ``device`` that it has a
+parameter for. Loaders are asked for anew for every reading.
+
+Constants, all optional: ``NAME``, ``DESCRIPTION``, ``LIKELIHOOD`` (``"classification"`` or ``"regression"``),
+``N_DATA`` (size of the training set, if the loader does not yield all of it), ``BUDGET`` (training data spent on
+curvature), ``SEEDS`` (how many by default), ``SEEDS_NOTE`` (what a seed decides), ``NOTES`` (a sentence for each
+condition), ``CLASSES`` (names).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+import hashlib
+import importlib.util
+import inspect
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from debiased_laplace import _data
-from debiased_laplace.evaluation import records
-from debiased_laplace.sampling import UniformSampler
-from debiased_laplace.splits import Single
+REQUIRED = ("model", "train_loader", "val_loader", "test_loader")
+OPTIONAL = ("shifted_loaders", "ood_loaders", "ensemble", "images", "target_scale", "description")
+LIKELIHOODS = ("classification", "regression")
+DEFAULT_BUDGET = 256
 
-Batch = tuple[_data.Inputs, Tensor]
+
+class TaskError(RuntimeError):
+    """A task file that cannot be used: it says which function, and why."""
+
+
+@dataclass(frozen=True)
+class Context:
+    """What the functions of a task may ask for by name.
+
+    Attributes:
+        seed: Of everything random.
+        data_dir: Folder with local data, if there is one.
+        cache: Folder where the task may keep files, such as trained weights.
+        quick: Whether little of everything will do.
+        device: Where the model runs.
+    """
+
+    seed: int = 0
+    data_dir: Path | None = None
+    cache: Path = Path("cache")
+    quick: bool = False
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
 
 @dataclass(frozen=True)
 class Task:
-    """A trained classifier and the data it is judged on.
+    """A task file that was loaded and looks complete; :meth:`load` makes one.
 
     Attributes:
-        name: Short name.
-        description: What the data and the model are, in one or two sentences.
-        model: Gives the trained model on a device; called once.
-        train: Gives a fresh iterable of the training batches every time it is called.
-        validation: Likewise, of the data the prior precision is tuned on.
-        tests: Inputs and targets of every condition; the first one is unshifted.
-        ood: Inputs of another kind, for each kind; compared with the first condition.
-        n_data: Size of the training set.
-        notes: How each condition and each other kind of data was made.
-        seeds: What a seed decides, and so what a standard error over seeds speaks about.
+        source: File, or name of a shipped task.
+        definition: The module, or anything with the functions and constants as attributes.
+        fingerprint: Of the file's content, so that records of an earlier version are told apart.
     """
 
-    name: str
-    description: str
-    model: Callable[[torch.device], nn.Module]
-    train: Callable[[], Iterable[Batch]]
-    validation: Callable[[], Iterable[Batch]]
-    tests: Mapping[str, Batch]
-    ood: Mapping[str, _data.Inputs]
-    n_data: int
-    notes: Mapping[str, str] = field(default_factory=dict)
-    seeds: str = ""
+    source: str
+    definition: Any
+    fingerprint: str = ""
+
+    @classmethod
+    def load(cls, source: str | Path) -> Task:
+        """Read a task file, or find a shipped task by its name.
+
+        Raises:
+            TaskError: If there is no such task, the file does not run, or a function is missing.
+        """
+        from debiased_laplace.evaluation import shipped
+
+        path = Path(source)
+        if path.suffix == ".py":
+            if not path.is_file():
+                raise TaskError(
+                    f"Expected a task file, got {path}, which does not exist. `debiased-laplace init-task` writes one."
+                )
+            return cls._checked(str(source), _module(path), hashlib.sha256(path.read_bytes()).hexdigest()[:12])
+        if str(source) not in shipped.names():
+            raise TaskError(
+                f"Expected a Python file or a shipped task out of {', '.join(shipped.names())}, got {str(source)!r}."
+            )
+        return cls._checked(str(source), shipped.load(str(source)))
+
+    @classmethod
+    def _checked(cls, source: str, definition: Any, fingerprint: str = "") -> Task:
+        missing = [name for name in REQUIRED if not callable(getattr(definition, name, None))]
+        if missing:
+            raise TaskError(
+                f"Expected {source} to define the functions {', '.join(f'{name}()' for name in REQUIRED)}; "
+                f"{', '.join(f'{name}()' for name in missing)} is missing. `debiased-laplace init-task` writes a "
+                "file with all of them."
+            )
+        task = cls(source, definition, fingerprint)
+        if task.likelihood not in LIKELIHOODS:
+            raise TaskError(f"Expected LIKELIHOOD of {source} out of {list(LIKELIHOODS)}, got {task.likelihood!r}.")
+        return task
+
+    def constant(self, name: str, default: Any = None) -> Any:
+        """A constant of the task."""
+        return getattr(self.definition, name, default)
+
+    @property
+    def name(self) -> str:
+        """Short name."""
+        return str(self.constant("NAME", Path(self.source).stem))
+
+    @property
+    def likelihood(self) -> str:
+        """``"classification"`` or ``"regression"``."""
+        return str(self.constant("LIKELIHOOD", "classification"))
+
+    @property
+    def budget(self) -> int:
+        """Training data that the mini-batch methods spend on curvature."""
+        return int(self.constant("BUDGET", DEFAULT_BUDGET))
+
+    def has(self, name: str) -> bool:
+        """Whether the task defines a function."""
+        return callable(getattr(self.definition, name, None))
+
+    def call(self, name: str, context: Context) -> Any:
+        """Call a function of the task with what it asks for.
+
+        Raises:
+            TaskError: If it fails; the cause is attached.
+        """
+        function: Callable[..., Any] = getattr(self.definition, name)
+        try:
+            wanted = inspect.signature(function).parameters
+            return function(**{key: value for key, value in vars(context).items() if key in wanted})
+        except TaskError:
+            raise
+        except Exception as error:
+            raise TaskError(f"{name}() of {self.source} failed: {type(error).__name__}: {error}") from error
+
+    def model(self, context: Context) -> nn.Module:
+        """The trained network, on the device and in evaluation mode."""
+        model = self.call("model", context)
+        if not isinstance(model, nn.Module):
+            raise TaskError(
+                f"Expected model() of {self.source} to return a torch.nn.Module, got {type(model).__name__}. Return "
+                "the trained network itself."
+            )
+        return model.to(context.device).eval()
+
+    def description(self, context: Context) -> str:
+        """What the data and the model are."""
+        return str(self.call("description", context) if self.has("description") else self.constant("DESCRIPTION", ""))
 
 
-@dataclass(frozen=True)
-class Method:
-    """What is compared.
+def _module(path: Path) -> ModuleType:
+    """Run a file as a module; its folder is importable while it runs."""
+    name = f"debiased_laplace_task_{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:8]}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # classes of the file can be pickled, by workers of its loaders
+    sys.path.insert(0, str(path.resolve().parent))
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise TaskError(f"{path} does not run: {type(error).__name__}: {error}") from error
+    finally:
+        sys.path.remove(str(path.resolve().parent))
+    return module
 
-    Attributes:
-        name: As it appears in tables.
-        kind: ``"map"`` (softmax), ``"temperature"`` (softmax of outputs divided by one number, tuned on
-            the validation data) or ``"laplace"``.
-        fit: Arguments of :meth:`~debiased_laplace.laplace_torch.DebiasedLaplace.fit`.
-        role: The ``candidate`` is compared with the ``baseline``; the ``reference`` is what both estimate.
-        description: One sentence.
+
+def resolve_device(name: str | None) -> torch.device:
+    """A device that works: the named one, or CUDA if there is one and the CPU otherwise.
+
+    Raises:
+        ValueError: If the device does not exist here; it says which do.
     """
-
-    name: str
-    kind: Literal["map", "temperature", "laplace"] = "laplace"
-    fit: Mapping[str, Any] = field(default_factory=dict)
-    role: Literal["", "baseline", "candidate", "reference"] = ""
-    description: str = ""
-
-
-@dataclass(frozen=True)
-class Options:
-    """How methods are tuned and judged; the same for all of them.
-
-    Attributes:
-        link_approx: Link of tuning and of predictions.
-        grid_size: Number of prior precisions tried.
-        log_prior_prec_min: Decimal exponent of the smallest.
-        log_prior_prec_max: Of the largest.
-        batch_size: Data predicted at a time.
-        distance_inputs: Number of unshifted test inputs for the distance to the reference; ``None`` for all.
-        distance_prior_precisions: Prior precisions at which the distance is measured, besides the one
-            that was tuned for the reference.
-    """
-
-    link_approx: str = "probit"
-    grid_size: int = 71
-    log_prior_prec_min: float = -2.0
-    log_prior_prec_max: float = 5.0
-    batch_size: int = 250
-    distance_inputs: int | None = None
-    distance_prior_precisions: tuple[float, ...] = (1.0,)
-
-
-def standard_methods(budget: int) -> tuple[Method, ...]:
-    """MAP, temperature scaling, and K-FAC from one batch, debiased, and from all the data.
-
-    Args:
-        budget: Training data spent on curvature by each of the two mini-batch methods, all told.
-    """
-    return (
-        Method("MAP", "map", description="The trained network's softmax; no posterior."),
-        Method(
-            "temperature scaling", "temperature",
-            description="Softmax of the outputs divided by one number, tuned on the validation data.",
-        ),
-        Method(
-            "single-batch K-FAC", fit={"sampler": UniformSampler(budget), "split": Single()}, role="baseline",
-            description=f"Directions and curvatures from the same {budget} random training data: the usual practice.",
-        ),
-        Method(
-            "debiased K-FAC", fit={"budget": budget}, role="candidate",
-            description=f"{budget} training data chosen by importance, each for directions and for curvatures along "
-            "those of others.",
-        ),
-        Method(
-            "full-data K-FAC", fit={"split": Single(), "budget": None}, role="reference",
-            description="Directions and curvatures from all training data: what the two above estimate.",
-        ),
-    )  # fmt: skip
-
-
-def settings_of(methods: Sequence[Method], options: Options, device: torch.device, **task: Any) -> dict[str, Any]:
-    """Everything that decides the numbers of a record but the seed; records are reused only if it is equal."""
-    software = records.versions()
-    return records.jsonable(
-        {
-            **task,
-            "methods": [{"name": m.name, "kind": m.kind, "role": m.role, "fit": m.fit} for m in methods],
-            "options": asdict(options),
-            "device": str(device),
-            "software": {name: software[name] for name in ("debiased_laplace", "torch")},
-        }
-    )
-
-
-def check_methods(methods: Sequence[Method]) -> None:
-    """Raise a ``ValueError`` unless names and roles are unique and roles belong to posteriors."""
-    names = [method.name for method in methods]
-    roles = [method.role for method in methods if method.role]
-    if len(set(names)) != len(names) or len(set(roles)) != len(roles):
-        raise ValueError(f"Expected different names and at most one method of each role, got {names} and {roles}.")
-    misplaced = [method.name for method in methods if method.role and method.kind != "laplace"]
-    if misplaced:
-        raise ValueError(f"Expected roles for methods of kind 'laplace' alone, got one for {misplaced}.")
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    available = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
+    if torch.backends.mps.is_available():
+        available.append("mps")
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device).cpu()
+    except (RuntimeError, AssertionError, NotImplementedError):
+        raise ValueError(f"Expected a device out of {', '.join(available)}, got {name!r}.") from None
+    return device

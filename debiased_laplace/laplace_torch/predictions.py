@@ -38,7 +38,7 @@ class PredictiveLayer(GaussianLayer):
         fitting: bool = False,
         **model_kwargs: Any,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """Posterior predictive.
+        """Posterior predictive; outputs are divided by :attr:`output_temperature` before the link.
 
         Args:
             x: Inputs; moved to the model's device.
@@ -104,7 +104,8 @@ class PredictiveLayer(GaussianLayer):
         if link == "mc" and diagonal_output:
             spread = torch.diag_embed(spread.diagonal(dim1=-2, dim2=-1))
         normals = standard_normals((n_samples, mean.shape[1]), mean, generator) if link == "mc" else None
-        return likelihood.predictive(mean, spread, link, normals)
+        tau = self.output_temperature
+        return likelihood.predictive(mean / tau, spread / tau**2, link, normals)
 
     def _glm_predictive_distribution(
         self, X: Any, joint: bool = False, diagonal_output: bool = False
@@ -172,6 +173,7 @@ class PredictiveLayer(GaussianLayer):
         return self._draws[2]
 
     def _link(self, outputs: Tensor) -> Tensor:
+        outputs = outputs / self.output_temperature
         return outputs.sigmoid() if isinstance(self.output_likelihood, Bernoulli) else outputs.softmax(-1)
 
     def functional_samples(
@@ -182,7 +184,7 @@ class PredictiveLayer(GaussianLayer):
         diagonal_output: bool = False,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """Samples of the outputs.
+        """Samples of the outputs, in their own units, whatever :attr:`output_temperature` is.
 
         Args:
             x: Inputs.
@@ -220,7 +222,7 @@ class PredictiveLayer(GaussianLayer):
         diagonal_output: bool = False,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """The same after the link: class probabilities, or the outputs of a regression, ``[S, N, C]``."""
+        """The same after temperature and link: class probabilities, or a regression's outputs, ``[S, N, C]``."""
         samples = self.functional_samples(x, pred_type, n_samples, diagonal_output, generator)
         return samples if self._is_regression() else self._link(samples)
 

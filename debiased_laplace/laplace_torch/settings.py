@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from debiased_laplace import _checks
 from debiased_laplace.basis import KroneckerBasis
 from debiased_laplace.fit import Fit
+from debiased_laplace.joint import TunedPrior
 from debiased_laplace.laplace_torch import noise, subset
 from debiased_laplace.likelihoods import Categorical, Likelihood, resolve_likelihood
 from debiased_laplace.posterior import Posterior
@@ -31,6 +32,10 @@ def plain(name: Any) -> Any:
 
 class SettingsLayer(ParametricLaplace):
     """The lowest layer of :class:`~debiased_laplace.DebiasedLaplace`."""
+
+    #: What the last search saw, if it was one for several prior precisions or for a temperature.
+    tuned: TunedPrior | None = None
+    _output_temperature: float = 1.0  # defaults of the class: what was pickled earlier has neither
 
     def __init__(
         self,
@@ -190,6 +195,25 @@ class SettingsLayer(ParametricLaplace):
     def temperature(self, temperature: float) -> None:
         _checks.positive(temperature, "temperature")
         self._temperature = temperature
+
+    @property
+    def output_temperature(self) -> float:
+        """What outputs are divided by before the link: above one, probabilities are less confident.
+
+        It is a setting of predictions, and the posterior does not depend on it; :attr:`temperature` is that of the
+        likelihood, in the posterior. Means and variances of outputs, and samples of them, are not divided.
+        """
+        return self._output_temperature
+
+    @output_temperature.setter
+    def output_temperature(self, output_temperature: float) -> None:
+        number = _checks.positive(output_temperature, "output_temperature")
+        if self.likelihood == "regression" and number != 1:
+            raise ValueError(
+                f"A regression has no link, and so no output temperature: expected 1, got {number:g}. To scale its "
+                "posterior use temperature, or sigma_noise."
+            )
+        self._output_temperature = number
 
     @property
     def _float_dtype(self) -> torch.dtype:

@@ -49,6 +49,7 @@ class StateLayer(TuningLayer):
             "sigma_noise": self.sigma_noise.detach(),
             "noise_profile": self._noise_profile,
             "temperature": float(self.temperature),
+            "output_temperature": self.output_temperature,
             "enable_backprop": self.enable_backprop,
             "dict_key_x": self.dict_key_x,
             "dict_key_y": self.dict_key_y,
@@ -95,6 +96,7 @@ class StateLayer(TuningLayer):
         for key in ("sigma_noise", "temperature", "enable_backprop", "dict_key_x", "dict_key_y", "separate_bias",
                     "seed", "link"):  # fmt: skip
             setattr(self, key, state_dict[key])
+        self.output_temperature = state_dict.get("output_temperature", 1.0)  # earlier states have none
 
     def _likelihood_name(self) -> str:
         return REWARD_MODELING if self.likelihood == REWARD_MODELING else type(self.output_likelihood).__name__

@@ -14,12 +14,13 @@ from tqdm import tqdm
 
 from debiased_laplace import _checks, _data
 from debiased_laplace._guards import global_random_state
+from debiased_laplace.joint import TunedPrior, joint_search
 from debiased_laplace.laplace_torch.predictions import PredictiveLayer
 from debiased_laplace.laplace_torch.settings import plain
 from debiased_laplace.likelihoods import Likelihood
 from debiased_laplace.posterior import Posterior, standard_normals
 from debiased_laplace.predictive import functional_moments, linearized_samples, weight_samples
-from debiased_laplace.tuning import PriorCurve, gaussian_nll, grid_search, maximise_marginal_likelihood
+from debiased_laplace.tuning import PriorCurve, gaussian_nll, grid_search, maximise_marginal_likelihood, noise_search
 
 METHODS = ("marglik", "gridsearch")
 PRIOR_STRUCTURES = ("scalar", "layerwise", "diag")
@@ -47,19 +48,25 @@ class TuningLayer(PredictiveLayer):
         verbose: bool = False,
         progress_bar: bool = False,
         log_prior_prec_base: float = 10.0,
+        *,
+        tune_temperature: bool = False,
+        tune_sigma_noise: bool = False,
     ) -> None:
-        """Choose the prior precision after the fit.
+        """Choose the prior precision after the fit; on validation data also output temperature or observation noise.
 
         Args:
             pred_type: What the grid search predicts with: ``"glm"``, ``"nn"`` or ``"linearized"``.
             method: ``"marglik"`` or ``"gridsearch"`` (one pass over ``val_loader`` for ``"glm"``; the curve is kept in
-                ``self.curve``).
+                ``self.curve``, and what was found for several prior precisions or a temperature in ``self.tuned``).
             n_steps: Gradient steps, where the marginal likelihood has no closed maximum: for ``"layerwise"`` and
                 ``"diag"`` priors of structures other than ``"kron"``. Elsewhere the maximum is exact.
             lr: Their learning rate (Adam on the logarithms).
             init_prior_prec: Where they start; with more than one entry it says the structure.
-            prior_structure: For ``"marglik"``: ``"scalar"``; ``"layerwise"``, one for each parameter tensor
-                (``"kron"``: for each block); or ``"diag"``, one for each parameter (not for ``"kron"``).
+            prior_structure: ``"scalar"``; ``"layerwise"``, one for each parameter tensor (``"kron"`` and the grid
+                search: for each line of :meth:`coverage`); or ``"diag"``, one for each parameter (not for ``"kron"``,
+                nor for the grid search). The layerwise grid search minimises the loss over all of them together,
+                between the ends of the grid, with ``"glm"``, the default ``loss``, and probit; a part whose value is at
+                the upper end has in effect no uncertainty.
             val_loader: Validation batches for ``"gridsearch"``.
             loss: For the grid search, as in laplace-torch: a ``torchmetrics.Metric``, updated with
                 ``(probabilities, targets)`` or ``(mean, variance, targets)``, or ``(mean, targets)`` if it takes two;
@@ -74,21 +81,38 @@ class TuningLayer(PredictiveLayer):
             verbose: Print the result.
             progress_bar: Show a tqdm bar.
             log_prior_prec_base: Base of the exponents.
+            tune_temperature: For the grid search of a likelihood with a link, with ``"glm"`` and the default ``loss``:
+                choose :attr:`output_temperature` jointly with the prior. ``self.tuned.temperature_alone`` says how far
+                a temperature without a posterior would have come. Otherwise the present one is used, as predictions do.
+            tune_sigma_noise: For the grid search of a regression with one noise for all outputs, ``"glm"`` and the
+                default ``loss``: choose :attr:`sigma_noise` jointly with the prior. The grid is of prior precisions at
+                unit noise; those of ``self.curve`` are divided by the best noise variance of each.
 
         Raises:
             ValueError: If an argument has no meaning; the prior precision stays.
 
         Warns:
-            UserWarning: If the best value lies at an edge of the grid.
+            UserWarning: If the best value lies at an edge of the grid (with several, any of them at the lower edge).
         """
         self._require_fit()
         pred_type, method, link = self._check_pred_type(pred_type), plain(method), plain(link_approx)
+        structure = plain(prior_structure)
+        if structure not in PRIOR_STRUCTURES:
+            raise ValueError(f"Expected prior_structure out of {list(PRIOR_STRUCTURES)}, got {structure!r}.")
+        if tune_sigma_noise:
+            self._check_noise_search(pred_type, method, structure, loss)
         if method == "marglik":
+            if tune_temperature:
+                raise ValueError(
+                    "The marginal likelihood does not depend on the output temperature: expected method='gridsearch' "
+                    "with tune_temperature=True, got 'marglik'."
+                )
             if val_loader is not None:
                 warnings.warn(
                     "val_loader has no effect with method='marglik'. Did you mean 'gridsearch'?", stacklevel=2
                 )
-            self._maximise_marginal_likelihood(init_prior_prec, plain(prior_structure), n_steps, lr, progress_bar)
+            self._maximise_marginal_likelihood(init_prior_prec, structure, n_steps, lr, progress_bar)
+            self.tuned = None
         elif method == "gridsearch":
             if val_loader is None:
                 raise ValueError("Expected a val_loader with validation batches for method='gridsearch', got None.")
@@ -107,22 +131,80 @@ class TuningLayer(PredictiveLayer):
             grid = torch.logspace(
                 log_prior_prec_min, log_prior_prec_max, grid_size, base=log_prior_prec_base, dtype=torch.float64
             )
+            self._check_joint_search(pred_type, structure, loss, tune_temperature)
+            tuned: TunedPrior | None = None
             with global_random_state(), torch.no_grad():  # a loader's order, and metrics, may draw
-                self.curve = self._search(pred_type, grid, val_loader, loss, link, n_samples, progress_bar)
+                if tune_sigma_noise:
+                    found = noise_search(
+                        self.network, self.posterior, self.output_likelihood, val_loader, grid,
+                        targets_key=self.dict_key_y, progress_bar=progress_bar,
+                    )  # fmt: skip
+                    self.curve, self.sigma_noise = found.curve, found.noise_variance**0.5
+                elif structure == "scalar" and not tune_temperature:
+                    self.curve = self._search(pred_type, grid, val_loader, loss, link, n_samples, progress_bar)
+                else:
+                    tuned = joint_search(
+                        self.network, self.posterior, self.output_likelihood, val_loader, grid,
+                        per_part=structure == "layerwise", temperature=tune_temperature, link=link or "probit",
+                        n_samples=n_samples, seed=self.seed, targets_key=self.dict_key_y, progress_bar=progress_bar,
+                        output_temperature=self.output_temperature, noise_variance=self.sigma_noise.square(),
+                    )  # fmt: skip
+                    self.curve = tuned.curve
             if pred_type == "glm":
                 self.link = self.curve.link
-            self.prior_precision = self.curve.best
+            if tuned is None:
+                self.prior_precision = self.curve.best
+            else:
+                self.prior_precision = self._of_parts(tuned.prior_precisions)
+                self.output_temperature = tuned.temperature
+            self.tuned = tuned
         else:
             raise ValueError(f"Expected method 'marglik' or 'gridsearch', got {method!r}.")
         if verbose:
-            print(f"Optimized prior precision is {self.prior_precision}.")
+            and_temperature = f", output temperature {self.output_temperature:.4g}" if tune_temperature else ""
+            print(f"Optimized prior precision is {self.prior_precision}{and_temperature}.")
+
+    def _check_noise_search(self, pred_type: str, method: str, structure: str, loss: Any) -> None:
+        """Raise a ``ValueError`` where the noise cannot be tuned."""
+        if self.likelihood != "regression" or self.sigma_noise.ndim:
+            got = self.likelihood if self.likelihood != "regression" else f"{self.sigma_noise.numel()} of them"
+            raise ValueError(f"Expected a regression with one sigma_noise for tune_sigma_noise=True, got {got}.")
+        if method != "gridsearch" or structure != "scalar" or pred_type != "glm" or loss is not None:
+            raise ValueError(
+                "tune_sigma_noise=True minimises the negative log predictive density of pred_type='glm' over one prior "
+                f"precision: expected method='gridsearch', prior_structure='scalar' and no loss, got {method!r}, "
+                f"{structure!r}, pred_type={pred_type!r}, loss={loss!r}."
+            )
+
+    @staticmethod
+    def _check_joint_search(pred_type: str, structure: str, loss: Any, tune_temperature: bool) -> None:
+        """Raise a ``ValueError`` for what only the search of one prior precision can do."""
+        if structure == "diag":
+            raise ValueError(
+                "Expected prior_structure 'scalar' or 'layerwise' with method='gridsearch', got 'diag': validation "
+                "data cannot choose one for each parameter. Use method='marglik'."
+            )
+        what = "prior_structure='layerwise'" if structure == "layerwise" else "tune_temperature=True"
+        if (structure == "layerwise" or tune_temperature) and (pred_type != "glm" or loss is not None):
+            got = f"pred_type={pred_type!r}" if pred_type != "glm" else f"loss={loss!r}"
+            raise ValueError(
+                f"The grid search with {what} minimises the negative log predictive probability of pred_type='glm': "
+                f"expected that and no loss, got {got}."
+            )
+
+    def _of_parts(self, priors: Tensor) -> Tensor:
+        """Prior precisions of the parts of the basis as :attr:`prior_precision` takes them."""
+        basis = self._require_fit().posterior.basis
+        if basis.groups is None or not len(priors) == len(basis.parts) == len(basis.shapes) > 1:
+            return priors
+        # As many parts as parameter tensors, in another order perhaps: a vector of this length is meant for tensors.
+        by_tensor = basis.per_parameter(priors).split([shape.numel() for shape in basis.shapes.values()])
+        return torch.stack([own[0] for own in by_tensor])
 
     def _maximise_marginal_likelihood(
         self, initial: Any, prior_structure: str, n_steps: int, lr: float, progress_bar: bool
     ) -> None:
         """In closed form where there is one, otherwise by laplace-torch's gradient steps on the logarithms."""
-        if prior_structure not in PRIOR_STRUCTURES:
-            raise ValueError(f"Expected prior_structure out of {list(PRIOR_STRUCTURES)}, got {prior_structure!r}.")
         fitted, kronecker = self._require_fit(), self.hessian_structure == "kron"
         basis = fitted.posterior.basis
         start = _checks.prior_precisions(initial)
@@ -162,7 +244,7 @@ class TuningLayer(PredictiveLayer):
         if pred_type == "glm" and loss is None and self.sigma_noise.ndim == 0:
             return grid_search(
                 self.network, posterior, likelihood, batches, grid, link=link, n_samples=n_samples, seed=self.seed,
-                targets_key=self.dict_key_y, progress_bar=progress_bar,
+                targets_key=self.dict_key_y, progress_bar=progress_bar, output_temperature=self.output_temperature,
             )  # fmt: skip
         likelihood.check_link(link)
         posteriors = [replace(posterior, prior_precision=p.reshape(1)) for p in _checks.prior_precisions(grid)]
@@ -194,7 +276,7 @@ class TuningLayer(PredictiveLayer):
         self, posteriors: list[Posterior], batches: Iterable[Any], link: str, n_samples: int
     ) -> Iterator[tuple[int, Prediction, Tensor]]:
         """In one pass over the data: projections are computed once for all posteriors."""
-        network, likelihood = self.network, self.output_likelihood
+        network, likelihood, tau = self.network, self.output_likelihood, self.output_temperature
         generator = torch.Generator().manual_seed(self.seed)
         like = posteriors[0].mean
         normals = standard_normals((n_samples, network.n_outputs), like, generator) if link == "mc" else None
@@ -207,7 +289,7 @@ class TuningLayer(PredictiveLayer):
                 if likelihood.is_regression:
                     yield index, (mean, own), targets
                 else:
-                    yield index, likelihood.predictive(mean, own, link, normals), targets
+                    yield index, likelihood.predictive(mean / tau, own / tau**2, link, normals), targets
 
     def _sampled_predictions(
         self, posteriors: list[Posterior], batches: Iterable[Any], pred_type: str, n_samples: int

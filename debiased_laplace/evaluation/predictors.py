@@ -1,0 +1,306 @@
+r"""Predictors: anything callable that gives probabilities, or a mean and a variance, and the baselines.
+
+A predictor takes the inputs of a batch and returns one of
+
+* probabilities ``[N, C]`` of a classifier, rows summing to one;
+* a pair ``(mean, variance)`` of a regression, ``[N, C]`` or ``[N]`` each, the variance with the observation noise;
+* a :class:`Prediction`, which can hold more.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy.optimize import minimize_scalar
+from torch import Tensor, nn
+
+from debiased_laplace import DebiasedLaplace, _data
+from debiased_laplace._guards import evaluation_mode
+from debiased_laplace.basis import Basis
+from debiased_laplace.gradients import Network
+from debiased_laplace.likelihoods import Likelihood
+from debiased_laplace.posterior import Posterior, standard_normals
+from debiased_laplace.predictive import functional_moments
+
+#: Draws of the outputs for the mutual information.
+N_SAMPLES = 30
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What is predicted about a batch; tensors on any device.
+
+    Attributes:
+        probabilities: ``[N, C]``, of a classifier.
+        mean: ``[N, C]`` or ``[N]``, of a regression.
+        variance: As the mean: predictive variance, observation noise included.
+        functional_variance: ``[N]``, variance of the outputs, summed over them.
+        mutual_information: ``[N]``, nats: entropy of the mean probabilities minus mean entropy of the probabilities.
+    """
+
+    probabilities: Tensor | None = None
+    mean: Tensor | None = None
+    variance: Tensor | None = None
+    functional_variance: Tensor | None = None
+    mutual_information: Tensor | None = None
+
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        """The fields that are there, as float64 arrays."""
+        found = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {
+            name: value.detach().to("cpu", torch.float64).numpy() for name, value in found.items() if value is not None
+        }
+
+
+Predictor = Callable[[_data.Inputs], "Tensor | tuple[Tensor, Tensor] | Prediction"]
+
+
+def as_prediction(value: Any, n: int, name: str) -> Prediction:
+    """What a predictor returned for N data, checked.
+
+    Raises:
+        TypeError: If it is none of the three things a predictor may return.
+        ValueError: If shapes do not fit, something is not finite, or rows are no probabilities.
+    """
+    if isinstance(value, np.ndarray):
+        value = torch.from_numpy(value)
+    if isinstance(value, Tensor):
+        value = Prediction(probabilities=value)
+    elif isinstance(value, (tuple, list)) and len(value) == 2:
+        value = Prediction(mean=torch.as_tensor(value[0]), variance=torch.as_tensor(value[1]))
+    if not isinstance(value, Prediction) or (value.probabilities is None) == (value.mean is None):
+        raise TypeError(
+            f"Expected probabilities [N, C], a pair (mean, variance) or a Prediction from predictor {name!r}, got "
+            f"{type(value).__name__}."
+        )
+    for field in fields(value):
+        own = getattr(value, field.name)
+        if own is None:
+            continue
+        if own.ndim < 1 or len(own) != n:
+            raise ValueError(
+                f"Expected {field.name} of {n} data from predictor {name!r}, one row for each, got shape "
+                f"{tuple(own.shape)}."
+            )
+        if not bool(own.isfinite().all()):
+            rows = (~own.isfinite().reshape(n, -1).all(1)).nonzero().flatten()
+            raise ValueError(
+                f"Expected finite {field.name} from predictor {name!r}, got NaN or infinity for {len(rows)} of {n} "
+                f"data of a batch, the first being datum {int(rows[0])}. Look for NaN in the inputs or the model."
+            )
+    if value.probabilities is not None:
+        _check_probabilities(value.probabilities.detach(), name)
+    elif value.variance is None or value.mean is None or value.mean.shape != value.variance.shape:
+        got = None if value.variance is None else tuple(value.variance.shape)
+        raise ValueError(
+            f"Expected a variance of the mean's shape from predictor {name!r}, got {got} for a mean of shape "
+            f"{tuple(value.mean.shape) if value.mean is not None else None}."
+        )
+    elif not bool((value.variance > 0).all()):
+        raise ValueError(
+            f"Expected positive predictive variances from predictor {name!r}, got {float(value.variance.min()):.3g}. "
+            "Add the observation noise to the epistemic variance."
+        )
+    return value
+
+
+def _check_probabilities(probabilities: Tensor, name: str) -> None:
+    if probabilities.ndim != 2 or probabilities.shape[1] < 2:
+        raise ValueError(
+            f"Expected probabilities of shape [N, C] with at least two classes from predictor {name!r}, got "
+            f"{tuple(probabilities.shape)}. For one probability p, give the columns 1 - p and p."
+        )
+    from debiased_laplace.evaluation.metrics import ROW_SUM_TOLERANCE
+
+    sums = probabilities.double().sum(1)
+    worst = int((sums - 1).abs().argmax())
+    if bool((probabilities < 0).any()) or abs(float(sums[worst]) - 1) > ROW_SUM_TOLERANCE:
+        raise ValueError(
+            f"Expected non-negative probabilities whose rows sum to one from predictor {name!r}, got a smallest value "
+            f"of {float(probabilities.min()):.3g} and a sum of {float(sums[worst]):.6g}: these look like logits. "
+            "Apply softmax to them."
+        )
+
+
+# -- without a posterior ---------------------------------------------------------------------------
+
+
+def point_predictor(model: nn.Module, *, temperature: float = 1.0) -> Predictor:
+    """The network's own probabilities: softmax of its outputs, divided by a temperature."""
+
+    def predict(inputs: _data.Inputs) -> Prediction:
+        return Prediction(probabilities=(_outputs(model, inputs).double() / temperature).softmax(1))
+
+    return predict
+
+
+def gaussian_predictor(model: nn.Module, noise_variance: float) -> Predictor:
+    """The network's outputs as means, with one variance for all."""
+
+    def predict(inputs: _data.Inputs) -> Prediction:
+        mean = _outputs(model, inputs)
+        return Prediction(mean=mean, variance=torch.full_like(mean, noise_variance))
+
+    return predict
+
+
+def ensemble_predictor(models: Sequence[nn.Module]) -> Predictor:
+    """The mean of the softmax outputs of several networks (Lakshminarayanan et al., arXiv 1612.01474)."""
+    if not models:
+        raise ValueError("Expected at least one network for an ensemble, got none.")
+
+    def predict(inputs: _data.Inputs) -> Prediction:
+        outputs = torch.stack([_outputs(model, inputs).double() for model in models])
+        return Prediction(
+            probabilities=outputs.softmax(-1).mean(0),
+            functional_variance=outputs.var(0, correction=0).sum(-1),
+            mutual_information=mutual_information(outputs.softmax(-1)),
+        )
+
+    return predict
+
+
+def tuned_temperature(model: nn.Module, validation: Iterable[Any]) -> tuple[float, float]:
+    """The temperature with the smallest validation loss (Guo et al., arXiv 1706.04599), by Brent's method.
+
+    On the outputs themselves: probabilities of a confident network have lost what a temperature needs.
+
+    Returns:
+        The temperature, and the mean negative log-likelihood there, in nats.
+    """
+    outputs, targets = outputs_of(model, validation)
+
+    def loss(logarithm: float) -> float:
+        return float(nn.functional.cross_entropy(outputs / math.exp(logarithm), targets))
+
+    best = minimize_scalar(loss, bounds=(-3, 5), method="bounded", options={"xatol": 1e-8})
+    return math.exp(best.x), float(best.fun)
+
+
+def outputs_of(model: nn.Module, batches: Iterable[Any]) -> tuple[Tensor, Tensor]:
+    """Outputs ``[N, C]``, float64, and targets of all data of a loader, on the CPU."""
+    found = [(_outputs(model, inputs).cpu().double(), targets.cpu()) for inputs, targets, _ in _data.labelled(batches)]
+    if not found:
+        raise ValueError("Expected data, got an empty loader. A generator can be read only once.")
+    outputs, targets = (torch.cat(column) for column in zip(*found, strict=True))
+    return outputs, targets
+
+
+def _outputs(model: nn.Module, inputs: _data.Inputs) -> Tensor:
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    with torch.no_grad(), evaluation_mode(model):
+        outputs = model(_data.to_device(inputs, device))
+    return outputs[:, None] if outputs.ndim == 1 else outputs
+
+
+# -- posteriors ------------------------------------------------------------------------------------
+
+
+class Shared:
+    """Posteriors that differ in everything but the basis share the projections of a batch."""
+
+    def __init__(self) -> None:
+        self._members: list[tuple[Basis, Posterior]] = []
+        self._inputs: Any = None
+        self._moments: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def add(self, posterior: Posterior) -> int:
+        """A place for a posterior."""
+        self._members.append((posterior.basis, posterior))
+        return len(self._members) - 1
+
+    def moments(self, index: int, network: Network, inputs: _data.Inputs, covariance: bool) -> tuple[Tensor, Tensor]:
+        """Mean and (co)variance of the outputs under one of the posteriors."""
+        basis, posterior = self._members[index]
+        if covariance:
+            return functional_moments(network, posterior, inputs)
+        if self._inputs is not inputs:
+            self._inputs, self._moments = inputs, {}
+        if index not in self._moments:
+            own = [i for i, (other, _) in enumerate(self._members) if other is basis]
+            mean, spreads = functional_moments(
+                network, [self._members[i][1] for i in own], inputs, covariance=False
+            )  # fmt: skip
+            self._moments |= {i: (mean, spread) for i, spread in zip(own, spreads, strict=True)}
+        return self._moments[index]
+
+
+class LaplacePredictor:
+    """Probabilities, or mean and variance, of a posterior as it is now; later tuning does not change it.
+
+    Args:
+        la: A fitted and tuned posterior.
+        shared: Where posteriors with the same basis find each other, so that a batch is projected once for all.
+        n_samples: Draws for the mutual information and for the Monte Carlo link.
+    """
+
+    def __init__(self, la: DebiasedLaplace, shared: Shared | None = None, *, n_samples: int = N_SAMPLES) -> None:
+        self.network, self.likelihood = la.network, la.output_likelihood
+        self.link, self.output_temperature = la.link or "probit", getattr(la, "output_temperature", 1.0)
+        self.noise_variance = la.sigma_noise.detach().double().square()
+        self.shared = shared or Shared()
+        self.index = self.shared.add(la.posterior)
+        generator = torch.Generator().manual_seed(la.seed)
+        size = 100 if self.link == "mc" else n_samples
+        self.normals = standard_normals((size, la.n_outputs), la.posterior.mean, generator)
+
+    def __call__(self, inputs: _data.Inputs) -> Prediction:
+        """Predict a batch."""
+        likelihood: Likelihood = self.likelihood
+        covariance = not likelihood.is_regression and likelihood.needs_covariance(self.link)
+        mean, spread = self.shared.moments(self.index, self.network, inputs, covariance)
+        variances = spread.diagonal(dim1=-2, dim2=-1) if covariance else spread
+        if likelihood.is_regression:
+            total = variances.double() + self.noise_variance.to(variances.device)
+            return Prediction(mean=mean.double(), variance=total, functional_variance=variances.sum(-1))
+        mean, spread = mean.double() / self.output_temperature, spread.double() / self.output_temperature**2
+        own = spread.diagonal(dim1=-2, dim2=-1) if covariance else spread
+        draws = (mean + own.clamp_min(0).sqrt() * self.normals.to(mean)[:, None]).softmax(-1)
+        return Prediction(
+            probabilities=likelihood.predictive(mean, spread, self.link, self.normals),
+            functional_variance=variances.sum(-1),
+            mutual_information=mutual_information(draws),
+        )
+
+
+def mutual_information(probabilities: Tensor) -> Tensor:
+    """Between label and parameters, from samples ``[M, N, C]``: ``[N]``, nats (Houlsby et al., arXiv 1112.5745)."""
+    entropies = torch.special.entr(probabilities).sum(-1).mean(0)
+    return (torch.special.entr(probabilities.mean(0)).sum(-1) - entropies).clamp_min(0)
+
+
+class PeerPredictor:
+    """A fitted posterior of laplace-torch; classification by its probit link, regression by its own variances."""
+
+    def __init__(self, la: Any, regression: bool = False) -> None:
+        self.la, self.regression = la, regression
+
+    def __call__(self, inputs: _data.Inputs) -> Prediction:
+        """Predict a batch."""
+        if not self.regression:
+            return Prediction(probabilities=self.la(inputs, link_approx="probit").detach())
+        mean, variance = self.la(inputs)
+        variance = (
+            variance.reshape(mean.shape) if variance.numel() == mean.numel() else variance.diagonal(dim1=1, dim2=2)
+        )
+        return Prediction(mean=mean.detach(), variance=variance.detach() + self.la.sigma_noise.detach().square())
+
+
+def scores_of_foreignness(arrays: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+    """Out-of-distribution scores ``[N]`` that a prediction has; high means foreign."""
+    from debiased_laplace.evaluation.metrics import entropy, foreignness
+
+    found: dict[str, NDArray[Any]] = {}
+    if "probabilities" in arrays:
+        found["maximum probability"] = foreignness(arrays["probabilities"])
+        found["entropy"] = entropy(arrays["probabilities"])
+    for name in ("mutual_information", "functional_variance"):
+        if name in arrays:
+            found[name.replace("_", " ")] = arrays[name]
+    return found

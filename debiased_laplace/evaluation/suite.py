@@ -1,0 +1,547 @@
+"""Baselines and posteriors of a task: fitted, tuned on the same validation data, and evaluated; one record a seed.
+
+What takes long is kept as soon as it is there (a fitted posterior, the predictions of a loader), so that a run
+that was interrupted goes on where it stopped. When a record is complete its working files are deleted.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+import time
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from debiased_laplace import DebiasedLaplace, _data
+from debiased_laplace._guards import global_random_state
+from debiased_laplace.evaluation import bootstrap, records
+from debiased_laplace.evaluation.judge import conditions, evaluate, preflight
+from debiased_laplace.evaluation.predictors import (
+    LaplacePredictor,
+    PeerPredictor,
+    Predictor,
+    Shared,
+    ensemble_predictor,
+    gaussian_predictor,
+    outputs_of,
+    point_predictor,
+    tuned_temperature,
+)
+from debiased_laplace.evaluation.tasks import Context, Task, TaskError
+from debiased_laplace.likelihoods import Categorical
+from debiased_laplace.predictive import functional_moments
+from debiased_laplace.sampling import UniformSampler
+from debiased_laplace.splits import Single
+from debiased_laplace.tuning import best_noise
+
+MAP, TEMPERATURE = "MAP", "temperature scaling"
+Role = Literal["", "baseline", "candidate", "reference"]
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to predict.
+
+    Attributes:
+        name: As it appears in tables.
+        kind: ``"map"``, ``"temperature"``, ``"ensemble"``, ``"laplace"``, or ``"laplace-torch"``.
+        laplace: Arguments of :class:`~debiased_laplace.DebiasedLaplace`, or of ``laplace.Laplace``.
+        fit: Arguments of its ``fit``; methods with equal ones share the fit.
+        tune: Further arguments of its ``optimize_prior_precision``.
+        role: The ``candidate`` is compared with the ``baseline``; the ``reference`` is what both estimate.
+        description: One sentence.
+    """
+
+    name: str
+    kind: Literal["map", "temperature", "ensemble", "laplace", "laplace-torch"] = "laplace"
+    laplace: Mapping[str, Any] = field(default_factory=dict)
+    fit: Mapping[str, Any] = field(default_factory=dict)
+    tune: Mapping[str, Any] = field(default_factory=dict)
+    role: Role = ""
+    description: str = ""
+
+    @property
+    def fit_key(self) -> str:
+        """Equal for methods that share a fit."""
+        return repr((sorted(self.laplace.items()), sorted(self.fit.items(), key=str)))
+
+
+@dataclass(frozen=True)
+class Options:
+    """How methods are tuned and judged; the same for all of them.
+
+    Attributes:
+        grid_size: Number of prior precisions tried.
+        log_prior_prec_min: Decimal exponent of the smallest.
+        log_prior_prec_max: Of the largest.
+        n_resamples: Bootstrap resamples.
+        distance_inputs: Number of test inputs for the distance to the reference.
+        distance_prior_precision: Prior precision at which it is measured, besides the reference's tuned one.
+    """
+
+    grid_size: int = 91
+    log_prior_prec_min: float = -3.0
+    log_prior_prec_max: float = 6.0
+    n_resamples: int = 1000
+    distance_inputs: int = 500
+    distance_prior_precision: float = 1.0
+
+
+def standard_methods(budget: int, *, regression: bool = False, ensemble: bool = False) -> tuple[Method, ...]:
+    """The baselines nobody may leave out, and K-FAC from one batch, debiased, and from all the data.
+
+    Args:
+        budget: Training data spent on curvature by each mini-batch method, all told.
+        regression: For a regression.
+        ensemble: Whether the task has networks of several runs.
+    """
+    single = {"sampler": UniformSampler(budget), "split": Single()}
+    full = {"budget": None}
+    last = {"subset_of_weights": "last_layer", "hessian_structure": "full"}
+    tuned = {"tune_sigma_noise": True} if regression else {}
+    common = (
+        Method(
+            "last-layer Laplace", laplace=last, fit=full, tune=tuned,
+            description="A posterior over the last layer alone, dense curvature from all training data.",
+        ),
+        Method(
+            "laplace-torch", "laplace-torch", laplace={"structure": "full" if regression else "kron"},
+            description="laplace-torch's posterior from all training data, over "
+            + ("all layers, dense." if regression else "all layers where that is feasible, otherwise the last one."),
+        ),
+        Method(
+            "single-batch K-FAC", fit=single, tune=tuned, role="baseline",
+            description=f"Directions and curvatures from the same {budget} random training data: the usual practice.",
+        ),
+        Method(
+            "debiased K-FAC", fit={"budget": budget}, tune=tuned, role="candidate",
+            description=f"{budget} training data chosen by importance, each for directions and for curvatures along "
+            "those of others.",
+        ),
+        Method(
+            "full-data K-FAC", fit=full, tune=tuned, role="reference",
+            description="Directions and curvatures from all training data: what the two above estimate.",
+        ),
+    )  # fmt: skip
+    if regression:
+        point = Method(MAP, "map", description="The network's output and one noise variance, tuned on validation data.")
+        return (point, *common)
+    points = (
+        Method(MAP, "map", description="The trained network's softmax; no posterior."),
+        Method(
+            TEMPERATURE, "temperature",
+            description="Softmax of the outputs divided by one number, tuned on the validation data.",
+        ),
+    )  # fmt: skip
+    joint = (
+        Method(
+            "debiased, temperature", fit={"budget": budget}, tune={"tune_temperature": True},
+            description="The debiased posterior with one prior precision and one temperature of the outputs, tuned "
+            "together.",
+        ),
+        Method(
+            "debiased, layers", fit={"budget": budget}, tune={"prior_structure": "layerwise", "tune_temperature": True},
+            description="The debiased posterior with a prior precision for every layer and a temperature of the "
+            "outputs, tuned together.",
+        ),
+    )  # fmt: skip
+    members = (
+        Method("deep ensemble", "ensemble", description="Mean softmax of networks trained from other random starts."),
+    )
+    return (*points, *common, *joint, *(members if ensemble else ()))
+
+
+# -- one seed --------------------------------------------------------------------------------------
+
+
+def settings_of(task: Task, methods: Sequence[Method], options: Options, context: Context) -> dict[str, Any]:
+    """Everything that decides the numbers of a record but the seed; records are reused only if it is equal."""
+    software = records.versions()
+    return records.jsonable(
+        {
+            "task": task.source,
+            "file": task.fingerprint,
+            "quick": context.quick,
+            "data_dir": context.data_dir is not None,
+            "methods": [{"name": m.name, "kind": m.kind, "fit": m.fit_key, "tune": m.tune} for m in methods],
+            "options": vars(options),
+            "device": str(context.device),
+            "software": {name: software[name] for name in ("debiased_laplace", "torch")},
+        }
+    )
+
+
+def run(
+    task: Task,
+    folder: Path,
+    seeds: Iterable[int],
+    context: Context,
+    *,
+    methods: Sequence[Method] | None = None,
+    options: Options | None = None,
+    progress: Callable[[int, str], None] = lambda seed, step: None,
+) -> list[dict[str, Any]]:
+    """One record for each seed; each is written when it is complete, and those there already are kept.
+
+    Args:
+        task: From :meth:`Task.load`.
+        folder: Records are in its ``records`` folder, unfinished work in ``work``.
+        seeds: Any integers.
+        context: For the task's functions; its seed is replaced.
+        methods: :func:`standard_methods` by default.
+        options: How to tune and judge.
+        progress: Called with the seed and what begins; ``"kept"`` for a record that was there.
+    """
+    options = options or Options()
+    if methods is None:
+        methods = standard_methods(
+            task.budget, regression=task.likelihood == "regression", ensemble=task.has("ensemble")
+        )
+    check_methods(methods)
+    settings = settings_of(task, methods, options, context)
+    found = []
+    for seed in seeds:
+        record = records.load_record(folder, seed, settings)
+        if record is None:
+            work = folder / "work" / f"seed-{seed}-{records.digest(settings)}"
+            with global_random_state():
+                record = _record(task, replace(context, seed=seed), methods, options, settings, work, progress)
+            records.write_json(records.record_path(folder, seed, settings), record)
+            shutil.rmtree(work, ignore_errors=True)
+        else:
+            progress(seed, "kept")
+        found.append(record)
+    return found
+
+
+def steps(task: Task, methods: Sequence[Method]) -> int:
+    """A guess of how many steps a seed has, for a bar: training, methods, and the loaders."""
+    return len(methods) + 3
+
+
+def check_methods(methods: Sequence[Method]) -> None:
+    """Raise a ``ValueError`` unless names and roles are unique and roles belong to posteriors."""
+    names = [method.name for method in methods]
+    roles = [method.role for method in methods if method.role]
+    if len(set(names)) != len(names) or len(set(roles)) != len(roles):
+        raise ValueError(f"Expected different names and at most one method of each role, got {names} and {roles}.")
+    misplaced = [method.name for method in methods if method.role and method.kind != "laplace"]
+    if misplaced:
+        raise ValueError(f"Expected roles for methods of kind 'laplace' alone, got one for {misplaced}.")
+
+
+def _record(
+    task: Task, context: Context, methods: Sequence[Method], options: Options, settings: dict[str, Any], work: Path,
+    progress: Callable[[int, str], None],
+) -> dict[str, Any]:  # fmt: skip
+    progress(context.seed, "model")
+    start = time.perf_counter()
+    model = task.model(context)
+    seconds = {"model": time.perf_counter() - start}
+    check_task(task, model, context)
+    bench = _Bench(task, model, context, options, work)
+    predictors: dict[str, Predictor] = {}
+    about: dict[str, Any] = {}
+    for method in methods:
+        progress(context.seed, method.name)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", UserWarning)
+            predictor, result = bench.prepare(method)
+        result["warnings"] = sorted({str(w.message) for w in caught if issubclass(w.category, UserWarning)})
+        about[method.name] = {"kind": method.kind, "role": method.role, "description": method.description} | result
+        if predictor is not None:
+            predictors[method.name] = predictor
+    names = {method.role: method.name for method in methods if method.role}
+    against = [MAP, TEMPERATURE, *(names[role] for role in ("baseline", "reference") if role in names), "laplace-torch"]
+    result = evaluate(
+        predictors, *_loaders(task, context),
+        compare_with=list(dict.fromkeys(against)), highlight=names.get("candidate"),
+        images=task.definition.images if task.has("images") else None,
+        target_scale=float(task.call("target_scale", context)) if task.has("target_scale") else 1.0,
+        n_resamples=options.n_resamples, folder=work / "predictions",
+        progress=lambda title: progress(context.seed, f"predict: {title}"),
+    )  # fmt: skip
+    for name, predicted in result.pop("predictors").items():
+        about[name]["seconds"] |= predicted["seconds"]
+    progress(context.seed, "distances")
+    return {
+        "schema_version": records.SCHEMA_VERSION,
+        "task": {
+            "name": task.name, "description": task.description(context), "likelihood": task.likelihood,
+            "budget": task.budget, "seeds_note": task.constant("SEEDS_NOTE", ""),
+            "notes": dict(task.constant("NOTES", {})), "classes": list(task.constant("CLASSES", [])),
+            "n_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        },
+        "seed": context.seed,
+        "settings": settings,
+        "environment": records.environment(context.device),
+        "seconds": seconds,
+        "predictors": about,
+        "distances": bench.distances(methods),
+    } | result  # fmt: skip
+
+
+def _loaders(task: Task, context: Context) -> tuple[Any, Any, Any]:
+    """Test, shifted and foreign data, made anew."""
+    return (
+        task.call("test_loader", context),
+        task.call("shifted_loaders", context) if task.has("shifted_loaders") else None,
+        task.call("ood_loaders", context) if task.has("ood_loaders") else None,
+    )
+
+
+def check_task(task: Task, model: nn.Module, context: Context) -> None:
+    """Two data of every loader through the network, before anything takes time.
+
+    Raises:
+        TaskError: It says which function of the task, and why.
+    """
+    regression = task.likelihood == "regression"
+    point = gaussian_predictor(model, 1.0) if regression else point_predictor(model)
+    for name in ("train_loader", "val_loader"):
+        loader = task.call(name, context)
+        try:
+            preflight({MAP: point}, conditions(loader))
+        except (TypeError, ValueError) as error:
+            raise TaskError(f"{name}() of {task.source}: {error}") from error
+    try:
+        preflight({MAP: point}, conditions(*_loaders(task, context)))
+    except (TypeError, ValueError) as error:
+        raise TaskError(f"The loaders of {task.source}: {error}") from error
+
+
+class _Bench:
+    """Fits of one seed, and what is known about them."""
+
+    def __init__(self, task: Task, model: nn.Module, context: Context, options: Options, work: Path) -> None:
+        self.task, self.model, self.context, self.options, self.work = task, model, context, options, work
+        self.regression = task.likelihood == "regression"
+        self.shared = Shared()
+        self.fits: dict[str, DebiasedLaplace] = {}
+        self.fitted: dict[str, DebiasedLaplace] = {}  # before any tuning, by the arguments of the fit
+        self.tuned: dict[str, float] = {}
+
+    def prepare(self, method: Method) -> tuple[Predictor | None, dict[str, Any]]:
+        """A predictor, and what there is to know about it."""
+        start = time.perf_counter()
+        if method.kind == "laplace":
+            return self._laplace(method)
+        if method.kind == "laplace-torch":
+            return self._peer(method)
+        if method.kind == "ensemble":
+            models = [m.to(self.context.device).eval() for m in self.task.call("ensemble", self.context)]
+            seconds = {"fit": time.perf_counter() - start}
+            return ensemble_predictor(models), {"seconds": seconds, "members": len(models)}
+        outputs, targets = outputs_of(self.model, self._validation())
+        if self.regression:
+            variance = float((outputs - targets.reshape(outputs.shape)).square().mean())
+            result: dict[str, Any] = {"noise": variance**0.5, "seconds": {"tune": time.perf_counter() - start}}
+            return gaussian_predictor(self.model, variance), result
+        if method.kind == "map":
+            loss = float(nn.functional.cross_entropy(outputs, targets))
+            return point_predictor(self.model), {"seconds": {}, "validation_nll": loss}
+        temperature, loss = tuned_temperature(self.model, self._validation())
+        result = {"temperature": temperature, "validation_nll": loss, "seconds": {"tune": time.perf_counter() - start}}
+        return point_predictor(self.model, temperature=temperature), result
+
+    # -- this package --------------------------------------------------------------------------
+
+    def _laplace(self, method: Method) -> tuple[Predictor, dict[str, Any]]:
+        path = self.work / f"{records.digest({'name': method.name})}.safetensors"
+        described = path.with_suffix(".json")
+        if described.exists():
+            la = DebiasedLaplace.load(path, self.model)
+            result = json.loads(described.read_text())
+        else:
+            la, result = self._fitted(method)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            la.save(path)
+            records.write_json(described, result)
+        self.fits[method.name], self.tuned[method.name] = la, float(result["prior_precision"])
+        return LaplacePredictor(la, self.shared), result
+
+    def _fitted(self, method: Method) -> tuple[DebiasedLaplace, dict[str, Any]]:
+        """A posterior that is tuned; one that was fitted for another method is tuned anew."""
+        options, context = self.options, self.context
+        start = time.perf_counter()
+        if method.fit_key in self.fitted:
+            la = copy.copy(self.fitted[method.fit_key])
+        else:
+            la = DebiasedLaplace(self.model, self.task.likelihood, seed=context.seed, **method.laplace)
+            n_data = self.task.constant("N_DATA")
+            keywords = dict(method.fit) | ({} if n_data is None else {"n_data": int(n_data)})
+            la.fit(self.task.call("train_loader", context), generator=context.seed, **keywords)
+            self.fitted[method.fit_key] = copy.copy(la)
+        fitted = time.perf_counter()
+        la.optimize_prior_precision(
+            method="gridsearch", val_loader=self._validation(), grid_size=options.grid_size,
+            log_prior_prec_min=options.log_prior_prec_min, log_prior_prec_max=options.log_prior_prec_max,
+            **method.tune,
+        )  # fmt: skip
+        curve = la.curve
+        assert curve is not None
+        best = float(curve.best)
+        result: dict[str, Any] = {
+            "seconds": {"fit": fitted - start, "tune": time.perf_counter() - fitted},
+            "prior_precision": best,
+            "edge": None if not curve.at_edge else ("smallest" if int(curve.losses.argmin()) == 0 else "largest"),
+            "curve": {"prior_precisions": curve.prior_precisions.tolist(), "losses": curve.losses.tolist()},
+            "validation_nll": float(curve.losses.min()),
+            "coverage": la.coverage(),
+        }
+        joint = getattr(la, "tuned", None)
+        if joint is not None:
+            result |= {
+                "validation_nll": float(joint.loss),
+                "prior_precisions": [float(value) for value in la.prior_precision.flatten()],
+                "temperature": float(joint.temperature),
+                "temperature_alone": None if joint.temperature_alone is None else list(joint.temperature_alone),
+            }
+        if self.regression:
+            result["noise"] = float(la.sigma_noise)
+        return la, result
+
+    # -- laplace-torch -------------------------------------------------------------------------
+
+    def _peer(self, method: Method) -> tuple[Predictor | None, dict[str, Any]]:
+        """laplace-torch on all training data, tuned over the same grid; what fails there is told, not raised."""
+        start = time.perf_counter()
+        try:
+            la, where = self._peer_fitted(method)
+            fitted = time.perf_counter()
+            result = self._peer_tuned(la)
+        except Exception as error:
+            return None, {"failed": f"{type(error).__name__}: {error}"[:300], "seconds": {}}
+        result |= {"seconds": {"fit": fitted - start, "tune": time.perf_counter() - fitted}, "layers": where}
+        return PeerPredictor(la, self.regression), result
+
+    def _peer_fitted(self, method: Method) -> tuple[Any, str]:
+        from laplace import Laplace
+
+        data = _Sized(self.task.call("train_loader", self.context), self.task.constant("N_DATA"))
+        small = sum(p.numel() for p in self.model.parameters() if p.requires_grad) <= PEER_PARAMETERS
+        failed = "too many parameters for its Jacobians"
+        for where in ("all", "last_layer") if small else ("last_layer",):
+            try:
+                la = Laplace(self.model, self.task.likelihood, where, method.laplace["structure"])
+                la.fit(data)  # type: ignore[arg-type]
+                self._peer_moments(la, next(iter(_data.labelled(self._validation())))[0][:2])
+                return la, "all layers" if where == "all" else f"the last layer ({failed})"
+            except Exception as error:
+                if where == "last_layer":
+                    raise
+                failed = f"over all layers it fails with {type(error).__name__}"
+        raise AssertionError
+
+    @staticmethod
+    def _peer_moments(la: Any, inputs: Any) -> tuple[Tensor, Tensor]:
+        """Jacobians and outputs, by its own code."""
+        last = type(la).__name__.endswith("LLLaplace")
+        return la.backend.last_layer_jacobians(inputs) if last else la.backend.jacobians(inputs)
+
+    def _peer_tuned(self, la: Any) -> dict[str, Any]:
+        """The same grid, losses and validation data; its Jacobians are computed once for all prior precisions."""
+        options = self.options
+        grid = torch.logspace(
+            options.log_prior_prec_min, options.log_prior_prec_max, options.grid_size, dtype=torch.float64
+        )
+        means, spreads, labels = [], [], []
+        for inputs, targets, _ in _data.labelled(self._validation()):
+            jacobians, mean = self._peer_moments(la, inputs)
+            own = []
+            for value in grid.tolist():
+                la.prior_precision = value
+                own.append(la.functional_variance(jacobians).detach().diagonal(dim1=-2, dim2=-1))
+            means.append(mean.detach().double())
+            spreads.append(torch.stack(own).double())
+            labels.append(targets)
+        mean, spread, known = torch.cat(means), torch.cat(spreads, 1), torch.cat(labels)
+        if self.regression:
+            noise, losses = best_noise(mean, spread, known.reshape(mean.shape).double())
+            best = int(losses.argmin())
+            la.sigma_noise, la.prior_precision = float(noise[best].sqrt()), float(grid[best] / noise[best])
+            return {
+                "prior_precision": float(la.prior_precision),
+                "noise": float(la.sigma_noise),
+                "validation_nll": float(losses[best]),
+            }
+        likelihood = Categorical()
+        losses = likelihood.log_loss(likelihood.predictive(mean, spread, "probit"), known).mean(-1)
+        la.prior_precision = float(grid[losses.argmin()])
+        return {"prior_precision": float(grid[losses.argmin()]), "validation_nll": float(losses.min())}
+
+    # -- shared --------------------------------------------------------------------------------
+
+    def _validation(self) -> Iterable[Any]:
+        return self.task.call("val_loader", self.context)
+
+    def distances(self, methods: Sequence[Method]) -> dict[str, Any]:
+        """Log ratios of output variances to the reference's, at equal prior precisions: no tuning in it."""
+        roles = {method.role: method.name for method in methods if method.role}
+        reference = roles.get("reference")
+        compared = [roles[role] for role in ("baseline", "candidate") if role in roles]
+        if reference is None or not compared:
+            return {}
+        inputs = _first(self.task.call("test_loader", self.context), self.options.distance_inputs)
+        at = {"tuned": self.tuned[reference], "equal": self.options.distance_prior_precision}
+        logarithms = {name: self._log_variances(self.fits[name], list(at.values()), inputs) for name in roles.values()}
+        weights = bootstrap.resample_weights(_data.count(inputs), self.options.n_resamples, 0)
+        found: dict[str, Any] = {}
+        for index, (where, value) in enumerate(at.items()):
+            ratios = {name: (logarithms[name] - logarithms[reference])[index] for name in compared}
+            found[where] = {"prior_precision": value} | {
+                name: {
+                    "absolute": _mean_cell(own.abs().mean(1), weights), "signed": _mean_cell(own.mean(1), weights)
+                }
+                for name, own in ratios.items()
+            }  # fmt: skip
+        return found
+
+    @staticmethod
+    def _log_variances(la: DebiasedLaplace, grid: list[float], inputs: Any) -> Tensor:
+        several = [replace(la.posterior, prior_precision=torch.tensor([v], dtype=torch.float64)) for v in grid]
+        return functional_moments(la.network, several, inputs, covariance=False)[1].cpu().double().log()
+
+
+#: laplace-torch is asked for all layers up to this many parameters: its predictions hold Jacobians of all outputs.
+PEER_PARAMETERS = 20_000
+
+
+class _Sized:
+    """Batches with the ``dataset`` that laplace-torch asks the size of."""
+
+    def __init__(self, loader: Iterable[Any], n_data: int | None) -> None:
+        self.batches = [(inputs, targets) for inputs, targets, _ in _data.labelled(loader)]
+        self.dataset = range(sum(len(targets) for _, targets in self.batches) if n_data is None else n_data)
+
+    def __iter__(self) -> Any:
+        return iter(self.batches)
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+
+def _first(loader: Iterable[Any], n: int) -> Any:
+    """The first inputs of a loader."""
+    kept, total = [], 0
+    for inputs, _, size in _data.labelled(loader):
+        kept.append(_data.take(inputs, slice(0, n - total)))
+        total += size
+        if total >= n:
+            break
+    return _data.concatenate(kept)
+
+
+def _mean_cell(values: Tensor, weights: Any) -> list[float]:
+    array = values.numpy()
+    replicates = bootstrap.Replicates(float(array.mean()), np.asarray(weights @ array) / len(array))
+    low, high = replicates.interval()
+    return [float(v) for v in (replicates.value, replicates.standard_error, low, high)]

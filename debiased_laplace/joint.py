@@ -1,0 +1,332 @@
+r"""A prior precision for each part of the basis and a temperature of the outputs, jointly, on validation data."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from scipy.optimize import minimize, minimize_scalar
+from torch import Tensor
+from tqdm import tqdm
+
+from debiased_laplace import _checks, _data
+from debiased_laplace.gradients import Network
+from debiased_laplace.likelihoods import Likelihood
+from debiased_laplace.posterior import Posterior, standard_normals
+from debiased_laplace.predictive import functional_moments, part_variances
+from debiased_laplace.tuning import EMPTY, PriorCurve, checked_temperature, gaussian_nll, warn_of_the_edge
+
+#: The range of output temperatures.
+TEMPERATURES = 1 / 20, 20.0
+
+
+@dataclass(frozen=True)
+class TunedPrior:
+    """What a joint search found.
+
+    Attributes:
+        prior_precisions: ``[n_parts]``, or ``[1]`` for all, float64.
+        temperature: What outputs are divided by before the link.
+        loss: Mean negative log predictive probability of the validation data with them, in nats, without interpolation.
+        curve: The search of one prior precision for all parts at temperature one (or at the temperature that was given,
+            if it was not tuned).
+        temperature_alone: Temperature and loss of temperature scaling, of the network without any uncertainty (where it
+            was not tuned, the temperature that was given): how much of the gain needs no posterior.
+    """
+
+    prior_precisions: Tensor
+    temperature: float
+    loss: float
+    curve: PriorCurve
+    temperature_alone: tuple[float, float]
+
+
+def joint_search(
+    network: Network,
+    posterior: Posterior,
+    likelihood: Likelihood,
+    batches: Iterable[Any],
+    grid: Tensor,
+    *,
+    per_part: bool,
+    temperature: bool,
+    link: str = "probit",
+    n_samples: int = 100,
+    seed: int = 0,
+    targets_key: str = "labels",
+    progress_bar: bool = False,
+    output_temperature: float = 1.0,
+    noise_variance: float | Tensor | None = None,
+) -> TunedPrior:
+    r"""Prior precisions, of every part of the basis or of all, and a temperature of the outputs, on validation data.
+
+    .. math:: \min_{\delta, \tau} -\frac1N \sum_n \log p\Big(y_n \,\Big|\, \frac{f_n}{\tau},
+        \frac{1}{\tau^2} \sum_p V_{pn}(\delta_p)\Big)
+
+    One pass collects the mean f and a table of V over the grid. For links that need variances alone, :math:`\log V_p`
+    is interpolated linearly in :math:`\log\delta_p` between the ends of the grid, and L-BFGS-B minimises over all
+    logarithms from two starts: the best of the grid with its best temperature, and with that of temperature scaling.
+    The data are read again for the exact loss (a generator's batches are kept for it). Links of covariances have roots
+    without a derivative at equal eigenvalues: the prior precision is one of the grid, each with its best temperature.
+    The result is never worse than the best of the grid.
+
+    Memory: ``R * n_parts * N * C`` numbers of the network's precision, or ``R * N * C**2`` for a link of covariances
+    (twice that while they are joined), and some ten times ``n_parts * N * C`` in double precision.
+
+    Args:
+        network: The model with its blocks.
+        posterior: Its prior precision has no effect.
+        likelihood: What the outputs mean.
+        batches: Validation data.
+        grid: ``[R]``, prior precisions.
+        per_part: One prior precision for each part of the basis; only with variances (probit, regression). One at the
+            upper end of the grid says that its part has in effect no uncertainty.
+        temperature: Tune the temperature, between 1/20 and 20; not for regression, nor for ``"bridge_norm"``, which
+            does not depend on it.
+        link: Link approximation.
+        n_samples: Draws for ``"mc"``.
+        seed: Their seed.
+        targets_key: Where dictionary-like batches have their targets.
+        progress_bar: Show a tqdm bar.
+        output_temperature: The temperature if it is not tuned.
+        noise_variance: Of a regression, also ``[C]``; by default the posterior's.
+
+    Raises:
+        ValueError: If the loader is empty, a target or an argument is invalid.
+
+    Warns:
+        UserWarning: If the prior precision of all parts lies at an edge of the grid, or that of a part at the lower.
+    """
+    likelihood.check_link(link)
+    fixed = checked_temperature(likelihood, output_temperature)
+    if temperature and likelihood.is_regression:
+        raise ValueError("A regression has no link, and so no temperature to tune: expected temperature=False.")
+    if temperature and link == "bridge_norm":
+        raise ValueError(
+            "link_approx='bridge_norm' does not depend on the scale of the outputs, so that there is no temperature to "
+            "tune: expected another link or temperature=False."
+        )
+    covariance = likelihood.needs_covariance(link)
+    if per_part and covariance:
+        raise ValueError(
+            "Expected a link_approx that needs variances alone, 'probit', for one prior precision for each part, got "
+            f"{link!r}. Use 'probit', or one for all."
+        )
+    if not covariance and isinstance(batches, Iterator):
+        batches = list(batches)
+    precisions = _checks.prior_precisions(grid).unique()
+    loss, table = _tabulate(
+        network, posterior, likelihood, batches, precisions, per_part, link, n_samples, seed, targets_key, progress_bar,
+        posterior.noise_variance if noise_variance is None else noise_variance,
+    )  # fmt: skip
+    search = _Search(loss, table, precisions, None if temperature else fixed)
+    start = 1.0 if temperature else fixed
+    losses = torch.tensor([search.on_the_grid(index, start) for index in range(len(precisions))], dtype=torch.float64)
+    _checks.finite(losses, "the validation losses", "Look for NaN in the validation data.")
+    curve, best = PriorCurve(precisions, losses, link), int(losses.argmin())
+    alone = search.best_temperature(lambda tau: float(loss.without_uncertainty(tau)))
+    other = search.best_on_the_grid(alone[0]) if temperature else best
+    ends = {search.climb(best), search.climb(other)} if covariance else {best}
+    profile = [(search.profile(index)[1], index, search.profile(index)[0]) for index in sorted(ends)]
+    least, index, tau = min([(float(losses[best]), best, start), *profile])  # of the grid: without interpolation
+    found = precisions[index].repeat(table.shape[1])
+    if not covariance:
+        prior, own, value = search.descend([(best, search.profile(best)[0]), (other, alone[0])])
+        if value < least:
+            exact = _exact_loss(loss, network, replace(posterior, prior_precision=prior), batches, targets_key, own)
+            if exact < least:
+                least, found, tau = exact, prior, own
+    assert least <= float(losses.min())
+    _warn_of_edges(found, precisions, posterior, per_part)
+    return TunedPrior(found, tau, least, curve, alone)
+
+
+@dataclass(frozen=True)
+class _ValidationLoss:
+    """Mean negative log predictive probability of data as a function of their variances and the temperature."""
+
+    likelihood: Likelihood
+    link: str
+    normals: Tensor | None
+    noise_variance: float | Tensor
+    mean: Tensor
+    targets: Tensor
+
+    def of(self, means: Sequence[Tensor], targets: Sequence[Tensor]) -> _ValidationLoss:
+        """The same of other data."""
+        if not means:
+            raise ValueError(EMPTY)
+        mean = torch.cat(list(means)).double()
+        return replace(self, mean=mean, targets=torch.cat([t.to(mean.device) for t in targets]))
+
+    def __call__(self, spread: Tensor, temperature: float | Tensor) -> Tensor:
+        if self.likelihood.is_regression:
+            return gaussian_nll(self.mean, spread, self.targets, self.noise_variance).mean()
+        scaled = self.mean / temperature, spread / temperature**2
+        return self.likelihood.log_loss(
+            self.likelihood.predictive(*scaled, self.link, self.normals), self.targets
+        ).mean()
+
+    def without_uncertainty(self, temperature: float) -> Tensor:
+        if self.likelihood.is_regression:
+            return self(torch.zeros_like(self.mean), 1.0)
+        return self.likelihood.loss(self.mean / temperature, self.targets).mean()
+
+
+def _exact_loss(
+    loss: _ValidationLoss, network: Network, posterior: Posterior, batches: Iterable[Any], targets_key: str,
+    temperature: float,
+) -> float:  # fmt: skip
+    """Without interpolation, from another pass over the data."""
+    means, variances, kept = [], [], []
+    for inputs, targets, _ in _data.labelled(batches, targets_key):
+        mean, variance = functional_moments(network, posterior, inputs, covariance=False)
+        means.append(mean)
+        variances.append(variance)
+        kept.append(targets)
+    return float(loss.of(means, kept)(torch.cat(variances).double(), temperature))
+
+
+def _tabulate(
+    network: Network, posterior: Posterior, likelihood: Likelihood, batches: Iterable[Any], precisions: Tensor,
+    per_part: bool, link: str, n_samples: int, seed: int, targets_key: str, progress_bar: bool,
+    noise_variance: float | Tensor,
+) -> tuple[_ValidationLoss, Tensor]:  # fmt: skip
+    """The loss, and variances ``[R, n_parts, N, C]``, or ``[R, 1, N, C]`` or ``[R, 1, N, C, C]`` of all parts."""
+    grid = [replace(posterior, prior_precision=p.reshape(1)) for p in precisions]
+    covariance = likelihood.needs_covariance(link)
+    means, spreads, kept = [], [], []
+    with torch.inference_mode(False), torch.no_grad():  # the table is differentiated, with respect to where it is read
+        generator = torch.Generator().manual_seed(seed)
+        normals = standard_normals((n_samples, network.n_outputs), posterior.mean, generator) if link == "mc" else None
+        for inputs, targets, _ in tqdm(
+            _data.labelled(batches, targets_key), desc="Prior precision", unit="batch", disable=not progress_bar,
+            leave=False,
+        ):  # fmt: skip
+            likelihood.check_targets(targets, network.n_outputs)
+            if per_part:
+                mean, spread = part_variances(network, posterior, inputs, precisions)
+            else:
+                mean, spread = functional_moments(network, grid, inputs, covariance=covariance)
+            means.append(mean)
+            spreads.append(spread if per_part else spread[:, None])
+            kept.append(targets)
+        empty = torch.empty(0)
+        loss = _ValidationLoss(likelihood, link, normals, noise_variance, empty, empty).of(means, kept)
+        return loss, torch.cat(spreads, 2)
+
+
+class _Search:
+    """Minima of the validation loss, on the grid and between its values.
+
+    Args:
+        loss: Of variances (or covariances) and a temperature.
+        table: ``[R, n_parts, N, ...]``; :meth:`descend` turns it into logarithms, and has to come last.
+        precisions: ``[R]``, ascending.
+        fixed: The temperature if it is not tuned.
+    """
+
+    def __init__(self, loss: _ValidationLoss, table: Tensor, precisions: Tensor, fixed: float | None) -> None:
+        self.loss, self.table, self.precisions, self.fixed = loss, table, precisions, fixed
+        self._profile: dict[int, tuple[float, float]] = {}
+
+    def on_the_grid(self, index: int, temperature: float) -> float:
+        """Loss of one prior precision for all parts."""
+        return float(self.loss(self.table[index].double().sum(0), temperature))
+
+    def best_on_the_grid(self, temperature: float) -> int:
+        """Position of the best of them."""
+        return min(range(len(self.precisions)), key=lambda index: self.on_the_grid(index, temperature))
+
+    def best_temperature(self, loss: Callable[[float], float]) -> tuple[float, float]:
+        """The temperature with the smallest loss, and the loss."""
+        if self.fixed is not None:
+            return self.fixed, loss(self.fixed)
+        found = minimize_scalar(
+            lambda logarithm: loss(math.exp(logarithm)), bounds=[math.log(t) for t in TEMPERATURES], method="bounded",
+            options={"xatol": 1e-9},
+        )  # fmt: skip
+        return math.exp(found.x), float(found.fun)
+
+    def profile(self, index: int) -> tuple[float, float]:
+        """The same for a prior precision of the grid."""
+        if index not in self._profile:
+            self._profile[index] = self.best_temperature(lambda tau: self.on_the_grid(index, tau))
+        return self._profile[index]
+
+    def climb(self, start: int) -> int:
+        """A position from which no neighbour is better, each with its best temperature, in ever smaller steps."""
+        step = max(1, len(self.precisions) // 8)
+        while True:
+            near = [i for i in (start, start - step, start + step) if 0 <= i < len(self.precisions)]
+            best = min(near, key=lambda index: self.profile(index)[1])
+            if best == start and step == 1:
+                return start
+            start, step = best, step if best != start else step // 2
+
+    def descend(self, starts: Sequence[tuple[int, float]]) -> tuple[Tensor, float, float]:
+        """The best local minimum of the interpolated loss: prior precisions, temperature, and the interpolated loss.
+
+        Args:
+            starts: Positions on the grid and temperatures.
+        """
+        self.table.clamp_min_(torch.finfo(self.table.dtype).tiny).log_()
+        n_priors, logs = self.table.shape[1], self.precisions.log()
+        bounds = [(float(logs[0]), float(logs[-1]))] * n_priors
+        if self.fixed is None:
+            bounds.append((math.log(TEMPERATURES[0]), math.log(TEMPERATURES[1])))
+
+        def value_and_slope(values: Any) -> tuple[float, Any]:
+            with torch.inference_mode(False), torch.enable_grad():
+                leaf = torch.tensor(values, dtype=torch.float64, requires_grad=True)
+                there = leaf.to(self.table.device)
+                spread = _interpolate(self.table, logs.to(there.device), there[:n_priors])
+                value = self.loss(spread, there[-1].exp() if self.fixed is None else self.fixed)
+                (slope,) = torch.autograd.grad(value, leaf)
+            return float(value.detach()), slope.numpy()
+
+        found = []
+        for index, temperature in dict.fromkeys(starts):
+            start = [float(logs[index])] * n_priors + ([math.log(temperature)] if self.fixed is None else [])
+            options = {"maxiter": 500, "ftol": 1e-13, "gtol": 1e-9}
+            found.append(minimize(value_and_slope, start, jac=True, method="L-BFGS-B", bounds=bounds, options=options))
+        best = min(found, key=lambda result: result.fun)
+        values = torch.as_tensor(best.x, dtype=torch.float64).exp()
+        priors = values[:n_priors].clamp(self.precisions[0], self.precisions[-1])
+        return priors, float(values[-1]) if self.fixed is None else self.fixed, float(best.fun)
+
+
+def _interpolate(table: Tensor, logs: Tensor, at: Tensor) -> Tensor:
+    """Variances ``[N, C]``, float64: sums over parts of a table of logarithms ``[R, n_parts, N, C]``.
+
+    Args:
+        table: Logarithms of variances at every value, of every part.
+        logs: ``[R]``, ascending logarithms of prior precisions.
+        at: ``[n_parts]``, where to read it.
+    """
+    lower = (torch.searchsorted(logs, at.detach()) - 1).clamp(0, max(len(logs) - 2, 0))
+    upper = (lower + 1).clamp_max(len(logs) - 1)
+    width = logs[upper] - logs[lower]
+    weight = (at - logs[lower]) / torch.where(width > 0, width, 1.0)
+    parts = torch.arange(table.shape[1], device=table.device)
+    low, high = table[lower, parts].double(), table[upper, parts].double()
+    return torch.lerp(low, high, weight[:, None, None]).exp().sum(0)
+
+
+def _warn_of_edges(found: Tensor, precisions: Tensor, posterior: Posterior, per_part: bool) -> None:
+    """One prior precision at either end; of several, those at the lower one (at the upper a part adds nothing)."""
+    if len(precisions) == 1:
+        return
+    lower = found <= precisions[0] * (1 + 1e-9)
+    if not per_part:
+        if bool(lower | (found >= precisions[-1] / (1 + 1e-9))):
+            warn_of_the_edge(float(found), smallest=bool(lower))
+        return
+    basis = posterior.basis
+    low = [own for own, at_end in zip(basis.members, lower, strict=True) if at_end]
+    if low:
+        names = ", ".join(basis.blocks[i].name for own in low for i in own)
+        warn_of_the_edge(float(precisions[0]), smallest=True, of=f" of {names}")
