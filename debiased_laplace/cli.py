@@ -100,9 +100,7 @@ def evaluate(
         from debiased_laplace.evaluation.summary import summarise
     loaded, context = _task(task, device, data_dir, cache or out / "cache", quick)
     n_seeds = seeds or (1 if quick else int(loaded.constant("SEEDS", 1)))
-    methods = suite.standard_methods(
-        loaded.budget, regression=loaded.likelihood == "regression", ensemble=loaded.has("ensemble")
-    )
+    methods = suite.methods_of(loaded)
     if only:
         unknown = sorted(set(only) - {method.name for method in methods})
         if unknown:

@@ -21,6 +21,7 @@ from debiased_laplace.tuning import EMPTY, PriorCurve, checked_temperature, gaus
 
 #: The range of output temperatures.
 TEMPERATURES = 1 / 20, 20.0
+SELECTIONS = ("best", "one_standard_error")
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,7 @@ def joint_search(
     progress_bar: bool = False,
     output_temperature: float = 1.0,
     noise_variance: float | Tensor | None = None,
+    selection: str = "best",
 ) -> TunedPrior:
     r"""Prior precisions, of every part of the basis or of all, and a temperature of the outputs, on validation data.
 
@@ -72,6 +74,12 @@ def joint_search(
     The data are read again for the exact loss (a generator's batches are kept for it). Links of covariances have roots
     without a derivative at equal eigenvalues: the prior precision is one of the grid, each with its best temperature.
     The result is never worse than the best of the grid.
+
+    With ``selection="one_standard_error"`` it is the smallest prior precision of the grid, with its best temperature,
+    that the data do not tell from the best: its loss is larger by at most one standard error of the paired difference
+    (Breiman et al. 1984). A temperature does on data like the training data most of what a posterior does, and leaves
+    the prior precision undetermined there; the posterior with the most uncertainty is the one that still has some where
+    the data are unlike them.
 
     Memory: ``R * n_parts * N * C`` numbers of the network's precision, or ``R * N * C**2`` for a link of covariances
     (twice that while they are joined), and some ten times ``n_parts * N * C`` in double precision.
@@ -93,6 +101,7 @@ def joint_search(
         progress_bar: Show a tqdm bar.
         output_temperature: The temperature if it is not tuned.
         noise_variance: Of a regression, also ``[C]``; by default the posterior's.
+        selection: ``"best"`` or ``"one_standard_error"``, of one prior precision for all parts.
 
     Raises:
         ValueError: If the loader is empty, a target or an argument is invalid.
@@ -109,6 +118,9 @@ def joint_search(
             "link_approx='bridge_norm' does not depend on the scale of the outputs, so that there is no temperature to "
             "tune: expected another link or temperature=False."
         )
+    if selection not in SELECTIONS or (per_part and selection != "best"):
+        options = SELECTIONS[:1] if per_part else SELECTIONS
+        raise ValueError(f"Expected selection out of {list(options)} with per_part={per_part}, got {selection!r}.")
     covariance = likelihood.needs_covariance(link)
     if per_part and covariance:
         raise ValueError(
@@ -132,14 +144,16 @@ def joint_search(
     ends = {search.climb(best), search.climb(other)} if covariance else {best}
     profile = [(search.profile(index)[1], index, search.profile(index)[0]) for index in sorted(ends)]
     least, index, tau = min([(float(losses[best]), best, start), *profile])  # of the grid: without interpolation
+    if selection == "one_standard_error":
+        least, index, tau = search.most_uncertain(index, tau)
     found = precisions[index].repeat(table.shape[1])
-    if not covariance:
+    if not covariance and selection == "best":
         prior, own, value = search.descend([(best, search.profile(best)[0]), (other, alone[0])])
         if value < least:
             exact = _exact_loss(loss, network, replace(posterior, prior_precision=prior), batches, targets_key, own)
             if exact < least:
                 least, found, tau = exact, prior, own
-    assert least <= float(losses.min())
+    assert least <= float(losses.min()) or selection != "best"
     _warn_of_edges(found, precisions, posterior, per_part)
     return TunedPrior(found, tau, least, curve, alone)
 
@@ -163,12 +177,14 @@ class _ValidationLoss:
         return replace(self, mean=mean, targets=torch.cat([t.to(mean.device) for t in targets]))
 
     def __call__(self, spread: Tensor, temperature: float | Tensor) -> Tensor:
+        return self.of_data(spread, temperature).mean()
+
+    def of_data(self, spread: Tensor, temperature: float | Tensor) -> Tensor:
+        """Of every datum, ``[N]``."""
         if self.likelihood.is_regression:
-            return gaussian_nll(self.mean, spread, self.targets, self.noise_variance).mean()
+            return gaussian_nll(self.mean, spread, self.targets, self.noise_variance)
         scaled = self.mean / temperature, spread / temperature**2
-        return self.likelihood.log_loss(
-            self.likelihood.predictive(*scaled, self.link, self.normals), self.targets
-        ).mean()
+        return self.likelihood.log_loss(self.likelihood.predictive(*scaled, self.link, self.normals), self.targets)
 
     def without_uncertainty(self, temperature: float) -> Tensor:
         if self.likelihood.is_regression:
@@ -266,6 +282,19 @@ class _Search:
             if best == start and step == 1:
                 return start
             start, step = best, step if best != start else step // 2
+
+    def most_uncertain(self, best: int, temperature: float) -> tuple[float, int, float]:
+        """The one-standard-error rule from a position downwards: loss, position, and temperature."""
+        losses = self.loss.of_data(self.table[best].double().sum(0), temperature)
+        found = float(losses.mean()), best, temperature
+        for index in range(best - 1, -1, -1):
+            own = self.profile(index)[0]
+            here = self.loss.of_data(self.table[index].double().sum(0), own)
+            difference = here - losses
+            if len(losses) < 2 or float(difference.mean()) > float(difference.std()) / math.sqrt(len(losses)):
+                break
+            found = float(here.mean()), index, own
+        return found
 
     def descend(self, starts: Sequence[tuple[int, float]]) -> tuple[Tensor, float, float]:
         """The best local minimum of the interpolated loss: prior precisions, temperature, and the interpolated loss.

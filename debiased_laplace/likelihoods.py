@@ -101,7 +101,7 @@ class Likelihood(ABC):
 class Categorical(Likelihood):
     """Softmax and cross-entropy; targets are class indices, ``[N]``."""
 
-    links = ("probit", "mc", "bridge", "bridge_norm")
+    links = ("probit", "mc", "bridge", "bridge_norm", "mean_field")
 
     def check_targets(self, targets: Tensor, n_outputs: int) -> None:
         if targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool:
@@ -157,6 +157,8 @@ class Categorical(Likelihood):
             return torch.softmax(mean / torch.sqrt(1 + math.pi / 8 * spread), -1)
         if link == "mc":
             return _sampled_mean(mean, spread, normals, torch.nn.Softmax(-1))
+        if link == "mean_field":
+            return _mean_field(mean, spread)
         return _laplace_bridge(mean, spread, normalise=link == "bridge_norm")
 
     def log_loss(self, probabilities: Tensor, targets: Tensor) -> Tensor:
@@ -302,6 +304,22 @@ def square_root(covariance: Tensor) -> Tensor:
     if bool((values < -1e-3 * largest - 1e-30).any()):
         raise ValueError("Expected a positive semi-definite output covariance; its eigenvalues are negative.")
     return (vectors * values.clamp_min(0).sqrt()[..., None, :]).to(covariance)
+
+
+def _mean_field(mean: Tensor, covariance: Tensor) -> Tensor:
+    r"""Probit for every pair of classes, from the variance of the difference of their outputs.
+
+    .. math:: p_k \propto \Big(\sum_i \exp\Big(-\frac{f_k - f_i}{\sqrt{1 + \frac\pi8 V_{ki}}}\Big)\Big)^{-1},
+        \qquad V_{ki} = \Sigma_{kk} + \Sigma_{ii} - 2\Sigma_{ki}
+
+    Closed form, unlike sampling, and with the covariance, unlike probit for each class: uncertainty that all outputs
+    share has no effect. For two classes it is MacKay's approximation of the logistic integral (Lu, Ie, Sha, "Mean-field
+    approximation to Gaussian-softmax integral", arXiv 2006.07584).
+    """
+    variances = covariance.diagonal(dim1=-2, dim2=-1)
+    of_differences = (variances[..., :, None] + variances[..., None, :] - 2 * covariance).clamp_min(0)  # by rounding
+    ratios = (mean[..., :, None] - mean[..., None, :]) / torch.sqrt(1 + math.pi / 8 * of_differences)
+    return torch.softmax(-torch.logsumexp(-ratios, -1), -1)
 
 
 def _laplace_bridge(mean: Tensor, covariance: Tensor, *, normalise: bool) -> Tensor:

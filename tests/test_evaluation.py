@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import json
 import math
+import re
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -12,17 +14,29 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from scipy.stats import ttest_rel
+from PIL import Image
 from torch import nn
 
-from debiased_laplace import Single, TwoBatch
-from debiased_laplace.evaluation import metrics, records, shifts
-from debiased_laplace.evaluation.compare import compare, run
-from debiased_laplace.evaluation.report import render, write_outputs
-from debiased_laplace.evaluation.statement import plus_minus, statement
-from debiased_laplace.evaluation.summary import difference, mean_and_error, paired_difference, summarise, verdict
-from debiased_laplace.evaluation.tables import tables
-from debiased_laplace.evaluation.tasks import Method, Options, Task, settings_of, standard_methods
+from debiased_laplace import Single
+from debiased_laplace.evaluation import (
+    Context,
+    Method,
+    Options,
+    Task,
+    figures,
+    metrics,
+    records,
+    run,
+    shifts,
+    summarise,
+    write_outputs,
+)
+from debiased_laplace.evaluation import summary as summaries
+from debiased_laplace.evaluation.report import markdown, render
+from debiased_laplace.evaluation.statement import MINUS, plus_minus, statement, with_interval
+from debiased_laplace.evaluation.suite import MAP, TEMPERATURE
+from debiased_laplace.evaluation.summary import combine, verdict
+from debiased_laplace.evaluation.tables import Table, tables
 from tests.tolerances import EXACT, assert_equal
 
 # -- metrics -----------------------------------------------------------------------------------
@@ -185,8 +199,9 @@ def test_fpr95_leaves_five_per_cent_unfound() -> None:
 
 def test_positive_is_outside() -> None:
     sure, unsure = np.tile([0.99, 0.01], (30, 1)), np.tile([0.55, 0.45], (20, 1))
-    assert metrics.out_of_distribution_metrics(sure, unsure) == {"auroc": 1.0, "fpr95": 0.0}
-    assert metrics.out_of_distribution_metrics(unsure, sure) == {"auroc": 0.0, "fpr95": 1.0}
+    assert metrics.out_of_distribution_metrics(sure, unsure) == {"auroc": 1.0, "aupr": 1.0, "fpr95": 0.0}
+    # found in the reverse order: precision n / (30 + n) for all twenty, which are tied
+    assert metrics.out_of_distribution_metrics(unsure, sure) == {"auroc": 0.0, "aupr": 0.6, "fpr95": 1.0}
 
 
 def test_foreignness_keeps_the_order_of_saturated_probabilities() -> None:
@@ -300,281 +315,532 @@ def test_records_of_other_settings_are_neither_used_nor_overwritten(tmp_path: Pa
         assert records.load_record(tmp_path, 0, settings) is None
 
 
-# -- the comparison ----------------------------------------------------------------------------
+# -- several seeds -----------------------------------------------------------------------------
 
-METHODS = standard_methods(16)
-OPTIONS = Options(grid_size=8, batch_size=7)
+TASKS = Path(__file__).parent / "tasks"
+OPTIONS = Options(grid_size=9, log_prior_prec_min=-2, log_prior_prec_max=4, n_resamples=20)
+CANDIDATE, BASELINE, REFERENCE = "debiased K-FAC", "single-batch K-FAC", "full-data K-FAC"
+BETTER, WORSE, NEITHER = [-0.02, 0.004, -0.03, -0.01], [0.02, 0.004, 0.01, 0.03], [0.01, 0.02, -0.03, 0.05]
+NEGLIGIBLE = [-5e-4, 2e-4, -9e-4, -1e-4]
 
 
-def toy(seed: int, calls: list[int] | None = None) -> Task:
-    generator = torch.Generator().manual_seed(seed)
-    weights = torch.randn(4, 3, generator=torch.Generator().manual_seed(100))
-
-    def data(n: int) -> tuple[torch.Tensor, torch.Tensor]:
-        x = torch.randn(n, 4, generator=generator)
-        return x, (x @ weights + torch.randn(n, 3, generator=generator)).argmax(1)
-
-    train, validation, test = data(60), data(30), data(40)
-
-    def model(device: torch.device) -> nn.Module:
-        if calls is not None:
-            calls.append(seed)
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            network = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
-        return network.to(device)
-
-    return Task(
-        "a toy", "Random data.", model, lambda: iter([train]),
-        lambda: zip(*(t.split(11) for t in validation), strict=True),
-        {"test": test, "shifted": (test[0] + 1, test[1])}, {"far": 5 * test[0]}, 60, {"test": "Plain."},
-    )  # fmt: skip
+def task_of(folder: Path, *replacements: tuple[str, str], name: str = "blobs") -> Task:
+    """A task with parts of its file replaced."""
+    text = (TASKS / f"{name}.py").read_text()
+    for old, new in replacements:
+        assert old in text
+        text = text.replace(old, new)
+    (folder / f"{name}.py").write_text(text)
+    return Task.load(folder / f"{name}.py")
 
 
 @pytest.fixture(scope="module")
-def three() -> list[dict[str, Any]]:
-    return [compare(toy(seed), METHODS, OPTIONS, seed=seed) for seed in range(3)]
+def two(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """Two seeds, judged on the same data."""
+    return run(Task.load(TASKS / "blobs.py"), tmp_path_factory.mktemp("blobs"), range(2), Context(), options=OPTIONS)
 
 
-def test_a_record_is_json_and_complete(three: list[dict[str, Any]]) -> None:
-    record = three[0]
-    assert json.loads(json.dumps(record, allow_nan=False)) == record
-    assert list(record["methods"]) == [method.name for method in METHODS]
-    for method in METHODS:
-        entry = record["methods"][method.name]
-        assert set(entry["conditions"]) == {"test", "shifted"}
-        assert set(entry["ood"]["far"]) == {"auroc", "fpr95"}
-        assert "predict" in entry["seconds"]
-        assert ("curve" in entry) == (method.kind == "laplace")
-        assert ("distances" in entry) == (method.role in ("baseline", "candidate"))
-    assert record["task"]["n_parameters"] == 4 * 8 + 8 + 8 * 3 + 3
-    assert record["environment"]["versions"]["torch"]
+@pytest.fixture(scope="module")
+def wave(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """Two seeds of a regression."""
+    return run(Task.load(TASKS / "wave.py"), tmp_path_factory.mktemp("wave"), range(2), Context(), options=OPTIONS)
 
 
-def test_map_and_temperature_are_what_they_say(three: list[dict[str, Any]]) -> None:
-    task = toy(0)
-    inputs, targets = task.tests["test"]
-    with torch.no_grad():
-        outputs = task.model(torch.device("cpu"))(inputs)
-    nll = float(nn.functional.cross_entropy(outputs, targets))
-    assert three[0]["methods"]["MAP"]["conditions"]["test"]["nll"] == pytest.approx(nll, rel=1e-5)
-    scaled = three[0]["methods"]["temperature scaling"]
-    expected = float(nn.functional.cross_entropy(outputs / scaled["temperature"], targets))
-    assert scaled["conditions"]["test"]["nll"] == pytest.approx(expected, rel=1e-5)
-    assert scaled["validation_nll"] <= three[0]["methods"]["MAP"]["validation_nll"]
+@pytest.fixture(scope="module")
+def summary(two: list[dict[str, Any]]) -> dict[str, Any]:
+    return summarise(two)
 
 
-def test_the_edge_of_the_grid_is_recorded_and_not_shouted(recwarn: pytest.WarningsRecorder) -> None:
-    options = Options(grid_size=3, log_prior_prec_min=-4, log_prior_prec_max=-3)
-    entry = compare(toy(0), METHODS[2:3], options)["methods"]["single-batch K-FAC"]
-    assert entry["edge"] == "largest"
-    assert "largest of the grid" in entry["warnings"][0]
-    assert not [w for w in recwarn if issubclass(w.category, UserWarning)]
+def test_cells_of_several_seeds() -> None:
+    assert combine([[1.0, 0.1, 0.8, 1.2]], True) == [1.0, 0.1, 0.8, 1.2]
+    cells = [[1.0, 0.3, 0.4, 1.6], [2.0, 0.6, 0.8, 3.2], [6.0, 0.9, 4.2, 7.8]]
+    spread = math.sqrt(7 / 3)  # variance (4 + 1 + 9) / 2, of the mean a third of it
+    quantile = 4.302652729911275  # of Student's t with two degrees of freedom, 97.5 %
+    assert combine(cells, False) == pytest.approx([3, spread, 3 - quantile * spread, 3 + quantile * spread])
+    both = math.sqrt(7 / 3 + (0.09 + 0.36 + 0.81) / 3)
+    assert combine(cells, True) == pytest.approx([3, both, 3 - quantile * both, 3 + quantile * both])
+    two = combine([[1.0, 0.0, 1.0, 1.0], [2.0, 0.0, 2.0, 2.0]], False)
+    assert two == pytest.approx([1.5, 0.5, 1.5 - 12.7062047364 * 0.5, 1.5 + 12.7062047364 * 0.5])
 
 
-def test_distance_is_the_log_ratio_of_functional_variances() -> None:
-    """Against dense Jacobians and the posterior's own covariance product; the reference itself is at zero."""
-    from debiased_laplace import DebiasedLaplace
-
-    task, methods = toy(1), (METHODS[3], METHODS[4])
-    record = compare(task, methods, Options(grid_size=8, distance_inputs=10), seed=1)
-    model, inputs = task.model(torch.device("cpu")), task.tests["test"][0][:10]
-    names = [name for name, _ in model.named_parameters()]
-
-    def outputs(*values: torch.Tensor) -> torch.Tensor:
-        return torch.func.functional_call(model, dict(zip(names, values, strict=True)), (inputs,))
-
-    jacobians = torch.cat(
-        [j.flatten(2) for j in torch.autograd.functional.jacobian(outputs, tuple(model.parameters()))], 2
-    )
-    logs = []
-    for method in methods:
-        la = DebiasedLaplace(model, "classification", prior_precision=1.0)
-        la.fit(task.train(), generator=1, **method.fit)
-        logs.append(la.functional_variance(jacobians).diagonal(dim1=1, dim2=2).double().log())
-    ratio = logs[0] - logs[1]
-    at_one = record["methods"]["debiased K-FAC"]["distances"][1]
-    assert at_one["prior_precision"] == 1.0
-    assert at_one["absolute"] == pytest.approx(float(ratio.abs().mean()), rel=1e-3)
-    assert at_one["signed"] == pytest.approx(float(ratio.mean()), rel=1e-3)
-    same = compare(task, (Method("a", fit={"split": Single(), "budget": None}), METHODS[4]), OPTIONS, seed=1)
-    assert same["methods"]["a"]["distances"][0]["absolute"] == pytest.approx(0, abs=1e-12)
+def test_a_summary_of_one_seed_has_its_cells(two: list[dict[str, Any]]) -> None:
+    found = summarise(two[:1])
+    assert found["seeds"] == [0]
+    for kind in ("test", "shifts", "ood"):
+        for own, record in zip(*([e] if kind == "test" else e for e in (found[kind], two[0][kind])), strict=True):
+            assert own["scores"] == record["scores"]
+            assert own["differences"] == record["differences"]
+    assert json.loads(json.dumps(found, allow_nan=False)) == found
 
 
-def test_batches_of_predictions_do_not_matter(three: list[dict[str, Any]]) -> None:
-    whole = compare(toy(0), METHODS, Options(grid_size=8, batch_size=1000), seed=0)
-    for name, entry in whole["methods"].items():
-        other = three[0]["methods"][name]["conditions"]["shifted"]
-        assert entry["conditions"]["shifted"]["nll"] == pytest.approx(other["nll"], rel=1e-4)
-
-
-def test_methods_are_checked() -> None:
-    with pytest.raises(ValueError, match="different names and at most one method of each role"):
-        compare(toy(0), (Method("a"), Method("a")))
-    with pytest.raises(ValueError, match="different names and at most one method of each role"):
-        compare(toy(0), (Method("a", role="baseline"), Method("b", role="baseline")))
-    with pytest.raises(ValueError, match=r"roles for methods of kind 'laplace' alone, got one for \['a'\]"):
-        compare(toy(0), (Method("a", "map", role="reference"),))
-
-
-def test_finished_seeds_are_kept_and_an_interruption_loses_none(tmp_path: Path) -> None:
-    methods = (METHODS[0], Method("two", fit={"split": TwoBatch(), "budget": 16}))
-    settings = settings_of(methods, OPTIONS, torch.device("cpu"), task="toy")
-    calls: list[int] = []
-
-    def interrupted(seed: int) -> Task:
-        if seed == 2:
-            raise KeyboardInterrupt
-        return toy(seed, calls)
-
-    with pytest.raises(KeyboardInterrupt):
-        run(tmp_path, range(3), interrupted, methods, OPTIONS, settings=settings)
-    steps: list[tuple[int, str]] = []
-    found = run(
-        tmp_path, range(3), lambda seed: toy(seed, calls), methods, OPTIONS, settings=settings,
-        progress=lambda seed, step: steps.append((seed, step)),
-    )  # fmt: skip
-    assert calls == [0, 1, 2]
-    assert steps[:3] == [(0, "kept"), (1, "kept"), (2, "train")]
-    assert [record["seed"] for record in found] == [0, 1, 2]
-    other = settings_of(methods, Options(grid_size=9), torch.device("cpu"), task="toy")
-    run(tmp_path, [0], lambda seed: toy(seed, calls), methods, Options(grid_size=9), settings=other)
-    assert calls == [0, 1, 2, 0]
-    assert len(list((tmp_path / "records").iterdir())) == 4
-
-
-# -- summaries ---------------------------------------------------------------------------------
-
-
-def test_mean_error_and_interval() -> None:
-    assert mean_and_error([1.0, 2.0, 3.0])["standard_error"] == pytest.approx(1 / math.sqrt(3))
-    assert mean_and_error([1.0])["standard_error"] is None
-    first, second = [1.0, 2.0, 4.0, 3.5], [0.5, 1.0, 4.5, 2.0]
-    entry, reference = paired_difference(first, second), ttest_rel(first, second).confidence_interval(0.95)
-    assert entry["interval"] == pytest.approx([reference.low, reference.high])
-    assert entry["mean"] == pytest.approx(0.625)
-    assert not entry["shown"]
-    assert paired_difference([2.0, 2.1, 2.2], [1.0, 1.1, 1.3])["shown"]
-    assert paired_difference([2.0], [1.0]) == mean_and_error([1.0]) | {"interval": None, "shown": False}
-
-
-def test_summary_pools_seeds(three: list[dict[str, Any]]) -> None:
-    summary = summarise(three)
-    method = summary["methods"]["debiased K-FAC"]
-    values = [record["methods"]["debiased K-FAC"]["conditions"]["shifted"]["nll"] for record in three]
-    assert method["conditions"]["shifted"]["nll"] == mean_and_error(values)
-    assert sum(method["reliability"]["test"]["counts"]) == 3 * 40
-    entry = difference(summary, "MAP", "conditions", "shifted", "nll")
-    assert entry is not None
-    others = [record["methods"]["MAP"]["conditions"]["shifted"]["nll"] for record in three]
-    assert entry["mean"] == pytest.approx(np.mean(values) - np.mean(others))
+def test_a_summary_of_several_seeds(two: list[dict[str, Any]], summary: dict[str, Any]) -> None:
+    assert summary["seeds"] == [0, 1]
+    assert summary["same_data"]
     assert json.loads(json.dumps(summary, allow_nan=False)) == summary
+    for kind, place in (("test", None), ("shifts", 1), ("ood", 0)):
+        own, entries = (
+            (item[kind] if place is None else item[kind][place] for item in (summary, two[0])),
+            [record[kind] if place is None else record[kind][place] for record in two],
+        )
+        own = next(iter(own))
+        score = next(iter(own["scores"][CANDIDATE]))
+        cells = [entry["scores"][CANDIDATE][score] for entry in entries]
+        assert own["scores"][CANDIDATE][score] == combine(cells, True)
+        cells = [entry["differences"][MAP][CANDIDATE][score] for entry in entries]
+        assert own["differences"][MAP][CANDIDATE][score] == combine(cells, True)
+    bins = summary["test"]["curves"][CANDIDATE]["reliability"]
+    assert sum(bins["counts"]) == 2 * 70
+    assert bins["correct"] == [
+        sum(pair) for pair in zip(*(r["test"]["curves"][CANDIDATE]["reliability"]["correct"] for r in two), strict=True)
+    ]
+    about = summary["predictors"][TEMPERATURE]
+    assert about["temperature"] == [record["predictors"][TEMPERATURE]["temperature"] for record in two]
+    curves = [record["predictors"][CANDIDATE]["curve"]["losses"] for record in two]
+    assert summary["predictors"][CANDIDATE]["curve"]["losses"] == pytest.approx(np.mean(curves, 0))
+    assert summary["predictors"][CANDIDATE]["edge"] == [r["predictors"][CANDIDATE]["edge"] for r in two]
+    other = copy.deepcopy(two)
+    other[1]["test"]["targets"] = "others"
+    apart = summarise(other)
+    assert not apart["same_data"]
+    cells = [record["test"]["scores"][MAP]["nll"] for record in two]
+    assert apart["test"]["scores"][MAP]["nll"] == combine(cells, False)
+    assert apart["test"]["scores"][MAP]["nll"][1] < summary["test"]["scores"][MAP]["nll"][1]
 
 
-def test_records_that_do_not_belong_together_are_refused(three: list[dict[str, Any]]) -> None:
+def test_records_that_do_not_belong_together_are_refused(two: list[dict[str, Any]]) -> None:
     with pytest.raises(ValueError, match="at least one record"):
         summarise([])
     with pytest.raises(ValueError, match="equal settings"):
-        summarise([three[0], three[1] | {"settings": {"other": 1}}])
+        summarise([two[0], two[1] | {"settings": {"other": 1}}])
     with pytest.raises(ValueError, match=r"one record for each seed, got seeds \[0, 0\]"):
-        summarise([three[0], three[0]])
+        summarise([two[0], two[0]])
 
 
-def shifted_distances(three: list[dict[str, Any]], offsets: list[float]) -> dict[str, Any]:
-    """A summary in which the candidate's distance is the baseline's plus an offset for each seed."""
-    copies = json.loads(json.dumps(three))
-    for record, offset in zip(copies, offsets, strict=True):
-        mine, theirs = (record["methods"][name]["distances"] for name in ("debiased K-FAC", "single-batch K-FAC"))
-        for a, b in zip(mine, theirs, strict=True):
-            a["absolute"] = b["absolute"] + offset
-    return summarise(copies)
+def test_a_method_that_failed_for_a_seed_is_left_out_and_told(two: list[dict[str, Any]]) -> None:
+    changed = copy.deepcopy(two)
+    for entry in (changed[1]["test"], *changed[1]["shifts"], *changed[1]["ood"]):
+        del entry["scores"]["laplace-torch"], entry["differences"]["laplace-torch"]
+        entry["differences"] = {
+            second: {first: cell for first, cell in found.items() if first != "laplace-torch"}
+            for second, found in entry["differences"].items()
+        }
+    old = changed[1]["predictors"]["laplace-torch"]
+    changed[1]["predictors"]["laplace-torch"] = {key: old[key] for key in ("kind", "role", "description")} | {
+        "failed": "RuntimeError: no memory", "seconds": {}, "warnings": []
+    }  # fmt: skip
+    for order in (changed, changed[::-1]):
+        found = summarise(order)
+        assert "laplace-torch" not in found["test"]["scores"]
+        assert "laplace-torch" not in found["test"]["differences"]
+        assert found["predictors"]["laplace-torch"]["failed"] == ["RuntimeError: no memory"]
+        assert "laplace-torch did not run: RuntimeError: no memory." in statement(found)["details"]
+        assert markdown(found, title="Failed")
+    assert "Did not run: RuntimeError: no memory" in render(found, title="Failed")
 
 
 @pytest.mark.parametrize(
-    ("offsets", "answer", "word"),
+    ("score", "cell", "word"),
     [
-        ([-0.1, -0.11, -0.12], "debiased K-FAC is closer to the full-data K-FAC posterior", "better"),
-        ([0.1, 0.11, 0.12], "debiased K-FAC is farther from the full-data K-FAC posterior", "worse"),
-        ([-0.3, 0.1, 0.1], "3 seeds do not show whether", "within the error"),
+        ("nll", BETTER, "better"),
+        ("nll", WORSE, "worse"),
+        ("nll", NEITHER, "no difference shown"),
+        ("nll", [0.0, 0.0, 0.0, 0.0], "negligible"),
+        ("nll", NEGLIGIBLE, "negligible"),
+        ("nll", [5e-4, 2e-4, 1e-4, 1.1e-3], "worse"),
+        ("entropy, auroc", NEGLIGIBLE, "negligible"),
+        ("rmse", NEGLIGIBLE, "better"),
+        ("width_95", [0.0, 0.0, 0.0, 0.0], "no difference shown"),
+        ("nll", [-0.1, 0.1, -0.2, 0.0], "no difference shown"),
+        ("accuracy", WORSE, "better"),
+        ("accuracy", BETTER, "worse"),
+        ("entropy, auroc", WORSE, "better"),
+        ("maximum probability, aupr", BETTER, "worse"),
+        ("entropy, fpr95", BETTER, "better"),
+        ("ece", WORSE, "worse"),
+        ("rmse", BETTER, "better"),
     ],
 )
+def test_verdicts(score: str, cell: list[float], word: str) -> None:
+    assert verdict(score, cell) == word
+
+
+def test_roles_and_shifts_are_found(summary: dict[str, Any]) -> None:
+    assert summaries.by_role(summary, "candidate") == CANDIDATE
+    assert summaries.by_role(summary, "reference") == REFERENCE
+    assert summaries.by_role(summary, "nobody") is None
+    assert [entry["severity"] for entry in summaries.shifts(summary)["moved"]] == [1, 3, 5]
+    strong = [summaries.is_strong({"severity": severity}) for severity in (1, 2, 3, 5, None)]
+    assert strong == [False, False, True, True, True]
+
+
+# -- sentences ---------------------------------------------------------------------------------
+
+
+def with_differences(
+    summary: dict[str, Any], against: dict[str, list[float]], strong: dict[str, list[float]] | None = None
+) -> dict[str, Any]:
+    """A summary in which the candidate's NLL differs so much from that of others, also under strong shift."""
+    found = copy.deepcopy(summary)
+    for second, cell in against.items():
+        found["test"]["differences"][second][CANDIDATE]["nll"] = cell
+    for entry in found["shifts"]:
+        if entry["severity"] >= 3:
+            for second, cell in (strong or {}).items():
+                entry["differences"][second][CANDIDATE]["nll"] = cell
+    return found
+
+
+@pytest.mark.parametrize(
+    ("point", "temperature", "strong", "words"),
+    [
+        (
+            BETTER, BETTER, BETTER,
+            ["are better than the network's own, and are better than with the simplest", "beats the temperature in 2"],
+        ),
+        (
+            BETTER, NEITHER, NEITHER,
+            ["own, but dividing the outputs", "would have done", "no difference to the temperature is shown"],
+        ),
+        (BETTER, NEGLIGIBLE, None, ["own, but dividing the outputs", "would have done"]),
+        (BETTER, WORSE, WORSE, ["own, but dividing the outputs", "does better; under", "in 0 and loses to it in 2"]),
+        (WORSE, WORSE, None, ["are worse than the network's own, and dividing", "(a temperature) does better"]),
+        (WORSE, BETTER, None, ["are worse than the network's own, but are better than with the simplest remedy"]),
+        (NEITHER, NEITHER, None, ["are not shown to differ in quality from the network's own, and dividing"]),
+        (NEGLIGIBLE, WORSE, None, ["are practically as good as the network's own, and dividing", "does better"]),
+    ],
+)  # fmt: skip
 def test_the_answer_follows_the_numbers(
-    three: list[dict[str, Any]], offsets: list[float], answer: str, word: str
+    summary: dict[str, Any], point: list[float], temperature: list[float], strong: list[float] | None, words: list[str]
 ) -> None:
-    summary = shifted_distances(three, offsets)
-    said = statement(summary)
-    assert answer in said["answer"]
-    entry = difference(summary, "single-batch K-FAC", "distance", "tuned", "absolute")
-    assert entry is not None
-    assert verdict(entry) == word
-    assert plus_minus(entry, 3, sign=True) in said["details"][0]
-    assert ("which holds zero" in said["details"][0]) == (word == "within the error")
+    found = with_differences(summary, {MAP: point, TEMPERATURE: temperature}, {TEMPERATURE: strong} if strong else None)
+    said = statement(found)
+    assert said["answer"].startswith("On data like the training data of blobs, the probabilities of debiased K-FAC")
+    assert said["answer"].endswith(".")
+    for part in words:
+        assert part in said["answer"]
+    for second, cell in ((MAP, point), (TEMPERATURE, temperature)):
+        sentence = next(d for d in said["details"] if f"{CANDIDATE} minus {second}, test data" in d)
+        assert with_interval(cell, 4) in sentence
+        assert verdict("nll", cell) in sentence
 
 
-def test_one_seed_claims_nothing(three: list[dict[str, Any]]) -> None:
-    summary = summarise(three[:1])
-    assert "1 seed does not show whether" in statement(summary)["answer"]
-    assert not any(entry["shown"] for entry in summary["differences"])
-    cells = [cell for table in tables(summary) for _, rows in table.sections for row in rows for cell in row]
-    assert "±" not in "".join(cells)
-    assert "<h1>One</h1>" in render(summary, title="One")
+def test_without_a_temperature_nothing_is_said_of_it(summary: dict[str, Any]) -> None:
+    found = with_differences(summary, {MAP: BETTER})
+    for entry in (found["test"], *found["shifts"], *found["ood"]):
+        del entry["scores"][TEMPERATURE], entry["differences"][TEMPERATURE]
+        for others in entry["differences"].values():
+            del others[TEMPERATURE]
+    del found["predictors"][TEMPERATURE]
+    for name in ("debiased, temperature", "debiased, layers"):
+        del found["predictors"][name]
+        for entry in (found["test"], *found["shifts"], *found["ood"]):
+            del entry["scores"][name]
+    said = statement(found)
+    assert said["answer"].endswith("are better than the network's own.")
+    assert "temperature" not in " ".join([said["answer"], *said["details"]])
 
 
-def test_without_roles_nothing_is_compared() -> None:
-    summary = summarise([compare(toy(0), (METHODS[0], Method("two", fit={"budget": 16})), OPTIONS)])
-    assert summary["differences"] == []
-    assert "Nothing was compared" in statement(summary)["answer"]
-    assert render(summary, title="Alone")
+def test_posteriors_are_compared_with_one_another(summary: dict[str, Any]) -> None:
+    found = with_differences(summary, {BASELINE: BETTER, REFERENCE: NEITHER}, {BASELINE: BETTER, REFERENCE: WORSE})
+    found["shifts"][0]["differences"][BASELINE][CANDIDATE]["nll"] = WORSE
+    found["shifts"][0]["differences"][REFERENCE][CANDIDATE]["nll"] = NEITHER
+    details = statement(found)["details"]
+    (first,) = [d for d in details if "the single batch at the same budget (single-batch K-FAC)" in d]
+    assert f"{with_interval(BETTER, 4)} (better); over 3 shifted data better in 2, worse in 1." in first
+    (second,) = [d for d in details if "all the training data (full-data K-FAC)" in d]
+    assert f"{with_interval(NEITHER, 4)} (no difference shown); over 3 shifted data better in 0, worse in 2." in second
 
 
-def test_plus_minus() -> None:
-    assert plus_minus({"mean": 0.1234, "standard_error": 0.01}, 1, scale=100) == "12.3 ± 1.0"
-    assert plus_minus({"mean": -0.5, "standard_error": None}, 2) == "\N{MINUS SIGN}0.50"
+def test_the_best_method_is_named(summary: dict[str, Any]) -> None:
+    found = copy.deepcopy(summary)
+    found["test"]["scores"]["laplace-torch"]["nll"] = [0.0, 0.001, 0.0, 0.0]
+    assert "The lowest NLL on test data has laplace-torch (0.000 ± 0.001)." in statement(found)["details"]
 
 
-# -- files -------------------------------------------------------------------------------------
+def test_sentences_of_a_regression(wave: list[dict[str, Any]]) -> None:
+    found = summarise(wave)
+    for cell, words in (
+        (BETTER, "describes the errors better than one noise level for all inputs does"),
+        (WORSE, "describes the errors worse than one noise level"),
+        (NEITHER, "is not shown to describe the errors better than one noise level"),
+        (NEGLIGIBLE, "describes the errors practically as well as one noise level"),
+    ):
+        said = statement(with_differences(found | {"shifts": []}, {MAP: cell}))
+        assert said["answer"].startswith(f"On wave, the uncertainty of {CANDIDATE} {words}")
+        coverage = plus_minus(found["test"]["scores"][CANDIDATE]["coverage_95"], 1, scale=100)
+        assert f"its 95 % intervals hold {coverage} % of the test targets." in said["answer"]
+        assert with_interval(cell, 3) in said["details"][0]
 
 
-class Page(HTMLParser):
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.feed(text)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-
-
-def test_outputs(three: list[dict[str, Any]], tmp_path: Path) -> None:
-    summary = summarise(three)
-    paths = write_outputs(tmp_path / "out", summary, title="A <toy>", notice="Mind & gap")
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"results.json", "reliability.png", "report.html"}
-    results = json.loads(paths["results.json"].read_text())
-    assert results["schema_version"] == records.SCHEMA_VERSION
-    assert results["statement"] == statement(summary)
-    assert [record["seed"] for record in results["records"]] == [0, 1, 2]
-    assert paths["reliability.png"].read_bytes().startswith(b"\x89PNG")
-    text = paths["report.html"].read_text()
-    assert "A &lt;toy&gt;" in text
-    assert "Mind &amp; gap" in text
-    for table in tables(summary):
-        assert table.title in text
-    page = Page(text)
-    pictures = [attributes for tag, attributes in page.tags if tag == "img"]
-    assert len(pictures) == len(METHODS) + 2
-    assert all((p["src"] or "").startswith("data:image/png;base64,") and len(p["alt"] or "") > 20 for p in pictures)
-    assert not {tag for tag, _ in page.tags} & {"script", "link", "iframe"}
-    assert "http" not in text
-    assert ("meta", {"name": "viewport", "content": "width=device-width, initial-scale=1"}) in page.tags
-    assert text.index(statement(summary)["answer"]) < text.index("How to read this")
+def test_without_a_candidate_nothing_is_compared(two: list[dict[str, Any]]) -> None:
+    changed = copy.deepcopy(two)
+    for record in changed:
+        record["predictors"][CANDIDATE]["role"] = ""
+    found = summarise(changed)
+    said = statement(found)
+    assert "none is marked as a candidate" in said["answer"]
+    assert said["details"] == []
+    assert render(found, title="Alone")
 
 
-def test_tables_fit_a_terminal_of_100_columns(three: list[dict[str, Any]]) -> None:
+def test_edges_of_the_grid_are_told(summary: dict[str, Any]) -> None:
+    found = copy.deepcopy(summary)
+    for name, about in found["predictors"].items():
+        if "edge" in about:
+            about["edge"] = {CANDIDATE: ["largest", None], BASELINE: ["smallest", "smallest"]}.get(name, [None, None])
+    details = " ".join(statement(found)["details"])
+    assert f"was the largest of the grid for some of the 2 seeds ({CANDIDATE} for 1): there the validation" in details
+    assert f"was the smallest of the grid for some of the 2 seeds ({BASELINE} for 2): the optimum may lie" in details
+
+
+def test_the_prior_precision_of_distances_is_the_one_that_was_asked_for(tmp_path: Path) -> None:
+    options = Options(
+        grid_size=3, log_prior_prec_min=-2, log_prior_prec_max=4, n_resamples=5, distance_prior_precision=20
+    )
+    methods = (
+        Method(BASELINE, fit={"budget": 24}, role="baseline"),
+        Method(REFERENCE, fit={"budget": None}, role="reference"),
+        Method(CANDIDATE, fit={"budget": 50}, role="candidate"), Method(MAP, "map"),
+    )  # fmt: skip
+    found = summarise(run(task_of(tmp_path), tmp_path, [0], Context(), methods=methods, options=options))
+    details = " ".join(statement(found)["details"])
+    assert "at prior precision 20" in details
+    assert "at prior precision 1," not in details
+    assert any("prior precision 20" in section for table in tables(found) for section, _ in table.sections)
+
+
+def test_numbers_as_text() -> None:
+    assert plus_minus([0.1234, 0.01, 0, 0], 1, scale=100) == "12.3 ± 1.0"
+    assert plus_minus([-0.5, 0.25, 0, 0], 2) == f"{MINUS}0.50 ± 0.25"
+    assert plus_minus([0.5, 0.25, 0, 0], 2, sign=True) == "+0.50 ± 0.25"
+    assert with_interval([-0.01, 0.0, -0.02, 0.0], 2) == f"{MINUS}0.01 [{MINUS}0.02, +0.00]"
+
+
+# -- tables ------------------------------------------------------------------------------------
+
+INTERVAL = re.compile(rf"[+{MINUS}][\d.]+ \[[+{MINUS}][\d.]+, [+{MINUS}][\d.]+\]")
+ERROR = re.compile(rf"[+{MINUS}]?[\d.]+ ± [\d.]+")
+
+
+def lines_of(text: str) -> list[list[str]]:
+    """The tables of a Markdown text, as lists of lines."""
+    found: list[list[str]] = [[]]
+    for line in text.splitlines():
+        if line.startswith("|"):
+            found[-1].append(line)
+        elif found[-1]:
+            found.append([])
+    return [table for table in found if table]
+
+
+@pytest.mark.parametrize("kind", ["classification", "regression"])
+def test_every_number_has_its_error(summary: dict[str, Any], wave: list[dict[str, Any]], kind: str) -> None:
+    found = tables(summary if kind == "classification" else summarise(wave))
+    titles = [table.title for table in found]
+    assert titles[:3] == ["Test data", f"{CANDIDATE} against the others, test data", "Shifted data: NLL"]
+    assert titles[-1] == "Tuning and cost"
+    assert len(set(titles)) == len(titles)
+    for table in found[:-1]:
+        pattern = INTERVAL if "against" in table.title or " minus " in table.title else ERROR
+        for _, rows in table.sections:
+            for row in rows:
+                cells = row[1:2] if "against" in table.title else row[1:]
+                assert all(pattern.fullmatch(cell) for cell in cells), (table.title, row)
+    against = found[1]
+    assert against.sections[0][0] == f"minus {MAP}"
+    verdicts = {row[0]: row[2] for row in against.sections[0][1]}
+    if kind == "regression":
+        assert verdicts["95 % holds %"] == verdicts["95 % width"] == ""
+        assert verdicts["NLL"]
+    else:
+        cell = summary["test"]["differences"][MAP][CANDIDATE]["nll"]
+        assert verdicts["NLL"] == verdict("nll", cell)
+        assert against.sections[0][1][1][1] == with_interval(cell, 4)
+
+
+def ragged(folder: Path) -> dict[str, Any]:
+    """Shifts of unequal degrees: one has severities 1, 3, 5, another 2 alone, another none."""
+    task = task_of(folder, (
+        "for s in (1, 3, 5)}}",
+        'for s in (1, 3, 5)}, "turned": {2: [(inputs.flip(1), targets)]}, "wild": [(-inputs, targets)]}',
+    ))  # fmt: skip
+    methods = tuple(m for m in (Method(MAP, "map"), Method(CANDIDATE, fit={"budget": 24}, role="candidate")))
+    return summarise(run(task, folder, [0], Context(), methods=methods, options=OPTIONS))
+
+
+def test_rows_have_as_many_cells_as_the_head(
+    summary: dict[str, Any], wave: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    for found in (summary, summarise(wave), ragged(tmp_path)):
+        for table in [*tables(found), *tables(found, short=True)]:
+            assert {len(row) for _, rows in table.sections for row in rows} == {len(table.columns)}, table.title
+        for lines in lines_of(markdown(found, title="All")):
+            assert len({line.replace("\\|", "").count("|") for line in lines}) == 1, lines[0]
+
+
+def test_numbers_are_under_their_severity(tmp_path: Path) -> None:
+    found = ragged(tmp_path)
+    (table,) = [table for table in tables(found) if table.title == "Shifted data: NLL"]
+    (minus,) = [table for table in tables(found) if table.title == f"Shifted data: NLL of {CANDIDATE} minus {MAP}"]
+    places = {"2": [c for c in table.columns if "2" in c], "3": [c for c in table.columns if "3" in c]}
+    turned = next(entry for entry in found["shifts"] if entry["name"] == "turned")
+    rows = {row[0]: row for section, rows in table.sections if section == "turned" for row in rows}
+    assert len(places["2"]) == 1
+    cell = plus_minus(turned["scores"][MAP]["nll"], 3)
+    assert rows[MAP].index(cell) == table.columns.index(places["2"][0])
+    differences = next(row for row in minus.sections[0][1] if row[0] == "turned")
+    cell = with_interval(turned["differences"][MAP][CANDIDATE]["nll"], 3)
+    assert "2" in minus.columns[differences.index(cell)]
+
+
+def test_tables_in_markdown() -> None:
+    table = Table("A title", "A caption.", ["a", "b"], [("part", [["x|y", "1"]]), ("", [["z", "2"]])])
+    assert table.markdown().splitlines() == [
+        "### A title", "", "A caption.", "", "**part**", "", "| a | b |", "| --- | --- |", "| x\\|y | 1 |", "",
+        "| a | b |", "| --- | --- |", "| z | 2 |",
+    ]  # fmt: skip
+
+
+def test_tables_fit_a_terminal_of_100_columns(summary: dict[str, Any]) -> None:
     from rich.console import Console
 
     console = Console(width=100, record=True, file=io.StringIO())
-    for table in tables(summarise(three), short=True):
+    for table in tables(summary, short=True):
         console.print(table)
     text = console.export_text()
     assert max(map(len, text.splitlines())) <= 100
     assert "…" not in text
+    assert CANDIDATE in text
+
+
+# -- files -------------------------------------------------------------------------------------
+
+VOID = {"meta", "img", "br", "hr", "link", "input"}
+
+
+class Page(HTMLParser):
+    """Tags with their attributes; it fails where they are not balanced."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.open: list[str] = []
+        self.text = ""
+        self.feed(text)
+        self.close()
+        assert not self.open
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def check_page(text: str) -> Page:
+    """That a page is whole: nothing is loaded, every picture has a text, every table equal rows."""
+    page = Page(text)
+    tags = {tag for tag, _ in page.tags}
+    assert not tags & {"script", "link", "iframe", "object", "embed", "base", "form"}
+    for tag, attributes in page.tags:
+        assert not any(name.startswith("on") for name in attributes), attributes
+        assert "href" not in attributes
+        if tag == "img":
+            assert (attributes["src"] or "").startswith("data:image/png;base64,")
+            assert len(attributes["alt"] or "") > 5
+    rest = re.sub(r"data:image/png;base64,[A-Za-z0-9+/=]+", "", text)
+    assert not re.search(r"https?:|url\(|@import|//", rest)
+    ids = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
+    assert len(set(ids)) == len(ids)
+    assert page.tags[0] == ("html", {"lang": "en"})
+    assert ("meta", {"name": "viewport", "content": "width=device-width, initial-scale=1"}) in page.tags
+    return page
+
+
+def test_files(summary: dict[str, Any], tmp_path: Path) -> None:
+    paths = write_outputs(tmp_path / "out", summary, title="A <toy>", notice="Mind & gap")
+    assert {path.name for path in (tmp_path / "out").iterdir()} == set(paths)
+    assert set(paths) == {"results.json", "results.md", "reliability.png", "report.html"}
+    results = json.loads(paths["results.json"].read_text())
+    assert results == summary | {"statement": statement(summary)}
+    assert Image.open(paths["reliability.png"]).size[0] > 500
+    said = statement(summary)
+    notes = paths["results.md"].read_text()
+    assert notes.startswith("# A <toy>\n")
+    assert "> Mind & gap" in notes
+    assert all(sentence in notes for sentence in [said["answer"], *said["details"]])
+    text = paths["report.html"].read_text()
+    page = check_page(text)
+    assert "A &lt;toy&gt;" in text
+    assert "Mind &amp; gap" in text
+    for part in [
+        said["answer"],
+        *said["details"],
+        *(table.title for table in tables(summary)),
+        "Shifted to the right.",
+    ]:
+        assert part in page.text
+    pictures = [attributes for tag, attributes in page.tags if tag == "img"]
+    n_methods = len(summary["test"]["scores"])
+    assert len(pictures) == n_methods + len(figures.pictures(summary)) + 8 + 8  # most uncertain inputs
+    assert page.text.index(said["answer"]) < page.text.index("How to read this")
+    assert "“north”" in page.text
+    for name in summary["test"]["scores"]:
+        assert summary["predictors"][name]["description"] in page.text
+
+
+def test_files_of_a_regression(wave: list[dict[str, Any]], tmp_path: Path) -> None:
+    paths = write_outputs(tmp_path, summarise(wave))
+    page = check_page(paths["report.html"].read_text())
+    assert "Does uncertainty help? wave" in page.text
+    assert "Do intervals hold what they promise?" in page.text
+    assert "Reliability diagrams" not in page.text
+    assert Image.open(paths["reliability.png"]).size[0] > 300
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_a_page_with_little_on_it(tmp_path: Path, n: int) -> None:
+    """A method or two, no shifts, no foreign data, no pictures."""
+    task = task_of(
+        tmp_path, ("def shifted_loaders", "def nothing"), ("def ood_loaders", "def nothing_else"),
+        ("def images", "def no_images"), ("CLASSES", "NAMES"), ("NOTES", "REMARKS"),
+    )  # fmt: skip
+    methods = (Method(MAP, "map"), Method(CANDIDATE, fit={"budget": 24}, role="candidate"))[:n]
+    found = summarise(run(task, tmp_path, [0], Context(), methods=methods, options=OPTIONS))
+    paths = write_outputs(tmp_path / "out", found)
+    check_page(paths["report.html"].read_text())
+    assert len(tables(found)) == 2 + (n == 2)
+
+
+def test_names_of_others_cannot_change_the_page(tmp_path: Path) -> None:
+    bad = ["<script>alert(1)</script>", '\\"><img src=x onerror=alert(1)>', "{{ 7 * 7 }}"]
+    task = task_of(
+        tmp_path, ('("east", "north", "south")', "(" + ", ".join(f'"{name}"' for name in bad) + ")"),
+        ('"moved"', '"<b>moved"'), ('"far"', '"<i>far"'), ("Three blobs in the plane.", "</p><h1>Owned</h1>"),
+        ('NAME = "blobs"', 'NAME = "</title><u>"'),
+    )  # fmt: skip
+    methods = (Method("<s>MAP", "map"), Method("<em>", fit={"budget": 24}, role="candidate"))
+    found = summarise(run(task, tmp_path, [0], Context(), methods=methods, options=OPTIONS))
+    page = check_page(write_outputs(tmp_path / "out", found)["report.html"].read_text())
+    assert not {tag for tag, _ in page.tags} & {"b", "i", "u", "s", "em"}
+    for name in ("<script>alert(1)</script>", "{{ 7 * 7 }}", "<b>moved", "<i>far", "</p><h1>Owned</h1>", "<s>MAP"):
+        assert name in page.text
+
+
+def test_the_figures_are_pictures_and_say_what_they_show(summary: dict[str, Any], wave: list[dict[str, Any]]) -> None:
+    for found, n in ((summary, 5), (summarise(wave), 4)):
+        own = [*figures.pictures(found), *figures.reliability_pictures(found)]
+        assert len(own) == n + (0 if found["regression"] else len(found["test"]["scores"]))
+        for picture in own:
+            image = np.asarray(Image.open(io.BytesIO(picture.png)).convert("L"))
+            assert min(image.shape) > 200
+            assert image.std() > 3
+            assert re.search(r"\d|far", picture.alternative)
+    assert len(figures.style(summary)) == len(summary["test"]["scores"])
+    looks = [str(look) for look in figures.style(summary).values()]
+    assert len(set(looks)) == len(looks)

@@ -229,7 +229,7 @@ def test_vanishing_uncertainty_gives_the_softmax(link):
     tiny = 1e-14 * (torch.eye(3).double() if Categorical().needs_covariance(link) else torch.ones(3).double())[None]
     found = Categorical().predictive(mean, tiny, link, torch.randn(10, 3).double())
     assert bool(found.isfinite().all())
-    if link in ("probit", "mc"):
+    if link in ("probit", "mc", "mean_field"):
         assert float((found - mean.softmax(-1)).abs().max()) < 1e-6
 
 
@@ -288,3 +288,60 @@ def test_names_of_laplace_torch_are_understood():
     assert isinstance(resolve_likelihood("regression"), Gaussian)
     own = Bernoulli()
     assert resolve_likelihood(own) is own
+
+
+# -- mean field --------------------------------------------------------------------------------------
+
+
+def correlated(n: int, c: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    mean = 2 * torch.randn(n, c, generator=generator, dtype=torch.float64)
+    root = torch.randn(n, c, c, generator=generator, dtype=torch.float64)
+    return mean, root @ root.mT
+
+
+@pytest.mark.parametrize("c", [2, 3, 6])
+def test_mean_field_by_loops(c: int) -> None:
+    mean, covariance = correlated(4, c)
+    found = Categorical().predictive(mean, covariance, "mean_field")
+    for n in range(4):
+        values = []
+        for k in range(c):
+            total = 0.0
+            for i in range(c):
+                variance = float(covariance[n, k, k] + covariance[n, i, i] - 2 * covariance[n, k, i])
+                total += math.exp(-float(mean[n, k] - mean[n, i]) / math.sqrt(1 + math.pi / 8 * variance))
+            values.append(1 / total)
+        assert_equal(found[n], torch.tensor(values, dtype=torch.float64) / sum(values))
+
+
+def test_mean_field_of_two_classes_is_the_logistic_probit() -> None:
+    mean, covariance = correlated(5, 2)
+    variance = covariance[:, 0, 0] + covariance[:, 1, 1] - 2 * covariance[:, 0, 1]
+    expected = torch.sigmoid((mean[:, 0] - mean[:, 1]) / torch.sqrt(1 + math.pi / 8 * variance))
+    assert_equal(Categorical().predictive(mean, covariance, "mean_field")[:, 0], expected)
+
+
+def test_mean_field_has_the_right_limits() -> None:
+    mean, covariance = correlated(5, 4)
+    likelihood = Categorical()
+    assert_equal(likelihood.predictive(mean, torch.zeros_like(covariance), "mean_field"), mean.softmax(-1))
+    common = likelihood.predictive(mean, covariance + 1e3, "mean_field")  # what all outputs share has no effect
+    assert_equal(common, likelihood.predictive(mean, covariance, "mean_field"))
+    wide = likelihood.predictive(mean, 1e12 * torch.eye(4, dtype=torch.float64).expand(5, 4, 4), "mean_field")
+    assert float((wide - 0.25).abs().max()) < 1e-4
+    huge = likelihood.predictive(1e4 * mean, covariance, "mean_field")
+    assert bool(huge.isfinite().all())
+
+
+def test_mean_field_is_closer_to_the_integral_than_probit_of_each_class() -> None:
+    mean, covariance = correlated(200, 5)
+    normals = torch.randn(4000, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    likelihood = Categorical()
+    exact = likelihood.predictive(mean, covariance, "mc", normals)
+    variances = covariance.diagonal(dim1=1, dim2=2)
+    errors = {
+        link: float((likelihood.predictive(mean, spread, link) - exact).abs().mean())
+        for link, spread in (("mean_field", covariance), ("probit", variances))
+    }
+    assert errors["mean_field"] < errors["probit"], errors

@@ -667,7 +667,7 @@ def test_the_drop_in_tunes_its_noise() -> None:
     own = gaussian_nll(mean, variance, batches[0][1], la.sigma_noise.square()).mean()
     assert_equal(own, la.curve.losses.min())
     assert float(la.sigma_noise) != 1
-    with pytest.raises(ValueError, match="prior_structure='scalar' and no loss, got 'gridsearch', 'layerwise'"):
+    with pytest.raises(ValueError, match="and no loss, got 'gridsearch', 'layerwise'"):
         la.optimize_prior_precision(
             method="gridsearch", val_loader=batches, tune_sigma_noise=True, prior_structure="layerwise"
         )
@@ -679,3 +679,83 @@ def test_the_drop_in_tunes_its_noise() -> None:
         noise_search(classifier.network, classifier.posterior, Categorical(), batches, GRID)
     with pytest.raises(ValueError, match="empty val_loader"):
         noise_search(la.network, la.posterior, Gaussian(), [], GRID)
+
+
+# -- the most uncertainty that the data allow ------------------------------------------------------
+
+
+def tempered() -> tuple[Fit, list[tuple[torch.Tensor, torch.Tensor]]]:
+    """A fit, and validation data whose labels are drawn from its predictive at prior precision 10."""
+    found = fitted(Categorical())
+    inputs = 3 * ZOO["mlp"].inputs(300, seed=7)
+    posterior = replace(found.posterior, prior_precision=torch.tensor([10.0], dtype=torch.float64))
+    mean, covariance = functional_moments(found.network, posterior, inputs)
+    probabilities = Categorical().predictive(mean, covariance, "mean_field")
+    labels = torch.multinomial(probabilities, 1, generator=torch.Generator().manual_seed(0))[:, 0]
+    return found, [(inputs[:200], labels[:200]), (inputs[200:], labels[200:])]
+
+
+@pytest.mark.parametrize("link", ["probit", "mean_field"])
+@pytest.mark.parametrize("temperature", [False, True])
+def test_the_one_standard_error_rule_against_loops(link: str, temperature: bool) -> None:
+    found, batches = tempered()
+    grid = torch.logspace(-3, 5, 25, dtype=torch.float64)
+    tuned = joint_search(
+        found.network, found.posterior, Categorical(), batches, grid, per_part=False, temperature=temperature,
+        link=link, selection="one_standard_error",
+    )  # fmt: skip
+    inputs, labels = (torch.cat(column) for column in zip(*batches, strict=True))
+
+    def losses(prior: float, tau: float) -> torch.Tensor:
+        posterior = replace(found.posterior, prior_precision=torch.tensor([prior], dtype=torch.float64))
+        mean, spread = functional_moments(found.network, posterior, inputs, covariance=link == "mean_field")
+        probabilities = Categorical().predictive(mean / tau, spread / tau**2, link)
+        return -probabilities.gather(1, labels[:, None])[:, 0].log()
+
+    def best_tau(prior: float) -> float:
+        if not temperature:
+            return 1.0
+        result = minimize_scalar(
+            lambda log: float(losses(prior, math.exp(log)).mean()), bounds=(math.log(1 / 20), math.log(20)),
+            method="bounded", options={"xatol": 1e-9},
+        )  # fmt: skip
+        return math.exp(result.x)
+
+    taus = [best_tau(prior) for prior in grid.tolist()]
+    table = torch.stack([losses(prior, tau) for prior, tau in zip(grid.tolist(), taus, strict=True)])
+    best = int(table.mean(1).argmin())
+    chosen = best
+    while chosen > 0:
+        difference = table[chosen - 1] - table[best]
+        if difference.mean() > difference.std() / math.sqrt(len(difference)):
+            break
+        chosen -= 1
+    assert chosen < best  # the rule does something here
+    assert float(tuned.prior_precisions) == pytest.approx(float(grid[chosen]), rel=EXACT)
+    assert tuned.temperature == pytest.approx(taus[chosen], rel=1e-4)
+    assert tuned.loss == pytest.approx(float(table[chosen].mean()), rel=1e-6)
+
+
+def test_the_rule_in_the_drop_in() -> None:
+    _, batches = tempered()
+    la = DebiasedLaplace(ZOO["mlp"].model(), "classification")
+    la.fit([data(Categorical(), 12)], budget=None)
+    keywords = {"method": "gridsearch", "val_loader": batches, "tune_temperature": True, "link_approx": "mean_field"}
+    la.optimize_prior_precision(**keywords)
+    best = float(la.prior_precision)
+    la.optimize_prior_precision(**keywords, selection="one_standard_error")
+    assert float(la.prior_precision) < best
+    inputs, labels = (torch.cat(column) for column in zip(*batches, strict=True))
+    own = -la(inputs).gather(1, labels[:, None])[:, 0].log().mean()  # the link is remembered
+    assert_equal(own, torch.tensor(la.tuned.loss, dtype=torch.float64))
+    with pytest.raises(ValueError, match=r"selection out of \['best', 'one_standard_error'\], got 'worst'"):
+        la.optimize_prior_precision(**keywords, selection="worst")
+    with pytest.raises(ValueError, match="rule is for one prior precision: expected 'scalar', got 'layerwise'"):
+        la.optimize_prior_precision(
+            method="gridsearch", val_loader=batches, prior_structure="layerwise", selection="one_standard_error"
+        )
+    with pytest.raises(ValueError, match="with per_part=True, got 'one_standard_error'"):
+        joint_search(
+            la.network, la.posterior, Categorical(), batches, GRID, per_part=True, temperature=False,
+            selection="one_standard_error",
+        )  # fmt: skip

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from debiased_laplace.evaluation.suite import Method, Options, run, standard_methods
+from debiased_laplace.evaluation.suite import Method, Options, methods_of, run
 from debiased_laplace.evaluation.summary import summarise
 from debiased_laplace.evaluation.tasks import Context, Task
 
@@ -25,7 +25,7 @@ QUICK = "This was a quick run on few data: it shows that everything works, and d
 
 def demo_methods(task: Task) -> tuple[Method, ...]:
     """What the demonstration compares."""
-    return tuple(method for method in standard_methods(task.budget) if method.kind not in LEFT_OUT)
+    return tuple(method for method in methods_of(task) if method.kind not in LEFT_OUT)
 
 
 def demo(

@@ -27,6 +27,7 @@ from debiased_laplace.gradients import Network
 from debiased_laplace.likelihoods import Likelihood
 from debiased_laplace.posterior import Posterior, standard_normals
 from debiased_laplace.predictive import functional_moments
+from debiased_laplace.tuning import gaussian_nll
 
 #: Draws of the outputs for the mutual information.
 N_SAMPLES = 30
@@ -150,20 +151,48 @@ def gaussian_predictor(model: nn.Module, noise_variance: float) -> Predictor:
     return predict
 
 
-def ensemble_predictor(models: Sequence[nn.Module]) -> Predictor:
-    """The mean of the softmax outputs of several networks (Lakshminarayanan et al., arXiv 1612.01474)."""
+def ensemble_predictor(models: Sequence[nn.Module], noise_variance: float | None = None) -> Predictor:
+    """The mean of several networks' softmax outputs, or of their outputs (Lakshminarayanan et al., arXiv 1612.01474).
+
+    Args:
+        models: Networks of several training runs.
+        noise_variance: For a regression: added to the variance between the networks.
+    """
     if not models:
         raise ValueError("Expected at least one network for an ensemble, got none.")
 
     def predict(inputs: _data.Inputs) -> Prediction:
         outputs = torch.stack([_outputs(model, inputs).double() for model in models])
+        variance = outputs.var(0, correction=0)
+        if noise_variance is not None:
+            return Prediction(
+                mean=outputs.mean(0), variance=variance + noise_variance, functional_variance=variance.sum(-1)
+            )
         return Prediction(
             probabilities=outputs.softmax(-1).mean(0),
-            functional_variance=outputs.var(0, correction=0).sum(-1),
+            functional_variance=variance.sum(-1),
             mutual_information=mutual_information(outputs.softmax(-1)),
         )
 
     return predict
+
+
+def tuned_noise(models: Sequence[nn.Module], validation: Iterable[Any]) -> float:
+    """The noise variance of an ensemble with the smallest validation loss; of one network, its mean squared error."""
+    batches = list(_data.labelled(validation))
+    found = [outputs_of(model, [(inputs, targets) for inputs, targets, _ in batches]) for model in models]
+    outputs = torch.stack([own for own, _ in found])
+    mean, variance = outputs.mean(0), outputs.var(0, correction=0)
+    targets = found[0][1].reshape(mean.shape).double()
+    if len(models) == 1:
+        return float((targets - mean).square().mean())
+    middle = float((targets - mean).square().mean().log())
+
+    def loss(logarithm: float) -> float:
+        return float(gaussian_nll(mean, variance, targets, math.exp(logarithm)).mean())
+
+    best = minimize_scalar(loss, bounds=(middle - 10, middle + 3), method="bounded", options={"xatol": 1e-8})
+    return math.exp(best.x)
 
 
 def tuned_temperature(model: nn.Module, validation: Iterable[Any]) -> tuple[float, float]:

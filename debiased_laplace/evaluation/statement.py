@@ -47,16 +47,18 @@ def _classification(summary: Summary, candidate: str) -> tuple[str, list[str]]:
         "better": "are better than the network's own",
         "worse": "are worse than the network's own",
         "no difference shown": "are not shown to differ in quality from the network's own",
+        "negligible": "are practically as good as the network's own",
     }[point]
     answer = f"On data like the training data of {name}, the probabilities of {candidate} {helped}"
     if temperature is not None:
-        joint = ", but" if point == "better" and temperature != "better" else ", and"
+        joint = ", but" if (point == "better") != (temperature == "better") else ", and"
         answer += (
             joint
             + {
-                "better": " better than those of the simplest remedy, dividing the outputs by one tuned number",
+                "better": " are better than with the simplest remedy, dividing the outputs by one tuned number",
                 "worse": " dividing the outputs by one tuned number (a temperature) does better",
                 "no difference shown": " dividing the outputs by one tuned number (a temperature) would have done",
+                "negligible": " dividing the outputs by one tuned number (a temperature) would have done",
             }[temperature]
         )
     if strong:
@@ -141,6 +143,7 @@ def _regression(summary: Summary, candidate: str) -> tuple[str, list[str]]:
         "better": "describes the errors better than one noise level for all inputs does",
         "worse": "describes the errors worse than one noise level for all inputs does",
         "no difference shown": "is not shown to describe the errors better than one noise level for all inputs does",
+        "negligible": "describes the errors practically as well as one noise level for all inputs does",
     }[verdict("nll", cell)]
     coverage = cells[candidate]["coverage_95"]
     answer = (

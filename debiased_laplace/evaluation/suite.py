@@ -33,6 +33,7 @@ from debiased_laplace.evaluation.predictors import (
     gaussian_predictor,
     outputs_of,
     point_predictor,
+    tuned_noise,
     tuned_temperature,
 )
 from debiased_laplace.evaluation.tasks import Context, Task, TaskError
@@ -43,6 +44,9 @@ from debiased_laplace.splits import Single
 from debiased_laplace.tuning import best_noise
 
 MAP, TEMPERATURE = "MAP", "temperature scaling"
+#: How posteriors of classifiers are tuned, for the reasons in docs/results.md: as much uncertainty as the validation
+#: data allow, with a temperature, and the covariance of the outputs.
+RECIPE = {"link_approx": "mean_field", "tune_temperature": True, "selection": "one_standard_error"}
 Role = Literal["", "baseline", "candidate", "reference"]
 
 
@@ -87,7 +91,7 @@ class Options:
         distance_prior_precision: Prior precision at which it is measured, besides the reference's tuned one.
     """
 
-    grid_size: int = 91
+    grid_size: int = 46
     log_prior_prec_min: float = -3.0
     log_prior_prec_max: float = 6.0
     n_resamples: int = 1000
@@ -95,27 +99,38 @@ class Options:
     distance_prior_precision: float = 1.0
 
 
-def standard_methods(budget: int, *, regression: bool = False, ensemble: bool = False) -> tuple[Method, ...]:
+def methods_of(task: Task) -> tuple[Method, ...]:
+    """:func:`standard_methods` for a task."""
+    return standard_methods(
+        task.budget, regression=task.likelihood == "regression", ensemble=task.has("ensemble"),
+        dense=bool(task.constant("DENSE", False)),
+    )  # fmt: skip
+
+
+def standard_methods(
+    budget: int, *, regression: bool = False, ensemble: bool = False, dense: bool = False
+) -> tuple[Method, ...]:
     """The baselines nobody may leave out, and K-FAC from one batch, debiased, and from all the data.
 
     Args:
         budget: Training data spent on curvature by each mini-batch method, all told.
         regression: For a regression.
         ensemble: Whether the task has networks of several runs.
+        dense: Whether the network is small enough for the whole curvature matrix.
     """
     single = {"sampler": UniformSampler(budget), "split": Single()}
     full = {"budget": None}
     last = {"subset_of_weights": "last_layer", "hessian_structure": "full"}
-    tuned = {"tune_sigma_noise": True} if regression else {}
+    tuned = {"tune_sigma_noise": True} if regression else RECIPE
     common = (
         Method(
             "last-layer Laplace", laplace=last, fit=full, tune=tuned,
             description="A posterior over the last layer alone, dense curvature from all training data.",
         ),
         Method(
-            "laplace-torch", "laplace-torch", laplace={"structure": "full" if regression else "kron"},
-            description="laplace-torch's posterior from all training data, over "
-            + ("all layers, dense." if regression else "all layers where that is feasible, otherwise the last one."),
+            "laplace-torch", "laplace-torch", laplace={"structure": "full" if dense else "kron"},
+            description="laplace-torch's posterior from all training data, "
+            + ("dense, over all layers." if dense else "over all layers if it can, else the last one."),
         ),
         Method(
             "single-batch K-FAC", fit=single, tune=tuned, role="baseline",
@@ -131,9 +146,18 @@ def standard_methods(budget: int, *, regression: bool = False, ensemble: bool = 
             description="Directions and curvatures from all training data: what the two above estimate.",
         ),
     )  # fmt: skip
+    whole = (
+        Method(
+            "debiased, dense", laplace={"hessian_structure": "full"}, fit={"budget": budget}, tune=tuned,
+            description=f"The whole curvature matrix, from {budget} training data in the same way.",
+        ),
+    ) * dense  # fmt: skip
+    members = (
+        Method("deep ensemble", "ensemble", description="The mean of networks trained from other random starts."),
+    ) * ensemble
     if regression:
         point = Method(MAP, "map", description="The network's output and one noise variance, tuned on validation data.")
-        return (point, *common)
+        return (point, *common, *whole, *members)
     points = (
         Method(MAP, "map", description="The trained network's softmax; no posterior."),
         Method(
@@ -141,22 +165,18 @@ def standard_methods(budget: int, *, regression: bool = False, ensemble: bool = 
             description="Softmax of the outputs divided by one number, tuned on the validation data.",
         ),
     )  # fmt: skip
-    joint = (
+    variants = (
         Method(
-            "debiased, temperature", fit={"budget": budget}, tune={"tune_temperature": True},
-            description="The debiased posterior with one prior precision and one temperature of the outputs, tuned "
-            "together.",
+            "debiased, probit", fit={"budget": budget},
+            description="The debiased posterior as laplace-torch would tune it: probit, the best prior precision, no "
+            "temperature.",
         ),
         Method(
             "debiased, layers", fit={"budget": budget}, tune={"prior_structure": "layerwise", "tune_temperature": True},
-            description="The debiased posterior with a prior precision for every layer and a temperature of the "
-            "outputs, tuned together.",
+            description="The same with a prior precision for every layer and a temperature, tuned together.",
         ),
     )  # fmt: skip
-    members = (
-        Method("deep ensemble", "ensemble", description="Mean softmax of networks trained from other random starts."),
-    )
-    return (*points, *common, *joint, *(members if ensemble else ()))
+    return (*points, *common, *variants, *whole, *members)
 
 
 # -- one seed --------------------------------------------------------------------------------------
@@ -202,9 +222,7 @@ def run(
     """
     options = options or Options()
     if methods is None:
-        methods = standard_methods(
-            task.budget, regression=task.likelihood == "regression", ensemble=task.has("ensemble")
-        )
+        methods = methods_of(task)
     check_methods(methods)
     settings = settings_of(task, methods, options, context)
     found = []
@@ -338,14 +356,17 @@ class _Bench:
             return self._peer(method)
         if method.kind == "ensemble":
             models = [m.to(self.context.device).eval() for m in self.task.call("ensemble", self.context)]
-            seconds = {"fit": time.perf_counter() - start}
-            return ensemble_predictor(models), {"seconds": seconds, "members": len(models)}
-        outputs, targets = outputs_of(self.model, self._validation())
+            result: dict[str, Any] = {"members": len(models), "seconds": {"fit": time.perf_counter() - start}}
+            if not self.regression:
+                return ensemble_predictor(models), result
+            noise = tuned_noise(models, self._validation())
+            return ensemble_predictor(models, noise), result | {"noise": noise**0.5}
         if self.regression:
-            variance = float((outputs - targets.reshape(outputs.shape)).square().mean())
-            result: dict[str, Any] = {"noise": variance**0.5, "seconds": {"tune": time.perf_counter() - start}}
+            variance = tuned_noise([self.model], self._validation())
+            result = {"noise": variance**0.5, "seconds": {"tune": time.perf_counter() - start}}
             return gaussian_predictor(self.model, variance), result
         if method.kind == "map":
+            outputs, targets = outputs_of(self.model, self._validation())
             loss = float(nn.functional.cross_entropy(outputs, targets))
             return point_predictor(self.model), {"seconds": {}, "validation_nll": loss}
         temperature, loss = tuned_temperature(self.model, self._validation())

@@ -3,7 +3,7 @@ r"""Records of several seeds become one summary of the same layout; a cell is ``
 Of one record the cells stay: bootstrap over the data. Of several, the value is the mean and the standard error that of
 the mean over seeds. Where all seeds were judged on the same data, these are resampled by no seed, and the mean square
 of the bootstrap errors is added to the variance. Intervals are Student's t. A difference counts as shown only if its
-95 % interval leaves out zero.
+95 % interval leaves out zero, and as negligible if all of the interval is within :data:`MARGIN`.
 """
 
 from __future__ import annotations
@@ -21,6 +21,10 @@ Cell = list[float]
 CONFIDENCE = 0.95
 #: Scores of which a larger value is better; of all others a smaller one is, or neither (coverage).
 LARGER_IS_BETTER = ("accuracy", "auroc", "aupr")
+#: Differences within it, interval and all, are called negligible: a thousandth of a nat, a tenth of a per cent.
+MARGIN = 1e-3
+#: Scores in the units of a regression's targets, which have no such margin.
+IN_UNITS = ("rmse", "crps", "width_50", "width_90", "width_95")
 #: Severity from which a shift counts as strong.
 STRONG = 3
 
@@ -198,8 +202,10 @@ def differences(
 
 
 def verdict(score: str, cell: Sequence[float]) -> str:
-    """``"better"``, ``"worse"``, or ``"no difference shown"``, for the first of two predictors."""
+    """``"better"``, ``"worse"``, ``"negligible"`` or ``"no difference shown"``, for the first of two predictors."""
     low, high = cell[2], cell[3]
+    if score.rpartition(", ")[2] not in IN_UNITS and max(abs(low), abs(high)) < MARGIN:
+        return "negligible"
     if not (low > 0 or high < 0):
         return "no difference shown"
     larger = score.rpartition(", ")[2] in LARGER_IS_BETTER

@@ -150,7 +150,8 @@ def _test_differences(summary: Mapping[str, Any], candidate: str, short: bool) -
     return Table(
         f"{candidate} against the others, test data",
         "Paired, datum by datum, with the 95 % interval; a difference is called better or worse only if its interval "
-        "leaves out zero. One row in twenty would by chance.",
+        "leaves out zero, and negligible if all of it is within 0.001 (or 0.1 %). One row in twenty would be beyond by "
+        "chance.",
         ["score", "difference", "verdict"],
         sections,
     )

@@ -21,7 +21,8 @@ parameter for. Loaders are asked for anew for every reading.
 Constants, all optional: ``NAME``, ``DESCRIPTION``, ``LIKELIHOOD`` (``"classification"`` or ``"regression"``),
 ``N_DATA`` (size of the training set, if the loader does not yield all of it), ``BUDGET`` (training data spent on
 curvature), ``SEEDS`` (how many by default), ``SEEDS_NOTE`` (what a seed decides), ``NOTES`` (a sentence for each
-condition), ``CLASSES`` (names).
+condition), ``CLASSES`` (names), ``DENSE`` (whether the network is small enough, some thousand parameters, for
+posteriors with the whole curvature matrix).
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from debiased_laplace import _checks, _data
 from debiased_laplace._guards import global_random_state
-from debiased_laplace.joint import TunedPrior, joint_search
+from debiased_laplace.joint import SELECTIONS, TunedPrior, joint_search
 from debiased_laplace.laplace_torch.predictions import PredictiveLayer
 from debiased_laplace.laplace_torch.settings import plain
 from debiased_laplace.likelihoods import Likelihood
@@ -51,6 +51,7 @@ class TuningLayer(PredictiveLayer):
         *,
         tune_temperature: bool = False,
         tune_sigma_noise: bool = False,
+        selection: str = "best",
     ) -> None:
         """Choose the prior precision after the fit; on validation data also output temperature or observation noise.
 
@@ -87,6 +88,10 @@ class TuningLayer(PredictiveLayer):
             tune_sigma_noise: For the grid search of a regression with one noise for all outputs, ``"glm"`` and the
                 default ``loss``: choose :attr:`sigma_noise` jointly with the prior. The grid is of prior precisions at
                 unit noise; those of ``self.curve`` are divided by the best noise variance of each.
+            selection: For the grid search with ``"glm"`` and the default ``loss``: ``"best"``, or
+                ``"one_standard_error"``, the smallest prior precision whose loss is within one standard error of the
+                best. Together with ``tune_temperature`` and ``link_approx="mean_field"`` it keeps uncertainty for data
+                that are unlike the validation data (docs/results.md).
 
         Raises:
             ValueError: If an argument has no meaning; the prior precision stays.
@@ -100,7 +105,7 @@ class TuningLayer(PredictiveLayer):
         if structure not in PRIOR_STRUCTURES:
             raise ValueError(f"Expected prior_structure out of {list(PRIOR_STRUCTURES)}, got {structure!r}.")
         if tune_sigma_noise:
-            self._check_noise_search(pred_type, method, structure, loss)
+            self._check_noise_search(pred_type, method, structure, loss, selection)
         if method == "marglik":
             if tune_temperature:
                 raise ValueError(
@@ -131,7 +136,9 @@ class TuningLayer(PredictiveLayer):
             grid = torch.logspace(
                 log_prior_prec_min, log_prior_prec_max, grid_size, base=log_prior_prec_base, dtype=torch.float64
             )
-            self._check_joint_search(pred_type, structure, loss, tune_temperature)
+            if selection not in SELECTIONS:
+                raise ValueError(f"Expected selection out of {list(SELECTIONS)}, got {selection!r}.")
+            self._check_joint_search(pred_type, structure, loss, tune_temperature, selection)
             tuned: TunedPrior | None = None
             with global_random_state(), torch.no_grad():  # a loader's order, and metrics, may draw
                 if tune_sigma_noise:
@@ -140,7 +147,7 @@ class TuningLayer(PredictiveLayer):
                         targets_key=self.dict_key_y, progress_bar=progress_bar,
                     )  # fmt: skip
                     self.curve, self.sigma_noise = found.curve, found.noise_variance**0.5
-                elif structure == "scalar" and not tune_temperature:
+                elif structure == "scalar" and not tune_temperature and selection == "best":
                     self.curve = self._search(pred_type, grid, val_loader, loss, link, n_samples, progress_bar)
                 else:
                     tuned = joint_search(
@@ -148,6 +155,7 @@ class TuningLayer(PredictiveLayer):
                         per_part=structure == "layerwise", temperature=tune_temperature, link=link or "probit",
                         n_samples=n_samples, seed=self.seed, targets_key=self.dict_key_y, progress_bar=progress_bar,
                         output_temperature=self.output_temperature, noise_variance=self.sigma_noise.square(),
+                        selection=selection,
                     )  # fmt: skip
                     self.curve = tuned.curve
             if pred_type == "glm":
@@ -164,28 +172,39 @@ class TuningLayer(PredictiveLayer):
             and_temperature = f", output temperature {self.output_temperature:.4g}" if tune_temperature else ""
             print(f"Optimized prior precision is {self.prior_precision}{and_temperature}.")
 
-    def _check_noise_search(self, pred_type: str, method: str, structure: str, loss: Any) -> None:
+    def _check_noise_search(self, pred_type: str, method: str, structure: str, loss: Any, selection: str) -> None:
         """Raise a ``ValueError`` where the noise cannot be tuned."""
         if self.likelihood != "regression" or self.sigma_noise.ndim:
             got = self.likelihood if self.likelihood != "regression" else f"{self.sigma_noise.numel()} of them"
             raise ValueError(f"Expected a regression with one sigma_noise for tune_sigma_noise=True, got {got}.")
-        if method != "gridsearch" or structure != "scalar" or pred_type != "glm" or loss is not None:
+        if (method, structure, pred_type, loss, selection) != ("gridsearch", "scalar", "glm", None, "best"):
             raise ValueError(
                 "tune_sigma_noise=True minimises the negative log predictive density of pred_type='glm' over one prior "
-                f"precision: expected method='gridsearch', prior_structure='scalar' and no loss, got {method!r}, "
-                f"{structure!r}, pred_type={pred_type!r}, loss={loss!r}."
+                "precision: expected method='gridsearch', prior_structure='scalar', selection='best' and no loss, got "
+                f"{method!r}, {structure!r}, pred_type={pred_type!r}, selection={selection!r}, loss={loss!r}."
             )
 
     @staticmethod
-    def _check_joint_search(pred_type: str, structure: str, loss: Any, tune_temperature: bool) -> None:
+    def _check_joint_search(
+        pred_type: str, structure: str, loss: Any, tune_temperature: bool, selection: str
+    ) -> None:  # fmt: skip
         """Raise a ``ValueError`` for what only the search of one prior precision can do."""
         if structure == "diag":
             raise ValueError(
                 "Expected prior_structure 'scalar' or 'layerwise' with method='gridsearch', got 'diag': validation "
                 "data cannot choose one for each parameter. Use method='marglik'."
             )
-        what = "prior_structure='layerwise'" if structure == "layerwise" else "tune_temperature=True"
-        if (structure == "layerwise" or tune_temperature) and (pred_type != "glm" or loss is not None):
+        asked = {
+            "prior_structure='layerwise'": structure == "layerwise",
+            "tune_temperature=True": tune_temperature,
+            f"selection={selection!r}": selection != "best",
+        }
+        what = next((name for name, wanted in asked.items() if wanted), None)
+        if structure == "layerwise" and selection != "best":
+            raise ValueError(
+                "The one-standard-error rule is for one prior precision: expected 'scalar', got 'layerwise'."
+            )
+        if what is not None and (pred_type != "glm" or loss is not None):
             got = f"pred_type={pred_type!r}" if pred_type != "glm" else f"loss={loss!r}"
             raise ValueError(
                 f"The grid search with {what} minimises the negative log predictive probability of pred_type='glm': "

@@ -57,7 +57,7 @@ NOTES = {
     **{name: shift_note(name) for name in SHIFTS},
     "MNIST": "Handwritten digits of the same size: the first test images of MNIST.",
 }
-EPOCHS, QUICK_EPOCHS = 5, 1
+EPOCHS, QUICK_EPOCHS = 20, 1
 LEARNING_RATE, WEIGHT_DECAY, TRAIN_BATCH = 2e-3, 1e-2, 64
 MEMBERS = 5
 

@@ -149,7 +149,7 @@ def task(dataset: str) -> SimpleNamespace:
         f"training data. The network has one hidden layer of {HIDDEN} ReLU units and is trained with Adam."
     )
     return SimpleNamespace(
-        NAME=f"UCI {dataset}", DESCRIPTION=text, LIKELIHOOD="regression", BUDGET=BUDGET, SEEDS=SEEDS,
+        NAME=f"UCI {dataset}", DESCRIPTION=text, LIKELIHOOD="regression", BUDGET=BUDGET, SEEDS=SEEDS, DENSE=True,
         SEEDS_NOTE=SEEDS_NOTE, NOTES=NOTES, model=model, ensemble=ensemble, train_loader=train_loader,
         val_loader=val_loader, test_loader=test_loader, target_scale=target_scale, target_mean=target_mean,
         description=description,

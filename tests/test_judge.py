@@ -1,0 +1,720 @@
+"""The comparison of any predictors: values, pairs, one pass, interruptions, errors; and the predictors themselves."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import math
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from scipy.optimize import brentq
+from scipy.special import logsumexp
+from torch import Tensor, nn
+
+from debiased_laplace import DebiasedLaplace
+from debiased_laplace.evaluation import (
+    LaplacePredictor,
+    Prediction,
+    bootstrap,
+    ensemble_predictor,
+    evaluate,
+    gaussian_predictor,
+    metrics,
+    point_predictor,
+    predictors,
+    tuned_temperature,
+)
+from debiased_laplace.evaluation.judge import ABSOLUTE, conditions, preflight
+from debiased_laplace.evaluation.predictors import PeerPredictor, Shared, as_prediction, mutual_information, tuned_noise
+from debiased_laplace.evaluation.regression import regression_metrics
+from tests.tolerances import EXACT, FLOAT32, assert_equal
+
+B = 60
+
+
+def draw(n: int, seed: int = 0, scale: float = 1.0) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return scale * torch.randn(n, 3, generator=generator, dtype=torch.float64), torch.randint(
+        3, (n,), generator=generator
+    )
+
+
+def cut(data: tuple[Tensor, Tensor], size: int) -> list[tuple[Tensor, Tensor]]:
+    return list(zip(*(part.split(size) for part in data), strict=True))
+
+
+def softmax(scale: float) -> Callable[[Tensor], Tensor]:
+    return lambda inputs: (scale * inputs).softmax(1)
+
+
+def gaussian(inputs: Tensor) -> tuple[Tensor, Tensor]:
+    return inputs[:, :2], inputs[:, 1:].exp()
+
+
+PREDICTORS = {"MAP": softmax(1.0), "temperature scaling": softmax(0.4), "other": softmax(-2.0)}
+TEST, SHIFTED, FAR = draw(61), draw(50, 1, 2.0), draw(40, 2, 0.1)
+
+
+class Counted:
+    """A loader that remembers how often it was started and how many batches it gave."""
+
+    def __init__(self, batches: Iterable[Any]) -> None:
+        self.batches, self.starts, self.given = list(batches), 0, 0
+
+    def __iter__(self) -> Iterator[Any]:
+        self.starts += 1
+        for batch in self.batches:
+            self.given += 1
+            yield batch
+
+
+def without_seconds(result: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in result.items() if key != "predictors"}
+
+
+def png(text: str) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(text))))
+
+
+# -- values ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [61, 7, 1])
+def test_values_are_those_of_the_metrics_however_batches_are_cut(size: int) -> None:
+    result = evaluate(
+        PREDICTORS, cut(TEST, size), {"wide": {2: cut(SHIFTED, size), 4: cut(TEST, size)}}, {"far": cut(FAR, size)},
+        n_resamples=B,
+    )  # fmt: skip
+    assert json.loads(json.dumps(result, allow_nan=False)) == result
+    assert not result["regression"]
+    assert [(entry["name"], entry["severity"], entry["n"]) for entry in result["shifts"]] == [
+        ("wide", 2, 50), ("wide", 4, 61)
+    ]  # fmt: skip
+    for entry, (inputs, targets) in ((result["test"], TEST), (result["shifts"][0], SHIFTED)):
+        for name, predictor in PREDICTORS.items():
+            expected = metrics.classification_metrics(predictor(inputs), targets)
+            bins = expected.pop("reliability")
+            found = entry["scores"][name]
+            assert {score: cell[0] for score, cell in found.items()} == pytest.approx(expected, rel=EXACT)
+            assert entry["curves"][name]["reliability"]["counts"] == bins["counts"]
+            assert entry["curves"][name]["reliability"]["correct"] == bins["correct"]
+            assert all(low <= value <= high for value, _, low, high in (found["nll"], found["accuracy"]))
+    for name, predictor in PREDICTORS.items():
+        coverage, risk = metrics.risk_coverage(predictor(TEST[0]), TEST[1])
+        assert result["test"]["curves"][name]["coverage"] == pytest.approx(coverage, rel=1e-5)
+        assert result["test"]["curves"][name]["risk"] == pytest.approx(risk, rel=1e-5)
+    (foreign,) = result["ood"]
+    for name, predictor in PREDICTORS.items():
+        expected = metrics.out_of_distribution_metrics(predictor(TEST[0]), predictor(FAR[0]))
+        found = {key.removeprefix("maximum probability, "): cell[0] for key, cell in foreign["scores"][name].items()}
+        assert {key: found[key] for key in expected} == pytest.approx(expected, rel=EXACT)
+        for own in foreign["histograms"][name].values():
+            assert (sum(own["known"]), sum(own["foreign"])) == (61, 40)
+    if size != 61:
+        whole = evaluate(
+            PREDICTORS, [TEST], {"wide": {2: [SHIFTED], 4: [TEST]}}, {"far": [FAR]}, n_resamples=B
+        )  # fmt: skip
+        assert without_seconds(whole) == without_seconds(result)
+
+
+@pytest.mark.parametrize("columns", [True, False])
+def test_values_of_a_regression_are_in_the_original_units(columns: bool) -> None:
+    inputs = TEST[0]
+    targets = inputs.sin()[:, :2] + 0.3
+    predict = gaussian if columns else lambda x: tuple(part[:, 0] for part in gaussian(x))
+    labels = targets if columns else targets[:, :1]  # [N, 1] for means [N]
+    result = evaluate({"MAP": predict}, cut((inputs, labels), 9), target_scale=5.0, n_resamples=B)
+    assert result["regression"]
+    mean, variance = predict(inputs)
+    expected = regression_metrics(5 * mean, 25 * variance, 5 * labels.reshape(mean.shape))
+    assert {key: cell[0] for key, cell in result["test"]["scores"]["MAP"].items()} == pytest.approx(expected, rel=EXACT)
+    assert set(result["test"]["curves"]["MAP"]) == {"expected", "observed"}
+    assert json.loads(json.dumps(result, allow_nan=False)) == result
+
+
+def test_differences_are_paired() -> None:
+    result = evaluate(PREDICTORS | {"twin": softmax(1.0)}, [TEST], {"wide": [SHIFTED]}, {"far": [FAR]}, n_resamples=B)
+    for entry in (result["test"], *result["shifts"], *result["ood"]):
+        assert set(entry["differences"]) == {"MAP", "temperature scaling"}
+        for second, found in entry["differences"].items():
+            assert set(found) == set(entry["scores"]) - {second}
+            for first, cells in found.items():
+                for score, cell in cells.items():
+                    difference = entry["scores"][first][score][0] - entry["scores"][second][score][0]
+                    assert cell[0] == pytest.approx(difference, abs=1e-12)
+        # the same resamples for both: a predictor does not differ from its twin
+        assert all(cell == [0, 0, 0, 0] for cell in entry["differences"]["MAP"]["twin"].values())
+    weights = bootstrap.resample_weights(61, B, 0)
+    first, second = (
+        bootstrap.classification_replicates(PREDICTORS[name](TEST[0]), TEST[1], weights) for name in ("other", "MAP")
+    )
+    cells = result["test"]["differences"]["MAP"]["other"]
+    for score in first:
+        own = first[score] - second[score]
+        low, high = own.interval()
+        basic = (2 * own.value - high, 2 * own.value - low)
+        expected = [own.value, own.standard_error, *(basic if score in ABSOLUTE else (low, high))]
+        assert cells[score] == pytest.approx(expected, abs=1e-12)
+
+
+def test_names_to_compare_with_that_are_not_there_are_left_out() -> None:
+    result = evaluate({"a": softmax(1), "b": softmax(2)}, [TEST], compare_with=("b", "nobody"), n_resamples=B)
+    assert list(result["test"]["differences"]) == ["b"]
+    assert list(result["test"]["differences"]["b"]) == ["a"]
+
+
+def test_intervals_of_calibration_errors_are_basic_and_not_below_zero() -> None:
+    inputs, _ = draw(400, 5)
+    probabilities = inputs.softmax(1)
+    targets = torch.multinomial(probabilities, 1, generator=torch.Generator().manual_seed(0))[:, 0]  # calibrated
+    cells = evaluate({"MAP": softmax(1.0)}, [(inputs, targets)], n_resamples=B)["test"]["scores"]["MAP"]
+    own = bootstrap.classification_replicates(probabilities, targets, bootstrap.resample_weights(400, B, 0))
+    clipped = 0
+    for score, replicates in own.items():
+        low, high = replicates.interval()
+        if score in ("ece", "adaptive_ece", "classwise_ece"):
+            low, high = 2 * replicates.value - high, 2 * replicates.value - low
+            clipped += low < 0
+            low, high = max(low, 0), max(high, 0)
+        assert cells[score] == pytest.approx([replicates.value, replicates.standard_error, low, high], abs=1e-12)
+    assert clipped
+    mean = torch.zeros(300, dtype=torch.float64)
+    normal = torch.randn(300, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    result = evaluate({"MAP": lambda x: (x, torch.ones_like(x))}, [(mean, normal)], n_resamples=B)
+    _, _, low, high = result["test"]["scores"]["MAP"]["calibration_error"]
+    found = bootstrap.regression_replicates(mean, mean + 1, normal, bootstrap.resample_weights(300, B, 0))
+    own = found["calibration_error"]
+    assert (low, high) == pytest.approx([max(2 * own.value - bound, 0) for bound in reversed(own.interval())])
+
+
+def test_targets_are_told_apart() -> None:
+    other = TEST[1].clone()
+    other[0] = (other[0] + 1) % 3
+    digests = [
+        evaluate({"MAP": softmax(1)}, [(TEST[0], y)], n_resamples=2)["test"]["targets"] for y in (TEST[1], other)
+    ]
+    assert digests[0] != digests[1]
+
+
+# -- one pass --------------------------------------------------------------------------------------
+
+
+def test_every_loader_is_read_once_and_every_predictor_asked_once_for_a_batch() -> None:
+    loaders = [Counted(cut(data, 20)) for data in (TEST, SHIFTED, FAR)]
+    sizes: list[int] = []
+
+    def watched(inputs: Tensor) -> Tensor:
+        sizes.append(len(inputs))
+        return inputs.softmax(1)
+
+    evaluate({"MAP": watched, "b": softmax(2)}, loaders[0], {"wide": loaders[1]}, {"far": loaders[2]}, n_resamples=2)
+    # two data of the first batch before anything is read
+    assert [(loader.starts, loader.given) for loader in loaders] == [(2, 5), (2, 4), (2, 3)]
+    assert sizes == [2, 2, 2, 20, 20, 20, 1, 20, 20, 10, 20, 20]
+
+
+def test_generators_are_enough() -> None:
+    expected = evaluate(PREDICTORS, cut(TEST, 20), {"wide": cut(SHIFTED, 20)}, {"far": cut(FAR, 20)}, n_resamples=B)
+
+    def generator(data: tuple[Tensor, Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+        yield from cut(data, 20)
+
+    found = evaluate(
+        PREDICTORS, generator(TEST), {"wide": zip(*(t.split(20) for t in SHIFTED), strict=True)},
+        {"far": map(tuple, generator(FAR))}, n_resamples=B,
+    )  # fmt: skip
+    assert without_seconds(found) == without_seconds(expected)
+    (read,) = preflight(PREDICTORS, conditions(generator(TEST)))
+    assert torch.equal(torch.cat([inputs for inputs, _ in read.loader]), TEST[0])
+
+
+def test_what_predictors_and_loaders_may_give() -> None:
+    expected = evaluate({"p": softmax(1)}, [TEST], n_resamples=B)["test"]
+    weight = torch.ones((), requires_grad=True)
+    for predictor in (
+        lambda x: x.softmax(1).numpy(),
+        lambda x: Prediction(probabilities=x.softmax(1), functional_variance=x.square().sum(1)),
+        lambda x: (weight * x).softmax(1),
+    ):
+        for targets in (TEST[1], TEST[1].int(), TEST[1].to(torch.uint8), TEST[1].numpy(), TEST[1].tolist()):
+            assert evaluate({"p": predictor}, [(TEST[0], targets)], n_resamples=B)["test"] == expected
+    nested = [({"ids": TEST[0], "mask": TEST[0], "labels": TEST[1]})]
+    assert evaluate({"p": lambda batch: batch["ids"].softmax(1)}, nested, n_resamples=B)["test"] == expected
+    y = TEST[0].sum(1)
+    expected = evaluate({"p": lambda x: Prediction(mean=x[:, 0], variance=x[:, 1].exp())}, [(TEST[0], y)])["test"]
+    for pair in (
+        lambda x: (x[:, 0], x[:, 1].exp()),
+        lambda x: [x[:, 0].numpy(), x[:, 1].exp().numpy()],
+        lambda x: (x[:, :1], x[:, 1:2].exp()),
+    ):
+        assert evaluate({"p": pair}, [(TEST[0], y)])["test"]["scores"] == expected["scores"]
+
+
+def test_foreign_data_are_told_by_everything_a_prediction_has() -> None:
+    def rich(x: Tensor) -> Prediction:
+        norms = x.square().sum(1)
+        return Prediction(probabilities=x.softmax(1), functional_variance=norms, mutual_information=1 / norms)
+
+    (entry,) = evaluate({"p": rich}, [TEST], None, {"far": [FAR]}, n_resamples=B)["ood"]
+    score = np.concatenate([rich(data[0]).functional_variance for data in (TEST, FAR)])
+    labels = np.repeat([0, 1], [61, 40])
+    cells = entry["scores"]["p"]
+    assert cells["functional variance, auroc"][0] == pytest.approx(metrics.auroc(score, labels), rel=EXACT)
+    assert cells["mutual information, auroc"][0] == pytest.approx(metrics.auroc(1 / score, labels), rel=EXACT)
+    assert len(cells) == 4 * 3
+
+
+def test_targets_of_foreign_data_do_not_matter() -> None:
+    """They need not be classes, not even numbers of one kind: nothing is said about them."""
+    pictures = {"images": lambda x: x.sigmoid().reshape(-1, 1, 1, 3), "n_resamples": 2}
+    expected = evaluate(PREDICTORS, [TEST], None, {"far": [FAR]}, **pictures)["ood"][0]["scores"]
+    for targets in (FAR[1] + 90, torch.full((40,), math.nan), torch.randn(40, 4)):
+        found = evaluate(PREDICTORS, [TEST], None, {"far": [(FAR[0], targets)]}, **pictures)
+        assert found["ood"][0]["scores"] == expected
+
+
+# -- the most uncertain inputs ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("highlight", [None, "MAP"])
+def test_the_most_uncertain_inputs_are_kept(highlight: str | None) -> None:
+    few = tuple(part[:5] for part in FAR)
+    result = evaluate(
+        PREDICTORS, cut(TEST, 7), {"wide": [SHIFTED]}, {"far": cut(few, 2)}, highlight=highlight, n_resamples=2,
+        images=lambda x: x.sigmoid().reshape(-1, 3, 1, 1).expand(-1, 3, 2, 4),
+    )  # fmt: skip
+    assert "most_uncertain" not in result["shifts"][0]
+    name = highlight or "other"
+    for entry, (inputs, targets) in ((result["test"], TEST), (result["ood"][0], few)):
+        assert entry["most_uncertain"]["predictor"] == name
+        probabilities = PREDICTORS[name](inputs)
+        order = (-(1 - probabilities.max(1).values)).argsort()[:8]
+        shown = entry["most_uncertain"]["inputs"]
+        assert [one["index"] for one in shown] == order.tolist()
+        for one, index in zip(shown, order, strict=True):
+            assert one["target"] == int(targets[index])
+            assert one["predicted"] == int(probabilities[index].argmax())
+            assert one["confidence"] == pytest.approx(float(probabilities[index].max()))
+            picture = png(one["image"])
+            assert picture.shape == (2, 4, 3)
+            assert picture[0, 0].tolist() == (255 * inputs[index].sigmoid()).round().int().tolist()
+
+
+def test_grey_pictures() -> None:
+    result = evaluate({"p": softmax(1)}, [TEST], images=lambda x: x.reshape(-1, 1, 1, 3), n_resamples=2)
+    one = result["test"]["most_uncertain"]["inputs"][0]
+    assert png(one["image"])[0].tolist() == (255 * TEST[0][one["index"]].clamp(0, 1)).round().int().tolist()
+
+
+# -- interruptions ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("regression", [False, True])
+def test_an_interrupted_evaluation_goes_on(tmp_path: Path, regression: bool) -> None:
+    def loaders() -> list[Counted]:
+        labels = [(x, x[:, :2].sin() if regression else y) for x, y in (TEST, SHIFTED, TEST, FAR)]
+        return [Counted(cut(data, 20)) for data in labels]
+
+    asked: list[int] = []
+
+    def predictor(inputs: Tensor) -> Any:
+        asked.append(len(inputs))
+        if len(inputs) > 2 and len([size for size in asked if size > 2]) == stop:
+            raise KeyboardInterrupt
+        return gaussian(inputs) if regression else inputs.softmax(1)
+
+    def judge(own: list[Counted], **options: Any) -> dict[str, Any]:
+        shifts = {"wide": {1: own[1], 5: own[2]}}
+        images = None if regression else lambda x: x.sigmoid().reshape(-1, 1, 1, 3)
+        return evaluate(
+            {"b": gaussian if regression else softmax(2), "MAP": predictor}, own[0], shifts,
+            None if regression else {"far": own[3]}, n_resamples=B, images=images, **options,
+        )  # fmt: skip
+
+    stop = -1
+    expected = judge(loaders())
+    asked, stop = [], 8  # 3 batches with more than two data of each of the first loaders, and then the second
+    with pytest.raises(KeyboardInterrupt):
+        judge(loaders(), folder=tmp_path)
+    stop, asked, steps, own = -1, [], [], loaders()
+    result = judge(own, folder=tmp_path, progress=steps.append)
+    assert without_seconds(result) == without_seconds(expected)
+    assert steps == ["test", "wide 1", "wide 5"] + ([] if regression else ["far"])
+    # of finished loaders two data are looked at, before the rest goes on
+    assert [loader.starts for loader in own[:3]] == [1, 1, 2]
+    assert [size for size in asked if size > 2] == [20] * 3 + ([] if regression else [20, 20])
+    assert all(result["predictors"][name]["seconds"]["predict"] > 0 for name in ("b", "MAP"))
+    with pytest.raises(KeyError):
+        result["predictors"]["MAP"]["seconds"]["fit"]
+
+
+def test_predictions_of_others_are_not_used(tmp_path: Path) -> None:
+    evaluate({"a": softmax(1)}, [TEST], folder=tmp_path, n_resamples=2)
+    expected = evaluate({"a": softmax(1), "b": softmax(2)}, [TEST], n_resamples=2)
+    found = evaluate({"a": softmax(1), "b": softmax(2)}, [TEST], folder=tmp_path, n_resamples=2)
+    assert without_seconds(found) == without_seconds(expected)
+    again = evaluate({"b": softmax(2)}, [TEST], folder=tmp_path, n_resamples=2)
+    assert list(again["test"]["scores"]) == ["b"]
+
+
+def test_names_that_look_alike_have_files_of_their_own(tmp_path: Path) -> None:
+    foreign = {"a b": [FAR], "a-b": [SHIFTED], "a/b": [(9 * FAR[0], FAR[1])]}
+    expected = evaluate(PREDICTORS, [TEST], None, foreign, n_resamples=2)
+    found = evaluate(PREDICTORS, [TEST], None, foreign, n_resamples=2, folder=tmp_path)
+    assert without_seconds(found) == without_seconds(expected)
+
+
+# -- errors ----------------------------------------------------------------------------------------
+
+REAL = TEST[0].sum(1)
+MODEL = nn.Linear(3, 3).double()
+BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
+    "logits": ({"predictors": {"a": lambda x: x}}, ValueError, "predictor 'a', got a smallest.*look like logits"),
+    "rows": ({"predictors": {"a": lambda x: x.softmax(1) / 2}}, ValueError, "rows sum to one.*a sum of 0.5"),
+    "nan": (
+        {"predictors": {"a": lambda x: x.softmax(1) * math.nan}}, ValueError,
+        "finite probabilities from predictor 'a', got NaN or infinity for 2 of 2",
+    ),
+    "too few rows": ({"predictors": {"a": lambda x: x[1:].softmax(1)}}, ValueError, r"of 2 data.*got shape \(1, 3\)"),
+    "a scalar": ({"predictors": {"a": lambda x: x.softmax(1).mean()}}, ValueError, r"one row for each, got shape \(\)"),
+    "one column": ({"predictors": {"a": lambda x: x[:, :1].sigmoid()}}, ValueError, "two classes.*columns 1 - p and p"),
+    "one probability": ({"predictors": {"a": lambda x: x[:, 0].sigmoid()}}, ValueError, "two classes.*'a'"),
+    "none": ({"predictors": {"a": lambda x: None}}, TypeError, "pair .*from predictor 'a', got NoneType"),
+    "a number": ({"predictors": {"a": lambda x: 3.0}}, TypeError, "got float"),
+    "empty prediction": ({"predictors": {"a": lambda x: Prediction()}}, TypeError, "got Prediction"),
+    "both": (
+        {"predictors": {"a": lambda x: Prediction(probabilities=x, mean=x, variance=x)}}, TypeError, "got Prediction",
+    ),
+    "a crash": ({"predictors": {"a": lambda x: 1 / 0}}, ValueError, "'a' failed on the first batch.*ZeroDivisionError"),
+    "another network": (
+        {"predictors": {"a": lambda x: x.softmax(1), "b": lambda x: torch.cat([x, x], 1).softmax(1)},
+         "test": [(TEST[0], TEST[1] + 3)]}, ValueError, "from 0 to 2 in the test data 'test'.*got 3 to 5",
+    ),
+    "mixed": (
+        {"predictors": {"a": softmax(1), "b": lambda x: (x[:, 0], x[:, 0].exp())}}, ValueError,
+        "predictors of one kind, got.*regression",
+    ),
+    "variance zero": (
+        {"predictors": {"a": lambda x: (x[:, 0], 0 * x[:, 0])}, "test": [(TEST[0], REAL)]}, ValueError,
+        "positive predictive variances from predictor 'a', got 0. Add the observation noise",
+    ),
+    "variance missing": (
+        {"predictors": {"a": lambda x: Prediction(mean=x[:, 0])}, "test": [(TEST[0], REAL)]}, ValueError,
+        "variance of the mean's shape from predictor 'a', got None",
+    ),
+    "variance of another shape": (
+        {"predictors": {"a": lambda x: (x[:, 0], x[:, :1].exp())}, "test": [(TEST[0], REAL)]}, ValueError,
+        r"variance of the mean's shape.*got \(2, 1\) for a mean of shape \(2,\)",
+    ),
+    "targets of another shape": (
+        {"predictors": {"a": gaussian}, "test": [(TEST[0], REAL)]}, ValueError, r"targets with 2 number\(s\)",
+    ),
+    "foreign data of a regression": (
+        {"predictors": {"a": lambda x: (x[:, 0], x[:, 0].exp())}, "test": [(TEST[0], REAL)],
+         "out_of_distribution": {"far": [FAR]}}, ValueError, "Expected a classifier for out-of-distribution data",
+    ),
+    "label too large": ({"test": [(TEST[0], TEST[1] + 1)]}, ValueError, "from 0 to 2 in the test data.*got 1 to 3"),
+    "negative label": ({"shifted": {"s": [(TEST[0], -TEST[1])]}}, ValueError, "in the shift data 's'.*got -2 to 0"),
+    "float labels": ({"test": [(TEST[0], TEST[1].float())]}, ValueError, "integer dtype as targets.*torch.float32"),
+    "boolean labels": ({"test": [(TEST[0], TEST[1] > 0)]}, ValueError, "integer dtype.*torch.bool"),
+    "one-hot labels": (
+        {"test": [(TEST[0], nn.functional.one_hot(TEST[1]))]}, ValueError, r"shape \(61, 3\). Use argmax",
+    ),
+    "labels of others": ({"test": [(TEST[0], TEST[1][:7])]}, ValueError, r"got 61 inputs and targets of shape \(7,\)"),
+    "other inputs": (
+        {"predictors": {"a": lambda x: MODEL(x).softmax(1)}, "shifted": {"s": [(torch.randn(9, 4).double(), TEST[1])]}},
+        ValueError, r"one target for each input of a batch of the shift data 's', got 9",
+    ),
+    "other shape": (
+        {"predictors": {"a": lambda x: MODEL(x).softmax(1)},
+         "shifted": {"s": {3: [(torch.randn(9, 4).double(), TEST[1][:9])]}}}, ValueError,
+        r"'a' failed on the first batch of the shift data 's 3', whose inputs have shape \(9, 4\): RuntimeError",
+    ),
+    "empty": ({"test": []}, ValueError, "got an empty loader for the test data 'test'. A generator"),
+    "empty foreign": ({"out_of_distribution": {"far": iter([])}}, ValueError, "empty loader for the ood data 'far'"),
+    "empty batch": ({"test": [(TEST[0][:0], TEST[1][:0])]}, ValueError, "got 0 inputs"),
+    "no loader": ({"shifted": {"s": 3}}, TypeError, "iterable of batches for the shift data 's', got int"),
+    "triples": ({"test": [(TEST[0], TEST[1], TEST[1])]}, TypeError, "pairs .*got a tuple of length 3"),
+    "no predictor": ({"predictors": {}}, ValueError, "at least one predictor, got none"),
+    "a name twice": (
+        {"shifted": {"s 3": [TEST], "s": {3: [TEST]}}}, ValueError, "different names for all data, got .*'s 3', 's 3'",
+    ),
+    # what follows was found after predictions were made, or was not told in words
+    "a pair with nothing": (
+        {"predictors": {"a": lambda x: (x.softmax(1), None)}}, (TypeError, ValueError), "predictor 'a'",
+    ),
+    "nan in targets": (
+        {"predictors": {"a": lambda x: (x[:, 0], x[:, 0].exp())}, "test": [(TEST[0], REAL * math.nan)]}, ValueError,
+        "finite targets.*'test'",
+    ),
+    "three dimensions": (
+        {"predictors": {"a": lambda x: (x[:, :, None], x[:, :, None].exp())}, "test": [(TEST[0], TEST[0][:, :, None])]},
+        ValueError, "mean.*predictor 'a'",
+    ),
+    "nobody to show": ({"highlight": "nobody"}, ValueError, "highlight.*'nobody'"),
+    "one resample": ({"n_resamples": 1}, ValueError, "at least two resamples"),
+    "severity in words": ({"shifted": {"s": {"low": [TEST]}}}, (TypeError, ValueError), "severit.*'low'"),
+    "pictures of one dimension": ({"images": lambda x: x}, ValueError, r"images.*\[N, channels, H, W\]"),
+    "pictures that fail": ({"images": lambda x: 1 / 0}, ValueError, "images.*ZeroDivisionError"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_what_cannot_work_fails_before_anything_takes_long(case: str) -> None:
+    options, error, message = BAD[case]
+    sizes: list[int] = []
+
+    def watched(predictor: Any) -> Any:
+        def predict(inputs: Tensor) -> Any:
+            sizes.append(len(inputs))
+            return predictor(inputs)
+
+        return predict
+
+    options = {"predictors": {"a": softmax(1)}, "test": [TEST], "n_resamples": 2} | options
+    options["predictors"] = {name: watched(predictor) for name, predictor in options["predictors"].items()}
+    with pytest.raises(error, match=message):
+        evaluate(**options)
+    assert all(size <= 2 for size in sizes)
+
+
+def test_later_batches_are_checked_too() -> None:
+    inputs = TEST[0].clone()
+    inputs[45] = math.nan
+    with pytest.raises(ValueError, match=r"finite probabilities from predictor 'b', got NaN.*for 1 of 20.*datum 5"):
+        evaluate({"MAP": lambda x: x.nan_to_num().softmax(1), "b": softmax(1)}, cut((inputs, TEST[1]), 20))
+    labels = TEST[1].clone()
+    labels[60] = 3
+    with pytest.raises(ValueError, match=r"from 0 to 2 in the shift data 's'.*got 3 to 3"):
+        evaluate({"MAP": softmax(1)}, [TEST], {"s": cut((TEST[0], labels), 20)}, n_resamples=2)
+    with pytest.raises(ValueError, match=r"infinite negative log-likelihood of \['sure'\].*probability zero"):
+        evaluate({"MAP": softmax(1), "sure": softmax(1e5)}, [TEST], n_resamples=2)
+
+
+@pytest.mark.parametrize("value", [torch.full((2, 2), 0.5), np.full((2, 2), 0.5)])
+def test_predictions_are_float64_arrays(value: Any) -> None:
+    arrays = as_prediction(value, 2, "a").arrays()
+    assert list(arrays) == ["probabilities"]
+    assert arrays["probabilities"].dtype == np.float64
+
+
+# -- predictors without a posterior ----------------------------------------------------------------
+
+
+def network(seed: int = 0, outputs: int = 3) -> nn.Module:
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Dropout(0.5), nn.Linear(8, outputs)).double()
+
+
+def outputs(model: nn.Module, inputs: Tensor) -> Tensor:
+    first, activation, _, last = model
+    return last(activation(first(inputs))).detach()
+
+
+def test_point_gaussian_and_ensemble() -> None:
+    model, inputs = network().train(), TEST[0]
+    assert_equal(point_predictor(model)(inputs).probabilities, outputs(model, inputs).softmax(1))
+    scaled = point_predictor(model, temperature=2.5)(inputs).probabilities
+    assert_equal(scaled, (outputs(model, inputs) / 2.5).softmax(1))
+    assert not scaled.requires_grad
+    assert model.training
+    found = gaussian_predictor(model, 0.3)(inputs)
+    assert_equal(found.mean, outputs(model, inputs))
+    assert_equal(found.variance, torch.full_like(found.mean, 0.3))
+    models = [network(seed) for seed in range(3)]
+    several = torch.stack([outputs(member, inputs) for member in models])
+    found = ensemble_predictor(models)(inputs)
+    assert_equal(found.probabilities, several.softmax(-1).mean(0))
+    assert_equal(found.functional_variance, several.var(0, correction=0).sum(-1))
+    entropies = torch.distributions.Categorical(several.softmax(-1)).entropy()
+    whole = torch.distributions.Categorical(several.softmax(-1).mean(0)).entropy()
+    assert_equal(found.mutual_information, whole - entropies.mean(0), 1e-8)
+    found = ensemble_predictor(models, 0.3)(inputs)
+    assert_equal(found.mean, several.mean(0))
+    assert_equal(found.variance, several.var(0, correction=0) + 0.3)
+    with pytest.raises(ValueError, match="at least one network for an ensemble, got none"):
+        ensemble_predictor([])
+
+
+def test_the_noise_of_an_ensemble_is_the_best_one() -> None:
+    inputs = TEST[0]
+    targets = inputs.sin() + 0.4 * torch.randn(61, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    models = [network(seed) for seed in range(3)]
+    error = (targets - outputs(models[0], inputs)).square().mean()
+    assert tuned_noise(models[:1], cut((inputs, targets), 20)) == pytest.approx(float(error), rel=EXACT)
+    noise = tuned_noise(models, cut((inputs, targets), 20))
+    several = torch.stack([outputs(model, inputs) for model in models])
+    squares, variance = (targets - several.mean(0)).square().numpy(), several.var(0, correction=0).numpy()
+
+    def slope(value: float) -> float:  # of the mean loss in the noise variance
+        total = variance + value
+        return float((1 / total - squares / total**2).mean())
+
+    assert noise == pytest.approx(brentq(slope, 1e-3, 10, xtol=1e-14), rel=1e-6)
+
+
+def test_mutual_information() -> None:
+    samples = torch.randn(7, 50, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64).softmax(-1)
+    assert float(mutual_information(samples[:1].expand(5, -1, -1)).max()) < EXACT
+    opposite = torch.tensor([[[1.0, 0.0]], [[0.0, 1.0]]], dtype=torch.float64)
+    assert float(mutual_information(opposite)) == pytest.approx(math.log(2), rel=EXACT)
+    values = mutual_information(samples)
+    assert bool((values > 0).all())
+    assert bool((values < math.log(4)).all())
+    almost = samples[:1].float().expand(30, -1, -1) * (1 + 1e-7 * torch.randn(30, 1, 1))
+    assert bool((mutual_information(almost) >= 0).all())
+
+
+@pytest.mark.parametrize("factor", [0.3, 1.0, 8.0])
+def test_the_temperature_is_the_best_one(factor: float) -> None:
+    from netcal.scaling import TemperatureScaling
+
+    model, (inputs, _) = network(), draw(300, 3, 3.0)
+    with torch.no_grad():
+        for parameter in model[3].parameters():
+            parameter.mul_(factor)
+    logits = outputs(model, inputs).numpy()
+    random = np.random.default_rng(0)
+    cumulative = np.exp(logits / (2 * factor) - logsumexp(logits / (2 * factor), 1, keepdims=True)).cumsum(1)
+    targets = (random.random((300, 1)) > cumulative).sum(1).clip(max=2)
+
+    def slope(inverse: float) -> float:  # of the mean loss in the inverse temperature, in which it is convex
+        probabilities = np.exp(inverse * logits - logsumexp(inverse * logits, 1, keepdims=True))
+        return float(((probabilities * logits).sum(1) - logits[np.arange(300), targets]).mean())
+
+    best = 1 / brentq(slope, 1e-3, 1e2, xtol=1e-14)
+    temperature, loss = tuned_temperature(model, cut((inputs, torch.from_numpy(targets)), 64))
+    assert temperature == pytest.approx(best, rel=1e-6)
+    assert loss == pytest.approx(
+        float(nn.functional.cross_entropy(torch.from_numpy(logits / best), torch.from_numpy(targets))), rel=EXACT
+    )
+    reference = TemperatureScaling()
+    reference.fit(np.exp(logits - logsumexp(logits, 1, keepdims=True)), targets)
+    assert temperature == pytest.approx(1 / float(np.ravel(reference.weights)[0]), rel=1e-3)
+
+
+def test_temperature_of_labels_of_other_integers_and_of_no_data() -> None:
+    model, (inputs, targets) = network(), TEST
+    expected = tuned_temperature(model, [TEST])
+    for dtype in (torch.uint8, torch.int32, torch.int16):
+        assert tuned_temperature(model, [(inputs, targets.to(dtype))]) == expected
+    with pytest.raises(ValueError, match=r"got an empty loader. A generator can be read only once"):
+        tuned_temperature(model, [])
+
+
+# -- posteriors ------------------------------------------------------------------------------------
+
+
+def fitted(likelihood: str = "classification", model: nn.Module | None = None, **keywords: Any) -> DebiasedLaplace:
+    model = model or network(outputs=3 if likelihood == "classification" else 2)
+    la = DebiasedLaplace(model, likelihood, seed=4, **keywords)
+    inputs, targets = draw(80, 7)
+    la.fit([(inputs, targets if likelihood == "classification" else inputs[:, :2].sin())], generator=1)
+    return la
+
+
+@pytest.mark.parametrize("temperature", [1.0, 1.7])
+@pytest.mark.parametrize("link", ["probit", "mc", "bridge"])
+def test_a_posterior_predicts_as_it_does(link: str, temperature: float) -> None:
+    la = fitted()
+    la.link, la.output_temperature, la.prior_precision = link, temperature, 3.0
+    predictor = LaplacePredictor(la)
+    found, inputs = predictor(TEST[0]), TEST[0]
+    expected = la(inputs)
+    assert_equal(found.probabilities, expected)
+    _, variance = la._glm_predictive_distribution(inputs, diagonal_output=True)
+    assert_equal(found.functional_variance, variance.sum(1))
+    assert bool((found.mutual_information >= 0).all())
+    # tuned once more, the predictor stays what it was
+    la.prior_precision, la.output_temperature = 70.0, 1.1
+    assert_equal(predictor(inputs).probabilities, expected)
+    assert not torch.allclose(la(inputs), expected, atol=1e-3)
+
+
+def test_mutual_information_is_of_samples_of_the_outputs() -> None:
+    la = fitted()
+    la.output_temperature = 1.5
+    found = LaplacePredictor(la, n_samples=4000)(TEST[0]).mutual_information
+    mean, variance = la._glm_predictive_distribution(TEST[0], diagonal_output=True)
+    normals = torch.randn(4000, 1, 3, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
+    expected = mutual_information(((mean + variance.sqrt() * normals) / 1.5).softmax(-1))
+    assert float((found - expected).abs().max()) < 0.1 * float(expected.max())
+
+
+def test_a_regression_adds_the_noise() -> None:
+    la = fitted("regression", sigma_noise=0.4, prior_precision=2.0)
+    found = LaplacePredictor(la)(TEST[0])
+    mean, covariance = la(TEST[0])
+    variance = covariance.diagonal(dim1=1, dim2=2)
+    assert_equal(found.mean, mean)
+    assert_equal(found.variance, variance + 0.16)
+    assert_equal(found.functional_variance, variance.sum(1))
+    assert found.probabilities is None
+
+
+@pytest.mark.parametrize("link", ["probit", "mc"])
+def test_sharing_changes_nothing(link: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = network()
+    several = [fitted(model=model), fitted(model=model, subset_of_weights="last_layer", hessian_structure="full")]
+    members = []
+    shared = Shared()
+    for la in several:
+        for prior in (1.0, 20.0):
+            la.prior_precision, la.link = prior, link
+            members.append((LaplacePredictor(la, shared), LaplacePredictor(la), la(TEST[0])))
+    calls = []
+    original = predictors.functional_moments
+    monkeypatch.setattr(predictors, "functional_moments", lambda *a, **k: (calls.append(1), original(*a, **k))[1])
+    for inputs in (TEST[0], SHIFTED[0], TEST[0]):
+        calls.clear()
+        found = [together(inputs) for together, _, _ in members]
+        assert len(calls) == (2 if link == "probit" else 4)  # once for each basis
+        for own, (_, alone, expected) in zip(found, members, strict=True):
+            assert_equal(own.probabilities, alone(inputs).probabilities)
+            assert_equal(own.mutual_information, alone(inputs).mutual_information)
+            if inputs is TEST[0]:
+                assert_equal(own.probabilities, expected)
+
+
+def test_a_loader_may_fill_one_buffer_again_and_again() -> None:
+    la, shared = fitted(), Shared()
+    predictor = LaplacePredictor(la, shared)
+
+    def refilled() -> Iterator[tuple[Tensor, Tensor]]:
+        buffer = torch.empty(20, 3, dtype=torch.float64)
+        for inputs, targets in cut(draw(60), 20):
+            yield buffer.copy_(inputs), targets
+
+    expected = evaluate({"p": LaplacePredictor(la)}, cut(draw(60), 20), n_resamples=2)
+    found = evaluate({"p": predictor}, refilled(), n_resamples=2)
+    assert found["test"]["scores"] == expected["test"]["scores"]
+
+
+@pytest.mark.parametrize("structure", ["kron", "full"])
+@pytest.mark.parametrize("regression", [False, True])
+def test_the_peer_predicts_as_it_does(regression: bool, structure: str) -> None:
+    from laplace import Laplace
+
+    model, (inputs, targets) = network(outputs=2 if regression else 3).float().eval(), draw(80, 7)
+    inputs = inputs.float()
+    la = Laplace(model, "regression" if regression else "classification", "all", structure)
+    labels = inputs[:, :2].sin() if regression else targets
+    dataset = torch.utils.data.TensorDataset(inputs, labels)
+    la.fit(torch.utils.data.DataLoader(dataset, batch_size=40))
+    found = PeerPredictor(la, regression)(inputs)
+    if not regression:
+        assert_equal(found.probabilities, la(inputs, link_approx="probit"), FLOAT32)
+        return
+    la.sigma_noise = 0.5
+    mean, covariance = la(inputs)
+    found = PeerPredictor(la, regression)(inputs)
+    assert_equal(found.mean, mean, FLOAT32)
+    assert_equal(found.variance, covariance.diagonal(dim1=1, dim2=2) + 0.25, FLOAT32)
