@@ -27,8 +27,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from networks import CifarResNet, all_cnn_c, cifar_3c3d, lenet, wide_head
+from networks import all_cnn_c, cifar_3c3d, lenet, wide_head
 from torch import Tensor, nn
+
+from debiased_laplace.evaluation.shipped.cifar10 import CifarResNet
 
 
 def resnet50() -> nn.Module:

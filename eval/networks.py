@@ -5,17 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from debiased_laplace.evaluation.shipped.cifar10 import trained
+from debiased_laplace.evaluation.shipped.fashion_mnist import network as lenet
 
-def lenet(n_classes: int = 10) -> nn.Module:
-    """LeNet-5 with ReLU and max pooling for 28 x 28 grey images, 44,426 parameters."""
-    return nn.Sequential(
-        nn.Conv2d(1, 6, 5), nn.ReLU(), nn.MaxPool2d(2),
-        nn.Conv2d(6, 16, 5), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(),
-        nn.Linear(256, 120), nn.ReLU(), nn.Linear(120, 84), nn.ReLU(), nn.Linear(84, n_classes),
-    )  # fmt: skip
+__all__ = [
+    "all_cnn_c", "cifar_3c3d", "digits_cnn", "digits_mlp", "digits_transformer", "lenet", "trained_cifar_resnet",
+    "wide_head",
+]  # fmt: skip
 
 
 def all_cnn_c(n_classes: int = 100) -> nn.Module:
@@ -49,52 +47,10 @@ def wide_head(n_classes: int = 3100) -> nn.Module:
     return nn.Sequential(nn.Linear(64, 768), nn.Tanh(), nn.Linear(768, n_classes))
 
 
-class _BasicBlock(nn.Module):
-    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(outputs)
-        self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
-        self.bn2 = nn.BatchNorm2d(outputs)
-        self.stride, self.widen = stride, outputs - inputs
-
-    def forward(self, x: Tensor) -> Tensor:
-        out = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
-        if self.stride != 1 or self.widen:
-            x = F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, self.widen // 2, self.widen // 2))
-        return F.relu(out + x)
-
-
-class CifarResNet(nn.Module):
-    """ResNet-20 and ResNet-56 for CIFAR-10 (He et al., arXiv 1512.03385, section 4.2), shortcuts of type A."""
-
-    def __init__(self, blocks: int = 3, n_classes: int = 10) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(3, 16, 3, 1, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(16)
-        inputs = 16
-        for index, (outputs, stride) in enumerate([(16, 1), (32, 2), (64, 2)], start=1):
-            layer = [
-                _BasicBlock(inputs if i == 0 else outputs, outputs, stride if i == 0 else 1) for i in range(blocks)
-            ]
-            setattr(self, f"layer{index}", nn.Sequential(*layer))
-            inputs = outputs
-        self.linear = nn.Linear(64, n_classes)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Logits ``[N, 10]`` of images ``[N, 3, 32, 32]``."""
-        out = F.relu(self.bn1(self.conv1(x)))
-        out = self.layer3(self.layer2(self.layer1(out)))
-        return self.linear(out.mean((2, 3)))
-
-
 def trained_cifar_resnet(depth: int, folder: Path) -> nn.Module:
     """A trained ResNet of depth 20 or 56 from a checkpoint of akamaster/pytorch_resnet_cifar10 in ``folder``."""
     (path,) = sorted(folder.glob(f"resnet{depth}-*.th"))
-    state = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
-    model = CifarResNet(blocks=(depth - 2) // 6)
-    model.load_state_dict({name.removeprefix("module."): value for name, value in state.items()})
-    return model.eval()
+    return trained(depth, path)
 
 
 def digits_cnn(n_classes: int = 10) -> nn.Module:

@@ -79,14 +79,6 @@ def test_evaluate(evaluated: SimpleNamespace) -> None:
     assert {path.name for path in out.iterdir()} >= {"records", "work"}
 
 
-def test_evaluate_again(evaluated: SimpleNamespace) -> None:
-    before = (evaluated.out / "results.json").read_text()
-    result = invoke("evaluate", BLOBS, "--quick", "--out", evaluated.out, "--device", "cpu")
-    assert result.exit_code == 0, result.output
-    assert "1 of 1 seeds were finished earlier" in result.stdout
-    assert (evaluated.out / "results.json").read_text() == before
-
-
 def test_evaluate_some_methods_for_some_seeds(tmp_path: Path) -> None:
     result = invoke(
         "evaluate", BLOBS, "--out", tmp_path, "--only", "MAP", "--only", "debiased K-FAC", "--seeds", 2, "--seed", 5

@@ -484,9 +484,9 @@ def with_differences(
     for second, cell in against.items():
         found["test"]["differences"][second][CANDIDATE]["nll"] = cell
     for entry in found["shifts"]:
-        if entry["severity"] >= 3:
-            for second, cell in (strong or {}).items():
-                entry["differences"][second][CANDIDATE]["nll"] = cell
+        for second, cell in (strong or {}).items():  # under weak shift the other way round
+            weak = BETTER if cell == WORSE else WORSE
+            entry["differences"][second][CANDIDATE]["nll"] = cell if entry["severity"] >= 3 else weak
     return found
 
 
@@ -495,7 +495,7 @@ def with_differences(
     [
         (
             BETTER, BETTER, BETTER,
-            ["are better than the network's own, and are better than with the simplest", "beats the temperature in 2"],
+            ["are better than the network's own, and are better than with the simplest", "beats the temperature in 2 and loses to it in 0"],
         ),
         (
             BETTER, NEITHER, NEITHER,

@@ -269,6 +269,12 @@ def test_foreign_data_are_told_by_everything_a_prediction_has() -> None:
     assert cells["functional variance, auroc"][0] == pytest.approx(metrics.auroc(score, labels), rel=EXACT)
     assert cells["mutual information, auroc"][0] == pytest.approx(metrics.auroc(1 / score, labels), rel=EXACT)
     assert len(cells) == 4 * 3
+    # known and foreign data are resampled independently, also if there are equally many
+    (entry,) = evaluate({"p": rich}, [TEST], None, {"far": [(2 * TEST[0], TEST[1])]}, n_resamples=B)["ood"]
+    norms, weights = TEST[0].square().sum(1), [bootstrap.resample_weights(61, B, seed) for seed in (0, 1)]
+    own = bootstrap.detection_replicates(norms, 4 * norms, *weights)["auroc"]
+    expected = [own.value, own.standard_error, *own.interval()]
+    assert entry["scores"]["p"]["functional variance, auroc"] == pytest.approx(expected, rel=EXACT)
 
 
 def test_targets_of_foreign_data_do_not_matter() -> None:

@@ -65,7 +65,7 @@ def write_cifar(folder: Path) -> None:
         images = rng.integers(0, 256, (n, 32, 32, 3), dtype=np.uint8)
         np.savez(folder / name, images=images, labels=np.arange(n) % 10)
     torch.manual_seed(0)
-    state = {f"module.{name}": value for name, value in cifar10.network().state_dict().items()}
+    state = {f"module.{name}": value for name, value in cifar10.CifarResNet().state_dict().items()}
     torch.save({"state_dict": state, "best_prec1": 10.0}, folder / "resnet20-0.th")
 
 
@@ -220,7 +220,7 @@ def test_digits_split_by_seed() -> None:
     assert abs(int((first[1] == 3).sum()) - int((other[1] == 3).sum())) <= 1  # equal shares of every class
 
 
-@pytest.mark.parametrize("build", [digits.network, fashion_mnist.network, cifar10.network])
+@pytest.mark.parametrize("build", [digits.network, fashion_mnist.network, cifar10.CifarResNet])
 def test_networks_have_the_parameters_their_docstrings_say(build: Any) -> None:
     assert f"{sum(p.numel() for p in build().parameters()):,} parameters" in build.__doc__
 
@@ -391,13 +391,13 @@ def test_cifar10_of_torchvision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     with pytest.raises(FileNotFoundError, match=r"resnet20-\*\.th in the folder of --data-dir"):
         joined(cifar10.train_loader(data_dir=data, cache=cache))
     assert roots == []  # nothing is downloaded in vain
-    torch.save({"state_dict": cifar10.network().state_dict()}, data / "resnet20-1.th")
+    torch.save({"state_dict": cifar10.CifarResNet().state_dict()}, data / "resnet20-1.th")
     assert len(joined(cifar10.train_loader(data_dir=data, cache=cache))[1]) == 30
     assert len(joined(cifar10.test_loader(seed=0, data_dir=data, cache=cache))[1]) == 10
     assert roots == [f"{cache} True"] * 2
     other = tmp_path / "other"
     (other / "cifar-10-batches-py").mkdir(parents=True)
-    torch.save({"state_dict": cifar10.network().state_dict()}, other / "resnet20-1.th")
+    torch.save({"state_dict": cifar10.CifarResNet().state_dict()}, other / "resnet20-1.th")
     joined(cifar10.train_loader(data_dir=other, cache=cache))
     assert roots[2:] == [f"{other} False"] * 2
     _fake_torchvision(monkeypatch, CIFAR10=incomplete)

@@ -5,13 +5,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from debiased_laplace.evaluation.shipped._common import one_thread
 from debiased_laplace.evaluation.suite import Method, Options, methods_of, run
 from debiased_laplace.evaluation.summary import summarise
 from debiased_laplace.evaluation.tasks import Context, Task
@@ -59,14 +59,3 @@ def demo(
             options=Options(n_resamples=200 if quick else 1000), progress=progress,
         )  # fmt: skip
     return summarise(records)
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Let torch use one CPU thread: networks this small gain nothing from more, and lose much on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

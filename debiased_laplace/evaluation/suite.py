@@ -399,7 +399,10 @@ class _Bench:
             la = DebiasedLaplace(self.model, self.task.likelihood, seed=context.seed, **method.laplace)
             n_data = self.task.constant("N_DATA")
             keywords = dict(method.fit) | ({} if n_data is None else {"n_data": int(n_data)})
-            la.fit(self.task.call("train_loader", context), generator=context.seed, **keywords)
+            checkpoint = self.work / f"fit-{records.digest({'fit': method.fit_key})}.progress"
+            checkpoint.parent.mkdir(parents=True, exist_ok=True)
+            loader = self.task.call("train_loader", context)
+            la.fit(loader, generator=context.seed, checkpoint=checkpoint, **keywords)
             self.fitted[method.fit_key] = copy.copy(la)
         fitted = time.perf_counter()
         la.optimize_prior_precision(

@@ -11,13 +11,15 @@ import importlib
 from typing import Any
 
 _MODULES = {"digits": "digits", "fashion-mnist": "fashion_mnist", "cifar10": "cifar10"}
+#: Depth of another network on CIFAR-10; the task is called ``cifar10-resnet`` and it.
+_DEPTHS = (56,)
 #: File names of the regression sets; a task is called ``uci-`` and one of them.
 _UCI = ("concrete", "energy", "power-plant", "wine-quality-red")
 
 
 def names() -> list[str]:
     """Names of the shipped tasks."""
-    return [*_MODULES, *(f"uci-{dataset}" for dataset in _UCI)]
+    return [*_MODULES, *(f"cifar10-resnet{depth}" for depth in _DEPTHS), *(f"uci-{dataset}" for dataset in _UCI)]
 
 
 def load(name: str) -> Any:
@@ -37,4 +39,6 @@ def load(name: str) -> Any:
         raise ValueError(f"Expected the name of a shipped task out of {', '.join(names())}, got {name!r}.")
     if name in _MODULES:
         return importlib.import_module(f"{__name__}.{_MODULES[name]}")
+    if name.startswith("cifar10-resnet"):
+        return importlib.import_module(f"{__name__}.cifar10").of_depth(int(name.removeprefix("cifar10-resnet")))
     return importlib.import_module(f"{__name__}.uci").task(name.removeprefix("uci-"))

@@ -1,6 +1,6 @@
-"""A trained ResNet-20 on CIFAR-10. Inputs are ``[N, 3, 32, 32]``, normalised by channel.
+"""A trained ResNet-20, or ResNet-56, on CIFAR-10. Inputs are ``[N, 3, 32, 32]``, normalised by channel.
 
-The folder of the data, or ``cifar10`` in it, holds a checkpoint ``resnet20-*.th`` of akamaster/pytorch_resnet_cifar10
+The folder of the data, or ``cifar10`` in it, holds a checkpoint of akamaster/pytorch_resnet_cifar10 (``resnet20-*.th``)
 and the images, as ``train_first10k.npz`` and ``test_first1k.npz`` (``images`` uint8 ``[N, 32, 32, 3]`` and
 ``labels``) or as torchvision has them; without images torchvision downloads into the cache. CIFAR-10-C and MNIST are
 used where they are there.
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from functools import lru_cache, partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
@@ -32,7 +33,7 @@ from debiased_laplace.evaluation.shipped._common import (
 
 NAME = "CIFAR-10, ResNet-20"
 DESCRIPTION = (
-    "A ResNet-20 on CIFAR-10, colour images of 32 x 32 pixels: the published checkpoint of "
+    "A trained ResNet on CIFAR-10, colour images of 32 x 32 pixels: the published checkpoint of "
     "akamaster/pytorch_resnet_cifar10. It was trained on all 50,000 training images, which it fits almost perfectly, "
     "and its best epoch was chosen on the test set, so that its accuracy is optimistic."
 )
@@ -117,27 +118,40 @@ class Images(NamedTuple):
     test: tuple[Tensor, Tensor]
 
 
-def network() -> nn.Module:
-    """ResNet-20; 269,722 parameters."""
-    return CifarResNet(blocks=3)
+def trained(depth: int, path: Path) -> nn.Module:
+    """A network of depth 20 or 56 with the weights of a checkpoint, in evaluation mode.
+
+    Raises:
+        ValueError: If the file is something else.
+    """
+    with torch.random.fork_rng(devices=[]):
+        network = CifarResNet(blocks=(depth - 2) // 6)
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
+        network.load_state_dict({name.removeprefix("module."): value for name, value in state.items()})
+    except Exception as error:  # torch has many ways to fail here
+        raise ValueError(f"Expected a checkpoint with the 'state_dict' of a ResNet-{depth}, got {path}.") from error
+    return network.eval()
 
 
-def model(*, data_dir: Path | None = None, device: torch.device = CPU) -> nn.Module:
+def model(*, data_dir: Path | None = None, device: torch.device = CPU, depth: int = 20) -> nn.Module:
     """The checkpoint's network, the same for every seed.
 
     Raises:
         FileNotFoundError: If there is no checkpoint.
         ValueError: If it is something else.
     """
-    path = _checkpoint(data_dir)
-    with torch.random.fork_rng(devices=[]):
-        model = network()
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
-        model.load_state_dict({name.removeprefix("module."): value for name, value in state.items()})
-    except Exception as error:  # torch has many ways to fail here
-        raise ValueError(f"Expected a checkpoint with the 'state_dict' of a ResNet-20, got {path}.") from error
-    return model.to(device).eval()
+    return trained(depth, _checkpoint(data_dir, depth)).to(device)
+
+
+def of_depth(depth: int) -> SimpleNamespace:
+    """The same task with another network."""
+
+    def other(*, data_dir: Path | None = None, device: torch.device = CPU) -> nn.Module:
+        """The checkpoint's network, the same for every seed."""
+        return model(data_dir=data_dir, device=device, depth=depth)
+
+    return SimpleNamespace(**{**globals(), "NAME": f"CIFAR-10, ResNet-{depth}", "model": other})
 
 
 def train_loader(*, cache: Path, data_dir: Path | None = None, quick: bool = False) -> Loader:
@@ -249,13 +263,14 @@ def _test(seed: int, data_dir: Path | None, cache: Path, quick: bool) -> tuple[T
     return images[index], targets[index], index
 
 
-def _checkpoint(data_dir: Path | None) -> Path:
+def _checkpoint(data_dir: Path | None, depth: int = 20) -> Path:
     for folder in () if data_dir is None else (data_dir, data_dir / "cifar10"):
-        if found := sorted(folder.glob("resnet20-*.th")):
+        if found := sorted(folder.glob(f"resnet{depth}-*.th")):
             return found[0]
+    published = {20: "resnet20-12fca82f.th", 56: "resnet56-4bfd9763.th"}
     raise FileNotFoundError(
-        f"Expected resnet20-*.th in the folder of --data-dir or in cifar10 there, got none in {data_dir}. "
-        "Fetch resnet20-12fca82f.th from akamaster/pytorch_resnet_cifar10 and name its folder with --data-dir."
+        f"Expected resnet{depth}-*.th in the folder of --data-dir or in cifar10 there, got none in {data_dir}. "
+        f"Fetch {published.get(depth, 'it')} from akamaster/pytorch_resnet_cifar10 and name its folder with --data-dir."
     )
 
 
@@ -264,7 +279,6 @@ def _images(data_dir: Path | None, cache: Path) -> Images:
     parts = [existing(data_dir, name, f"cifar10/{name}") for name in ("train_first10k.npz", "test_first1k.npz")]
     if all(parts):
         return Images(*(_read(path) for path in parts if path is not None))
-    _checkpoint(data_dir)  # before a download that would be of no use without it
     wanted = "train_first10k.npz and test_first1k.npz, or cifar-10-batches-py,"
     found = existing(data_dir, "cifar-10-batches-py", "cifar10/cifar-10-batches-py")
     root = cache if found is None else found.parent
