@@ -495,7 +495,7 @@ def with_differences(
     [
         (
             BETTER, BETTER, BETTER,
-            ["are better than the network's own, and are better than with the simplest", "beats the temperature in 2 and loses to it in 0"],
+            ["are better than the network's own, and are better than with the simplest", "in 2 and loses to it in 0"],
         ),
         (
             BETTER, NEITHER, NEITHER,

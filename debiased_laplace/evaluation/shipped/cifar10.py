@@ -91,7 +91,7 @@ class CifarResNet(nn.Module):
     """ResNet for CIFAR-10 (He et al., arXiv 1512.03385, section 4.2), shortcuts of type A.
 
     Args:
-        blocks: In each of the three stages; 3 make a ResNet-20.
+        blocks: In each of the three stages; 3 make a ResNet-20 of 269,722 parameters.
         n_classes: Number of outputs.
     """
 
@@ -134,14 +134,14 @@ def trained(depth: int, path: Path) -> nn.Module:
     return network.eval()
 
 
-def model(*, data_dir: Path | None = None, device: torch.device = CPU, depth: int = 20) -> nn.Module:
+def model(*, data_dir: Path | None = None, device: torch.device = CPU) -> nn.Module:
     """The checkpoint's network, the same for every seed.
 
     Raises:
         FileNotFoundError: If there is no checkpoint.
         ValueError: If it is something else.
     """
-    return trained(depth, _checkpoint(data_dir, depth)).to(device)
+    return trained(20, _checkpoint(data_dir, 20)).to(device)
 
 
 def of_depth(depth: int) -> SimpleNamespace:
@@ -149,7 +149,7 @@ def of_depth(depth: int) -> SimpleNamespace:
 
     def other(*, data_dir: Path | None = None, device: torch.device = CPU) -> nn.Module:
         """The checkpoint's network, the same for every seed."""
-        return model(data_dir=data_dir, device=device, depth=depth)
+        return trained(depth, _checkpoint(data_dir, depth)).to(device)
 
     return SimpleNamespace(**{**globals(), "NAME": f"CIFAR-10, ResNet-{depth}", "model": other})
 
@@ -263,7 +263,7 @@ def _test(seed: int, data_dir: Path | None, cache: Path, quick: bool) -> tuple[T
     return images[index], targets[index], index
 
 
-def _checkpoint(data_dir: Path | None, depth: int = 20) -> Path:
+def _checkpoint(data_dir: Path | None, depth: int) -> Path:
     for folder in () if data_dir is None else (data_dir, data_dir / "cifar10"):
         if found := sorted(folder.glob(f"resnet{depth}-*.th")):
             return found[0]
