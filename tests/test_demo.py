@@ -17,7 +17,7 @@ from debiased_laplace.evaluation import demo as demonstration
 runner = CliRunner()
 NAMES = [
     "MAP", "temperature scaling", "last-layer Laplace", "single-batch K-FAC", "debiased K-FAC", "full-data K-FAC",
-    "debiased, temperature", "debiased, layers",
+    "debiased, probit", "debiased, layers",
 ]  # fmt: skip
 
 

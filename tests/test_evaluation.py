@@ -531,7 +531,7 @@ def test_without_a_temperature_nothing_is_said_of_it(summary: dict[str, Any]) ->
         for others in entry["differences"].values():
             del others[TEMPERATURE]
     del found["predictors"][TEMPERATURE]
-    for name in ("debiased, temperature", "debiased, layers"):
+    for name in ("debiased, probit", "debiased, layers"):
         del found["predictors"][name]
         for entry in (found["test"], *found["shifts"], *found["ood"]):
             del entry["scores"][name]

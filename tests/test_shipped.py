@@ -188,7 +188,9 @@ def test_names() -> None:
     assert [name for name in names() if name.startswith("uci-")] == [
         "uci-concrete", "uci-energy", "uci-power-plant", "uci-wine-quality-red",
     ]  # fmt: skip
-    with pytest.raises(ValueError, match=r"out of digits, fashion-mnist, cifar10, cifar10-resnet56, uci-concrete.*, got 'mnist'"):
+    with pytest.raises(
+        ValueError, match=r"out of digits, fashion-mnist, cifar10, cifar10-resnet56, uci-concrete.*, got 'mnist'"
+    ):
         load("mnist")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -114,24 +115,34 @@ def test_network_and_temperature_are_what_they_say(blobs: SimpleNamespace) -> No
     tuned = record["predictors"]
     assert tuned["temperature scaling"]["validation_nll"] <= tuned["MAP"]["validation_nll"]
     # of nested families the richer one is no worse on the validation data
-    assert tuned["debiased, temperature"]["validation_nll"] <= tuned["debiased K-FAC"]["validation_nll"] + EXACT
-    assert tuned["debiased, layers"]["validation_nll"] <= tuned["debiased, temperature"]["validation_nll"] + EXACT
+    assert tuned["debiased, layers"]["validation_nll"] <= tuned["debiased, probit"]["validation_nll"] + EXACT
 
 
-def test_a_posterior_is_tuned_and_scored_as_by_hand(blobs: SimpleNamespace) -> None:
+@pytest.mark.parametrize("name", ["debiased K-FAC", "debiased, probit", "debiased, layers", "last-layer Laplace"])
+def test_a_posterior_is_tuned_and_scored_as_by_hand(blobs: SimpleNamespace, name: str) -> None:
     task, record, context = blobs.task, blobs.records[1], Context(seed=1)
-    la = DebiasedLaplace(task.model(context), "classification", seed=1)
-    la.fit(task.call("train_loader", context), generator=1, budget=24)
-    la.optimize_prior_precision(
-        method="gridsearch", val_loader=task.call("val_loader", context), grid_size=9, log_prior_prec_min=-2,
-        log_prior_prec_max=4,
-    )  # fmt: skip
-    about = record["predictors"]["debiased K-FAC"]
-    assert about["prior_precision"] == la.curve.best
+    (method,) = [method for method in methods_of(task) if method.name == name]
+    la = DebiasedLaplace(task.model(context), "classification", seed=1, **method.laplace)
+    la.fit(task.call("train_loader", context), generator=1, **method.fit)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        la.optimize_prior_precision(
+            method="gridsearch", val_loader=task.call("val_loader", context), grid_size=9, log_prior_prec_min=-2,
+            log_prior_prec_max=4, **method.tune,
+        )  # fmt: skip
+    about = record["predictors"][name]
     assert about["curve"]["losses"] == pytest.approx(la.curve.losses.tolist(), rel=EXACT)
+    priors = la.prior_precision.flatten().tolist()
+    assert about.get("prior_precisions", priors) == pytest.approx(priors, rel=FLOAT32)
+    assert about.get("temperature", 1.0) == pytest.approx(la.output_temperature, rel=FLOAT32)
+    if len(priors) == 1:  # the one that is in use, whatever it was chosen by
+        assert about["prior_precision"] == pytest.approx(priors[0], rel=FLOAT32)
+    inputs, targets = task.definition.data(201, 60)
+    loss = float(nn.functional.nll_loss(la(inputs).double().log(), targets))
+    assert about["validation_nll"] == pytest.approx(loss, rel=FLOAT32)
     inputs, targets = task.definition.data(300, 70)
     loss = float(nn.functional.nll_loss(la(inputs).double().log(), targets))
-    assert record["test"]["scores"]["debiased K-FAC"]["nll"][0] == pytest.approx(loss, rel=FLOAT32)
+    assert record["test"]["scores"][name]["nll"][0] == pytest.approx(loss, rel=FLOAT32)
 
 
 def test_records_that_are_there_are_used(blobs: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -194,7 +205,7 @@ def test_methods_that_share_a_fit_are_fitted_once(tmp_path: Path, fits: list[dic
     assert all(keywords["generator"] == 3 for keywords in fits)
     assert sorted(str(keywords.get("budget", "one batch")) for keywords in fits) == ["24", "None", "None", "one batch"]
     # what was tuned for one of them has no effect on the next
-    names = ("debiased, layers", "debiased, temperature", "debiased K-FAC")
+    names = ("debiased, layers", "debiased, probit", "debiased K-FAC")
     backwards = tuple(method for name in names for method in methods_of(task) if method.name == name)
     (other,) = run(task, tmp_path, [3], Context(), methods=backwards, options=OPTIONS)
     assert len(fits) == 5
@@ -205,7 +216,7 @@ def test_methods_that_share_a_fit_are_fitted_once(tmp_path: Path, fits: list[dic
 
 
 STOPS = {
-    "laplace-torch": 3, "full-data K-FAC": 1, "debiased, temperature": 0, "predict: test": 0, "predict: moved 3": 0,
+    "laplace-torch": 3, "full-data K-FAC": 1, "debiased, probit": 0, "predict: test": 0, "predict: moved 3": 0,
     "distances": 0,
 }  # fmt: skip
 
@@ -454,8 +465,9 @@ def test_distances_are_log_ratios_of_functional_variances(blobs: SimpleNamespace
         if method.role:
             fitted[method.role] = DebiasedLaplace(model, "classification")
             fitted[method.role].fit(task.call("train_loader", context), generator=0, **method.fit)
-    for where, prior in (("equal", 1.0), ("tuned", record["predictors"]["full-data K-FAC"]["prior_precision"])):
-        assert record["distances"][where]["prior_precision"] == prior
+    (tuned,) = record["predictors"]["full-data K-FAC"]["prior_precisions"]
+    for where, prior in (("equal", 1.0), ("tuned", tuned)):
+        assert record["distances"][where]["prior_precision"] == pytest.approx(prior)
         for la in fitted.values():
             la.prior_precision = prior
         logarithms = {role: log_variances(la, model, inputs) for role, la in fitted.items()}

@@ -264,7 +264,9 @@ def _tuning(summary: Summary) -> Picture | None:
     """Validation loss against prior precision."""
     styles = style(summary)
     curves = {name: about["curve"] for name, about in summary["predictors"].items() if "curve" in about}
-    lines = {n: curve for n, curve in curves.items() if "prior_precisions" not in summary["predictors"][n]}
+    lines = {
+        n: curve for n, curve in curves.items() if len(summary["predictors"][n].get("prior_precisions", [[]])[0]) < 2
+    }
     if not lines:
         return None
     figure = Figure(figsize=(6.4, 4.6), layout="constrained")
@@ -277,7 +279,8 @@ def _tuning(summary: Summary) -> Picture | None:
     for name, curve in lines.items():
         color, marker, dashes = styles.get(name, STYLES[0])
         grid, losses = np.asarray(curve["prior_precisions"]), np.asarray(curve["losses"])
-        best = int(losses.argmin())
+        chosen = np.log(summary["predictors"][name]["prior_precision"]).mean()
+        best = int(np.abs(np.log(grid) - chosen).argmin())
         axes.plot(
             grid, losses, color=color, linestyle=dashes, linewidth=1.7, marker=marker, markevery=[best], markersize=9,
             markeredgecolor="white",
@@ -299,10 +302,11 @@ def _tuning(summary: Summary) -> Picture | None:
     _legend(figure, {name: styles.get(name, STYLES[0]) for name in lines})
     return Picture(
         "Choosing the prior precision",
-        "Mean validation loss over seeds, one prior precision for all layers; a marker is the lowest point. "
+        "Mean validation loss over seeds for one prior precision, at temperature one. A marker is the value that was "
+        "chosen, where there is a temperature together with it. "
         + ("The grey line is the network itself. " if point is not None else "")
         + "Far to the right every posterior is the network itself; the rise to the left is cut off.",
-        f"Validation NLL against prior precision. Lowest: {'; '.join(said)}.", _png(figure),
+        f"Validation NLL against prior precision. Chosen: {'; '.join(said)}.", _png(figure),
     )  # fmt: skip
 
 

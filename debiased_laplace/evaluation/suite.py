@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import shutil
 import time
 import warnings
@@ -410,24 +411,23 @@ class _Bench:
             log_prior_prec_min=options.log_prior_prec_min, log_prior_prec_max=options.log_prior_prec_max,
             **method.tune,
         )  # fmt: skip
-        curve = la.curve
+        curve, joint = la.curve, la.tuned
         assert curve is not None
-        best = float(curve.best)
+        prior = la.prior_precision.detach().double().cpu()
         result: dict[str, Any] = {
             "seconds": {"fit": fitted - start, "tune": time.perf_counter() - fitted},
-            "prior_precision": best,
-            "edge": None if not curve.at_edge else ("smallest" if int(curve.losses.argmin()) == 0 else "largest"),
+            "prior_precision": float(prior.log().mean().exp()),
+            "edge": _edge(prior, curve.prior_precisions),
             "curve": {"prior_precisions": curve.prior_precisions.tolist(), "losses": curve.losses.tolist()},
             "validation_nll": float(curve.losses.min()),
             "coverage": la.coverage(),
         }
-        joint = getattr(la, "tuned", None)
         if joint is not None:
             result |= {
                 "validation_nll": float(joint.loss),
-                "prior_precisions": [float(value) for value in la.prior_precision.flatten()],
+                "prior_precisions": [float(value) for value in prior],
                 "temperature": float(joint.temperature),
-                "temperature_alone": None if joint.temperature_alone is None else list(joint.temperature_alone),
+                "temperature_alone": list(joint.temperature_alone),
             }
         if self.regression:
             result["noise"] = float(la.sigma_noise)
@@ -537,6 +537,15 @@ class _Bench:
 
 #: laplace-torch is asked for all layers up to this many parameters: its predictions hold Jacobians of all outputs.
 PEER_PARAMETERS = 20_000
+
+
+def _edge(prior: Tensor, grid: Tensor) -> str | None:
+    """Which end of the grid one prior precision is, if any."""
+    if len(prior) > 1 or len(grid) == 1:
+        return None
+    value = float(prior)
+    ends = {"smallest": float(grid.min()), "largest": float(grid.max())}
+    return next((name for name, end in ends.items() if math.isclose(value, end, rel_tol=1e-5)), None)
 
 
 class _Sized:

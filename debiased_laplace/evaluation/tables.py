@@ -240,11 +240,9 @@ def _cost(summary: Mapping[str, Any]) -> Table:
         if "failed" in about:
             continue
         tuned = []
-        if "prior_precisions" in about and len(about["prior_precisions"][0]) > 1:
+        if len(about.get("prior_precisions", [[]])[0]) > 1:
             values = [value for own in about["prior_precisions"] for value in own]
             tuned.append(f"prior {min(values):.2g} to {max(values):.2g}")
-        elif "prior_precisions" in about:
-            tuned.append(f"prior {statistics.geometric_mean(own[0] for own in about['prior_precisions']):.3g}")
         elif "prior_precision" in about:
             tuned.append(f"prior {statistics.geometric_mean(about['prior_precision']):.3g}")
         if "temperature" in about:
