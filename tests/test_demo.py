@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,6 +14,7 @@ from typer.testing import CliRunner
 from debiased_laplace.cli import app
 from debiased_laplace.evaluation import Task
 from debiased_laplace.evaluation import demo as demonstration
+from debiased_laplace.evaluation.shipped import digits
 
 runner = CliRunner()
 NAMES = [
@@ -22,7 +24,16 @@ NAMES = [
 
 
 @pytest.fixture(scope="module")
-def quick(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+def quick(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimpleNamespace]:
+    """With a third of the test data of a quick run."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(digits, "QUICK_TEST_FRACTION", 0.05)
+        digits.split.cache_clear()
+        yield demonstrated(tmp_path_factory)
+    digits.split.cache_clear()
+
+
+def demonstrated(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     out = tmp_path_factory.mktemp("demo") / "results"
     arguments = ["demo", "--quick", "--out", str(out), "--seed", "3", "--device", "cpu"]
     state = torch.get_rng_state()

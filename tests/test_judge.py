@@ -628,7 +628,7 @@ def fitted(likelihood: str = "classification", model: nn.Module | None = None, *
 
 
 @pytest.mark.parametrize("temperature", [1.0, 1.7])
-@pytest.mark.parametrize("link", ["probit", "mc", "bridge"])
+@pytest.mark.parametrize("link", ["probit", "mc", "bridge", "mean_field"])
 def test_a_posterior_predicts_as_it_does(link: str, temperature: float) -> None:
     la = fitted()
     la.link, la.output_temperature, la.prior_precision = link, temperature, 3.0
@@ -666,7 +666,7 @@ def test_a_regression_adds_the_noise() -> None:
     assert found.probabilities is None
 
 
-@pytest.mark.parametrize("link", ["probit", "mc"])
+@pytest.mark.parametrize("link", ["probit", "mc", "mean_field"])
 def test_sharing_changes_nothing(link: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = network()
     several = [fitted(model=model), fitted(model=model, subset_of_weights="last_layer", hessian_structure="full")]
