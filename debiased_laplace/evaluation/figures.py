@@ -49,12 +49,14 @@ class Picture:
         caption: How to read it.
         alternative: What a reader who cannot see it should know.
         png: The image.
+        wide: Whether it is too wide for a telephone, and is to be scrolled there.
     """
 
     title: str
     caption: str
     alternative: str
     png: bytes
+    wide: bool = False
 
 
 def style(summary: Summary) -> dict[str, tuple[str, str, Any]]:
@@ -144,7 +146,7 @@ def _severity(summary: Summary) -> Picture | None:
     if not found:
         return None
     styles = style(summary)
-    zero = TEMPERATURE if TEMPERATURE in styles else next(iter(styles))
+    zero, candidate = TEMPERATURE if TEMPERATURE in styles else next(iter(styles)), by_role(summary, "candidate")
     rows: list[tuple[str, Callable[[Any, str], float]]] = [
         ("NLL, nats", lambda entry, name: entry["scores"][name]["nll"][0]),
         (
@@ -161,7 +163,8 @@ def _severity(summary: Summary) -> Picture | None:
             places = [0, *(entry["severity"] for entry in entries)]
             for method, (color, marker, dashes) in styles.items():
                 values = [value(entry, method) for entry in own]
-                panel.plot(places, values, color=color, linestyle=dashes, marker=marker, markersize=4, linewidth=1.4)
+                width = 2.6 if method == candidate else 1.3
+                panel.plot(places, values, color=color, linestyle=dashes, marker=marker, markersize=4, linewidth=width)
             panel.grid(color="0.9", linewidth=0.6)
             panel.set_xticks(places)
             panel.set_title(name, fontsize=10)
@@ -175,9 +178,11 @@ def _severity(summary: Summary) -> Picture | None:
     listed = ", ".join(f"{method} {value:.2f}" for method, value in worst.items())
     return Picture(
         "How scores change under shift",
-        "Severity 0 is the test data. Every panel has a scale of its own; intervals are in the tables.",
+        "Severity 0 is the test data. Every panel has a scale of its own; intervals are in the tables."
+        + (f" The thick line is {candidate}." if candidate else ""),
         f"NLL and ECE against severity for the shifts {', '.join(found)}. Mean NLL at the highest severity: {listed}.",
         _png(figure),
+        wide=True,
     )  # fmt: skip
 
 
@@ -253,6 +258,7 @@ def _foreign(summary: Summary) -> Picture | None:
         "Foreign data", "First seed. The further apart the two, the better the score tells them.",
         f"Histograms of out-of-distribution scores of test data and of {names}; the AUROC is in the table.",
         _png(figure),
+        wide=True,
     )  # fmt: skip
 
 
