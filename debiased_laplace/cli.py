@@ -124,7 +124,7 @@ def fit(
     task: TaskArgument,
     out: Annotated[Path, typer.Option(help="File for the posterior.")] = Path("posterior.safetensors"),
     seed: SeedOption = 0,
-    budget: Annotated[int | None, typer.Option(help="Training data for curvature; 0 for all of them.")] = None,
+    budget: Annotated[int | None, typer.Option(min=0, help="Training data for curvature; 0 for all of them.")] = None,
     structure: Annotated[str, typer.Option(help="kron, lowrank, diag or full.")] = "kron",
     data_dir: DataOption = None,
     cache: Annotated[Path, typer.Option(help="Folder where the task keeps trained weights.")] = Path("cache"),
@@ -132,9 +132,14 @@ def fit(
     quick: QuickOption = False,
 ) -> None:
     """Fit and tune a posterior for a task's network, and save it. An interrupted fit goes on where it stopped."""
-    _check_folder(out.parent)
+    _check_file(out)
     with _imports():
         from debiased_laplace import DebiasedLaplace
+        from debiased_laplace.laplace_torch.settings import STRUCTURES
+    if structure not in STRUCTURES:
+        raise typer.BadParameter(
+            f"Expected one out of {list(STRUCTURES)}, got {structure!r}.", param_hint="--structure"
+        )
     loaded, context = _task(task, device, data_dir, cache, quick, seed)
     checkpoint = out.with_suffix(".progress")
     with _clear_errors(), _seeded():
@@ -152,7 +157,10 @@ def fit(
             typer.echo("Interrupted. Run the same command to go on.", err=True)
             raise typer.Exit(130) from None
         la.optimize_prior_precision(
-            method="gridsearch", val_loader=loaded.call("val_loader", context), progress_bar=True
+            method="gridsearch",
+            val_loader=loaded.call("val_loader", context),
+            progress_bar=True,
+            tune_sigma_noise=loaded.likelihood == "regression",
         )
         la.save(out)
         checkpoint.unlink(missing_ok=True)
@@ -172,7 +180,7 @@ def predict(
     quick: QuickOption = False,
 ) -> None:
     """Predict a task's test data with a saved posterior: probabilities, or mean and variance, and the targets."""
-    _check_folder(out.parent)
+    _check_file(out)
     with _imports():
         import io
 
@@ -206,10 +214,12 @@ def init_task(
     """Write a commented task file that runs as it is, to be changed for your own network and data."""
     from importlib import resources
 
+    if path.is_dir():
+        raise typer.BadParameter(f"{path} is a folder. Name a file.")
     if path.exists() and not force:
         raise typer.BadParameter(f"{path} exists. Name another file, or use --force.")
     template = resources.files("debiased_laplace.evaluation").joinpath("template.py").read_text(encoding="utf-8")
-    path.parent.mkdir(parents=True, exist_ok=True)
+    _check_folder(path.parent)
     path.write_text(template, encoding="utf-8")
     typer.echo(f"Written: {path.resolve()}. Try it: debiased-laplace evaluate {path} --quick")
 
@@ -243,7 +253,7 @@ def _clear_errors() -> Iterator[None]:
 
     try:
         yield
-    except TaskError as error:
+    except (TaskError, ValueError, TypeError) as error:
         typer.echo(f"Error: {error}", err=True)
         raise typer.Exit(1) from error
 
@@ -275,6 +285,13 @@ def _device(name: str | None) -> Any:
         return resolve_device(name)
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--device") from None
+
+
+def _check_file(path: Path) -> None:
+    """Refuse a file that cannot be written, before anything takes time."""
+    if path.is_dir():
+        raise typer.BadParameter(f"{path} is a folder. Name a file.", param_hint="--out")
+    _check_folder(path.parent)
 
 
 def _check_folder(out: Path) -> None:

@@ -153,7 +153,9 @@ def _severity(summary: Summary) -> Picture | None:
             f"NLL minus that of\n{zero}",
             lambda entry, name: entry["scores"][name]["nll"][0] - entry["scores"][zero]["nll"][0],
         ),
-        ("ECE, %", lambda entry, name: 100 * entry["scores"][name]["ece"][0]),
+        ("RMSE", lambda entry, name: entry["scores"][name]["rmse"][0])
+        if summary["regression"]
+        else ("ECE, %", lambda entry, name: 100 * entry["scores"][name]["ece"][0]),
     ]
     figure = Figure(figsize=(max(5.5, 2.75 * len(found)), 7.4), layout="constrained")
     panels = figure.subplots(len(rows), len(found), squeeze=False)
@@ -334,7 +336,10 @@ def _distances(summary: Summary) -> Picture | None:
         panel.set_xticks(np.arange(len(names)), [name.replace(" ", "\n", 1) for name in names])
         panel.set_xlim(-0.5, len(names) - 0.5)
         panel.set_ylim(0, None)
-        panel.set_title("tuned prior precision" if where == "tuned" else "prior precision 1", fontsize=10)
+        panel.set_title(
+            "tuned prior precision" if where == "tuned" else f"prior precision {own['prior_precision'][0]:g}",
+            fontsize=10,
+        )
         panel.grid(axis="y", color="0.9", linewidth=0.6)
     panels[0].set_ylabel("mean absolute log ratio")
     return Picture(

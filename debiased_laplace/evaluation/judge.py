@@ -69,6 +69,9 @@ def conditions(
     found = [Condition("test", "test", None, test)]
     for name, loaders in (shifted or {}).items():
         by_severity = loaders if isinstance(loaders, Mapping) else {None: loaders}
+        wrong = [s for s in by_severity if s is not None and (isinstance(s, bool) or not isinstance(s, int))]
+        if wrong:
+            raise ValueError(f"Expected severities of the shift {name!r} that are whole numbers (1 to 5), got {wrong}.")
         found += [Condition("shift", name, severity, loader) for severity, loader in by_severity.items()]
     found += [Condition("ood", name, None, loader) for name, loader in (out_of_distribution or {}).items()]
     titles = [(c.kind, c.title) for c in found]
@@ -132,7 +135,11 @@ def evaluate(
         raise ValueError("Expected at least one predictor, got none.")
     names = list(predictors)
     highlight = highlight or names[-1]
-    read = preflight(predictors, conditions(test, shifted, out_of_distribution))
+    if highlight not in predictors:
+        raise ValueError(f"Expected highlight to be one of the predictors {names}, got {highlight!r}.")
+    if n_resamples < 2:
+        raise ValueError(f"Expected at least two resamples, got n_resamples={n_resamples}.")
+    read = preflight(predictors, conditions(test, shifted, out_of_distribution), images)
     against = [name for name in compare_with if name in predictors]
     seconds = dict.fromkeys(names, 0.0)
     result: dict[str, Any] = {"shifts": [], "ood": []}
@@ -172,7 +179,9 @@ def evaluate(
 # -- before the long part --------------------------------------------------------------------------
 
 
-def preflight(predictors: Mapping[str, Predictor], found: Sequence[Condition]) -> list[Condition]:
+def preflight(
+    predictors: Mapping[str, Predictor], found: Sequence[Condition], images: Images | None = None
+) -> list[Condition]:
     """Let every predictor see two data of every loader, so that what cannot work fails now.
 
     Returns:
@@ -199,12 +208,28 @@ def preflight(predictors: Mapping[str, Predictor], found: Sequence[Condition]) -
             kinds[name] = "classification" if prediction.probabilities is not None else "regression"
             if condition.kind != "ood":
                 _check_targets(prediction.arrays(), targets, what)
+        if images is not None and condition.kind != "shift" and "regression" not in kinds.values():
+            _check_images(images, few, what)
         if len(set(kinds.values())) > 1:
             raise ValueError(f"Expected predictors of one kind, got {kinds}.")
         if condition.kind == "ood" and "regression" in kinds.values():
             raise ValueError("Expected a classifier for out-of-distribution data: their scores are of probabilities.")
         read.append(Condition(condition.kind, condition.name, condition.severity, loader))
     return read
+
+
+def _check_images(images: Images, few: Any, what: str) -> None:
+    """Raise a ``ValueError`` unless two data of a loader become pictures."""
+    try:
+        pictures = images(few)
+    except Exception as error:
+        raise ValueError(f"images failed on the first batch of {what}: {type(error).__name__}: {error}") from error
+    shape = tuple(getattr(pictures, "shape", ()))
+    if len(shape) != 4 or shape[0] != _data.count(few) or shape[1] not in (1, 3, 4):
+        raise ValueError(
+            f"Expected images [N, channels, H, W] with 1 or 3 channels from images() of {what}, got "
+            f"{shape or type(pictures).__name__}."
+        )
 
 
 def _peek(loader: Loader, what: str) -> tuple[Any, Loader]:
@@ -233,6 +258,8 @@ def _pair(batch: Any, what: str) -> tuple[Any, Tensor]:
 def _check_targets(arrays: Mapping[str, Array], targets: Tensor, what: str) -> None:
     if "probabilities" not in arrays:
         mean = arrays["mean"]
+        if not bool(targets.isfinite().all()):
+            raise ValueError(f"Expected finite targets in {what}, got NaN or infinity. Look for missing values.")
         if targets.shape[1:].numel() != mean[0].size:
             raise ValueError(
                 f"Expected targets with {mean[0].size} number(s) for each datum of {what}, got shape "
@@ -294,12 +321,17 @@ def _uncertain(
     pictures = images(_data.take(inputs, torch.from_numpy(chosen.copy()))).cpu()
     return [
         {
-            "index": offset + int(index), "score": float(scores[index]), "target": int(targets[int(index)]),
+            "index": offset + int(index), "score": float(scores[index]), "target": _label(targets[int(index)]),
             "predicted": int(probabilities[index].argmax()), "confidence": float(probabilities[index].max()),
             "image": _png(picture),
         }
         for index, picture in zip(chosen, pictures, strict=True)
     ]  # fmt: skip
+
+
+def _label(target: Tensor) -> int:
+    """A class; -1 for what is none, as targets of foreign data may be."""
+    return -1 if target.ndim or target.is_floating_point() else int(target)
 
 
 def _png(image: Tensor) -> str:
@@ -315,7 +347,9 @@ def _png(image: Tensor) -> str:
 
 
 def _slug(title: str) -> str:
-    return "".join(character if character.isalnum() else "-" for character in title)
+    """Part of a file name; titles that look alike are told apart."""
+    plain = "".join(character if character.isalnum() else "-" for character in title)
+    return f"{plain}-{records.digest({'title': title})}"
 
 
 def _save(path: Path, found: Mapping[str, Any]) -> None:

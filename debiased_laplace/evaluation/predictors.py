@@ -69,8 +69,13 @@ def as_prediction(value: Any, n: int, name: str) -> Prediction:
         TypeError: If it is none of the three things a predictor may return.
         ValueError: If shapes do not fit, something is not finite, or rows are no probabilities.
     """
-    if isinstance(value, np.ndarray):
-        value = torch.from_numpy(value)
+    try:
+        if isinstance(value, np.ndarray):
+            value = torch.from_numpy(value)
+        elif isinstance(value, (tuple, list)) and len(value) == 2:
+            value = torch.as_tensor(value[0]), torch.as_tensor(value[1])
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"Expected numbers from predictor {name!r}, got something else: {error}.") from error
     if isinstance(value, Tensor):
         value = Prediction(probabilities=value)
     elif isinstance(value, (tuple, list)) and len(value) == 2:
@@ -95,6 +100,10 @@ def as_prediction(value: Any, n: int, name: str) -> Prediction:
                 f"Expected finite {field.name} from predictor {name!r}, got NaN or infinity for {len(rows)} of {n} "
                 f"data of a batch, the first being datum {int(rows[0])}. Look for NaN in the inputs or the model."
             )
+    if value.mean is not None and value.mean.ndim > 2:
+        raise ValueError(
+            f"Expected a mean of shape [N] or [N, C] from predictor {name!r}, got {tuple(value.mean.shape)}."
+        )
     if value.probabilities is not None:
         _check_probabilities(value.probabilities.detach(), name)
     elif value.variance is None or value.mean is None or value.mean.shape != value.variance.shape:
@@ -206,7 +215,7 @@ def tuned_temperature(model: nn.Module, validation: Iterable[Any]) -> tuple[floa
     outputs, targets = outputs_of(model, validation)
 
     def loss(logarithm: float) -> float:
-        return float(nn.functional.cross_entropy(outputs / math.exp(logarithm), targets))
+        return float(nn.functional.cross_entropy(outputs / math.exp(logarithm), targets.long()))
 
     best = minimize_scalar(loss, bounds=(-3, 5), method="bounded", options={"xatol": 1e-8})
     return math.exp(best.x), float(best.fun)
@@ -237,6 +246,7 @@ class Shared:
     def __init__(self) -> None:
         self._members: list[tuple[Basis, Posterior]] = []
         self._inputs: Any = None
+        self._versions: list[int] = []
         self._moments: dict[int, tuple[Tensor, Tensor]] = {}
 
     def add(self, posterior: Posterior) -> int:
@@ -249,8 +259,9 @@ class Shared:
         basis, posterior = self._members[index]
         if covariance:
             return functional_moments(network, posterior, inputs)
-        if self._inputs is not inputs:
-            self._inputs, self._moments = inputs, {}
+        versions = [leaf._version for leaf in _data.tensors(inputs)]  # a loader may fill one buffer again and again
+        if self._inputs is not inputs or self._versions != versions:
+            self._inputs, self._versions, self._moments = inputs, versions, {}
         if index not in self._moments:
             own = [i for i, (other, _) in enumerate(self._members) if other is basis]
             mean, spreads = functional_moments(

@@ -182,7 +182,11 @@ def _distance(summary: Summary, candidate: str) -> list[str]:
     sentences = []
     baseline = by_role(summary, "baseline")
     for where, found in summary["distances"].items():
-        at = "at the prior precision tuned for the full data" if where == "tuned" else "at prior precision 1"
+        at = (
+            "at the prior precision tuned for the full data"
+            if where == "tuned"
+            else f"at prior precision {found['prior_precision'][0]:g}"
+        )
         parts = [
             f"{math.exp(found[name]['absolute'][0]):.3f} for {name} (mean absolute log ratio "
             f"{plus_minus(found[name]['absolute'], 3)})"

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from debiased_laplace import DebiasedLaplace, _data
+from debiased_laplace import DebiasedLaplace, _data, _store
 from debiased_laplace._guards import global_random_state
 from debiased_laplace.evaluation import bootstrap, records
 from debiased_laplace.evaluation.judge import conditions, evaluate, preflight
@@ -30,6 +30,7 @@ from debiased_laplace.evaluation.predictors import (
     PeerPredictor,
     Predictor,
     Shared,
+    as_prediction,
     ensemble_predictor,
     gaussian_predictor,
     outputs_of,
@@ -38,7 +39,7 @@ from debiased_laplace.evaluation.predictors import (
     tuned_temperature,
 )
 from debiased_laplace.evaluation.tasks import Context, Task, TaskError
-from debiased_laplace.likelihoods import Categorical
+from debiased_laplace.likelihoods import Categorical, resolve_likelihood
 from debiased_laplace.predictive import functional_moments
 from debiased_laplace.sampling import UniformSampler
 from debiased_laplace.splits import Single
@@ -192,7 +193,9 @@ def settings_of(task: Task, methods: Sequence[Method], options: Options, context
             "file": task.fingerprint,
             "quick": context.quick,
             "data_dir": context.data_dir is not None,
-            "methods": [{"name": m.name, "kind": m.kind, "fit": m.fit_key, "tune": m.tune} for m in methods],
+            "methods": [
+                {"name": m.name, "kind": m.kind, "fit": m.fit_key, "tune": m.tune, "role": m.role} for m in methods
+            ],
             "options": vars(options),
             "device": str(context.device),
             "software": {name: software[name] for name in ("debiased_laplace", "torch")},
@@ -266,6 +269,10 @@ def _record(
     model = task.model(context)
     seconds = {"model": time.perf_counter() - start}
     check_task(task, model, context)
+    description = task.description(context)
+    target_scale = float(task.call("target_scale", context)) if task.has("target_scale") else 1.0
+    # What was done with other weights (training need not be reproducible) is of no use.
+    work = work / _weights(model)
     bench = _Bench(task, model, context, options, work)
     predictors: dict[str, Predictor] = {}
     about: dict[str, Any] = {}
@@ -274,17 +281,21 @@ def _record(
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", UserWarning)
             predictor, result = bench.prepare(method)
-        result["warnings"] = sorted({str(w.message) for w in caught if issubclass(w.category, UserWarning)})
+        told = {str(w.message) for w in caught if issubclass(w.category, UserWarning)}
+        result["warnings"] = sorted(told | set(result.get("warnings", ())))
         about[method.name] = {"kind": method.kind, "role": method.role, "description": method.description} | result
         if predictor is not None:
             predictors[method.name] = predictor
+    if not predictors:
+        failed = "; ".join(f"{name}: {own['failed']}" for name, own in about.items())
+        raise TaskError(f"Nothing of {task.source} can be judged, since everything failed ({failed}).")
     names = {method.role: method.name for method in methods if method.role}
     against = [MAP, TEMPERATURE, *(names[role] for role in ("baseline", "reference") if role in names), "laplace-torch"]
     result = evaluate(
         predictors, *_loaders(task, context),
         compare_with=list(dict.fromkeys(against)), highlight=names.get("candidate"),
         images=task.definition.images if task.has("images") else None,
-        target_scale=float(task.call("target_scale", context)) if task.has("target_scale") else 1.0,
+        target_scale=target_scale,
         n_resamples=options.n_resamples, folder=work / "predictions",
         progress=lambda title: progress(context.seed, f"predict: {title}"),
     )  # fmt: skip
@@ -294,7 +305,7 @@ def _record(
     return {
         "schema_version": records.SCHEMA_VERSION,
         "task": {
-            "name": task.name, "description": task.description(context), "likelihood": task.likelihood,
+            "name": task.name, "description": description, "likelihood": task.likelihood,
             "budget": task.budget, "seeds_note": task.constant("SEEDS_NOTE", ""),
             "notes": dict(task.constant("NOTES", {})), "classes": list(task.constant("CLASSES", [])),
             "n_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
@@ -325,14 +336,23 @@ def check_task(task: Task, model: nn.Module, context: Context) -> None:
     """
     regression = task.likelihood == "regression"
     point = gaussian_predictor(model, 1.0) if regression else point_predictor(model)
+    likelihood = resolve_likelihood(task.likelihood)
     for name in ("train_loader", "val_loader"):
         loader = task.call(name, context)
         try:
-            preflight({MAP: point}, conditions(loader))
+            (read,) = preflight({MAP: point}, conditions(loader))
+            inputs, targets, _ = next(iter(_data.labelled(read.loader)))
+            few = point(_data.take(inputs, slice(0, 2)))
+            n_outputs = int((few.mean if regression else few.probabilities).shape[1])
+            likelihood.check_targets(targets, n_outputs)
         except (TypeError, ValueError) as error:
             raise TaskError(f"{name}() of {task.source}: {error}") from error
+    classes = list(task.constant("CLASSES", ()))
+    if classes and len(classes) != n_outputs and not regression:
+        raise TaskError(f"Expected CLASSES of {task.source} to name the {n_outputs} outputs, got {len(classes)} names.")
     try:
-        preflight({MAP: point}, conditions(*_loaders(task, context)))
+        images = task.definition.images if task.has("images") else None
+        preflight({MAP: point}, conditions(*_loaders(task, context)), images)
     except (TypeError, ValueError) as error:
         raise TaskError(f"The loaders of {task.source}: {error}") from error
 
@@ -368,7 +388,7 @@ class _Bench:
             return gaussian_predictor(self.model, variance), result
         if method.kind == "map":
             outputs, targets = outputs_of(self.model, self._validation())
-            loss = float(nn.functional.cross_entropy(outputs, targets))
+            loss = float(nn.functional.cross_entropy(outputs, targets.long()))
             return point_predictor(self.model), {"seconds": {}, "validation_nll": loss}
         temperature, loss = tuned_temperature(self.model, self._validation())
         result = {"temperature": temperature, "validation_nll": loss, "seconds": {"tune": time.perf_counter() - start}}
@@ -382,13 +402,29 @@ class _Bench:
         if described.exists():
             la = DebiasedLaplace.load(path, self.model)
             result = json.loads(described.read_text())
+            if method.fit_key in self.fitted:  # one basis for all of them, so that projections are shared again
+                la.fitted = self.fitted[method.fit_key].fitted
+            else:
+                self.fitted[method.fit_key] = self._untuned(la)
         else:
-            la, result = self._fitted(method)
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always", UserWarning)
+                la, result = self._fitted(method)
+            result["warnings"] = sorted({str(w.message) for w in caught if issubclass(w.category, UserWarning)})
             path.parent.mkdir(parents=True, exist_ok=True)
             la.save(path)
             records.write_json(described, result)
         self.fits[method.name], self.tuned[method.name] = la, float(result["prior_precision"])
         return LaplacePredictor(la, self.shared), result
+
+    @staticmethod
+    def _untuned(la: DebiasedLaplace) -> DebiasedLaplace:
+        """The same fit with the settings that it began with."""
+        la = copy.copy(la)
+        la.output_temperature, la.link, la.prior_precision = 1.0, None, 1.0
+        if la.likelihood == "regression":
+            la.sigma_noise = 1.0
+        return la
 
     def _fitted(self, method: Method) -> tuple[DebiasedLaplace, dict[str, Any]]:
         """A posterior that is tuned; one that was fitted for another method is tuned anew."""
@@ -442,10 +478,14 @@ class _Bench:
             la, where = self._peer_fitted(method)
             fitted = time.perf_counter()
             result = self._peer_tuned(la)
+            predictor = PeerPredictor(la, self.regression)
+            for loader in (self._validation(), self.task.call("test_loader", self.context)):
+                inputs, _, _ = next(iter(_data.labelled(loader)))
+                as_prediction(predictor(_data.take(inputs, slice(0, 2))), min(2, _data.count(inputs)), method.name)
         except Exception as error:
             return None, {"failed": f"{type(error).__name__}: {error}"[:300], "seconds": {}}
         result |= {"seconds": {"fit": fitted - start, "tune": time.perf_counter() - fitted}, "layers": where}
-        return PeerPredictor(la, self.regression), result
+        return predictor, result
 
     def _peer_fitted(self, method: Method) -> tuple[Any, str]:
         from laplace import Laplace
@@ -498,7 +538,7 @@ class _Bench:
                 "validation_nll": float(losses[best]),
             }
         likelihood = Categorical()
-        losses = likelihood.log_loss(likelihood.predictive(mean, spread, "probit"), known).mean(-1)
+        losses = likelihood.log_loss(likelihood.predictive(mean, spread, "probit"), known.long()).mean(-1)
         la.prior_precision = float(grid[losses.argmin()])
         return {"prior_precision": float(grid[losses.argmin()]), "validation_nll": float(losses.min())}
 
@@ -516,7 +556,10 @@ class _Bench:
             return {}
         inputs = _first(self.task.call("test_loader", self.context), self.options.distance_inputs)
         at = {"tuned": self.tuned[reference], "equal": self.options.distance_prior_precision}
-        logarithms = {name: self._log_variances(self.fits[name], list(at.values()), inputs) for name in roles.values()}
+        noise = self.fits[reference].posterior.noise_variance
+        logarithms = {
+            name: self._log_variances(self.fits[name], list(at.values()), noise, inputs) for name in roles.values()
+        }
         weights = bootstrap.resample_weights(_data.count(inputs), self.options.n_resamples, 0)
         found: dict[str, Any] = {}
         for index, (where, value) in enumerate(at.items()):
@@ -530,9 +573,15 @@ class _Bench:
         return found
 
     @staticmethod
-    def _log_variances(la: DebiasedLaplace, grid: list[float], inputs: Any) -> Tensor:
-        several = [replace(la.posterior, prior_precision=torch.tensor([v], dtype=torch.float64)) for v in grid]
+    def _log_variances(la: DebiasedLaplace, grid: list[float], noise: Any, inputs: Any) -> Tensor:
+        own = replace(la.posterior, noise_variance=noise)  # tuned for each: no part of a distance
+        several = [replace(own, prior_precision=torch.tensor([v], dtype=torch.float64)) for v in grid]
         return functional_moments(la.network, several, inputs, covariance=False)[1].cpu().double().log()
+
+
+def _weights(model: nn.Module) -> str:
+    """Tells networks apart by their weights."""
+    return records.digest(_store.fingerprint(model.state_dict()))
 
 
 #: laplace-torch is asked for all layers up to this many parameters: its predictions hold Jacobians of all outputs.
@@ -552,7 +601,10 @@ class _Sized:
     """Batches with the ``dataset`` that laplace-torch asks the size of."""
 
     def __init__(self, loader: Iterable[Any], n_data: int | None) -> None:
-        self.batches = [(inputs, targets) for inputs, targets, _ in _data.labelled(loader)]
+        self.batches = [
+            (inputs, targets if targets.is_floating_point() else targets.long())
+            for inputs, targets, _ in _data.labelled(loader)
+        ]
         self.dataset = range(sum(len(targets) for _, targets in self.batches) if n_data is None else n_data)
 
     def __iter__(self) -> Any:

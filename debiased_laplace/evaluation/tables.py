@@ -98,7 +98,7 @@ def tables(summary: Mapping[str, Any], *, short: bool = False) -> list[Table]:
     found = [_test(summary, short)]
     if candidate is not None:
         found.append(_test_differences(summary, candidate, short))
-    for score in ("nll",) if short else ("nll", "ece"):
+    for score in ("nll",) if short else ("nll", "rmse" if summary["regression"] else "ece"):
         found.append(_shifts(summary, score))
     if candidate is not None and not short:
         found += [_shift_differences(summary, candidate, second) for second in summary["test"]["differences"]]
@@ -157,35 +157,40 @@ def _test_differences(summary: Mapping[str, Any], candidate: str, short: bool) -
     )
 
 
+def _severities(summary: Mapping[str, Any]) -> list[int | None]:
+    """Of all shifts; ``None`` for those without degrees, last."""
+    found = {entry["severity"] for entry in summary["shifts"]}
+    return sorted(found, key=lambda severity: (severity is None, severity))
+
+
+def _headings(severities: Sequence[int | None]) -> list[str]:
+    return ["shifted" if severity is None else f"severity {severity}" for severity in severities]
+
+
 def _shifts(summary: Mapping[str, Any], score: str) -> Table:
-    heading = SCORES[score][0]
-    sections, columns = [], 0
+    severities, sections = _severities(summary), []
     for name, entries in summaries.shifts(summary).items():
-        columns = max(columns, len(entries))
+        own = {entry["severity"]: entry["scores"] for entry in entries}
         rows = [
-            [method, *(_cell(entry["scores"][method][score], score) for entry in entries)]
+            [method, *(_cell(own[s][method][score], score) if s in own else "" for s in severities)]
             for method in entries[0]["scores"]
         ]
         sections.append((name, rows))
-    first = next(iter(summaries.shifts(summary).values()), [])
-    severities = [str(entry["severity"]) if entry["severity"] is not None else "shifted" for entry in first]
     return Table(
-        f"Shifted data: {heading}", f"By severity. Cells: {_errors(summary)}.",
-        ["method", *(f"severity {s}" if s != "shifted" else s for s in severities)], sections,
+        f"Shifted data: {SCORES[score][0]}", f"By severity. Cells: {_errors(summary)}.",
+        ["method", *_headings(severities)], sections,
     )  # fmt: skip
 
 
 def _shift_differences(summary: Mapping[str, Any], candidate: str, second: str) -> Table:
-    rows = []
-    found = summaries.shifts(summary)
-    for name, entries in found.items():
-        cells = [entry["differences"].get(second, {}).get(candidate, {}).get("nll") for entry in entries]
-        rows.append([name, *("" if cell is None else with_interval(cell, 3) for cell in cells)])
-    first = next(iter(found.values()), [])
+    severities, rows = _severities(summary), []
+    for name, entries in summaries.shifts(summary).items():
+        own = {e["severity"]: e["differences"].get(second, {}).get(candidate, {}).get("nll") for e in entries}
+        rows.append([name, *("" if own.get(s) is None else with_interval(own[s], 3) for s in severities)])
     return Table(
         f"Shifted data: NLL of {candidate} minus {second}",
         "Paired, with the 95 % interval. Below zero: the former is better.",
-        ["shift", *(f"severity {e['severity']}" if e["severity"] is not None else "shifted" for e in first)],
+        ["shift", *_headings(severities)],
         [("", rows)],
     )
 

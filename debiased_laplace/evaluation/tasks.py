@@ -31,7 +31,8 @@ import hashlib
 import importlib.util
 import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -117,6 +118,10 @@ class Task:
         task = cls(source, definition, fingerprint)
         if task.likelihood not in LIKELIHOODS:
             raise TaskError(f"Expected LIKELIHOOD of {source} out of {list(LIKELIHOODS)}, got {task.likelihood!r}.")
+        try:
+            _ = task.budget
+        except (TypeError, ValueError):
+            raise TaskError(f"Expected BUDGET of {source} to be a number, got {task.constant('BUDGET')!r}.") from None
         return task
 
     def constant(self, name: str, default: Any = None) -> Any:
@@ -151,7 +156,8 @@ class Task:
         function: Callable[..., Any] = getattr(self.definition, name)
         try:
             wanted = inspect.signature(function).parameters
-            return function(**{key: value for key, value in vars(context).items() if key in wanted})
+            with _importable(self.source):
+                return function(**{key: value for key, value in vars(context).items() if key in wanted})
         except TaskError:
             raise
         except Exception as error:
@@ -179,14 +185,27 @@ def _module(path: Path) -> ModuleType:
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # classes of the file can be pickled, by workers of its loaders
-    sys.path.insert(0, str(path.resolve().parent))
     try:
-        spec.loader.exec_module(module)
+        with _importable(path):
+            spec.loader.exec_module(module)
     except Exception as error:
         raise TaskError(f"{path} does not run: {type(error).__name__}: {error}") from error
-    finally:
-        sys.path.remove(str(path.resolve().parent))
     return module
+
+
+@contextmanager
+def _importable(source: str | Path) -> Iterator[None]:
+    """Let a task file import its neighbours, also from within its functions."""
+    folder = str(Path(source).resolve().parent)
+    if Path(source).suffix != ".py":
+        yield
+        return
+    sys.path.insert(0, folder)
+    try:
+        yield
+    finally:
+        if folder in sys.path:
+            sys.path.remove(folder)
 
 
 def resolve_device(name: str | None) -> torch.device:
