@@ -135,6 +135,7 @@ def fit(
     _check_file(out)
     with _imports():
         from debiased_laplace import DebiasedLaplace
+        from debiased_laplace.evaluation.suite import RECIPE
         from debiased_laplace.laplace_torch.settings import STRUCTURES
     if structure not in STRUCTURES:
         raise typer.BadParameter(
@@ -160,7 +161,7 @@ def fit(
             method="gridsearch",
             val_loader=loaded.call("val_loader", context),
             progress_bar=True,
-            tune_sigma_noise=loaded.likelihood == "regression",
+            **({"tune_sigma_noise": True} if loaded.likelihood == "regression" else RECIPE),
         )
         la.save(out)
         checkpoint.unlink(missing_ok=True)

@@ -589,8 +589,8 @@ def test_edges_of_the_grid_are_told(summary: dict[str, Any]) -> None:
         if "edge" in about:
             about["edge"] = {CANDIDATE: ["largest", None], BASELINE: ["smallest", "smallest"]}.get(name, [None, None])
     details = " ".join(statement(found)["details"])
-    assert f"was the largest of the grid for some of the 2 seeds ({CANDIDATE} for 1): there the validation" in details
-    assert f"was the smallest of the grid for some of the 2 seeds ({BASELINE} for 2): the optimum may lie" in details
+    assert f"was the largest of the grid in some of 2 seeds ({CANDIDATE} for 1): there the validation" in details
+    assert f"was the smallest of the grid in some of 2 seeds ({BASELINE} for 2): the optimum may lie" in details
 
 
 def test_the_prior_precision_of_distances_is_the_one_that_was_asked_for(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from debiased_laplace import DebiasedLaplace, _data
 from debiased_laplace._guards import evaluation_mode
 from debiased_laplace.basis import Basis
 from debiased_laplace.gradients import Network
-from debiased_laplace.likelihoods import Likelihood
+from debiased_laplace.likelihoods import Categorical, Likelihood
 from debiased_laplace.posterior import Posterior, standard_normals
 from debiased_laplace.predictive import functional_moments
 from debiased_laplace.tuning import gaussian_nll
@@ -323,8 +323,10 @@ class PeerPredictor:
 
     def __call__(self, inputs: _data.Inputs) -> Prediction:
         """Predict a batch."""
-        if not self.regression:
-            return Prediction(probabilities=self.la(inputs, link_approx="probit").detach())
+        if not self.regression:  # its own moments and link, in double precision: single rounds small ones to zero
+            mean, covariance = self.la._glm_predictive_distribution(inputs)
+            spread = covariance.detach().double().diagonal(dim1=1, dim2=2)
+            return Prediction(probabilities=Categorical().predictive(mean.detach().double(), spread, "probit"))
         mean, variance = self.la(inputs)
         variance = (
             variance.reshape(mean.shape) if variance.numel() == mean.numel() else variance.diagonal(dim1=1, dim2=2)

@@ -122,14 +122,15 @@ def _foreign(summary: Summary, candidate: str) -> list[str]:
     for entry in summary["ood"]:
         scores = entry["scores"]
         of_map = scores.get(MAP, {}).get("maximum probability, auroc")
-        own = {key.removesuffix(", auroc"): cell for key, cell in scores[candidate].items() if key.endswith(", auroc")}
-        best = max(own, key=lambda key: own[key][0])
+        own = scores[candidate]
         text = (
-            f"Telling {entry['name']} from test data: AUROC {plus_minus(own[best], 1, scale=100)} % for {candidate} "
-            f"with the score {best}"
+            f"Telling {entry['name']} from test data, AUROC: "
+            f"{plus_minus(own['maximum probability, auroc'], 1, scale=100)} % for {candidate} by the maximum probability"
         )
+        if "functional variance, auroc" in own:
+            text += f", {plus_minus(own['functional variance, auroc'], 1, scale=100)} % by the functional variance"
         if of_map is not None:
-            text += f", {plus_minus(of_map, 1, scale=100)} % for the network's own maximum probability"
+            text += f"; {plus_minus(of_map, 1, scale=100)} % for the network itself"
         sentences.append(text + ".")
     return sentences
 
@@ -212,7 +213,7 @@ def _tuning(summary: Summary) -> list[str]:
         if at_edge:
             counts = ", ".join(f"{name} for {count}" for name, count in at_edge.items())
             sentences.append(
-                f"The tuned prior precision was the {side} of the grid for some of the {seeds(summary)} ({counts}): "
+                f"The tuned prior precision was the {side} of the grid in some of {seeds(summary)} ({counts}): "
                 f"{meaning}."
             )
     for name, about in summary["predictors"].items():

@@ -192,7 +192,7 @@ def settings_of(task: Task, methods: Sequence[Method], options: Options, context
             "task": task.source,
             "file": task.fingerprint,
             "quick": context.quick,
-            "data_dir": context.data_dir is not None,
+            "data_dir": context.data_dir and records.digest({"folder": str(context.data_dir.resolve())}),
             "methods": [
                 {"name": m.name, "kind": m.kind, "fit": m.fit_key, "tune": m.tune, "role": m.role} for m in methods
             ],
@@ -342,8 +342,9 @@ def check_task(task: Task, model: nn.Module, context: Context) -> None:
         try:
             (read,) = preflight({MAP: point}, conditions(loader))
             inputs, targets, _ = next(iter(_data.labelled(read.loader)))
-            few = point(_data.take(inputs, slice(0, 2)))
-            n_outputs = int((few.mean if regression else few.probabilities).shape[1])
+            few = _data.take(inputs, slice(0, 2))
+            predicted = as_prediction(point(few), _data.count(few), MAP).arrays()
+            n_outputs = predicted["mean" if regression else "probabilities"].shape[1]
             likelihood.check_targets(targets, n_outputs)
         except (TypeError, ValueError) as error:
             raise TaskError(f"{name}() of {task.source}: {error}") from error

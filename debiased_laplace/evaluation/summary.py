@@ -148,10 +148,13 @@ def _about(entries: Sequence[dict[str, Any]]) -> dict[str, Any]:
         if key in first:
             found[key] = first[key]
     if first.get("curve"):
-        columns = zip(*(entry["curve"]["losses"] for entry in entries), strict=True)
-        found["curve"] = {
-            "prior_precisions": first["curve"]["prior_precisions"],
-            "losses": [statistics.fmean(column) for column in columns],
+        curves = [entry["curve"] for entry in entries]
+        found["curve"] = {  # prior precisions of a regression are relative to a noise of each seed's own
+            "prior_precisions": [
+                statistics.geometric_mean(column)
+                for column in zip(*(curve["prior_precisions"] for curve in curves), strict=True)
+            ],
+            "losses": [statistics.fmean(column) for column in zip(*(curve["losses"] for curve in curves), strict=True)],
         }
     return found
 

@@ -99,16 +99,16 @@ def tables(summary: Mapping[str, Any], *, short: bool = False) -> list[Table]:
     if candidate is not None:
         found.append(_test_differences(summary, candidate, short))
     for score in ("nll",) if short else ("nll", "rmse" if summary["regression"] else "ece"):
-        found.append(_shifts(summary, score))
+        found.append(_shifts(summary, score, short))
     if candidate is not None and not short:
         found += [_shift_differences(summary, candidate, second) for second in summary["test"]["differences"]]
     found += [_foreign(summary, short), _distances(summary), _cost(summary)]
     return [table for table in found if table.sections and table.sections[0][1]]
 
 
-def _cell(cell: Sequence[float], score: str, *, sign: bool = False) -> str:
+def _cell(cell: Sequence[float], score: str, *, fewer: bool = False) -> str:
     _, digits, scale = SCORES[score]
-    return plus_minus(cell, digits, sign=sign, scale=scale)
+    return plus_minus(cell, digits - fewer, scale=scale)
 
 
 def _errors(summary: Mapping[str, Any]) -> str:
@@ -167,12 +167,12 @@ def _headings(severities: Sequence[int | None]) -> list[str]:
     return ["shifted" if severity is None else f"severity {severity}" for severity in severities]
 
 
-def _shifts(summary: Mapping[str, Any], score: str) -> Table:
+def _shifts(summary: Mapping[str, Any], score: str, short: bool) -> Table:
     severities, sections = _severities(summary), []
     for name, entries in summaries.shifts(summary).items():
         own = {entry["severity"]: entry["scores"] for entry in entries}
         rows = [
-            [method, *(_cell(own[s][method][score], score) if s in own else "" for s in severities)]
+            [method, *(_cell(own[s][method][score], score, fewer=short) if s in own else "" for s in severities)]
             for method in entries[0]["scores"]
         ]
         sections.append((name, rows))
