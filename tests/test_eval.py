@@ -1,4 +1,4 @@
-"""The fidelity experiment in its smallest form: records that are kept, tables that are filled, a picture."""
+"""Experiments in their smallest form: records that are kept, tables that are filled, pictures."""
 
 from __future__ import annotations
 
@@ -80,3 +80,26 @@ def test_data_that_are_not_there():
     done = script("fidelity.py", "--networks", "lenet", "--seeds", "1")
     assert done.returncode == 1
     assert "folder FashionMNIST/raw in the folder of --data-dir, got None" in done.stderr
+
+
+def test_the_results_of_the_shipped_tasks(tmp_path):
+    docs, out = tmp_path / "docs", tmp_path / "out"
+    docs.mkdir()
+    shutil.copy(ROOT / "docs" / "results.md", docs)
+    arguments = ("results.py", "--tasks", "digits", "--quick", "--out", str(out), "--docs", str(docs))
+    done = script(*arguments)
+    assert done.returncode == 0, done.stderr
+    text = (docs / "results.md").read_text()
+    kept = json.loads((docs / "records" / "results.json").read_text())["digits"]
+    own = kept["test"]["debiased K-FAC"]["nll"]
+    part = text.split("<!-- task digits -->")[1].split("<!-- end -->")[0]
+    row = next(line for line in part.splitlines() if line.startswith("| debiased K-FAC |"))
+    assert float(row.split("|")[3].split("±")[0]) == pytest.approx(own[0], abs=1e-3)
+    assert "* **digits**: On data like the training data" in text
+    assert "<!-- task cifar10 -->" in text  # other parts stay
+    assert (docs / "results-digits.png").stat().st_size > 5000
+    assert (out / "digits" / "report.html").exists()
+    again = script(*arguments)
+    assert again.returncode == 0, again.stderr
+    assert "digits, seed 0: kept" in again.stderr
+    assert (docs / "results.md").read_text() == text

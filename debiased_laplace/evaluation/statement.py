@@ -125,7 +125,8 @@ def _foreign(summary: Summary, candidate: str) -> list[str]:
         own = scores[candidate]
         text = (
             f"Telling {entry['name']} from test data, AUROC: "
-            f"{plus_minus(own['maximum probability, auroc'], 1, scale=100)} % for {candidate} by the maximum probability"
+            f"{plus_minus(own['maximum probability, auroc'], 1, scale=100)} % for {candidate} by its maximum "
+            "probability"
         )
         if "functional variance, auroc" in own:
             text += f", {plus_minus(own['functional variance, auroc'], 1, scale=100)} % by the functional variance"
