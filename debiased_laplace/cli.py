@@ -96,18 +96,19 @@ def evaluate(
     """
     _check_folder(out)
     with _imports():
-        from debiased_laplace.evaluation import suite
+        from debiased_laplace.evaluation import Options, suite
+        from debiased_laplace.evaluation.methods import methods_of
         from debiased_laplace.evaluation.summary import summarise
     loaded, context = _task(task, device, data_dir, cache or out / "cache", quick)
     n_seeds = seeds or (1 if quick else int(loaded.constant("SEEDS", 1)))
-    methods = suite.methods_of(loaded)
+    methods = methods_of(loaded)
     if only:
         unknown = sorted(set(only) - {method.name for method in methods})
         if unknown:
             names = ", ".join(method.name for method in methods)
             raise typer.BadParameter(f"Expected methods out of {names}, got {unknown}.", param_hint="--only")
         methods = tuple(method for method in methods if method.name in only)
-    options = suite.Options(n_resamples=200 if quick else 1000)
+    options = Options(n_resamples=200 if quick else 1000)
     _evaluate(
         out, n_seeds, len(methods), quick,
         lambda progress: summarise(
@@ -135,7 +136,7 @@ def fit(
     _check_file(out)
     with _imports():
         from debiased_laplace import DebiasedLaplace
-        from debiased_laplace.evaluation.suite import RECIPE
+        from debiased_laplace.evaluation.methods import RECIPE
         from debiased_laplace.laplace_torch.settings import STRUCTURES
     if structure not in STRUCTURES:
         raise typer.BadParameter(

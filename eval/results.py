@@ -21,9 +21,9 @@ from typing import Any
 
 from debiased_laplace.evaluation import suite
 from debiased_laplace.evaluation.figures import pictures
+from debiased_laplace.evaluation.methods import MAP, TEMPERATURE, Options
 from debiased_laplace.evaluation.report import write_outputs
 from debiased_laplace.evaluation.statement import plus_minus, statement, with_interval
-from debiased_laplace.evaluation.suite import MAP, TEMPERATURE
 from debiased_laplace.evaluation.summary import by_role, differences, is_strong, summarise, verdict
 from debiased_laplace.evaluation.tables import tables
 from debiased_laplace.evaluation.tasks import Context, Task, resolve_device
@@ -43,7 +43,7 @@ def evaluate(name: str, options: argparse.Namespace) -> Summary:
     )  # fmt: skip
     n_seeds = options.seeds or (1 if options.quick else int(task.constant("SEEDS", 1)))
     records = suite.run(
-        task, out, range(n_seeds), context, options=suite.Options(n_resamples=200 if options.quick else 1000),
+        task, out, range(n_seeds), context, options=Options(n_resamples=200 if options.quick else 1000),
         progress=lambda seed, step: print(f"{name}, seed {seed}: {step}", file=sys.stderr, flush=True),
     )  # fmt: skip
     summary = summarise(records)

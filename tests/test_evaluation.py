@@ -32,9 +32,9 @@ from debiased_laplace.evaluation import (
     write_outputs,
 )
 from debiased_laplace.evaluation import summary as summaries
+from debiased_laplace.evaluation.methods import MAP, TEMPERATURE
 from debiased_laplace.evaluation.report import markdown, render
 from debiased_laplace.evaluation.statement import MINUS, plus_minus, statement, with_interval
-from debiased_laplace.evaluation.suite import MAP, TEMPERATURE
 from debiased_laplace.evaluation.summary import combine, verdict
 from debiased_laplace.evaluation.tables import Table, tables
 from tests.tolerances import EXACT, assert_equal

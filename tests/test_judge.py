@@ -32,7 +32,8 @@ from debiased_laplace.evaluation import (
     tuned_temperature,
 )
 from debiased_laplace.evaluation.judge import ABSOLUTE, conditions, preflight
-from debiased_laplace.evaluation.predictors import PeerPredictor, Shared, as_prediction, mutual_information, tuned_noise
+from debiased_laplace.evaluation.peer import PeerPredictor
+from debiased_laplace.evaluation.predictors import Shared, as_prediction, mutual_information, tuned_noise
 from debiased_laplace.evaluation.regression import regression_metrics
 from tests.tolerances import EXACT, FLOAT32, assert_equal
 

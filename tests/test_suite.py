@@ -16,8 +16,20 @@ import torch
 from torch import Tensor, nn
 
 from debiased_laplace import DebiasedLaplace, Single
-from debiased_laplace.evaluation import Context, Method, Options, Task, TaskError, records, run, standard_methods, suite
-from debiased_laplace.evaluation.suite import methods_of, settings_of
+from debiased_laplace.evaluation import (
+    Context,
+    Method,
+    Options,
+    Task,
+    TaskError,
+    peer,
+    records,
+    run,
+    standard_methods,
+    suite,
+)
+from debiased_laplace.evaluation.methods import methods_of
+from debiased_laplace.evaluation.suite import settings_of
 from debiased_laplace.tuning import best_noise, gaussian_nll
 from tests.tolerances import EXACT, FLOAT32
 
@@ -405,10 +417,10 @@ def fails(*_: Any, **__: Any) -> Any:
     raise RuntimeError("out of everything")
 
 
-@pytest.mark.parametrize("what", ["Laplace", "_peer_tuned", "PeerPredictor"])
+@pytest.mark.parametrize("what", ["Laplace", "tune_peer", "PeerPredictor"])
 def test_a_peer_that_fails_is_told_and_not_raised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str) -> None:
-    place: Any = {"Laplace": "laplace.Laplace", "_peer_tuned": "debiased_laplace.evaluation.suite._Bench._peer_tuned"}
-    monkeypatch.setattr(place.get(what, "debiased_laplace.evaluation.suite.PeerPredictor.__call__"), fails)
+    place: Any = {"Laplace": "laplace.Laplace", "tune_peer": "debiased_laplace.evaluation.suite.tune_peer"}
+    monkeypatch.setattr(place.get(what, "debiased_laplace.evaluation.peer.PeerPredictor.__call__"), fails)
     methods = (*MAP_ALONE, Method("laplace-torch", "laplace-torch", laplace={"structure": "kron"}))
     (record,) = run(task_of(tmp_path), tmp_path, [0], Context(), methods=methods, options=OPTIONS)
     assert record["predictors"]["laplace-torch"]["failed"] == "RuntimeError: out of everything"
@@ -430,7 +442,7 @@ def test_a_peer_that_fails_over_all_layers_has_the_last_one(tmp_path: Path, monk
     about = record["predictors"]["laplace-torch"]
     assert about["layers"] == "the last layer (over all layers it fails with RuntimeError)"
     monkeypatch.setattr(laplace, "Laplace", original)
-    monkeypatch.setattr(suite, "PEER_PARAMETERS", 10)
+    monkeypatch.setattr(peer, "PEER_PARAMETERS", 10)
     (record,) = run(task_of(tmp_path), tmp_path / "few", [0], Context(), methods=methods, options=OPTIONS)
     assert record["predictors"]["laplace-torch"]["layers"] == "the last layer (too many parameters for its Jacobians)"
 

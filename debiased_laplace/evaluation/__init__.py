@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from debiased_laplace.evaluation.judge import conditions, evaluate
+    from debiased_laplace.evaluation.methods import Method, Options, standard_methods
     from debiased_laplace.evaluation.metrics import classification_metrics, out_of_distribution_metrics
     from debiased_laplace.evaluation.predictors import (
         LaplacePredictor,
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     )
     from debiased_laplace.evaluation.regression import regression_metrics
     from debiased_laplace.evaluation.report import write_outputs
-    from debiased_laplace.evaluation.suite import Method, Options, run, standard_methods
+    from debiased_laplace.evaluation.suite import run
     from debiased_laplace.evaluation.summary import summarise
     from debiased_laplace.evaluation.tasks import Context, Task, TaskError
 
@@ -44,10 +45,10 @@ _HOMES = {
     "Context": "tasks",
     "Task": "tasks",
     "TaskError": "tasks",
-    "Method": "suite",
-    "Options": "suite",
+    "Method": "methods",
+    "Options": "methods",
     "run": "suite",
-    "standard_methods": "suite",
+    "standard_methods": "methods",
     "summarise": "summary",
     "write_outputs": "report",
 }

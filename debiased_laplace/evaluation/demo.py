@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 
+from debiased_laplace.evaluation.methods import Method, Options, methods_of
 from debiased_laplace.evaluation.shipped._common import one_thread
-from debiased_laplace.evaluation.suite import Method, Options, methods_of, run
+from debiased_laplace.evaluation.suite import run
 from debiased_laplace.evaluation.summary import summarise
 from debiased_laplace.evaluation.tasks import Context, Task
 

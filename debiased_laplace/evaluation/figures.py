@@ -16,9 +16,9 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from debiased_laplace.evaluation.methods import MAP, TEMPERATURE
 from debiased_laplace.evaluation.metrics import N_BINS
 from debiased_laplace.evaluation.statement import plus_minus
-from debiased_laplace.evaluation.suite import MAP, TEMPERATURE
 from debiased_laplace.evaluation.summary import by_role, shifts
 
 Summary = Mapping[str, Any]

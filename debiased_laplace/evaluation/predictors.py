@@ -24,7 +24,7 @@ from debiased_laplace import DebiasedLaplace, _data
 from debiased_laplace._guards import evaluation_mode
 from debiased_laplace.basis import Basis
 from debiased_laplace.gradients import Network
-from debiased_laplace.likelihoods import Categorical, Likelihood
+from debiased_laplace.likelihoods import Likelihood
 from debiased_laplace.posterior import Posterior, standard_normals
 from debiased_laplace.predictive import functional_moments
 from debiased_laplace.tuning import gaussian_nll
@@ -313,25 +313,6 @@ def mutual_information(probabilities: Tensor) -> Tensor:
     """Between label and parameters, from samples ``[M, N, C]``: ``[N]``, nats (Houlsby et al., arXiv 1112.5745)."""
     entropies = torch.special.entr(probabilities).sum(-1).mean(0)
     return (torch.special.entr(probabilities.mean(0)).sum(-1) - entropies).clamp_min(0)
-
-
-class PeerPredictor:
-    """A fitted posterior of laplace-torch; classification by its probit link, regression by its own variances."""
-
-    def __init__(self, la: Any, regression: bool = False) -> None:
-        self.la, self.regression = la, regression
-
-    def __call__(self, inputs: _data.Inputs) -> Prediction:
-        """Predict a batch."""
-        if not self.regression:  # its own moments and link, in double precision: single rounds small ones to zero
-            mean, covariance = self.la._glm_predictive_distribution(inputs)
-            spread = covariance.detach().double().diagonal(dim1=1, dim2=2)
-            return Prediction(probabilities=Categorical().predictive(mean.detach().double(), spread, "probit"))
-        mean, variance = self.la(inputs)
-        variance = (
-            variance.reshape(mean.shape) if variance.numel() == mean.numel() else variance.diagonal(dim1=1, dim2=2)
-        )
-        return Prediction(mean=mean.detach(), variance=variance.detach() + self.la.sigma_noise.detach().square())
 
 
 def scores_of_foreignness(arrays: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:

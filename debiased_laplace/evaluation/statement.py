@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from debiased_laplace.evaluation.suite import MAP, TEMPERATURE
+from debiased_laplace.evaluation.methods import MAP, TEMPERATURE
 from debiased_laplace.evaluation.summary import by_role, differences, is_strong, verdict
 
 MINUS = "\N{MINUS SIGN}"

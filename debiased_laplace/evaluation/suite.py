@@ -12,10 +12,10 @@ import math
 import shutil
 import time
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,9 +25,10 @@ from debiased_laplace import DebiasedLaplace, _data, _store
 from debiased_laplace._guards import global_random_state
 from debiased_laplace.evaluation import bootstrap, records
 from debiased_laplace.evaluation.judge import conditions, evaluate, preflight
+from debiased_laplace.evaluation.methods import MAP, TEMPERATURE, Method, Options, check_methods, methods_of
+from debiased_laplace.evaluation.peer import PeerPredictor, fitted_peer, tune_peer
 from debiased_laplace.evaluation.predictors import (
     LaplacePredictor,
-    PeerPredictor,
     Predictor,
     Shared,
     as_prediction,
@@ -39,147 +40,8 @@ from debiased_laplace.evaluation.predictors import (
     tuned_temperature,
 )
 from debiased_laplace.evaluation.tasks import Context, Task, TaskError
-from debiased_laplace.likelihoods import Categorical, resolve_likelihood
+from debiased_laplace.likelihoods import resolve_likelihood
 from debiased_laplace.predictive import functional_moments
-from debiased_laplace.sampling import UniformSampler
-from debiased_laplace.splits import Single
-from debiased_laplace.tuning import best_noise
-
-MAP, TEMPERATURE = "MAP", "temperature scaling"
-#: How posteriors of classifiers are tuned, for the reasons in docs/results.md: as much uncertainty as the validation
-#: data allow, with a temperature, and the covariance of the outputs.
-RECIPE = {"link_approx": "mean_field", "tune_temperature": True, "selection": "one_standard_error"}
-Role = Literal["", "baseline", "candidate", "reference"]
-
-
-@dataclass(frozen=True)
-class Method:
-    """A way to predict.
-
-    Attributes:
-        name: As it appears in tables.
-        kind: ``"map"``, ``"temperature"``, ``"ensemble"``, ``"laplace"``, or ``"laplace-torch"``.
-        laplace: Arguments of :class:`~debiased_laplace.DebiasedLaplace`, or of ``laplace.Laplace``.
-        fit: Arguments of its ``fit``; methods with equal ones share the fit.
-        tune: Further arguments of its ``optimize_prior_precision``.
-        role: The ``candidate`` is compared with the ``baseline``; the ``reference`` is what both estimate.
-        description: One sentence.
-    """
-
-    name: str
-    kind: Literal["map", "temperature", "ensemble", "laplace", "laplace-torch"] = "laplace"
-    laplace: Mapping[str, Any] = field(default_factory=dict)
-    fit: Mapping[str, Any] = field(default_factory=dict)
-    tune: Mapping[str, Any] = field(default_factory=dict)
-    role: Role = ""
-    description: str = ""
-
-    @property
-    def fit_key(self) -> str:
-        """Equal for methods that share a fit."""
-        return repr((sorted(self.laplace.items()), sorted(self.fit.items(), key=str)))
-
-
-@dataclass(frozen=True)
-class Options:
-    """How methods are tuned and judged; the same for all of them.
-
-    Attributes:
-        grid_size: Number of prior precisions tried.
-        log_prior_prec_min: Decimal exponent of the smallest.
-        log_prior_prec_max: Of the largest.
-        n_resamples: Bootstrap resamples.
-        distance_inputs: Number of test inputs for the distance to the reference.
-        distance_prior_precision: Prior precision at which it is measured, besides the reference's tuned one.
-    """
-
-    grid_size: int = 46
-    log_prior_prec_min: float = -3.0
-    log_prior_prec_max: float = 6.0
-    n_resamples: int = 1000
-    distance_inputs: int = 500
-    distance_prior_precision: float = 1.0
-
-
-def methods_of(task: Task) -> tuple[Method, ...]:
-    """:func:`standard_methods` for a task."""
-    return standard_methods(
-        task.budget, regression=task.likelihood == "regression", ensemble=task.has("ensemble"),
-        dense=bool(task.constant("DENSE", False)),
-    )  # fmt: skip
-
-
-def standard_methods(
-    budget: int, *, regression: bool = False, ensemble: bool = False, dense: bool = False
-) -> tuple[Method, ...]:
-    """The baselines nobody may leave out, and K-FAC from one batch, debiased, and from all the data.
-
-    Args:
-        budget: Training data spent on curvature by each mini-batch method, all told.
-        regression: For a regression.
-        ensemble: Whether the task has networks of several runs.
-        dense: Whether the network is small enough for the whole curvature matrix.
-    """
-    single = {"sampler": UniformSampler(budget), "split": Single()}
-    full = {"budget": None}
-    last = {"subset_of_weights": "last_layer", "hessian_structure": "full"}
-    tuned = {"tune_sigma_noise": True} if regression else RECIPE
-    common = (
-        Method(
-            "last-layer Laplace", laplace=last, fit=full, tune=tuned,
-            description="A posterior over the last layer alone, dense curvature from all training data.",
-        ),
-        Method(
-            "laplace-torch", "laplace-torch", laplace={"structure": "full" if dense else "kron"},
-            description="laplace-torch's posterior from all training data, "
-            + ("dense, over all layers." if dense else "over all layers if it can, else the last one."),
-        ),
-        Method(
-            "single-batch K-FAC", fit=single, tune=tuned, role="baseline",
-            description=f"Directions and curvatures from the same {budget} random training data: the usual practice.",
-        ),
-        Method(
-            "debiased K-FAC", fit={"budget": budget}, tune=tuned, role="candidate",
-            description=f"{budget} training data chosen by importance, each for directions and for curvatures along "
-            "those of others.",
-        ),
-        Method(
-            "full-data K-FAC", fit=full, tune=tuned, role="reference",
-            description="Directions and curvatures from all training data: what the two above estimate.",
-        ),
-    )  # fmt: skip
-    whole = (
-        Method(
-            "debiased, dense", laplace={"hessian_structure": "full"}, fit={"budget": budget}, tune=tuned,
-            description=f"The whole curvature matrix, from {budget} training data in the same way.",
-        ),
-    ) * dense  # fmt: skip
-    members = (
-        Method("deep ensemble", "ensemble", description="The mean of networks trained from other random starts."),
-    ) * ensemble
-    if regression:
-        point = Method(MAP, "map", description="The network's output and one noise variance, tuned on validation data.")
-        return (point, *common, *whole, *members)
-    points = (
-        Method(MAP, "map", description="The trained network's softmax; no posterior."),
-        Method(
-            TEMPERATURE, "temperature",
-            description="Softmax of the outputs divided by one number, tuned on the validation data.",
-        ),
-    )  # fmt: skip
-    variants = (
-        Method(
-            "debiased, probit", fit={"budget": budget},
-            description="The debiased posterior as laplace-torch would tune it: probit, the best prior precision, no "
-            "temperature.",
-        ),
-        Method(
-            "debiased, layers", fit={"budget": budget}, tune={"prior_structure": "layerwise", "tune_temperature": True},
-            description="The same with a prior precision for every layer and a temperature, tuned together.",
-        ),
-    )  # fmt: skip
-    return (*points, *common, *variants, *whole, *members)
-
 
 # -- one seed --------------------------------------------------------------------------------------
 
@@ -247,17 +109,6 @@ def run(
 def steps(task: Task, methods: Sequence[Method]) -> int:
     """A guess of how many steps a seed has, for a bar: training, methods, and the loaders."""
     return len(methods) + 3
-
-
-def check_methods(methods: Sequence[Method]) -> None:
-    """Raise a ``ValueError`` unless names and roles are unique and roles belong to posteriors."""
-    names = [method.name for method in methods]
-    roles = [method.role for method in methods if method.role]
-    if len(set(names)) != len(names) or len(set(roles)) != len(roles):
-        raise ValueError(f"Expected different names and at most one method of each role, got {names} and {roles}.")
-    misplaced = [method.name for method in methods if method.role and method.kind != "laplace"]
-    if misplaced:
-        raise ValueError(f"Expected roles for methods of kind 'laplace' alone, got one for {misplaced}.")
 
 
 def _record(
@@ -476,9 +327,16 @@ class _Bench:
         """laplace-torch on all training data, tuned over the same grid; what fails there is told, not raised."""
         start = time.perf_counter()
         try:
-            la, where = self._peer_fitted(method)
+            la, where = fitted_peer(
+                self.model, self.task.likelihood, method.laplace["structure"],
+                self.task.call("train_loader", self.context), self.task.constant("N_DATA"), self._validation,
+            )  # fmt: skip
             fitted = time.perf_counter()
-            result = self._peer_tuned(la)
+            options = self.options
+            grid = torch.logspace(
+                options.log_prior_prec_min, options.log_prior_prec_max, options.grid_size, dtype=torch.float64
+            )
+            result = tune_peer(la, self._validation(), grid, self.regression)
             predictor = PeerPredictor(la, self.regression)
             for loader in (self._validation(), self.task.call("test_loader", self.context)):
                 inputs, _, _ = next(iter(_data.labelled(loader)))
@@ -487,61 +345,6 @@ class _Bench:
             return None, {"failed": f"{type(error).__name__}: {error}"[:300], "seconds": {}}
         result |= {"seconds": {"fit": fitted - start, "tune": time.perf_counter() - fitted}, "layers": where}
         return predictor, result
-
-    def _peer_fitted(self, method: Method) -> tuple[Any, str]:
-        from laplace import Laplace
-
-        data = _Sized(self.task.call("train_loader", self.context), self.task.constant("N_DATA"))
-        small = sum(p.numel() for p in self.model.parameters() if p.requires_grad) <= PEER_PARAMETERS
-        failed = "too many parameters for its Jacobians"
-        for where in ("all", "last_layer") if small else ("last_layer",):
-            try:
-                la = Laplace(self.model, self.task.likelihood, where, method.laplace["structure"])
-                la.fit(data)  # type: ignore[arg-type]
-                self._peer_moments(la, next(iter(_data.labelled(self._validation())))[0][:2])
-                return la, "all layers" if where == "all" else f"the last layer ({failed})"
-            except Exception as error:
-                if where == "last_layer":
-                    raise
-                failed = f"over all layers it fails with {type(error).__name__}"
-        raise AssertionError
-
-    @staticmethod
-    def _peer_moments(la: Any, inputs: Any) -> tuple[Tensor, Tensor]:
-        """Jacobians and outputs, by its own code."""
-        last = type(la).__name__.endswith("LLLaplace")
-        return la.backend.last_layer_jacobians(inputs) if last else la.backend.jacobians(inputs)
-
-    def _peer_tuned(self, la: Any) -> dict[str, Any]:
-        """The same grid, losses and validation data; its Jacobians are computed once for all prior precisions."""
-        options = self.options
-        grid = torch.logspace(
-            options.log_prior_prec_min, options.log_prior_prec_max, options.grid_size, dtype=torch.float64
-        )
-        means, spreads, labels = [], [], []
-        for inputs, targets, _ in _data.labelled(self._validation()):
-            jacobians, mean = self._peer_moments(la, inputs)
-            own = []
-            for value in grid.tolist():
-                la.prior_precision = value
-                own.append(la.functional_variance(jacobians).detach().diagonal(dim1=-2, dim2=-1))
-            means.append(mean.detach().double())
-            spreads.append(torch.stack(own).double())
-            labels.append(targets)
-        mean, spread, known = torch.cat(means), torch.cat(spreads, 1), torch.cat(labels)
-        if self.regression:
-            noise, losses = best_noise(mean, spread, known.reshape(mean.shape).double())
-            best = int(losses.argmin())
-            la.sigma_noise, la.prior_precision = float(noise[best].sqrt()), float(grid[best] / noise[best])
-            return {
-                "prior_precision": float(la.prior_precision),
-                "noise": float(la.sigma_noise),
-                "validation_nll": float(losses[best]),
-            }
-        likelihood = Categorical()
-        losses = likelihood.log_loss(likelihood.predictive(mean, spread, "probit"), known.long()).mean(-1)
-        la.prior_precision = float(grid[losses.argmin()])
-        return {"prior_precision": float(grid[losses.argmin()]), "validation_nll": float(losses.min())}
 
     # -- shared --------------------------------------------------------------------------------
 
@@ -585,10 +388,6 @@ def _weights(model: nn.Module) -> str:
     return records.digest(_store.fingerprint(model.state_dict()))
 
 
-#: laplace-torch is asked for all layers up to this many parameters: its predictions hold Jacobians of all outputs.
-PEER_PARAMETERS = 20_000
-
-
 def _edge(prior: Tensor, grid: Tensor) -> str | None:
     """Which end of the grid one prior precision is, if any."""
     if len(prior) > 1 or len(grid) == 1:
@@ -596,23 +395,6 @@ def _edge(prior: Tensor, grid: Tensor) -> str | None:
     value = float(prior)
     ends = {"smallest": float(grid.min()), "largest": float(grid.max())}
     return next((name for name, end in ends.items() if math.isclose(value, end, rel_tol=1e-5)), None)
-
-
-class _Sized:
-    """Batches with the ``dataset`` that laplace-torch asks the size of."""
-
-    def __init__(self, loader: Iterable[Any], n_data: int | None) -> None:
-        self.batches = [
-            (inputs, targets if targets.is_floating_point() else targets.long())
-            for inputs, targets, _ in _data.labelled(loader)
-        ]
-        self.dataset = range(sum(len(targets) for _, targets in self.batches) if n_data is None else n_data)
-
-    def __iter__(self) -> Any:
-        return iter(self.batches)
-
-    def __len__(self) -> int:
-        return len(self.batches)
 
 
 def _first(loader: Iterable[Any], n: int) -> Any:

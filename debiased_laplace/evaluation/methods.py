@@ -1,0 +1,157 @@
+"""What an evaluation compares, and how it is tuned and judged."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from debiased_laplace.evaluation.tasks import Task
+from debiased_laplace.sampling import UniformSampler
+from debiased_laplace.splits import Single
+
+MAP, TEMPERATURE = "MAP", "temperature scaling"
+#: How posteriors of classifiers are tuned, for the reasons in docs/results.md: as much uncertainty as the validation
+#: data allow, with a temperature, and the covariance of the outputs.
+RECIPE = {"link_approx": "mean_field", "tune_temperature": True, "selection": "one_standard_error"}
+Role = Literal["", "baseline", "candidate", "reference"]
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to predict.
+
+    Attributes:
+        name: As it appears in tables.
+        kind: ``"map"``, ``"temperature"``, ``"ensemble"``, ``"laplace"``, or ``"laplace-torch"``.
+        laplace: Arguments of :class:`~debiased_laplace.DebiasedLaplace`, or of ``laplace.Laplace``.
+        fit: Arguments of its ``fit``; methods with equal ones share the fit.
+        tune: Further arguments of its ``optimize_prior_precision``.
+        role: The ``candidate`` is compared with the ``baseline``; the ``reference`` is what both estimate.
+        description: One sentence.
+    """
+
+    name: str
+    kind: Literal["map", "temperature", "ensemble", "laplace", "laplace-torch"] = "laplace"
+    laplace: Mapping[str, Any] = field(default_factory=dict)
+    fit: Mapping[str, Any] = field(default_factory=dict)
+    tune: Mapping[str, Any] = field(default_factory=dict)
+    role: Role = ""
+    description: str = ""
+
+    @property
+    def fit_key(self) -> str:
+        """Equal for methods that share a fit."""
+        return repr((sorted(self.laplace.items()), sorted(self.fit.items(), key=str)))
+
+
+@dataclass(frozen=True)
+class Options:
+    """How methods are tuned and judged; the same for all of them.
+
+    Attributes:
+        grid_size: Number of prior precisions tried.
+        log_prior_prec_min: Decimal exponent of the smallest.
+        log_prior_prec_max: Of the largest.
+        n_resamples: Bootstrap resamples.
+        distance_inputs: Number of test inputs for the distance to the reference.
+        distance_prior_precision: Prior precision at which it is measured, besides the reference's tuned one.
+    """
+
+    grid_size: int = 46
+    log_prior_prec_min: float = -3.0
+    log_prior_prec_max: float = 6.0
+    n_resamples: int = 1000
+    distance_inputs: int = 500
+    distance_prior_precision: float = 1.0
+
+
+def methods_of(task: Task) -> tuple[Method, ...]:
+    """:func:`standard_methods` for a task."""
+    return standard_methods(
+        task.budget, regression=task.likelihood == "regression", ensemble=task.has("ensemble"),
+        dense=bool(task.constant("DENSE", False)),
+    )  # fmt: skip
+
+
+def standard_methods(
+    budget: int, *, regression: bool = False, ensemble: bool = False, dense: bool = False
+) -> tuple[Method, ...]:
+    """The baselines nobody may leave out, and K-FAC from one batch, debiased, and from all the data.
+
+    Args:
+        budget: Training data spent on curvature by each mini-batch method, all told.
+        regression: For a regression.
+        ensemble: Whether the task has networks of several runs.
+        dense: Whether the network is small enough for the whole curvature matrix.
+    """
+    single = {"sampler": UniformSampler(budget), "split": Single()}
+    full = {"budget": None}
+    last = {"subset_of_weights": "last_layer", "hessian_structure": "full"}
+    tuned = {"tune_sigma_noise": True} if regression else RECIPE
+    common = (
+        Method(
+            "last-layer Laplace", laplace=last, fit=full, tune=tuned,
+            description="A posterior over the last layer alone, dense curvature from all training data.",
+        ),
+        Method(
+            "laplace-torch", "laplace-torch", laplace={"structure": "full" if dense else "kron"},
+            description="laplace-torch's posterior from all training data, "
+            + ("dense, over all layers." if dense else "over all layers if it can, else the last one."),
+        ),
+        Method(
+            "single-batch K-FAC", fit=single, tune=tuned, role="baseline",
+            description=f"Directions and curvatures from the same {budget} random training data: the usual practice.",
+        ),
+        Method(
+            "debiased K-FAC", fit={"budget": budget}, tune=tuned, role="candidate",
+            description=f"{budget} training data chosen by importance, each for directions and for curvatures along "
+            "those of others.",
+        ),
+        Method(
+            "full-data K-FAC", fit=full, tune=tuned, role="reference",
+            description="Directions and curvatures from all training data: what the two above estimate.",
+        ),
+    )  # fmt: skip
+    whole = (
+        Method(
+            "debiased, dense", laplace={"hessian_structure": "full"}, fit={"budget": budget}, tune=tuned,
+            description=f"The whole curvature matrix, from {budget} training data in the same way.",
+        ),
+    ) * dense  # fmt: skip
+    members = (
+        Method("deep ensemble", "ensemble", description="The mean of networks trained from other random starts."),
+    ) * ensemble
+    if regression:
+        point = Method(MAP, "map", description="The network's output and one noise variance, tuned on validation data.")
+        return (point, *common, *whole, *members)
+    points = (
+        Method(MAP, "map", description="The trained network's softmax; no posterior."),
+        Method(
+            TEMPERATURE, "temperature",
+            description="Softmax of the outputs divided by one number, tuned on the validation data.",
+        ),
+    )  # fmt: skip
+    variants = (
+        Method(
+            "debiased, probit", fit={"budget": budget},
+            description="The debiased posterior as laplace-torch would tune it: probit, the best prior precision, no "
+            "temperature.",
+        ),
+        Method(
+            "debiased, layers", fit={"budget": budget}, tune={"prior_structure": "layerwise", "tune_temperature": True},
+            description="The same with a prior precision for every layer and a temperature, tuned together.",
+        ),
+    )  # fmt: skip
+    return (*points, *common, *variants, *whole, *members)
+
+
+def check_methods(methods: Sequence[Method]) -> None:
+    """Raise a ``ValueError`` unless names and roles are unique and roles belong to posteriors."""
+    names = [method.name for method in methods]
+    roles = [method.role for method in methods if method.role]
+    if len(set(names)) != len(names) or len(set(roles)) != len(roles):
+        raise ValueError(f"Expected different names and at most one method of each role, got {names} and {roles}.")
+    misplaced = [method.name for method in methods if method.role and method.kind != "laplace"]
+    if misplaced:
+        raise ValueError(f"Expected roles for methods of kind 'laplace' alone, got one for {misplaced}.")
