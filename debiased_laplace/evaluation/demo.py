@@ -57,6 +57,6 @@ def demo(
     with one_thread():
         records = run(
             task, out, range(seed, seed + n_seeds), context, methods=demo_methods(task),
-            options=Options(n_resamples=200 if quick else 1000), progress=progress,
+            options=Options(n_resamples=200), progress=progress,
         )  # fmt: skip
     return summarise(records)

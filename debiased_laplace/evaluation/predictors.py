@@ -244,30 +244,31 @@ class Shared:
     """Posteriors that differ in everything but the basis share the projections of a batch."""
 
     def __init__(self) -> None:
-        self._members: list[tuple[Basis, Posterior]] = []
+        self._members: list[tuple[Basis, Posterior, bool]] = []
         self._inputs: Any = None
         self._versions: list[int] = []
         self._moments: dict[int, tuple[Tensor, Tensor]] = {}
 
-    def add(self, posterior: Posterior) -> int:
-        """A place for a posterior."""
-        self._members.append((posterior.basis, posterior))
+    def add(self, posterior: Posterior, covariance: bool = False) -> int:
+        """A place for a posterior, of which variances or covariances are wanted."""
+        self._members.append((posterior.basis, posterior, covariance))
         return len(self._members) - 1
 
-    def moments(self, index: int, network: Network, inputs: _data.Inputs, covariance: bool) -> tuple[Tensor, Tensor]:
+    def moments(self, index: int, network: Network, inputs: _data.Inputs) -> tuple[Tensor, Tensor]:
         """Mean and (co)variance of the outputs under one of the posteriors."""
-        basis, posterior = self._members[index]
-        if covariance:
-            return functional_moments(network, posterior, inputs)
         versions = [leaf._version for leaf in _data.tensors(inputs)]  # a loader may fill one buffer again and again
         if self._inputs is not inputs or self._versions != versions:
             self._inputs, self._versions, self._moments = inputs, versions, {}
         if index not in self._moments:
-            own = [i for i, (other, _) in enumerate(self._members) if other is basis]
+            basis = self._members[index][0]
+            own = [i for i, (other, _, _) in enumerate(self._members) if other is basis]
+            covariance = any(self._members[i][2] for i in own)  # costs hardly more than variances
             mean, spreads = functional_moments(
-                network, [self._members[i][1] for i in own], inputs, covariance=False
+                network, [self._members[i][1] for i in own], inputs, covariance=covariance
             )  # fmt: skip
-            self._moments |= {i: (mean, spread) for i, spread in zip(own, spreads, strict=True)}
+            for i, spread in zip(own, spreads, strict=True):
+                wanted = self._members[i][2] or not covariance
+                self._moments[i] = mean, spread if wanted else spread.diagonal(dim1=-2, dim2=-1)
         return self._moments[index]
 
 
@@ -284,8 +285,9 @@ class LaplacePredictor:
         self.network, self.likelihood = la.network, la.output_likelihood
         self.link, self.output_temperature = la.link or "probit", getattr(la, "output_temperature", 1.0)
         self.noise_variance = la.sigma_noise.detach().double().square()
+        self.covariance = not self.likelihood.is_regression and self.likelihood.needs_covariance(self.link)
         self.shared = shared or Shared()
-        self.index = self.shared.add(la.posterior)
+        self.index = self.shared.add(la.posterior, self.covariance)
         generator = torch.Generator().manual_seed(la.seed)
         size = 100 if self.link == "mc" else n_samples
         self.normals = standard_normals((size, la.n_outputs), la.posterior.mean, generator)
@@ -293,14 +295,13 @@ class LaplacePredictor:
     def __call__(self, inputs: _data.Inputs) -> Prediction:
         """Predict a batch."""
         likelihood: Likelihood = self.likelihood
-        covariance = not likelihood.is_regression and likelihood.needs_covariance(self.link)
-        mean, spread = self.shared.moments(self.index, self.network, inputs, covariance)
-        variances = spread.diagonal(dim1=-2, dim2=-1) if covariance else spread
+        mean, spread = self.shared.moments(self.index, self.network, inputs)
+        variances = spread.diagonal(dim1=-2, dim2=-1) if self.covariance else spread
         if likelihood.is_regression:
             total = variances.double() + self.noise_variance.to(variances.device)
             return Prediction(mean=mean.double(), variance=total, functional_variance=variances.sum(-1))
         mean, spread = mean.double() / self.output_temperature, spread.double() / self.output_temperature**2
-        own = spread.diagonal(dim1=-2, dim2=-1) if covariance else spread
+        own = spread.diagonal(dim1=-2, dim2=-1) if self.covariance else spread
         draws = (mean + own.clamp_min(0).sqrt() * self.normals.to(mean)[:, None]).softmax(-1)
         return Prediction(
             probabilities=likelihood.predictive(mean, spread, self.link, self.normals),

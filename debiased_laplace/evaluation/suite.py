@@ -106,11 +106,6 @@ def run(
     return found
 
 
-def steps(task: Task, methods: Sequence[Method]) -> int:
-    """A guess of how many steps a seed has, for a bar: training, methods, and the loaders."""
-    return len(methods) + 3
-
-
 def _record(
     task: Task, context: Context, methods: Sequence[Method], options: Options, settings: dict[str, Any], work: Path,
     progress: Callable[[int, str], None],
