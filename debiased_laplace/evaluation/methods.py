@@ -118,6 +118,10 @@ def standard_methods(
             "debiased, dense", laplace={"hessian_structure": "full"}, fit={"budget": budget}, tune=tuned,
             description=f"The whole curvature matrix, from {budget} training data in the same way.",
         ),
+        Method(
+            "full-data, dense", laplace={"hessian_structure": "full"}, fit=full, tune=tuned,
+            description="The whole curvature matrix, from all training data.",
+        ),
     ) * dense  # fmt: skip
     members = (
         Method("deep ensemble", "ensemble", description="The mean of networks trained from other random starts."),
