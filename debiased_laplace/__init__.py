@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     )
     from debiased_laplace.likelihoods import Bernoulli, Categorical, Gaussian
     from debiased_laplace.posterior import Posterior
+    from debiased_laplace.quadratics import Quadratic
     from debiased_laplace.sampling import PrioritySampler, UniformSampler
     from debiased_laplace.spectrum import GGN, directional_derivatives
     from debiased_laplace.splits import CrossFit, Single, TwoBatch
@@ -50,6 +51,7 @@ _HOMES = {
     "LowRank": "structures",
     "GGN": "spectrum",
     "directional_derivatives": "spectrum",
+    "Quadratic": "quadratics",
 }
 
 __all__ = [
@@ -71,6 +73,7 @@ __all__ = [
     "LowRank",
     "Posterior",
     "PrioritySampler",
+    "Quadratic",
     "Single",
     "TwoBatch",
     "UniformSampler",

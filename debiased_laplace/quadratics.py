@@ -1,0 +1,450 @@
+r"""The quadratic that a batch of data makes of the loss, as an object with matrix-free products.
+
+.. math:: q(\theta) = \mathcal L(\theta_0) + (\theta - \theta_0)^\top g
+    + \tfrac12 (\theta - \theta_0)^\top C (\theta - \theta_0)
+
+with per-datum means over the batch, and C the generalised Gauss-Newton matrix or the Hessian. Vectors are ``[D]`` or
+``[K, D]``, float64, in the order of ``model.named_parameters()`` as everywhere; C is never formed. Products come from
+reverse-mode differentiation twice: one forward pass for each chunk of data, whatever the number of vectors.
+
+Source: Tatzel, Mucsányi, Hackel, Hennig, "Debiasing Mini-Batch Quadratics for Applications in Deep Learning"
+(arXiv 2410.14325).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import scipy.sparse.linalg
+import torch
+from torch import Tensor, nn
+
+from debiased_laplace import _checks, _data
+from debiased_laplace._guards import evaluation_mode, global_random_state, gradients_enabled
+from debiased_laplace.blocks import flatten
+from debiased_laplace.gradients import Network, match_parameters
+from debiased_laplace.likelihoods import Likelihood, resolve_likelihood
+from debiased_laplace.spectrum import GGN, DirectionalDerivatives
+from debiased_laplace.structures.base import eigh
+from debiased_laplace.structures.lowrank import is_nonzero
+
+__all__ = ["Quadratic"]
+
+CURVATURES = ("ggn", "hessian")
+
+#: Most columns N C of the Gauss-Newton matrix's factor with which eigenpairs come from its Gram matrix.
+GRAM_SIZE = 5000
+
+#: Number of parameters up to which eigenpairs without a Gram matrix come from the dense matrix.
+DENSE_SIZE = 100
+
+Products = Callable[[Tensor], Tensor]
+
+
+class Quadratic:
+    r"""The quadratic of a batch around the model's parameters.
+
+    It keeps the parameters and the buffers it was made with, so that the model may move on, and never writes to the
+    model. Outputs of one datum must not depend on the others of its batch.
+
+    Args:
+        model: Any module with outputs ``[N, C]`` (or ``[N]``).
+        batch: ``(inputs, targets)``, or a list of such batches (any loader of finite length): their union. A batch
+            that is a dictionary is given to the model whole, with its targets under ``"labels"``.
+        likelihood: ``"classification"``, ``"regression"``, ``"bernoulli"``, or a
+            :class:`~debiased_laplace.likelihoods.Likelihood`.
+        curvature: ``"ggn"``, never negative, or ``"hessian"``, which may be.
+        l2: Adds :math:`\frac{l_2}{2} \|\theta\|^2`, :math:`\theta` the chosen parameters, to the loss.
+        parameters: Which trainable parameters: all, ``"last_layer"``, or names and patterns.
+        chunk_size: Data at a time; None for whole batches, as they were given.
+
+    Attributes:
+        loss: Mean loss of a datum plus the regulariser, at the centre.
+        gradient: Its gradient ``[D]``.
+        center: :math:`\theta_0`, ``[D]``, a copy.
+        n_params: D.
+        n_data: N.
+        n_outputs: C.
+
+    Raises:
+        NonFiniteError: If the loss or its gradient is not finite.
+
+    Example:
+        >>> import torch
+        >>> from debiased_laplace import Quadratic
+        >>> _ = torch.manual_seed(0)
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 3)).double()
+        >>> x, y = torch.randn(64, 4).double(), torch.randint(3, (64,))
+        >>> batch = Quadratic(model, (x[:16], y[:16]), "classification")
+        >>> data = Quadratic(model, (x, y), "classification")
+        >>> values, directions = batch.eigenpairs(1)
+        >>> bool(torch.allclose(batch.curvature(directions), values))
+        True
+        >>> bool(data.curvature(directions) < values)  # the same batch overstates it
+        True
+    """
+
+    loss: float
+    gradient: Tensor
+    center: Tensor
+    n_params: int
+    n_data: int
+    n_outputs: int
+
+    def __init__(
+        self,
+        model: nn.Module,
+        batch: Any,
+        likelihood: str | Likelihood,
+        curvature: str = "ggn",
+        *,
+        l2: float = 0.0,
+        parameters: str | Sequence[str] | None = None,
+        chunk_size: int | None = None,
+    ) -> None:
+        if curvature not in CURVATURES:
+            raise ValueError(f"Expected a curvature out of {list(CURVATURES)}, got {curvature!r}.")
+        if not (math.isfinite(l2) and l2 >= 0):
+            raise ValueError(f"Expected an l2 that is finite and at least zero, got {l2}.")
+        _checks.chunk_size(chunk_size)
+        self.kind, self.l2, self.chunk_size = curvature, float(l2), chunk_size
+        self.likelihood = resolve_likelihood(likelihood)
+        self._batches = _batches(batch)
+        self.n_data = sum(len(targets) for _, targets in self._batches)
+        names = _names(model, parameters, self._batches[0][0])
+        self._chosen = names
+        self._network = Network(model, names)
+        self.n_params = self._network.n_params
+        with torch.inference_mode(False):
+            self.center = self._network.mean().double().clone()
+            self._buffers = {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
+        self._others = {name: p.detach() for name, p in model.named_parameters() if name not in self._network.shapes}
+        self._found: tuple[Tensor, Tensor] | None = None
+        with torch.inference_mode(False):
+            self.loss, self.gradient = self._loss_and_gradient()
+
+    def __repr__(self) -> str:
+        return (
+            f"Quadratic({self.kind}, {self.n_data} data, {self.n_params} parameters, loss={self.loss:.4g}, "
+            f"l2={self.l2:g})"
+        )
+
+    # -- the quadratic -------------------------------------------------------------------------
+
+    def slope(self, u: Tensor) -> Tensor:
+        r""":math:`u^\top g`, a scalar for ``[D]``, ``[K]`` for ``[K, D]``."""
+        return (self._vectors(u) @ self.gradient).reshape(u.shape[:-1])
+
+    def curvature(self, u: Tensor) -> Tensor:
+        r""":math:`u^\top C u`, a scalar for ``[D]``, ``[K]`` for ``[K, D]``; u is not normalised."""
+        rows = self._vectors(u)
+        return (rows * self.matvec(rows)).sum(-1).reshape(u.shape[:-1])
+
+    @torch.inference_mode(False)
+    def matvec(self, u: Tensor) -> Tensor:
+        r""":math:`C u`, ``[D]`` or ``[K, D]``.
+
+        Cost for each vector: with the Gauss-Newton matrix about two backward passes and one through a backward pass;
+        with the Hessian one through a backward pass.
+        """
+        rows = self._vectors(u)
+        total = torch.zeros_like(rows)
+        for inputs, targets in self._chunks():
+            with self._graph(inputs) as (leaves, outputs):
+                product = self._products(leaves, outputs, targets)
+                for part in self._parts(rows):
+                    total[part] += product(rows[part])
+        total = total / self.n_data + self.l2 * rows
+        _checks.finite(total, "a product with the curvature", "Look for NaN in the vector, or for an overflow.")
+        return total.reshape(u.shape)
+
+    def value(self, point: Tensor) -> Tensor:
+        r""":math:`q(\theta)` at parameters ``[D]`` or ``[K, D]``."""
+        steps = self._vectors(point) - self.center
+        values = self.loss + steps @ self.gradient + 0.5 * (steps * self.matvec(steps)).sum(-1)
+        return values.reshape(point.shape[:-1])
+
+    @torch.inference_mode(False)
+    def true_loss(self, point: Tensor) -> Tensor:
+        """The mean loss itself, with the regulariser, at parameters ``[D]`` or ``[K, D]``; infinite if it overflows."""
+        rows = self._vectors(point)
+        totals = torch.zeros(len(rows), dtype=torch.float64, device=rows.device)
+        with torch.no_grad(), evaluation_mode(self._network.model):
+            for inputs, targets in self._chunks():
+                for index, row in enumerate(rows):
+                    outputs = self._call(self._network.from_vector(row), inputs)
+                    totals[index] += self._losses(outputs, targets).double().sum()
+        return (totals / self.n_data + 0.5 * self.l2 * rows.square().sum(-1)).reshape(point.shape[:-1])
+
+    @torch.inference_mode(False)
+    def per_datum(self, u: Tensor) -> DirectionalDerivatives:
+        r"""Slopes and curvatures of every datum along directions: ``[D]`` or ``[K, D]`` gives ``[N, K]`` of both.
+
+        The means over data are :meth:`slope` and :meth:`curvature`: the regulariser is part of every datum's loss.
+        """
+        rows = self._vectors(u)
+        slopes, curvatures = [], []
+        for inputs, targets in self._chunks():
+            with self._graph(inputs) as (leaves, outputs):
+                along = self._derivatives(leaves, outputs, targets)
+                first, second = zip(*[along(row) for row in rows], strict=True)
+            slopes.append(torch.stack(first, 1))
+            curvatures.append(torch.stack(second, 1))
+        weights = torch.full((self.n_data,), 1 / self.n_data, dtype=torch.float64, device=rows.device)
+        return DirectionalDerivatives(
+            torch.cat(slopes) + self.l2 * (rows @ self.center),
+            torch.cat(curvatures) + self.l2 * rows.square().sum(-1),
+            weights,
+        )
+
+    # -- eigenpairs ----------------------------------------------------------------------------
+
+    @torch.inference_mode(False)
+    def eigenpairs(self, k: int) -> tuple[Tensor, Tensor]:
+        """The k largest eigenvalues ``[k]``, descending, and orthonormal eigenvectors ``[k, D]``, as rows.
+
+        Those of the Gauss-Newton matrix come from its Gram matrix, exactly, as long as that has at most
+        :data:`GRAM_SIZE` rows; others from Lanczos' method, or from the dense matrix of a small network.
+
+        Args:
+            k: How many.
+
+        Raises:
+            ValueError: If there are fewer: the Gauss-Newton matrix of N data has at most N C eigenvalues that are not
+                zero (without the regulariser).
+        """
+        if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= self.n_params:
+            raise ValueError(
+                f"Expected a number of eigenvectors from 1 to {self.n_params}, the number of parameters, got {k!r}."
+            )
+        if self._found is None or len(self._found[0]) < k:
+            self._found = self._eigenpairs(k)
+        values, vectors = self._found
+        return values[:k].clone(), vectors[:k].clone()
+
+    def _eigenpairs(self, k: int) -> tuple[Tensor, Tensor]:
+        values, vectors = self._by_gram(k) or self._by_products(k)
+        if self.kind == "ggn":
+            keep = is_nonzero(values, self.n_params, torch.finfo(self._network.dtype).eps) & (values > 0)
+            values, vectors = values[keep], vectors[keep]
+            if len(values) < k:
+                raise ValueError(
+                    f"Expected to find {k} eigenvectors with curvature, got {len(values)}: that is the rank of the "
+                    f"Gauss-Newton matrix of {self.n_data} data with {self.n_outputs} outputs. "
+                    "Ask for fewer, or give a larger batch."
+                )
+        return values + self.l2, vectors
+
+    def _by_gram(self, k: int) -> tuple[Tensor, Tensor] | None:
+        """Through the Gram matrix, where it is small and the model is still where it was."""
+        columns = self.n_data * self.n_outputs
+        inputs = [inputs for inputs, _ in self._batches]
+        shapes = {tuple(leaf.shape[1:] for leaf in _data.tensors(own)) for own in inputs}
+        if self.kind != "ggn" or columns > GRAM_SIZE or len(shapes) > 1 or not self._at_center():
+            return None
+        try:
+            ggn = GGN(
+                self._network.model,
+                _data.concatenate(inputs),
+                torch.cat([targets for _, targets in self._batches]),
+                self.likelihood,
+                parameters=self._chosen,
+                chunk_size=self.chunk_size,
+            )
+            values, basis = ggn.eigenpairs(k)
+        except _checks.UnsupportedLayerError:  # its products need no rule for the layer
+            return None
+        lifted = basis.lift(torch.eye(basis.rank, dtype=torch.float64, device=values.device))
+        order = values.double().argsort(descending=True)
+        return values.double()[order], lifted[order]
+
+    def _by_products(self, k: int) -> tuple[Tensor, Tensor]:
+        d, device = self.n_params, self.center.device
+
+        def product(vector: Any) -> Any:
+            own = torch.as_tensor(np.asarray(vector), dtype=torch.float64, device=device).reshape(d)
+            return (self.matvec(own) - self.l2 * own).cpu().numpy()
+
+        if d <= max(DENSE_SIZE, 4 * k):
+            matrix = self.matvec(torch.eye(d, dtype=torch.float64, device=device))
+            matrix.diagonal().sub_(self.l2)
+            values, vectors = eigh((matrix + matrix.mT) / 2, "the batch")
+            return values[:k], vectors[:, :k].mT.contiguous()
+        precision = torch.finfo(self._network.dtype).eps
+        operator = scipy.sparse.linalg.LinearOperator((d, d), matvec=product, dtype=np.float64)
+        with global_random_state():  # an exhausted subspace may be continued with random vectors
+            start = np.random.default_rng(0).standard_normal(d)
+            found, columns = scipy.sparse.linalg.eigsh(
+                operator, k=k, which="LA", v0=start, tol=0 if precision < 1e-12 else precision
+            )
+        order = np.argsort(found)[::-1]
+        values, rows = torch.tensor(found[order]), torch.tensor(columns[:, order].T.copy())
+        return values.to(device), rows.to(device)
+
+    def _at_center(self) -> bool:
+        """Whether the model still has the parameters and buffers that the quadratic was made with."""
+        buffers = dict(self._network.model.named_buffers())
+        return torch.equal(self._network.mean().double(), self.center) and all(
+            name in buffers and torch.equal(buffers[name], own) for name, own in self._buffers.items()
+        )
+
+    # -- passes over data ----------------------------------------------------------------------
+
+    def _vectors(self, u: Tensor) -> Tensor:
+        """Vectors as rows ``[K, D]``, float64, on the model's device."""
+        if not isinstance(u, Tensor):
+            raise TypeError(f"Expected a tensor of shape [{self.n_params}] or [K, {self.n_params}], got {u!r}.")
+        if u.ndim not in (1, 2) or u.shape[-1] != self.n_params:
+            raise ValueError(
+                f"Expected vectors of shape [{self.n_params}] or [K, {self.n_params}], one entry for each parameter, "
+                f"got {tuple(u.shape)}."
+            )
+        return _data.to_device(u.detach(), self.center.device).double().reshape(-1, self.n_params)
+
+    def _parts(self, rows: Tensor) -> Iterator[slice]:
+        return _data.slices(len(rows), self._network.vector_chunk)
+
+    def _chunks(self) -> Iterator[tuple[_data.Inputs, Tensor]]:
+        device = self._network.device
+        for inputs, targets in self._batches:
+            for part in _data.slices(len(targets), self.chunk_size or len(targets)):
+                yield _data.to_device(_data.take(inputs, part), device), _data.to_device(targets[part], device)
+
+    def _call(self, parameters: dict[str, Tensor], inputs: _data.Inputs) -> Tensor:
+        buffers = {name: buffer.clone() for name, buffer in self._buffers.items()}  # a model may write into its own
+        return self._network.call({**self._others, **buffers, **parameters}, inputs)
+
+    def _losses(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return self.likelihood.loss(outputs.to(self._network.dtype), targets)
+
+    @contextmanager
+    def _graph(self, inputs: _data.Inputs) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
+        """Parameters at the centre as leaves, and the outputs ``[N, C]`` of some data as a function of them."""
+        # The fused kernels of attention have no second derivatives.
+        attention = torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)
+        with gradients_enabled(), evaluation_mode(self._network.model), attention:
+            own = self._network.from_vector(self.center)
+            leaves = {name: p.detach().clone().requires_grad_() for name, p in own.items()}
+            yield leaves, self._call(leaves, inputs)
+
+    def _loss_and_gradient(self) -> tuple[float, Tensor]:
+        loss, gradient = 0.0, torch.zeros_like(self.center)
+        for index, (inputs, targets) in enumerate(self._chunks()):
+            with self._graph(inputs) as (leaves, outputs):
+                self.n_outputs = outputs.shape[1]
+                if not index:
+                    for _, own in self._batches:
+                        self.likelihood.check_targets(own, self.n_outputs)
+                total = self._losses(outputs, targets).double().sum()
+                found = torch.autograd.grad(total, list(leaves.values()), materialize_grads=True)
+            loss += float(total.detach())
+            gradient += self._flat(found, leaves)
+        loss = loss / self.n_data + 0.5 * self.l2 * float(self.center.square().sum())
+        gradient = gradient / self.n_data + self.l2 * self.center
+        if not math.isfinite(loss):
+            raise _checks.NonFiniteError(
+                f"Expected a finite loss of the batch, got {loss}. Look for NaN in its data, or in the weights."
+            )
+        _checks.finite(gradient, "the gradient of the batch", "Look for an operation with an infinite derivative.")
+        return loss, gradient
+
+    def _flat(self, gradients: Sequence[Tensor], leaves: dict[str, Tensor]) -> Tensor:
+        return flatten(dict(zip(leaves, gradients, strict=True)), self._network.shapes).double()
+
+    def _products(self, leaves: dict[str, Tensor], outputs: Tensor, targets: Tensor) -> Products:
+        """Products with the sum of the curvatures of some data, ``[k, D] -> [k, D]``."""
+        parameters = list(leaves.values())
+        if self.kind == "hessian":
+            total = self._losses(outputs, targets).sum()
+            gradients = torch.autograd.grad(total, parameters, create_graph=True, materialize_grads=True)
+            return lambda rows: self._flat(_pull(gradients, parameters, self._shaped(rows)), leaves)
+        jacobian, loss_hessian = self._jacobian(parameters, outputs), self._loss_hessian(outputs, targets)
+
+        def product(rows: Tensor) -> Tensor:
+            return self._flat(_pull([outputs], parameters, [loss_hessian(jacobian(rows))]), leaves)
+
+        return product
+
+    def _jacobian(self, parameters: list[Tensor], outputs: Tensor) -> Products:
+        r""":math:`J u`, ``[k, D] -> [k, N, C]``: the transpose of the pullback of w, which is linear in w."""
+        w = torch.zeros_like(outputs).requires_grad_()
+        pulled = torch.autograd.grad(outputs, parameters, w, create_graph=True, materialize_grads=True)
+        return lambda rows: _pull(pulled, [w], self._shaped(rows))[0]
+
+    def _loss_hessian(self, outputs: Tensor, targets: Tensor) -> Products:
+        r""":math:`\nabla^2_f \ell_n z_n`, ``[k, N, C] -> [k, N, C]``."""
+        leaf = outputs.detach().to(self._network.dtype, copy=True).requires_grad_()
+        gradient = torch.autograd.grad(self._losses(leaf, targets).sum(), leaf, create_graph=True)
+        return lambda z: _pull(gradient, [leaf], [z])[0]
+
+    def _derivatives(
+        self, leaves: dict[str, Tensor], outputs: Tensor, targets: Tensor
+    ) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+        """First and second derivatives of every datum's loss along a direction, ``[D]`` to two ``[N]``."""
+        parameters = list(leaves.values())
+        jacobian, loss_hessian = self._jacobian(parameters, outputs), self._loss_hessian(outputs, targets)
+        residual = self.likelihood.gradient(outputs.detach().to(self._network.dtype), targets).double()
+
+        def along(row: Tensor) -> tuple[Tensor, Tensor]:
+            change = jacobian(row[None])
+            slopes = (residual * change[0].double()).sum(-1)
+            curvatures = (change.double() * loss_hessian(change).double())[0].sum(-1)
+            if self.kind == "hessian":
+                curvatures = curvatures + (residual * self._bend(parameters, outputs, row).double()).sum(-1)
+            return slopes, curvatures
+
+        return along
+
+    def _bend(self, parameters: list[Tensor], outputs: Tensor, row: Tensor) -> Tensor:
+        r"""Second derivatives of the outputs along a direction, ``[N, C]``."""
+        w = torch.zeros_like(outputs).requires_grad_()
+        total: Any = (outputs * w).sum()
+        for _ in range(2):
+            if not total.requires_grad:
+                return torch.zeros_like(outputs)
+            gradients = torch.autograd.grad(total, parameters, create_graph=True, materialize_grads=True)
+            total = sum((g * v[0]).sum() for g, v in zip(gradients, self._shaped(row[None]), strict=True))
+        return _pull([total], [w], [torch.ones_like(total)[None]])[0][0]
+
+    def _shaped(self, rows: Tensor) -> list[Tensor]:
+        """Vectors as tensors ``[k, *shape]`` of every parameter, in the dtypes of the model."""
+        return list(self._network.from_vector(rows).values())
+
+
+def _pull(outputs: Sequence[Tensor], inputs: list[Tensor], vectors: Sequence[Tensor]) -> list[Tensor]:
+    """Vector-Jacobian products for vectors ``[k, *shape]`` of every output; the graph stays."""
+    pairs = [(out, v.to(out)) for out, v in zip(outputs, vectors, strict=True) if out.requires_grad]
+    k = len(vectors[0])
+    if not pairs:
+        return [own.new_zeros((k, *own.shape)) for own in inputs]
+    outs = [out for out, _ in pairs]
+    common: dict[str, Any] = {"retain_graph": True, "allow_unused": True}
+    if k == 1:
+        found = torch.autograd.grad(outs, inputs, [v[0] for _, v in pairs], **common)
+        found = tuple(None if g is None else g[None] for g in found)
+    else:
+        found = torch.autograd.grad(outs, inputs, [v for _, v in pairs], is_grads_batched=True, **common)
+    return [own.new_zeros((k, *own.shape)) if g is None else g for own, g in zip(inputs, found, strict=True)]
+
+
+def _names(model: nn.Module, parameters: str | Sequence[str] | None, inputs: _data.Inputs) -> list[str] | None:
+    if parameters == "last_layer":
+        return list(Network.discover(model, inputs, parameters=parameters).shapes)
+    if parameters is None:
+        return None
+    return match_parameters(model, [parameters] if isinstance(parameters, str) else parameters)
+
+
+def _batches(batch: Any) -> list[tuple[_data.Inputs, Tensor]]:
+    """One batch, or several, as pairs; a loader's global randomness is put back."""
+    is_pair = isinstance(batch, (tuple, list)) and len(batch) == 2 and isinstance(batch[1], Tensor)
+    with global_random_state():
+        found = list(_data.labelled([batch] if is_pair or isinstance(batch, Mapping) else batch))
+    pairs = [(inputs, targets) for inputs, targets, n in found if n]
+    if not pairs:
+        raise ValueError("Expected a batch with data, or a list of such batches, got none.")
+    return pairs
