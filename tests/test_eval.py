@@ -103,3 +103,14 @@ def test_the_results_of_the_shipped_tasks(tmp_path):
     assert again.returncode == 0, again.stderr
     assert "digits, seed 0: kept" in again.stderr
     assert (docs / "results.md").read_text() == text
+
+
+def test_the_noisy_quadratic(tmp_path):
+    done = script("steps.py", "--noisy-quadratic", "--runs", "3", "--out", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    (record,) = [json.loads(path.read_text()) for path in tmp_path.glob("*.json")]
+    assert record
+    assert [path.stat().st_size > 5000 for path in tmp_path.glob("*.png")] == [True]
+    done = script("steps.py")
+    assert done.returncode == 2
+    assert "Expected at least one of --noisy-quadratic" in done.stderr
