@@ -11,6 +11,7 @@ on. The report page of every task is in ``<out>/<task>/report.html``. What lies 
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import re
 import statistics
@@ -18,6 +19,8 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from PIL import Image
 
 from debiased_laplace.evaluation import suite
 from debiased_laplace.evaluation.figures import pictures
@@ -65,11 +68,13 @@ def document(path: Path, found: Mapping[str, Summary]) -> None:
     if regressions:
         parts["uci"] = uci(regressions)
     for name, summary in classifiers.items():
-        wanted = [t for t in tables(summary) if not t.title.startswith("Shifted data: NLL of")]
-        parts[f"task {name}"] = "\n".join(table.markdown(4) for table in wanted)
+        shown = [table for table in tables(summary) if table.title in titles(summary)]
+        foreign = [table for table in tables(summary, short=True) if table.title == "Foreign data"]
+        parts[f"task {name}"] = "\n".join(table.markdown(3) for table in [*shown, *foreign])
         picture = next(iter(pictures(summary)), None)
         if picture is not None and summary["shifts"]:
-            (path.parent / f"results-{name}.png").write_bytes(picture.png)
+            small = Image.open(io.BytesIO(picture.png)).convert("RGB").quantize(255, dither=Image.Dither.NONE)
+            small.save(path.parent / f"results-{name}.png", optimize=True)
     for name, content in parts.items():
         pattern = re.compile(rf"(<!-- {re.escape(name)} -->\n).*?(<!-- end -->)", re.DOTALL)
         if not pattern.search(text):
@@ -80,6 +85,13 @@ def document(path: Path, found: Mapping[str, Summary]) -> None:
     record = path.parent / "records" / "results.json"
     record.parent.mkdir(parents=True, exist_ok=True)
     record.write_text(json.dumps(kept, separators=(",", ":")) + "\n")
+
+
+def titles(summary: Summary) -> list[str]:
+    """Of the tables that the document shows; the report pages have the others."""
+    candidate, baseline = by_role(summary, "candidate"), by_role(summary, "baseline")
+    against = [f"Shifted data: NLL of {candidate} minus {second}" for second in (TEMPERATURE, baseline)]
+    return ["Test data", *against, "Distance to the posterior of all training data", "Tuning and cost"]
 
 
 def compact(summary: Summary) -> dict[str, Any]:

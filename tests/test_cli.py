@@ -11,7 +11,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from click.testing import Result
 from typer.testing import CliRunner
 
 import debiased_laplace
@@ -26,11 +25,11 @@ runner = CliRunner()
 pytestmark = pytest.mark.filterwarnings("ignore:The best prior precision:UserWarning")  # little data, large priors
 
 
-def invoke(*arguments: object) -> Result:
+def invoke(*arguments: object) -> Any:
     return runner.invoke(app, [str(argument) for argument in arguments])
 
 
-def told(result: Result) -> str:
+def told(result: Any) -> str:
     """What an error says, on one line; that it is no traceback."""
     assert result.exit_code != 0
     assert result.exception is None or isinstance(result.exception, SystemExit), repr(result.exception)
