@@ -80,7 +80,7 @@ def demo(
 
 @app.command()
 def evaluate(
-    task: TaskArgument,
+    task: TaskArgument = "digits",
     out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("evaluation"),
     seeds: Annotated[int | None, typer.Option(min=1, help="How many; by default what the task says.")] = None,
     seed: SeedOption = 0,

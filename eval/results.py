@@ -14,7 +14,6 @@ import argparse
 import io
 import json
 import re
-import statistics
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -151,8 +150,7 @@ def shift(found: Mapping[str, Summary]) -> str:
                 for second in (TEMPERATURE, by_role(summary, "baseline")):
                     own = [cell for e, cell in differences(summary, method, str(second), score) if is_strong(e)]
                     said = [verdict(score, cell) for cell in own]
-                    mean = f", mean {statistics.fmean(c[0] for c in own):+.3f}" if own else ""
-                    cells.append(f"{said.count('better')} to {said.count('worse')} of {len(said)}{mean}" if own else "")
+                    cells.append(f"{said.count('better')} to {said.count('worse')} of {len(said)}" if own else "")
             rows.append(cells)
     columns = ["task", "method"]
     for score in ("NLL", "ECE"):
