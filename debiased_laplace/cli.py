@@ -59,7 +59,7 @@ def demo(
     device: DeviceOption = None,
     quick: Annotated[bool, typer.Option("--quick", help="Two seeds and less of everything, as a try.")] = False,
 ) -> None:
-    """Compare posteriors on scikit-learn's digits: a table, results.json, diagrams and a report, in about a minute.
+    """Compare posteriors on scikit-learn's digits: a table, results.json, diagrams and a report, in about two minutes.
 
     Finished seeds are kept in OUT/records: a run that was interrupted goes on where it stopped.
     """
@@ -136,14 +136,14 @@ def fit(
     _check_file(out)
     with _imports():
         from debiased_laplace import DebiasedLaplace
-        from debiased_laplace.evaluation.methods import RECIPE
+        from debiased_laplace.evaluation.methods import RECIPE, Options
         from debiased_laplace.laplace_torch.settings import STRUCTURES
     if structure not in STRUCTURES:
         raise typer.BadParameter(
             f"Expected one out of {list(STRUCTURES)}, got {structure!r}.", param_hint="--structure"
         )
     loaded, context = _task(task, device, data_dir, cache, quick, seed)
-    checkpoint = out.with_suffix(".progress")
+    checkpoint, options = out.with_suffix(".progress"), Options()
     with _clear_errors(), _seeded():
         model = loaded.model(context)
         la = DebiasedLaplace(model, loaded.likelihood, hessian_structure=structure, seed=seed)
@@ -162,6 +162,9 @@ def fit(
             method="gridsearch",
             val_loader=loaded.call("val_loader", context),
             progress_bar=True,
+            grid_size=options.grid_size,
+            log_prior_prec_min=options.log_prior_prec_min,
+            log_prior_prec_max=options.log_prior_prec_max,
             **({"tune_sigma_noise": True} if loaded.likelihood == "regression" else RECIPE),
         )
         la.save(out)
