@@ -153,6 +153,15 @@ def labelled(batches: Iterable[Any], targets_key: str = "labels") -> Iterator[tu
         yield inputs, targets, n
 
 
+def head(batches: Iterable[Any], n: int, targets_key: str = "labels") -> Iterator[tuple[Inputs, Tensor]]:
+    """The first n data of a loader, in its batches; no batch after them is asked for."""
+    for inputs, targets, size in labelled(batches, targets_key):
+        yield take(inputs, slice(0, n)), targets[:n]
+        n -= size
+        if n <= 0:
+            return
+
+
 def slices(n: int, size: int) -> Iterator[slice]:
     """Consecutive slices of at most ``size`` that cover ``range(n)``."""
     for start in range(0, n, size):

@@ -31,6 +31,7 @@ DataOption = Annotated[Path | None, typer.Option(help="Folder with local data, f
 CacheOption = Annotated[
     Path | None, typer.Option(help="Folder where the task keeps trained weights; OUT/cache by default.")
 ]
+FixedCacheOption = Annotated[Path, typer.Option(help="Folder where the task keeps trained weights.")]
 QuickOption = Annotated[bool, typer.Option("--quick", help="Little of everything, as a try.")]
 SeedOption = Annotated[int, typer.Option(min=0, max=2**31 - 1, help="First seed; the others follow it.")]
 
@@ -66,11 +67,9 @@ def demo(
     _check_folder(out)
     with _imports():
         from debiased_laplace.evaluation import demo as demonstration
-        from debiased_laplace.evaluation.tasks import Task
-    task = Task.load("digits")
     n_seeds = demonstration.N_SEEDS_QUICK if quick else demonstration.N_SEEDS
     _evaluate(
-        out, n_seeds, len(demonstration.demo_methods(task)), quick,
+        out, n_seeds, quick,
         lambda progress: demonstration.demo(
             out, seed=seed, device=_device(device), quick=quick, progress=progress
         ),
@@ -110,7 +109,7 @@ def evaluate(
         methods = tuple(method for method in methods if method.name in only)
     options = Options(n_resamples=200 if quick else 1000)
     _evaluate(
-        out, n_seeds, len(methods), quick,
+        out, n_seeds, quick,
         lambda progress: summarise(
             suite.run(
                 loaded, out, range(seed, seed + n_seeds), context, methods=methods, options=options, progress=progress
@@ -128,7 +127,7 @@ def fit(
     budget: Annotated[int | None, typer.Option(min=0, help="Training data for curvature; 0 for all of them.")] = None,
     structure: Annotated[str, typer.Option(help="kron, lowrank, diag or full.")] = "kron",
     data_dir: DataOption = None,
-    cache: Annotated[Path, typer.Option(help="Folder where the task keeps trained weights.")] = Path("cache"),
+    cache: FixedCacheOption = Path("cache"),
     device: DeviceOption = None,
     quick: QuickOption = False,
 ) -> None:
@@ -136,36 +135,31 @@ def fit(
     _check_file(out)
     with _imports():
         from debiased_laplace import DebiasedLaplace
-        from debiased_laplace.evaluation.methods import RECIPE, Options
+        from debiased_laplace.evaluation.methods import Options, recipe
         from debiased_laplace.laplace_torch.settings import STRUCTURES
     if structure not in STRUCTURES:
         raise typer.BadParameter(
             f"Expected one out of {list(STRUCTURES)}, got {structure!r}.", param_hint="--structure"
         )
     loaded, context = _task(task, device, data_dir, cache, quick, seed)
-    checkpoint, options = out.with_suffix(".progress"), Options()
+    checkpoint = out.with_suffix(".progress")
     with _clear_errors(), _seeded():
         model = loaded.model(context)
         la = DebiasedLaplace(model, loaded.likelihood, hessian_structure=structure, seed=seed)
-        keywords: dict[str, Any] = {"budget": loaded.budget if budget is None else (budget or None)}
-        if loaded.constant("N_DATA") is not None:
-            keywords["n_data"] = int(loaded.constant("N_DATA"))
+        budget = loaded.budget if budget is None else budget or None
         try:
             la.fit(
-                loaded.call("train_loader", context), generator=seed, progress_bar=True, checkpoint=checkpoint,
-                **keywords,
+                loaded.call("train_loader", context), budget=budget, n_data=loaded.n_data, generator=seed,
+                progress_bar=True, checkpoint=checkpoint,
             )  # fmt: skip
         except KeyboardInterrupt:
             typer.echo("Interrupted. Run the same command to go on.", err=True)
             raise typer.Exit(130) from None
         la.optimize_prior_precision(
-            method="gridsearch",
             val_loader=loaded.call("val_loader", context),
             progress_bar=True,
-            grid_size=options.grid_size,
-            log_prior_prec_min=options.log_prior_prec_min,
-            log_prior_prec_max=options.log_prior_prec_max,
-            **({"tune_sigma_noise": True} if loaded.likelihood == "regression" else RECIPE),
+            **Options().search,
+            **recipe(loaded.likelihood == "regression"),
         )
         la.save(out)
         checkpoint.unlink(missing_ok=True)
@@ -180,7 +174,7 @@ def predict(
     out: Annotated[Path, typer.Option(help="File for the predictions (NumPy's .npz).")] = Path("predictions.npz"),
     seed: SeedOption = 0,
     data_dir: DataOption = None,
-    cache: Annotated[Path, typer.Option(help="Folder where the task keeps trained weights.")] = Path("cache"),
+    cache: FixedCacheOption = Path("cache"),
     device: DeviceOption = None,
     quick: QuickOption = False,
 ) -> None:
@@ -314,7 +308,7 @@ def _check_folder(out: Path) -> None:
 
 
 def _evaluate(
-    out: Path, n_seeds: int, n_methods: int, quick: bool,
+    out: Path, n_seeds: int, quick: bool,
     work: Callable[[Callable[[int, str], None]], dict[str, Any]], title: str,
 ) -> None:  # fmt: skip
     """Run with bars, write the files, show the answer and the short tables."""

@@ -244,7 +244,7 @@ class Network:
             sample = _data.to_device(_data.take(inputs, slice(0, 2)), whole.device)
             parameters = whole._last_layer(sample)
         elif parameters is not None:
-            parameters = match_parameters(model, [parameters] if isinstance(parameters, str) else parameters)
+            parameters = match_parameters(model, parameters)
         if indices is not None:
             if parameters is not None:
                 raise ValueError("Expected either parameters or indices, got both.")
@@ -499,8 +499,8 @@ class Network:
                     )
 
 
-def match_parameters(model: nn.Module, patterns: Sequence[str]) -> list[str]:
-    """Names of the trainable parameters that match any of the patterns (:mod:`fnmatch`), in the model's order.
+def match_parameters(model: nn.Module, patterns: str | Sequence[str]) -> list[str]:
+    """Names of the trainable parameters that match a pattern, or any of several (:mod:`fnmatch`), in the model's order.
 
     A name of a module stands for all of its parameters.
 
@@ -509,7 +509,7 @@ def match_parameters(model: nn.Module, patterns: Sequence[str]) -> list[str]:
     """
     names = [name for name, p in model.named_parameters() if p.requires_grad]
     matched: set[str] = set()
-    for pattern in patterns:
+    for pattern in [patterns] if isinstance(patterns, str) else patterns:
         own = {name for name in names if fnmatchcase(name, pattern) or fnmatchcase(name, f"{pattern}.*")}
         if not own:
             raise ValueError(

@@ -436,7 +436,7 @@ def _names(model: nn.Module, parameters: str | Sequence[str] | None, inputs: _da
         return list(Network.discover(model, inputs, parameters=parameters).shapes)
     if parameters is None:
         return None
-    return match_parameters(model, [parameters] if isinstance(parameters, str) else parameters)
+    return match_parameters(model, parameters)
 
 
 def _batches(batch: Any) -> list[tuple[_data.Inputs, Tensor]]:

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from debiased_laplace import DebiasedLaplace, _data
+from debiased_laplace.evaluation.methods import Options
 from debiased_laplace.evaluation.predictors import outputs_of, tuned_temperature
 from debiased_laplace.evaluation.records import write_json
 from debiased_laplace.evaluation.tasks import Context, Task, resolve_device
@@ -53,28 +54,22 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
     context = Context(options.seed, options.data_dir, options.cache, options.quick, resolve_device(options.device))
     model = task.model(context)
     la = DebiasedLaplace(model, "classification", seed=options.seed)
-    n_data = task.constant("N_DATA")
-    la.fit(
-        task.call("train_loader", context), budget=task.budget, generator=options.seed,
-        **({} if n_data is None else {"n_data": n_data}),
-    )  # fmt: skip
+    loader = task.call("train_loader", context)
+    la.fit(loader, budget=task.budget, generator=options.seed, n_data=task.n_data)
     temperature, _ = tuned_temperature(model, task.call("val_loader", context))
     tuned: dict[str, DebiasedLaplace] = {}
     for way, keywords in WAYS.items():
         tuned[way] = own = copy.copy(la)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # of the edges of the grid: the record has the values
-            own.optimize_prior_precision(
-                method="gridsearch", val_loader=task.call("val_loader", context), grid_size=46, log_prior_prec_min=-3,
-                log_prior_prec_max=6, **keywords,
-            )  # fmt: skip
+            own.optimize_prior_precision(val_loader=task.call("val_loader", context), **Options().search, **keywords)
         print(f"{name}: {way}: {own.prior_precision.flatten()[:1]}, {own.output_temperature:.3f}", file=sys.stderr)
     sets = {"test": task.call("test_loader", context)}
     for shift, loaders in task.call("shifted_loaders", context).items():
         sets |= {f"{shift} {severity}": loaders[severity] for severity in SEVERITIES}
     losses = {}
     for title, loader in sets.items():
-        losses[title] = score(la, tuned, temperature, first(loader, options.images))
+        losses[title] = score(la, tuned, temperature, list(_data.head(loader, options.images)))
         print(f"{name}: {title}", file=sys.stderr, flush=True)
     return {
         "task": name, "seed": options.seed, "images": options.images, "temperature": temperature,
@@ -84,17 +79,6 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
         },
         "nll": losses,
     }  # fmt: skip
-
-
-def first(loader: Any, n: int) -> list[tuple[Any, torch.Tensor]]:
-    """The first data of a loader."""
-    kept, total = [], 0
-    for inputs, targets, size in _data.labelled(loader):
-        kept.append((_data.take(inputs, slice(0, n - total)), targets[: n - total]))
-        total += size
-        if total >= n:
-            break
-    return kept
 
 
 def score(

@@ -199,9 +199,9 @@ def test_nothing_is_written_where_nothing_is_new(path, monkeypatch):
 
 
 def test_a_run_that_fails_before_anything_is_complete_leaves_no_file(path):
-    with pytest.raises(KeyError):
+    with pytest.raises(KeyError, match="nothing"):
         Progress(path, SETTINGS).once("a", lambda: {}["nothing"])
-    with pytest.raises(KeyError):
+    with pytest.raises(KeyError, match="nothing"):
         Progress(path, SETTINGS).accumulate("sum", STEPS, lambda step: {}["nothing"])
     assert not path.exists()
     assert list(path.parent.iterdir()) == []

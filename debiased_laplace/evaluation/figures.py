@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from debiased_laplace.evaluation.methods import MAP, TEMPERATURE
 from debiased_laplace.evaluation.metrics import N_BINS
 from debiased_laplace.evaluation.statement import plus_minus
-from debiased_laplace.evaluation.summary import by_role, shifts
+from debiased_laplace.evaluation.summary import added, by_role, shifts
 
 Summary = Mapping[str, Any]
 
@@ -133,7 +133,7 @@ def _bins(summary: Summary, name: str) -> dict[str, dict[str, Any]]:
     for title, severities in (("shifts, severity 3", (3, None)), ("shifts, severity 5", (5,))):
         own = [e["curves"][name]["reliability"] for e in summary["shifts"] if e["severity"] in severities]
         if own:
-            found[title] = {key: [sum(c) for c in zip(*(b[key] for b in own), strict=True)] for key in own[0]}
+            found[title] = added(own)
     return found
 
 
@@ -147,6 +147,7 @@ def _severity(summary: Summary) -> Picture | None:
         return None
     styles = style(summary)
     zero, candidate = TEMPERATURE if TEMPERATURE in styles else next(iter(styles)), by_role(summary, "candidate")
+    last = "RMSE" if summary["regression"] else "ECE"
     rows: list[tuple[str, Callable[[Any, str], float]]] = [
         ("NLL, nats", lambda entry, name: entry["scores"][name]["nll"][0]),
         (
@@ -185,7 +186,8 @@ def _severity(summary: Summary) -> Picture | None:
         "Severity 0 is the test data. Every panel has a scale of its own, and differences are without the network "
         "itself; intervals are in the tables."
         + (f" The thick line is {candidate}." if candidate else ""),
-        f"NLL and ECE against severity for the shifts {', '.join(found)}. Mean NLL at the highest severity: {listed}.",
+        f"NLL and {last} against severity for the shifts {', '.join(found)}. Mean NLL at the highest severity: "
+        f"{listed}.",
         _png(figure),
         wide=True,
     )  # fmt: skip

@@ -7,8 +7,10 @@ result is a dictionary that JSON can hold and that everything else is made of: t
 from __future__ import annotations
 
 import base64
+import io
+import json
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -158,11 +160,8 @@ def evaluate(
         if condition.kind == "ood":
             entry = _detection(inside, arrays, against, n_resamples, seed)
         else:
-            entry = _scores(arrays, targets, against, n_resamples, seed, target_scale)
-        if condition.kind == "shift":  # drawn for the test data alone
-            for curves in entry["curves"].values():
-                curves.pop("coverage", None)
-                curves.pop("risk", None)
+            whole = condition.kind == "test"
+            entry = _scores(arrays, targets, against, n_resamples, seed, target_scale, risk=whole)
         entry = {"name": condition.name, "severity": condition.severity, "n": found["n"]} | entry
         if found["shown"]:
             entry["most_uncertain"] = {"predictor": highlight, "inputs": found["shown"]}
@@ -336,8 +335,6 @@ def _label(target: Tensor) -> int:
 
 def _png(image: Tensor) -> str:
     """A picture in base64."""
-    import io
-
     from PIL import Image
 
     pixels = (image.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
@@ -353,9 +350,6 @@ def _slug(title: str) -> str:
 
 
 def _save(path: Path, found: Mapping[str, Any]) -> None:
-    import io
-    import json
-
     arrays = {f"{name}\n{key}": value for name, own in found["arrays"].items() for key, value in own.items()}
     rest = json.dumps({key: found[key] for key in ("seconds", "shown", "n")})
     file = io.BytesIO()
@@ -364,8 +358,6 @@ def _save(path: Path, found: Mapping[str, Any]) -> None:
 
 
 def _load(path: Path, names: Sequence[str]) -> dict[str, Any] | None:
-    import json
-
     if not path.exists():
         return None
     with np.load(path) as file:
@@ -384,7 +376,7 @@ def _load(path: Path, names: Sequence[str]) -> dict[str, Any] | None:
 # -- scores ----------------------------------------------------------------------------------------
 
 
-def _cell(score: str, found: bootstrap.Replicates, *, difference: bool = False) -> list[float]:
+def cell(found: bootstrap.Replicates, score: str = "", *, difference: bool = False) -> list[float]:
     """Value, error, 95 % interval: of percentiles, but basic for sums of absolute values, which noise raises."""
     low, high = found.interval()
     if score in ABSOLUTE:
@@ -396,16 +388,16 @@ def _cell(score: str, found: bootstrap.Replicates, *, difference: bool = False) 
 
 def _scores(
     arrays: Mapping[str, dict[str, Array]], targets: Array, against: Sequence[str], n_resamples: int, seed: int,
-    target_scale: float,
+    target_scale: float, *, risk: bool,
 ) -> dict[str, Any]:  # fmt: skip
-    """Scores, differences and curves of one condition."""
+    """Scores, differences and curves of one condition; that of the risk is drawn for the test data alone."""
     weights = bootstrap.resample_weights(len(targets), n_resamples, seed)
     entry: dict[str, Any] = {"targets": records.digest({"targets": targets.ravel().tolist()})}
     found, entry["curves"] = {}, {}
     for name, own in arrays.items():
         if "probabilities" in own:
             found[name] = bootstrap.classification_replicates(own["probabilities"], targets, weights)
-            entry["curves"][name] = _classification_curves(own["probabilities"], targets)
+            entry["curves"][name] = _classification_curves(own["probabilities"], targets, risk)
         else:
             # In the original units: a scale of the targets scales means and standard deviations.
             mean, variance = own["mean"] * target_scale, own["variance"] * target_scale**2
@@ -419,7 +411,7 @@ def _scores(
             f"Expected finite scores, got an infinite negative log-likelihood of {infinite}: some target has "
             "probability zero. Look for outputs that are huge, or probabilities that were rounded."
         )
-    entry["scores"] = {name: {key: _cell(key, value) for key, value in own.items()} for name, own in found.items()}
+    entry["scores"] = {name: {key: cell(value, key) for key, value in own.items()} for name, own in found.items()}
     entry["differences"] = _differences(found, against)
     return entry
 
@@ -429,7 +421,7 @@ def _differences(found: Mapping[str, Mapping[str, Any]], against: Sequence[str])
     return {
         second: {
             first: {
-                key: _cell(key, own[key] - found[second][key], difference=True) for key in own if key in found[second]
+                key: cell(own[key] - found[second][key], key, difference=True) for key in own if key in found[second]
             }
             for first, own in found.items()
             if first != second
@@ -438,15 +430,15 @@ def _differences(found: Mapping[str, Mapping[str, Any]], against: Sequence[str])
     }
 
 
-def _classification_curves(probabilities: Array, targets: Array) -> dict[str, Any]:
+def _classification_curves(probabilities: Array, targets: Array, risk: bool) -> dict[str, Any]:
     bins = metrics.reliability(probabilities, targets)
-    coverage, risk = metrics.risk_coverage(probabilities, targets)
-    return {
-        "reliability": {
-            "counts": bins.counts, "confidences": _rounded(bins.confidences), "correct": bins.correct
-        },
-        "coverage": _rounded(coverage), "risk": _rounded(risk),
-    }  # fmt: skip
+    found: dict[str, Any] = {
+        "reliability": {"counts": bins.counts, "confidences": _rounded(bins.confidences), "correct": bins.correct}
+    }
+    if risk:
+        lines = zip(("coverage", "risk"), metrics.risk_coverage(probabilities, targets), strict=True)
+        found |= {name: _rounded(line) for name, line in lines}
+    return found
 
 
 def _detection(
@@ -466,7 +458,7 @@ def _detection(
             found[name] |= {f"{score}, {key}": value for key, value in replicates.items()}
             histograms[name][score] = _histogram(known[score], foreign[score])
     return {
-        "scores": {name: {key: _cell(key, value) for key, value in own.items()} for name, own in found.items()},
+        "scores": {name: {key: cell(value, key) for key, value in own.items()} for name, own in found.items()},
         "differences": _differences(found, against),
         "histograms": histograms,
     }
@@ -484,10 +476,3 @@ def _histogram(known: Array, foreign: Array) -> dict[str, list[float]]:
 def _rounded(values: Iterable[float]) -> list[float]:
     """Six digits: for figures, never for scores."""
     return [float(f"{float(value):.6g}") for value in values]
-
-
-def flat(entry: Mapping[str, Any]) -> Iterator[tuple[str, str, list[float]]]:
-    """Predictor, score and cell of everything an entry has."""
-    for name, own in entry["scores"].items():
-        for score, cell in own.items():
-            yield name, score, cell

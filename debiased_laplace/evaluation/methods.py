@@ -6,6 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import torch
+from torch import Tensor
+
 from debiased_laplace.evaluation.tasks import Task
 from debiased_laplace.sampling import UniformSampler
 from debiased_laplace.splits import Single
@@ -14,6 +17,8 @@ MAP, TEMPERATURE = "MAP", "temperature scaling"
 #: How posteriors of classifiers are tuned, for the reasons in docs/results.md: as much uncertainty as the validation
 #: data allow, with a temperature, and the covariance of the outputs.
 RECIPE = {"link_approx": "mean_field", "tune_temperature": True, "selection": "one_standard_error"}
+#: And those of regressions.
+NOISE_RECIPE = {"tune_sigma_noise": True}
 Role = Literal["", "baseline", "candidate", "reference"]
 
 
@@ -65,6 +70,24 @@ class Options:
     distance_inputs: int = 500
     distance_prior_precision: float = 1.0
 
+    @property
+    def search(self) -> dict[str, Any]:
+        """Arguments of ``optimize_prior_precision`` for the search of the prior precision."""
+        return {
+            "method": "gridsearch", "grid_size": self.grid_size, "log_prior_prec_min": self.log_prior_prec_min,
+            "log_prior_prec_max": self.log_prior_prec_max,
+        }  # fmt: skip
+
+    @property
+    def grid(self) -> Tensor:
+        """The prior precisions of that search, ``[R]``, float64."""
+        return torch.logspace(self.log_prior_prec_min, self.log_prior_prec_max, self.grid_size, dtype=torch.float64)
+
+
+def recipe(regression: bool) -> dict[str, Any]:
+    """Further arguments of ``optimize_prior_precision``: how posteriors are tuned."""
+    return NOISE_RECIPE if regression else RECIPE
+
 
 def methods_of(task: Task) -> tuple[Method, ...]:
     """:func:`standard_methods` for a task."""
@@ -88,7 +111,7 @@ def standard_methods(
     single = {"sampler": UniformSampler(budget), "split": Single()}
     full = {"budget": None}
     last = {"subset_of_weights": "last_layer", "hessian_structure": "full"}
-    tuned = {"tune_sigma_noise": True} if regression else RECIPE
+    tuned = recipe(regression)
     common = (
         Method(
             "last-layer Laplace", laplace=last, fit=full, tune=tuned,

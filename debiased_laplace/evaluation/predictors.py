@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from debiased_laplace import DebiasedLaplace, _data
 from debiased_laplace._guards import evaluation_mode
 from debiased_laplace.basis import Basis
+from debiased_laplace.evaluation.metrics import ROW_SUM_TOLERANCE, entropy, foreignness
 from debiased_laplace.gradients import Network
 from debiased_laplace.likelihoods import Likelihood
 from debiased_laplace.posterior import Posterior, standard_normals
@@ -126,8 +127,6 @@ def _check_probabilities(probabilities: Tensor, name: str) -> None:
             f"Expected probabilities of shape [N, C] with at least two classes from predictor {name!r}, got "
             f"{tuple(probabilities.shape)}. For one probability p, give the columns 1 - p and p."
         )
-    from debiased_laplace.evaluation.metrics import ROW_SUM_TOLERANCE
-
     sums = probabilities.double().sum(1)
     worst = int((sums - 1).abs().argmax())
     if bool((probabilities < 0).any()) or abs(float(sums[worst]) - 1) > ROW_SUM_TOLERANCE:
@@ -278,12 +277,12 @@ class LaplacePredictor:
     Args:
         la: A fitted and tuned posterior.
         shared: Where posteriors with the same basis find each other, so that a batch is projected once for all.
-        n_samples: Draws for the mutual information and for the Monte Carlo link.
+        n_samples: Draws for the mutual information; with the Monte Carlo link they are its own, as many as by default.
     """
 
     def __init__(self, la: DebiasedLaplace, shared: Shared | None = None, *, n_samples: int = N_SAMPLES) -> None:
         self.network, self.likelihood = la.network, la.output_likelihood
-        self.link, self.output_temperature = la.link or "probit", getattr(la, "output_temperature", 1.0)
+        self.link, self.output_temperature = la.link or "probit", la.output_temperature
         self.noise_variance = la.sigma_noise.detach().double().square()
         self.covariance = not self.likelihood.is_regression and self.likelihood.needs_covariance(self.link)
         self.shared = shared or Shared()
@@ -301,7 +300,7 @@ class LaplacePredictor:
             total = variances.double() + self.noise_variance.to(variances.device)
             return Prediction(mean=mean.double(), variance=total, functional_variance=variances.sum(-1))
         mean, spread = mean.double() / self.output_temperature, spread.double() / self.output_temperature**2
-        own = spread.diagonal(dim1=-2, dim2=-1) if self.covariance else spread
+        own = variances.double() / self.output_temperature**2
         draws = (mean + own.clamp_min(0).sqrt() * self.normals.to(mean)[:, None]).softmax(-1)
         return Prediction(
             probabilities=likelihood.predictive(mean, spread, self.link, self.normals),
@@ -318,8 +317,6 @@ def mutual_information(probabilities: Tensor) -> Tensor:
 
 def scores_of_foreignness(arrays: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
     """Out-of-distribution scores ``[N]`` that a prediction has; high means foreign."""
-    from debiased_laplace.evaluation.metrics import entropy, foreignness
-
     found: dict[str, NDArray[Any]] = {}
     if "probabilities" in arrays:
         found["maximum probability"] = foreignness(arrays["probabilities"])

@@ -14,8 +14,9 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -24,7 +25,7 @@ from torch import Tensor, nn
 from debiased_laplace import DebiasedLaplace, _data, _store
 from debiased_laplace._guards import global_random_state
 from debiased_laplace.evaluation import bootstrap, records
-from debiased_laplace.evaluation.judge import conditions, evaluate, preflight
+from debiased_laplace.evaluation.judge import cell, conditions, evaluate, preflight
 from debiased_laplace.evaluation.methods import MAP, TEMPERATURE, Method, Options, check_methods, methods_of
 from debiased_laplace.evaluation.peer import PeerPredictor, fitted_peer, tune_peer
 from debiased_laplace.evaluation.predictors import (
@@ -42,6 +43,8 @@ from debiased_laplace.evaluation.predictors import (
 from debiased_laplace.evaluation.tasks import Context, Task, TaskError
 from debiased_laplace.likelihoods import resolve_likelihood
 from debiased_laplace.predictive import functional_moments
+
+_T = TypeVar("_T")
 
 # -- one seed --------------------------------------------------------------------------------------
 
@@ -124,11 +127,8 @@ def _record(
     about: dict[str, Any] = {}
     for method in methods:
         progress(context.seed, method.name)
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always", UserWarning)
-            predictor, result = bench.prepare(method)
-        told = {str(w.message) for w in caught if issubclass(w.category, UserWarning)}
-        result["warnings"] = sorted(told | set(result.get("warnings", ())))
+        (predictor, result), told = _heard(partial(bench.prepare, method))
+        result["warnings"] = sorted({*told, *result.get("warnings", ())})
         about[method.name] = {"kind": method.kind, "role": method.role, "description": method.description} | result
         if predictor is not None:
             predictors[method.name] = predictor
@@ -213,7 +213,6 @@ class _Bench:
         self.shared = Shared()
         self.fits: dict[str, DebiasedLaplace] = {}
         self.fitted: dict[str, DebiasedLaplace] = {}  # before any tuning, by the arguments of the fit
-        self.tuned: dict[str, float] = {}
 
     def prepare(self, method: Method) -> tuple[Predictor | None, dict[str, Any]]:
         """A predictor, and what there is to know about it."""
@@ -254,14 +253,12 @@ class _Bench:
             else:
                 self.fitted[method.fit_key] = self._untuned(la)
         else:
-            with warnings.catch_warnings(record=True) as caught:
-                warnings.simplefilter("always", UserWarning)
-                la, result = self._fitted(method)
-            result["warnings"] = sorted({str(w.message) for w in caught if issubclass(w.category, UserWarning)})
+            (la, result), told = _heard(partial(self._fitted, method))
+            result["warnings"] = told
             path.parent.mkdir(parents=True, exist_ok=True)
             la.save(path)
             records.write_json(described, result)
-        self.fits[method.name], self.tuned[method.name] = la, float(result["prior_precision"])
+        self.fits[method.name] = la
         return LaplacePredictor(la, self.shared), result
 
     @staticmethod
@@ -275,31 +272,25 @@ class _Bench:
 
     def _fitted(self, method: Method) -> tuple[DebiasedLaplace, dict[str, Any]]:
         """A posterior that is tuned; one that was fitted for another method is tuned anew."""
-        options, context = self.options, self.context
+        context = self.context
         start = time.perf_counter()
         if method.fit_key in self.fitted:
             la = copy.copy(self.fitted[method.fit_key])
         else:
             la = DebiasedLaplace(self.model, self.task.likelihood, seed=context.seed, **method.laplace)
-            n_data = self.task.constant("N_DATA")
-            keywords = dict(method.fit) | ({} if n_data is None else {"n_data": int(n_data)})
             checkpoint = self.work / f"fit-{records.digest({'fit': method.fit_key})}.progress"
             checkpoint.parent.mkdir(parents=True, exist_ok=True)
             loader = self.task.call("train_loader", context)
-            la.fit(loader, generator=context.seed, checkpoint=checkpoint, **keywords)
+            la.fit(loader, generator=context.seed, checkpoint=checkpoint, n_data=self.task.n_data, **method.fit)
             self.fitted[method.fit_key] = copy.copy(la)
         fitted = time.perf_counter()
-        la.optimize_prior_precision(
-            method="gridsearch", val_loader=self._validation(), grid_size=options.grid_size,
-            log_prior_prec_min=options.log_prior_prec_min, log_prior_prec_max=options.log_prior_prec_max,
-            **method.tune,
-        )  # fmt: skip
+        la.optimize_prior_precision(val_loader=self._validation(), **self.options.search, **method.tune)
         curve, joint = la.curve, la.tuned
         assert curve is not None
         prior = la.prior_precision.detach().double().cpu()
         result: dict[str, Any] = {
             "seconds": {"fit": fitted - start, "tune": time.perf_counter() - fitted},
-            "prior_precision": float(prior.log().mean().exp()),
+            "prior_precision": _typical_prior(la),
             "edge": _edge(prior, curve.prior_precisions),
             "curve": {"prior_precisions": curve.prior_precisions.tolist(), "losses": curve.losses.tolist()},
             "validation_nll": float(curve.losses.min()),
@@ -324,14 +315,10 @@ class _Bench:
         try:
             la, where = fitted_peer(
                 self.model, self.task.likelihood, method.laplace["structure"],
-                self.task.call("train_loader", self.context), self.task.constant("N_DATA"), self._validation,
+                self.task.call("train_loader", self.context), self.task.n_data, self._validation,
             )  # fmt: skip
             fitted = time.perf_counter()
-            options = self.options
-            grid = torch.logspace(
-                options.log_prior_prec_min, options.log_prior_prec_max, options.grid_size, dtype=torch.float64
-            )
-            result = tune_peer(la, self._validation(), grid, self.regression)
+            result = tune_peer(la, self._validation(), self.options.grid, self.regression)
             predictor = PeerPredictor(la, self.regression)
             for loader in (self._validation(), self.task.call("test_loader", self.context)):
                 inputs, _, _ = next(iter(_data.labelled(loader)))
@@ -354,7 +341,7 @@ class _Bench:
         if reference is None or not compared:
             return {}
         inputs = _first(self.task.call("test_loader", self.context), self.options.distance_inputs)
-        at = {"tuned": self.tuned[reference], "equal": self.options.distance_prior_precision}
+        at = {"tuned": _typical_prior(self.fits[reference]), "equal": self.options.distance_prior_precision}
         noise = self.fits[reference].posterior.noise_variance
         logarithms = {
             name: self._log_variances(self.fits[name], list(at.values()), noise, inputs) for name in roles.values()
@@ -378,9 +365,22 @@ class _Bench:
         return functional_moments(la.network, several, inputs, covariance=False)[1].cpu().double().log()
 
 
+def _heard(call: Callable[[], _T]) -> tuple[_T, list[str]]:
+    """What a function returns, and the warnings for the user that it gave."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        found = call()
+    return found, sorted({str(w.message) for w in caught if issubclass(w.category, UserWarning)})
+
+
 def _weights(model: nn.Module) -> str:
     """Tells networks apart by their weights."""
     return records.digest(_store.fingerprint(model.state_dict()))
+
+
+def _typical_prior(la: DebiasedLaplace) -> float:
+    """The prior precision, the geometric mean where there are several."""
+    return float(la.prior_precision.detach().double().log().mean().exp())
 
 
 def _edge(prior: Tensor, grid: Tensor) -> str | None:
@@ -394,17 +394,9 @@ def _edge(prior: Tensor, grid: Tensor) -> str | None:
 
 def _first(loader: Iterable[Any], n: int) -> Any:
     """The first inputs of a loader."""
-    kept, total = [], 0
-    for inputs, _, size in _data.labelled(loader):
-        kept.append(_data.take(inputs, slice(0, n - total)))
-        total += size
-        if total >= n:
-            break
-    return _data.concatenate(kept)
+    return _data.concatenate([inputs for inputs, _ in _data.head(loader, n)])
 
 
 def _mean_cell(values: Tensor, weights: Any) -> list[float]:
     array = values.numpy()
-    replicates = bootstrap.Replicates(float(array.mean()), np.asarray(weights @ array) / len(array))
-    low, high = replicates.interval()
-    return [float(v) for v in (replicates.value, replicates.standard_error, low, high)]
+    return cell(bootstrap.Replicates(float(array.mean()), np.asarray(weights @ array) / len(array)))

@@ -120,13 +120,16 @@ def _curves(curves: Sequence[dict[str, Any]]) -> dict[str, Any]:
     for key in curves[0]:
         own = [curve[key] for curve in curves]
         if key == "reliability":
-            found[key] = {
-                part: [sum(column) for column in zip(*(bins[part] for bins in own), strict=True)] for part in own[0]
-            }
+            found[key] = added(own)
         else:
             length = min(len(line) for line in own)
             found[key] = [statistics.fmean(line[i] for line in own) for i in range(length)]
     return found
+
+
+def added(bins: Sequence[Mapping[str, Sequence[float]]]) -> dict[str, list[float]]:
+    """Reliability bins of several seeds or conditions as those of all their data."""
+    return {part: [sum(column) for column in zip(*(own[part] for own in bins), strict=True)] for part in bins[0]}
 
 
 def _about(entries: Sequence[dict[str, Any]]) -> dict[str, Any]:

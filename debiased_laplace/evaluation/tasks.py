@@ -42,7 +42,6 @@ import torch
 from torch import nn
 
 REQUIRED = ("model", "train_loader", "val_loader", "test_loader")
-OPTIONAL = ("shifted_loaders", "ood_loaders", "ensemble", "images", "target_scale", "description")
 LIKELIHOODS = ("classification", "regression")
 DEFAULT_BUDGET = 256
 
@@ -142,6 +141,12 @@ class Task:
     def budget(self) -> int:
         """Training data that the mini-batch methods spend on curvature."""
         return int(self.constant("BUDGET", DEFAULT_BUDGET))
+
+    @property
+    def n_data(self) -> int | None:
+        """Size of the training set, if the loader does not yield all of it."""
+        n_data = self.constant("N_DATA")
+        return None if n_data is None else int(n_data)
 
     def has(self, name: str) -> bool:
         """Whether the task defines a function."""

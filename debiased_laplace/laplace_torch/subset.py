@@ -62,11 +62,11 @@ def chosen_parameters(
     if subnetwork_indices is not None:
         return covered_by(model, subnetwork_indices)
     if params is not None:
-        return match_parameters(model, [params] if isinstance(params, str) else params), None
+        return match_parameters(model, params), None
     if last_layer_name is not None:
         if last_layer_name not in dict(model.named_modules()):
             raise ValueError(f"Expected last_layer_name to be a module of the model, got {last_layer_name!r}.")
-        return match_parameters(model, [last_layer_name]), None
+        return match_parameters(model, last_layer_name), None
     return (list(trainable(model)) if subset == "all" else None), None
 
 

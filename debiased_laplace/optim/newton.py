@@ -224,8 +224,7 @@ class DebiasedNewtonCG(torch.optim.Optimizer):
 
 
 def _names(model: nn.Module, parameters: str | Sequence[str] | None) -> list[str]:
-    patterns = ["*"] if parameters is None else [parameters] if isinstance(parameters, str) else parameters
-    return match_parameters(model, patterns)
+    return match_parameters(model, "*" if parameters is None else parameters)
 
 
 def _quadratics(

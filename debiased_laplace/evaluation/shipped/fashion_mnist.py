@@ -1,4 +1,4 @@
-"""LeNet on the 60,000 images of Fashion-MNIST, trained in about a minute. Images are ``[N, 1, 28, 28]`` in [0, 1].
+"""LeNet on the 60,000 images of Fashion-MNIST, trained in under two minutes. Images are ``[N, 1, 28, 28]`` in [0, 1].
 
 The files ``FashionMNIST/raw/*.gz`` and ``MNIST/raw/*.gz`` are read from the folder of the data; without
 them torchvision downloads into the cache.
