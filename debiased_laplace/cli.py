@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -117,6 +117,58 @@ def evaluate(
         ),
         "",
     )  # fmt: skip
+
+
+@app.command()
+def bias(
+    task: TaskArgument = "digits",
+    out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("bias"),
+    batch_size: Annotated[int, typer.Option(min=2, help="Data in a batch.")] = 128,
+    batches: Annotated[int, typer.Option(min=3, help="How many, none sharing data with another.")] = 5,
+    directions: Annotated[int, typer.Option(min=2, help="Top eigenvectors of each batch.")] = 10,
+    steps: Annotated[int, typer.Option(min=1, help="Of conjugate gradients on each batch.")] = 10,
+    reference: Annotated[int, typer.Option(min=1, help="Training data that stand for all of them.")] = 2000,
+    pool: Annotated[int, typer.Option(min=1, help="Training data to draw from, kept in memory.")] = 10_000,
+    size: Annotated[
+        list[int] | None, typer.Option(min=1, help="Batch size to compare; may be given several times.")
+    ] = None,
+    tolerance: Annotated[float, typer.Option(help="Overstatement that a suggested batch size allows.")] = 0.1,
+    curvature: Annotated[str, typer.Option(help="ggn or hessian.")] = "ggn",
+    seed: SeedOption = 0,
+    data_dir: DataOption = None,
+    cache: CacheOption = None,
+    device: DeviceOption = None,
+    quick: QuickOption = False,
+) -> None:
+    """Measure how far mini-batches overstate the curvature of a task's network: a sentence, figures, one page.
+
+    Complete parts are kept: an interrupted run goes on where it stopped, and a finished one is only drawn anew.
+    """
+    _check_folder(out)
+    with _imports():
+        from debiased_laplace.evaluation.bias import BiasOptions, statement, study, tables, write_outputs
+        from debiased_laplace.evaluation.demo import QUICK
+    if not tolerance > 0:
+        raise typer.BadParameter(f"Expected a number above zero, got {tolerance:g}.", param_hint="--tolerance")
+    loaded, context = _task(task, device, data_dir, cache or out / "cache", quick, seed)
+    with _clear_errors():
+        options = (
+            BiasOptions(
+                batch_size=16, n_batches=3, n_directions=3, n_steps=3, pool=256, reference=128, sizes=(8, 16),
+                n_size_directions=1, n_vectors=2, curvature=curvature,
+            )
+            if quick
+            else BiasOptions(
+                batch_size=batch_size, n_batches=batches, n_directions=directions, n_steps=steps, pool=pool,
+                reference=reference, sizes=tuple(size or ()), curvature=curvature,
+            )
+        )  # fmt: skip
+    start = time.perf_counter()
+    with _bars(1, out) as report:
+        found = study(loaded, out, context, options, tolerance=tolerance, progress=report)
+    paths = write_outputs(out, found, notice=QUICK if quick else "")
+    seconds = time.perf_counter() - start
+    _say(statement(found), tables(found), found["task"]["description"], paths, seconds, quick)
 
 
 @app.command()
@@ -307,20 +359,38 @@ def _check_folder(out: Path) -> None:
         raise typer.BadParameter(message, param_hint="--out") from None
 
 
+@contextmanager
+def _bars(total: int, out: Path) -> Iterator[Callable[[int, int, str], None]]:
+    """A bar, told about by (finished, total, what begins); errors and interruptions in clear words."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    messages = Console(stderr=True)
+    columns = (TextColumn("{task.description:<34}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=messages) as bars:
+        bar = bars.add_task("", total=total)
+
+        def report(finished: int, total: int, step: str) -> None:
+            bars.update(bar, completed=finished, total=total, description=step)
+
+        try:
+            with _clear_errors():
+                yield report
+        except KeyboardInterrupt:
+            messages.print(f"Interrupted. What is finished is kept in {out}: run the same command to go on.")
+            raise typer.Exit(130) from None
+        (done,) = bars.tasks
+        bars.update(bar, completed=done.total, description="done")
+
+
 def _evaluate(
     out: Path, n_seeds: int, quick: bool,
     work: Callable[[Callable[[int, str], None]], dict[str, Any]], title: str,
 ) -> None:  # fmt: skip
     """Run with bars, write the files, show the answer and the short tables."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
     start = time.perf_counter()
-    messages = Console(stderr=True)
-    columns = (TextColumn("{task.description:<34}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     kept: list[int] = []
-    with Progress(*columns, console=messages) as bars:
-        bar = bars.add_task("", total=n_seeds)
+    with _bars(n_seeds, out) as report:
         finished, current = 0, None
 
         def progress(seed: int, step: str) -> None:
@@ -330,15 +400,9 @@ def _evaluate(
             current = seed
             if step == "kept":
                 kept.append(seed)
-            bars.update(bar, completed=finished, description=f"seed {seed}: {step}")
+            report(finished, n_seeds, f"seed {seed}: {step}")
 
-        try:
-            with _clear_errors():
-                summary = work(progress)
-        except KeyboardInterrupt:
-            messages.print(f"Interrupted. What is finished is kept in {out}: run the same command to go on.")
-            raise typer.Exit(130) from None
-        bars.update(bar, completed=n_seeds, description="done")
+        summary = work(progress)
     from debiased_laplace.evaluation.demo import QUICK
     from debiased_laplace.evaluation.report import write_outputs
 
@@ -347,33 +411,40 @@ def _evaluate(
 
 
 def _show(summary: dict[str, Any], paths: dict[str, Path], reused: int, seconds: float, quick: bool) -> None:
-    from rich.console import Console
-    from rich.text import Text
-
     from debiased_laplace.evaluation.statement import statement
     from debiased_laplace.evaluation.tables import tables
+
+    notes = []
+    if reused:
+        folder = next(iter(paths.values())).parent / "records"
+        notes.append(
+            f"{reused} of {len(summary['seeds'])} seeds were finished earlier with the same settings, in {folder}. "
+            "Delete that folder to run them anew."
+        )
+    _say(statement(summary), tables(summary, short=True), summary["task"]["description"], paths, seconds, quick, notes)
+
+
+def _say(
+    said: Mapping[str, Any], tables: Sequence[Any], description: str, paths: Mapping[str, Path], seconds: float,
+    quick: bool, notes: Sequence[str] = (),
+) -> None:  # fmt: skip
+    """Tables, sentences and files on the terminal."""
+    from rich.console import Console
+    from rich.text import Text
 
     console = Console()
     if not console.is_terminal:
         console = Console(width=WIDTH)
-    console.print(Text(f"\n{summary['task']['description']}\n"))
-    for table in tables(summary, short=True):
+    console.print(Text(f"\n{description}\n"))
+    for table in tables:
         console.print(table)
-    said = statement(summary)
     console.print(Text(said["answer"], style="bold"))
     for sentence in said["details"]:
         console.print(Text(f"- {sentence}"))
     if quick:
         console.print("\nThis was a quick run, which decides nothing.", highlight=False)
-    if reused:
-        folder = next(iter(paths.values())).parent / "records"
-        console.print(
-            Text(
-                f"\n{reused} of {len(summary['seeds'])} seeds were finished earlier with the same settings, in "
-                f"{folder}. Delete that folder to run them anew."
-            ),
-            soft_wrap=True,
-        )
+    for note in notes:
+        console.print(Text(f"\n{note}"), soft_wrap=True)
     console.print(f"\nWritten in {seconds:.0f} s:", highlight=False)
     for path in paths.values():
         console.print(Text(f"  {path.resolve()}"), soft_wrap=True)

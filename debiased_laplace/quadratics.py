@@ -4,8 +4,9 @@ r"""The quadratic that a batch of data makes of the loss, as an object with matr
     + \tfrac12 (\theta - \theta_0)^\top C (\theta - \theta_0)
 
 with per-datum means over the batch, and C the generalised Gauss-Newton matrix or the Hessian. Vectors are ``[D]`` or
-``[K, D]``, float64, in the order of ``model.named_parameters()`` as everywhere; C is never formed. Products come from
-reverse-mode differentiation twice: one forward pass for each chunk of data, whatever the number of vectors.
+``[K, D]``, float64, in the order of ``model.named_parameters()`` as everywhere; C is never formed. Changes of the
+outputs along a vector come from forward-mode differentiation where the model's operations have it, all else from
+reverse mode.
 
 Source: Tatzel, Mucsányi, Hackel, Hennig, "Debiasing Mini-Batch Quadratics for Applications in Deep Learning"
 (arXiv 2410.14325).
@@ -22,6 +23,7 @@ import numpy as np
 import scipy.sparse.linalg
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from debiased_laplace import _checks, _data
 from debiased_laplace._guards import evaluation_mode, global_random_state, gradients_enabled
@@ -36,8 +38,9 @@ __all__ = ["Quadratic"]
 
 CURVATURES = ("ggn", "hessian")
 
-#: Most columns N C of the Gauss-Newton matrix's factor with which eigenpairs come from its Gram matrix.
-GRAM_SIZE = 5000
+#: Most columns N C of the Gauss-Newton matrix's factor with which eigenpairs come from its Gram matrix: up to there
+#: that is faster.
+GRAM_SIZE = 500
 
 #: Number of parameters up to which eigenpairs without a Gram matrix come from the dense matrix.
 DENSE_SIZE = 100
@@ -124,6 +127,7 @@ class Quadratic:
             self._buffers = {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
         self._others = {name: p.detach() for name, p in model.named_parameters() if name not in self._network.shapes}
         self._found: tuple[Tensor, Tensor] | None = None
+        self._forward_mode = True  # until an operation of the model turns out not to have it
         with torch.inference_mode(False):
             self.loss, self.gradient = self._loss_and_gradient()
 
@@ -142,20 +146,35 @@ class Quadratic:
     def curvature(self, u: Tensor) -> Tensor:
         r""":math:`u^\top C u`, a scalar for ``[D]``, ``[K]`` for ``[K, D]``; u is not normalised."""
         rows = self._vectors(u)
-        return (rows * self.matvec(rows)).sum(-1).reshape(u.shape[:-1])
+        if self.kind == "hessian":
+            return (rows * self.matvec(rows)).sum(-1).reshape(u.shape[:-1])
+        found = self._outer(rows, "knc,knc->k") + self.l2 * rows.square().sum(-1)
+        return found.reshape(u.shape[:-1])
+
+    def projected(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        r"""The quadratic on the span of rows ``[K, D]``: slopes :math:`U g`, ``[K]``; :math:`U C U^\top`, ``[K, K]``.
+
+        In coordinates a: :math:`q(\theta_0 + U^\top a) = \mathcal L + a^\top U g + \tfrac12 a^\top U C U^\top a`.
+        """
+        rows = self._vectors(u)
+        if self.kind == "hessian":
+            matrix = rows @ self.matvec(rows).mT
+        else:
+            matrix = self._outer(rows, "knc,lnc->kl") + self.l2 * (rows @ rows.mT)
+        return rows @ self.gradient, (matrix + matrix.mT) / 2
 
     @torch.inference_mode(False)
     def matvec(self, u: Tensor) -> Tensor:
         r""":math:`C u`, ``[D]`` or ``[K, D]``.
 
-        Cost for each vector: with the Gauss-Newton matrix about two backward passes and one through a backward pass;
-        with the Hessian one through a backward pass.
+        Cost for each vector: with the Gauss-Newton matrix a pass in forward mode (all that :meth:`curvature` and
+        :meth:`projected` need) and a backward pass; with the Hessian a pass back through a backward pass.
         """
         rows = self._vectors(u)
         total = torch.zeros_like(rows)
         for inputs, targets in self._chunks():
             with self._graph(inputs) as (leaves, outputs):
-                product = self._products(leaves, outputs, targets)
+                product = self._products(inputs, leaves, outputs, targets)
                 for part in self._parts(rows):
                     total[part] += product(rows[part])
         total = total / self.n_data + self.l2 * rows
@@ -190,7 +209,7 @@ class Quadratic:
         slopes, curvatures = [], []
         for inputs, targets in self._chunks():
             with self._graph(inputs) as (leaves, outputs):
-                along = self._derivatives(leaves, outputs, targets)
+                along = self._derivatives(inputs, leaves, outputs, targets)
                 first, second = zip(*[along(row) for row in rows], strict=True)
             slopes.append(torch.stack(first, 1))
             curvatures.append(torch.stack(second, 1))
@@ -355,22 +374,63 @@ class Quadratic:
     def _flat(self, gradients: Sequence[Tensor], leaves: dict[str, Tensor]) -> Tensor:
         return flatten(dict(zip(leaves, gradients, strict=True)), self._network.shapes).double()
 
-    def _products(self, leaves: dict[str, Tensor], outputs: Tensor, targets: Tensor) -> Products:
+    @torch.inference_mode(False)
+    def _outer(self, rows: Tensor, contraction: str) -> Tensor:
+        r"""Mean over data of the contraction of :math:`J_n u_k` and :math:`\nabla^2_f \ell_n J_n u_l`."""
+        total: Tensor | None = None
+        for inputs, targets in self._chunks():
+            with self._graph(inputs) as (leaves, outputs):
+                change = self._jacobian(inputs, leaves, outputs)(rows)
+                bent = self._loss_hessian(outputs, targets)(change)
+            found = torch.einsum(contraction, change.double(), bent.double())
+            total = found if total is None else total + found
+        assert total is not None  # there are data
+        _checks.finite(total, "curvatures along the vectors", "Look for NaN in the vectors, or for an overflow.")
+        return total / self.n_data
+
+    def _products(self, inputs: _data.Inputs, leaves: dict[str, Tensor], outputs: Tensor, targets: Tensor) -> Products:
         """Products with the sum of the curvatures of some data, ``[k, D] -> [k, D]``."""
         parameters = list(leaves.values())
         if self.kind == "hessian":
             total = self._losses(outputs, targets).sum()
             gradients = torch.autograd.grad(total, parameters, create_graph=True, materialize_grads=True)
             return lambda rows: self._flat(_pull(gradients, parameters, self._shaped(rows)), leaves)
-        jacobian, loss_hessian = self._jacobian(parameters, outputs), self._loss_hessian(outputs, targets)
+        jacobian, loss_hessian = self._jacobian(inputs, leaves, outputs), self._loss_hessian(outputs, targets)
 
         def product(rows: Tensor) -> Tensor:
             return self._flat(_pull([outputs], parameters, [loss_hessian(jacobian(rows))]), leaves)
 
         return product
 
-    def _jacobian(self, parameters: list[Tensor], outputs: Tensor) -> Products:
-        r""":math:`J u`, ``[k, D] -> [k, N, C]``: the transpose of the pullback of w, which is linear in w."""
+    def _jacobian(self, inputs: _data.Inputs, leaves: dict[str, Tensor], outputs: Tensor) -> Products:
+        """:math:`J u`, ``[k, D] -> [k, N, C]``, in forward mode, or in reverse mode for a model without it."""
+        pullback: Products | None = None
+
+        def change(rows: Tensor) -> Tensor:
+            nonlocal pullback
+            if self._forward_mode:
+                try:
+                    return torch.stack([self._tangent(inputs, leaves, row) for row in rows])
+                except (
+                    NotImplementedError,
+                    RuntimeError,
+                ):  # of any operation; reverse mode says what is wrong otherwise
+                    self._forward_mode = False
+            pullback = pullback or self._twice_back(list(leaves.values()), outputs)
+            return pullback(rows)
+
+        return change
+
+    def _tangent(self, inputs: _data.Inputs, leaves: dict[str, Tensor], row: Tensor) -> Tensor:
+        """:math:`J u`, ``[N, C]``, for one vector."""
+        with torch.no_grad(), forward_ad.dual_level():
+            moving = self._network.from_vector(row)
+            duals = {name: forward_ad.make_dual(leaf.detach(), moving[name].to(leaf)) for name, leaf in leaves.items()}
+            outputs, tangent = forward_ad.unpack_dual(self._call(duals, inputs))
+            return torch.zeros_like(outputs) if tangent is None else tangent
+
+    def _twice_back(self, parameters: list[Tensor], outputs: Tensor) -> Products:
+        """:math:`J u` as the transpose of the pullback of w, which is linear in w."""
         w = torch.zeros_like(outputs).requires_grad_()
         pulled = torch.autograd.grad(outputs, parameters, w, create_graph=True, materialize_grads=True)
         return lambda rows: _pull(pulled, [w], self._shaped(rows))[0]
@@ -382,11 +442,11 @@ class Quadratic:
         return lambda z: _pull(gradient, [leaf], [z])[0]
 
     def _derivatives(
-        self, leaves: dict[str, Tensor], outputs: Tensor, targets: Tensor
+        self, inputs: _data.Inputs, leaves: dict[str, Tensor], outputs: Tensor, targets: Tensor
     ) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
         """First and second derivatives of every datum's loss along a direction, ``[D]`` to two ``[N]``."""
         parameters = list(leaves.values())
-        jacobian, loss_hessian = self._jacobian(parameters, outputs), self._loss_hessian(outputs, targets)
+        jacobian, loss_hessian = self._jacobian(inputs, leaves, outputs), self._loss_hessian(outputs, targets)
         residual = self.likelihood.gradient(outputs.detach().to(self._network.dtype), targets).double()
 
         def along(row: Tensor) -> tuple[Tensor, Tensor]:

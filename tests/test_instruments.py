@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -187,14 +188,15 @@ def test_the_plane_shows_both_quadratics(kind):
     with torch.no_grad():  # another centre
         model[0].bias += 0.1
     reference = quadratic_of(model, data, range(12), kind, l2=0.1)
-    found = plane(first, reference, n_grid=5, extent=0.7)
+    found = plane(first, reference, extent=0.7)
+    coordinates = torch.linspace(-0.7, 0.7, 5, dtype=torch.float64)
     values, directions = first.eigenpairs(2)
     assert_equal(found.eigenvalues, values)
-    assert_equal(found.coordinates, torch.linspace(-0.7, 0.7, 5, dtype=torch.float64))
-    grid = torch.cartesian_prod(found.coordinates, found.coordinates)
+    assert found.extent == 0.7
+    grid = torch.cartesian_prod(coordinates, coordinates)
     points = reference.center + grid @ directions
     for own, quadratic in ((found.first, first), (found.reference, reference)):
-        assert_equal(own.values, quadratic.value(points).reshape(5, 5))
+        assert_equal(own.values(coordinates), quadratic.value(points).reshape(5, 5))
     step = found.first.minimum
     lower = first.value(reference.center + step @ directions)
     around = first.value(reference.center + (step + 0.01 * torch.randn(50, 2).double()) @ directions)
@@ -205,19 +207,16 @@ def test_the_plane_shows_both_quadratics(kind):
 def test_a_plane_without_a_minimum_and_without_an_extent():
     model, data = network(), population(12)
     first, reference = quadratic_of(model, data, range(4)), quadratic_of(model, data, range(12))
-    found = plane(first, reference, n_grid=3)
-    extent = float(found.coordinates[-1])
-    assert 0.5 * float(found.eigenvalues[1]) * extent**2 == pytest.approx(first.loss)
+    found = plane(first, reference)
+    assert 0.5 * float(found.eigenvalues[1]) * found.extent**2 == pytest.approx(first.loss)
     record = json.loads(json.dumps(found.record(), allow_nan=False))
     assert record["first"]["minimum"] == pytest.approx(found.first.minimum.tolist())
     hessian = quadratic_of(model, data, range(4), "hessian")
     lowest = hessian.eigenpairs(hessian.n_params)[1][-2:]
     saddle = plane(first, reference)
-    changed = type(saddle.first)(saddle.first.values, 0.0, saddle.first.slopes, lowest @ hessian.matvec(lowest).mT)
+    changed = type(saddle.first)(0.0, saddle.first.slopes, lowest @ hessian.matvec(lowest).mT)
     assert bool(changed.minimum.isnan().all())
     assert json.loads(json.dumps(changed.record()))["minimum"] == [None, None]
-    with pytest.raises(ValueError, match="n_grid to be at least two"):
-        plane(first, reference, n_grid=1)
     with pytest.raises(ValueError, match="a positive, finite extent"):
         plane(first, reference, extent=-1.0)
 
@@ -373,6 +372,26 @@ def test_the_measured_suggestion():
     assert found.measured.tolist() == pytest.approx(expected, nan_ok=True)
     assert_equal(found.predicted, suggest_batch_size(0.15, curve.reference_eigenvalues, 4.0).predicted)
     assert json.loads(json.dumps(found.record(), allow_nan=False))["measured"][2:4] == [None, None]
+
+
+def test_curves_are_joined():
+    curve = curve_of([[0.4, 0.1], [0.2, 0.3], [0.1, 0.0]])
+    parts = [
+        replace(
+            curve,
+            sizes=curve.sizes[i : i + 1],
+            batch_eigenvalues=curve.batch_eigenvalues[i : i + 1],
+            along_batch_directions=curve.along_batch_directions[i : i + 1],
+            noise=curve.noise + shift,
+        )
+        for i, shift in ((2, 1.0), (0, 0.0), (1, -1.0))
+    ]
+    joined = BatchSizeCurve.joined(parts)
+    assert joined.record() == curve.record()
+    others = replace(parts[0], reference_eigenvalues=torch.tensor([1.0, 2.0]).double())
+    for wrong in (replace(parts[0], population=7), others):
+        with pytest.raises(ValueError, match="curves with the same reference and population"):
+            BatchSizeCurve.joined([parts[1], wrong])
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -160,6 +160,59 @@ def test_several_batches_are_their_union(kind):
     assert torch.equal(torch.get_rng_state(), state)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", sorted(ZOO))
+def test_the_quadratic_on_a_span_in_either_mode_of_differentiation(name, kind):
+    model, batch, likelihood = example(name)
+    matrix = dense(model, batch, likelihood, kind, L2)
+    own = Quadratic(model, batch, likelihood, kind, l2=L2, chunk_size=4)
+    u = vectors(own.n_params)
+    slopes, curvatures = own.projected(u)
+    assert_equal(slopes, u @ own.gradient)
+    assert_equal(curvatures, u @ matrix @ u.mT)
+    assert_equal(own.curvature(u), (u @ matrix @ u.mT).diagonal())
+    back = Quadratic(model, batch, likelihood, kind, l2=L2)
+    back._forward_mode = False
+    assert_equal(back.projected(u)[1], curvatures)
+    assert_equal(back.matvec(u), own.matvec(u))
+    assert_equal(back.per_datum(u).curvatures, own.per_datum(u).curvatures)
+
+
+class Doubled(torch.autograd.Function):
+    """An operation that has no forward mode."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return 2 * gradient
+
+
+class Custom(nn.Linear):
+    def forward(self, x):
+        return Doubled.apply(super().forward(x))
+
+
+def test_operations_without_a_forward_mode_go_back_twice():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), Custom(4, 3)).double()
+    twin = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3)).double()
+    twin.load_state_dict({name: 2 * p if name.startswith("2") else p for name, p in model.state_dict().items()})
+    batch = torch.randn(5, 3).double(), torch.tensor([0, 1, 2, 1, 0])
+    own = Quadratic(model, batch, "classification")
+    assert own._forward_mode
+    u = vectors(own.n_params)
+    scale = torch.cat(
+        [torch.full((p.numel(),), 2.0 if name.startswith("2") else 1.0) for name, p in model.named_parameters()]
+    )
+    expected = dense(twin, batch, Categorical(), "ggn") * scale * scale[:, None]
+    assert_equal(own.matvec(u), u @ expected)
+    assert not own._forward_mode
+    assert_equal(own.projected(u)[1], u @ expected @ u.mT)
+
+
 @pytest.mark.parametrize("l2", [0.0, L2])
 @pytest.mark.parametrize("path", ["as it comes", "dense", "lanczos"])
 @pytest.mark.parametrize("kind", KINDS)

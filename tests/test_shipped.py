@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from debiased_laplace.evaluation import shifts
-from debiased_laplace.evaluation.shipped import cifar10, digits, fashion_mnist, load, names, uci
+from debiased_laplace.evaluation.shipped import all_cnn_c, cifar10, digits, fashion_mnist, load, names, uci
 from tests.tolerances import FLOAT32, assert_equal
 
 ARGUMENTS = {"seed", "data_dir", "cache", "quick", "device"}
@@ -146,9 +146,10 @@ def test_the_interface(name: str, data_dir: Path, tmp_path: Path) -> None:
         assert shown.ndim == 4 and 0 <= float(shown.min()) < float(shown.max()) <= 1
 
 
-@pytest.mark.parametrize("name", ["digits", "fashion-mnist", "uci-energy"])
+@pytest.mark.parametrize("name", ["digits", "fashion-mnist", "cifar10-all-cnn-c", "uci-energy"])
 def test_weights_are_kept(name: str, data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    task, home = load(name), {"digits": digits, "fashion-mnist": fashion_mnist, "uci-energy": uci}[name]
+    homes = {"digits": digits, "fashion-mnist": fashion_mnist, "cifar10-all-cnn-c": all_cnn_c, "uci-energy": uci}
+    task, home = load(name), homes[name]
     context: dict[str, Any] = {"data_dir": data_dir, "cache": tmp_path / "new", "quick": True}
     first = call(task.model, seed=0, **context)
     other = call(task.model, seed=1, **context)
@@ -183,13 +184,38 @@ def test_the_ensemble_is_kept_and_differs(tmp_path: Path, monkeypatch: pytest.Mo
     assert all(torch.equal(weights(a), weights(b)) for a, b in zip(members, again, strict=True))
 
 
+def test_a_training_that_was_interrupted_goes_on(
+    data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(all_cnn_c, "QUICK_EPOCHS", 2)
+    context: dict[str, Any] = {"seed": 0, "data_dir": data_dir, "quick": True}
+    whole = call(all_cnn_c.model, cache=tmp_path / "whole", **context)
+    epochs: list[int] = []
+
+    def once(*arguments: Any) -> None:
+        if epochs:
+            raise KeyboardInterrupt
+        epochs.append(1)
+        original(*arguments)
+
+    original, cache = all_cnn_c.train, tmp_path / "parts"
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(all_cnn_c, "train", once)
+        call(all_cnn_c.model, cache=cache, **context)
+    assert [path.suffix for path in cache.iterdir()] == [".progress"]
+    monkeypatch.setattr(all_cnn_c, "train", lambda *a: (epochs.append(1), original(*a)))
+    assert torch.equal(weights(call(all_cnn_c.model, cache=cache, **context)), weights(whole))
+    assert len(epochs) == 2  # one of them before
+    assert [path.suffix for path in cache.iterdir()] == [".pt"]
+
+
 def test_names() -> None:
     assert names()[:3] == ["digits", "fashion-mnist", "cifar10"]
     assert [name for name in names() if name.startswith("uci-")] == [
         "uci-concrete", "uci-energy", "uci-power-plant", "uci-wine-quality-red",
     ]  # fmt: skip
     with pytest.raises(
-        ValueError, match=r"out of digits, fashion-mnist, cifar10, cifar10-resnet56, uci-concrete.*, got 'mnist'"
+        ValueError, match=r"out of digits, fashion-mnist, cifar10, .*-resnet56, uci-concrete.*, got 'mnist'"
     ):
         load("mnist")
 

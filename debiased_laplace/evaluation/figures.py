@@ -82,7 +82,7 @@ def reliability_pictures(summary: Summary) -> list[Picture]:
         figure = Figure(figsize=(4.2, 4.2), layout="constrained")
         lines = _reliability(figure.subplots(), summary, name)
         alternative = f"Reliability diagram of {name}: accuracy against confidence. {'; '.join(lines)}."
-        found.append(Picture(name, "", alternative, _png(figure)))
+        found.append(Picture(name, "", alternative, png(figure)))
     return found
 
 
@@ -101,7 +101,7 @@ def reliability_png(summary: Summary) -> bytes:
         _reliability(panel, summary, name)
     for panel in panels[len(names) :]:
         panel.set_visible(False)
-    return _png(figure)
+    return png(figure)
 
 
 def _reliability(axes: Axes, summary: Summary, name: str) -> list[str]:
@@ -188,7 +188,7 @@ def _severity(summary: Summary) -> Picture | None:
         + (f" The thick line is {candidate}." if candidate else ""),
         f"NLL and {last} against severity for the shifts {', '.join(found)}. Mean NLL at the highest severity: "
         f"{listed}.",
-        _png(figure),
+        png(figure),
         wide=True,
     )  # fmt: skip
 
@@ -209,7 +209,7 @@ def _risk_coverage(summary: Summary) -> Picture | None:
     areas = ", ".join(f"{n} {plus_minus(summary['test']['scores'][n]['aurc'], 2, scale=100)} %" for n in styles)
     return Picture(
         "Answering only when confident", "Test data. Lower is better; the area under the line is AURC.",
-        f"Error rate against coverage. Areas under the lines: {areas}.", _png(figure),
+        f"Error rate against coverage. Areas under the lines: {areas}.", png(figure),
     )  # fmt: skip
 
 
@@ -232,7 +232,7 @@ def _calibration_curve(summary: Summary) -> Picture | None:
     listed = ", ".join(f"{n} {plus_minus(summary['test']['scores'][n]['coverage_95'], 1, scale=100)} %" for n in styles)
     return Picture(
         "Do intervals hold what they promise?", "Below the grey diagonal intervals are too narrow, above too wide.",
-        f"Observed against stated coverage. At 95 %: {listed}.", _png(figure),
+        f"Observed against stated coverage. At 95 %: {listed}.", png(figure),
     )  # fmt: skip
 
 
@@ -264,7 +264,7 @@ def _foreign(summary: Summary) -> Picture | None:
     return Picture(
         "Foreign data", "First seed. The further apart the two, the better the score tells them.",
         f"Histograms of out-of-distribution scores of test data and of {names}; the AUROC is in the table.",
-        _png(figure),
+        png(figure),
         wide=True,
     )  # fmt: skip
 
@@ -319,7 +319,7 @@ def _tuning(summary: Summary) -> Picture | None:
         "chosen, where there is a temperature together with it. "
         + ("The grey line is the network itself. " if point is not None else "")
         + "Far to the right every posterior is the network itself; the rise to the left is cut off.",
-        f"Validation NLL against prior precision. Chosen: {'; '.join(said)}.", _png(figure),
+        f"Validation NLL against prior precision. Chosen: {'; '.join(said)}.", png(figure),
     )  # fmt: skip
 
 
@@ -349,7 +349,7 @@ def _distances(summary: Summary) -> Picture | None:
     panels[0].set_ylabel("mean absolute log ratio")
     return Picture(
         "Distance to the posterior of all training data", "Zero would be that posterior. Bars are standard errors.",
-        f"Mean absolute log ratio of output variances: {'; '.join(said)}.", _png(figure),
+        f"Mean absolute log ratio of output variances: {'; '.join(said)}.", png(figure),
     )  # fmt: skip
 
 
@@ -371,7 +371,8 @@ def bins_note() -> str:
     return f"{N_BINS} equal-width bins; those with fewer than {SMALLEST_BIN} data are left out"
 
 
-def _png(figure: Figure) -> bytes:
+def png(figure: Figure) -> bytes:
+    """The bytes of an image file."""
     FigureCanvasAgg(figure)
     file = io.BytesIO()
     figure.savefig(file, format="png", dpi=120, facecolor="white", metadata={"Software": None})

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import base64
 from collections.abc import Mapping
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined
-
-from debiased_laplace.evaluation import figures, records
+from debiased_laplace.evaluation import figures, pages, records
 from debiased_laplace.evaluation.statement import statement
 from debiased_laplace.evaluation.summary import by_role
 from debiased_laplace.evaluation.tables import tables
@@ -55,12 +51,10 @@ def markdown(summary: Summary, *, title: str, notice: str = "", level: int = 1) 
 
 def render(summary: Summary, *, title: str, notice: str = "") -> str:
     """The page as text; everything is in it, nothing is loaded."""
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters["data_uri"] = lambda png: "data:image/png;base64," + base64.b64encode(png).decode()
-    source = resources.files("debiased_laplace.evaluation").joinpath(TEMPLATE).read_text(encoding="utf-8")
     all_tables = tables(summary)
     candidate = by_role(summary, "candidate")
-    return environment.from_string(source).render(
+    return pages.render(
+        TEMPLATE,
         title=title,
         notice=notice,
         summary=summary,
@@ -73,16 +67,5 @@ def render(summary: Summary, *, title: str, notice: str = "") -> str:
         shown=figures.shown(summary),
         classes=summary["task"]["classes"],
         coverage=None if candidate is None else summary["predictors"][candidate].get("coverage"),
-        settings=_flat(summary["settings"]),
+        settings=pages.rows(summary["settings"]),
     )
-
-
-def _flat(settings: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
-    """Settings as rows of text; lists of dictionaries are left to the tables of methods."""
-    rows: list[tuple[str, str]] = []
-    for key, value in settings.items():
-        if isinstance(value, Mapping):
-            rows += _flat(value, f"{prefix}{key}.")
-        elif not (isinstance(value, list) and value and isinstance(value[0], Mapping)):
-            rows.append((prefix + key, "all" if value is None else str(value)))
-    return rows

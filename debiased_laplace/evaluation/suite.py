@@ -51,6 +51,17 @@ _T = TypeVar("_T")
 
 def settings_of(task: Task, methods: Sequence[Method], options: Options, context: Context) -> dict[str, Any]:
     """Everything that decides the numbers of a record but the seed; records are reused only if it is equal."""
+    own = {
+        "methods": [
+            {"name": m.name, "kind": m.kind, "fit": m.fit_key, "tune": m.tune, "role": m.role} for m in methods
+        ],
+        "options": vars(options),
+    }
+    return base_settings(task, context) | records.jsonable(own)
+
+
+def base_settings(task: Task, context: Context) -> dict[str, Any]:
+    """What decides numbers whatever is measured: the task, where it runs, the software; JSON's types."""
     software = records.versions()
     return records.jsonable(
         {
@@ -58,10 +69,6 @@ def settings_of(task: Task, methods: Sequence[Method], options: Options, context
             "file": task.fingerprint,
             "quick": context.quick,
             "data_dir": context.data_dir and records.digest({"folder": str(context.data_dir.resolve())}),
-            "methods": [
-                {"name": m.name, "kind": m.kind, "fit": m.fit_key, "tune": m.tune, "role": m.role} for m in methods
-            ],
-            "options": vars(options),
             "device": str(context.device),
             "software": {name: software[name] for name in ("debiased_laplace", "torch")},
         }

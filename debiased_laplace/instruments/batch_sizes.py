@@ -201,6 +201,29 @@ class BatchSizeCurve(Recorded):
         """For every size, with the noise along the directions."""
         return self.predict(self.noise_along)
 
+    @classmethod
+    def joined(cls, curves: Sequence[BatchSizeCurve]) -> BatchSizeCurve:
+        """One curve from several with the same reference and numbers of batches and directions.
+
+        Raises:
+            ValueError: If their references or populations differ.
+        """
+        first = curves[0]
+        for own in curves:
+            close = torch.allclose(own.reference_eigenvalues, first.reference_eigenvalues, rtol=1e-4)  # float32 models
+            if own.population != first.population or not close:
+                raise ValueError("Expected curves with the same reference and population, got different ones.")
+        parts = sorted(curves, key=lambda own: own.sizes)
+        return cls(
+            tuple(size for own in parts for size in own.sizes),
+            torch.cat([own.batch_eigenvalues for own in parts]),
+            torch.cat([own.along_batch_directions for own in parts]),
+            first.reference_eigenvalues,
+            sum(own.noise for own in parts) / len(parts),
+            torch.stack([own.noise_along for own in parts]).mean(0),
+            first.population,
+        )
+
     def predict(self, noise: float | Tensor) -> list[SpikedPrediction]:
         """For every size, with any noise: ``curve.predict(curve.noise)`` is that of isotropic noise."""
         return [spiked_prediction(self.reference_eigenvalues, noise, size, self.population) for size in self.sizes]
@@ -239,6 +262,7 @@ def bias_against_batch_size(
     n_vectors: int = 30,
     population: int | None = None,
     parameters: str | Sequence[str] | None = None,
+    chunk_size: int | None = None,
     generator: torch.Generator | int = 0,
 ) -> BatchSizeCurve:
     """How much batches of several sizes overstate the top curvatures, and the noise that theory needs to predict it.
@@ -255,6 +279,7 @@ def bias_against_batch_size(
         population: Number of data that ``draw`` takes from without replacement; by default its ``n_data``, if it has
             any, else unlimited.
         parameters: As the reference has them.
+        chunk_size: Data at a time; None for whole batches.
         generator: A CPU generator or a seed, for the random vectors.
     """
     if reference.l2:
@@ -267,7 +292,8 @@ def bias_against_batch_size(
     own, along, isotropic, directional = [], [], [], []
     for size in sorted(sizes):
         batches = [
-            Quadratic(model, draw(size), likelihood, reference.kind, parameters=parameters) for _ in range(n_batches)
+            Quadratic(model, draw(size), likelihood, reference.kind, parameters=parameters, chunk_size=chunk_size)
+            for _ in range(n_batches)
         ]
         same_center([reference, *batches])
         pairs = [batch.eigenpairs(n_directions) for batch in batches]

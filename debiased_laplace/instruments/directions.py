@@ -48,7 +48,8 @@ class Along(Recorded):
     reference: Tensor
 
     derived: ClassVar[tuple[str, ...]] = (
-        "own", "other", "mean_own", "mean_other", "mean_reference", "ratio_own", "ratio_other",
+        "mean_own", "mean_other", "mean_reference", "ratio_own", "ratio_other", "typical_ratio_own",
+        "typical_ratio_other", "total_ratio_own", "total_ratio_other",
     )  # fmt: skip
 
     @property
@@ -89,6 +90,30 @@ class Along(Recorded):
     def ratio_other(self) -> Estimate:
         """Mean on the other batches over mean on the reference, ``[K]``."""
         return jackknife(lambda c: self._other(c).mean(0) / self.reference[c].mean(0), len(self.batches))
+
+    @property
+    def typical_ratio_own(self) -> Estimate:
+        """Geometric mean of :attr:`ratio_own` over the K directions, a scalar; NaN if one of them is not positive."""
+        return jackknife(
+            lambda c: (self.own[c].mean(0) / self.reference[c].mean(0)).log().mean().exp(), len(self.batches)
+        )
+
+    @property
+    def typical_ratio_other(self) -> Estimate:
+        """The same of :attr:`ratio_other`."""
+        return jackknife(
+            lambda c: (self._other(c).mean(0) / self.reference[c].mean(0)).log().mean().exp(), len(self.batches)
+        )
+
+    @property
+    def total_ratio_own(self) -> Estimate:
+        """Sum over all K directions on the own batch over the same sum on the reference, a scalar."""
+        return jackknife(lambda c: self.own[c].sum() / self.reference[c].sum(), len(self.batches))
+
+    @property
+    def total_ratio_other(self) -> Estimate:
+        """The same on the other batches."""
+        return jackknife(lambda c: self._other(c).mean(0).sum() / self.reference[c].mean(0).sum(), len(self.batches))
 
 
 @dataclass(frozen=True)
@@ -229,18 +254,22 @@ class OnPlane(Recorded):
     r"""A quadratic on a plane :math:`\theta_0 + \tau_1 u_1 + \tau_2 u_2`.
 
     Attributes:
-        values: ``[n, n]``, the first coordinate along the first dimension.
         offset: The value at the origin.
         slopes: ``[2]``.
         curvatures: ``[2, 2]``.
     """
 
-    values: Tensor
     offset: float
     slopes: Tensor
     curvatures: Tensor
 
     derived: ClassVar[tuple[str, ...]] = ("minimum",)
+
+    def values(self, coordinates: Tensor) -> Tensor:
+        """On a grid with coordinates ``[n]`` along both axes: ``[n, n]``, the first along the first dimension."""
+        points = torch.stack(torch.meshgrid(coordinates, coordinates, indexing="ij"), -1)
+        bend = torch.einsum("...i,ij,...j->...", points, self.curvatures, points)
+        return self.offset + points @ self.slopes + 0.5 * bend
 
     @property
     def minimum(self) -> Tensor:
@@ -255,51 +284,42 @@ class Plane(Recorded):
     """Two quadratics on the plane of the first one's top two eigenvectors, the paper's figure 1.
 
     Attributes:
-        coordinates: Of the grid, along both axes, ``[n]``.
+        extent: Half the side of the square that is worth looking at.
         eigenvalues: Of the first one, ``[2]``.
         first: The mini-batch.
         reference: The data.
     """
 
-    coordinates: Tensor
+    extent: float
     eigenvalues: Tensor
     first: OnPlane
     reference: OnPlane
 
 
-def plane(first: Quadratic, reference: Quadratic, n_grid: int = 51, extent: float | None = None) -> Plane:
-    r"""Both quadratics on a square grid through the reference's centre, along the first one's top two eigenvectors.
+def plane(first: Quadratic, reference: Quadratic, extent: float | None = None) -> Plane:
+    r"""Both quadratics on the plane through the reference's centre along the first one's top two eigenvectors.
 
-    Cost: the eigenpairs, and three products with each; the grid itself costs nothing.
+    Cost: the eigenpairs, and the curvature of three vectors on each.
 
     Args:
         first: The mini-batch's.
         reference: The data's.
-        n_grid: Points along each axis.
-        extent: Coordinates run from minus this to this; by default to where the first one's second curvature alone
+        extent: How far is worth looking along both axes; by default to where the first one's second curvature alone
             has raised it by its loss, :math:`\sqrt{2 q(\theta_0) / \lambda_2}`.
     """
-    if n_grid < 2:
-        raise ValueError(f"Expected n_grid to be at least two points along each axis, got {n_grid}.")
     values, directions = first.eigenpairs(2)
     if extent is None:
         curvature = float(values[1])
         extent = math.sqrt(2 * first.loss / curvature) if curvature > 0 and first.loss > 0 else 1.0
     extent = _checks.positive(extent, "extent")
-    coordinates = torch.linspace(-extent, extent, n_grid, dtype=torch.float64, device=directions.device)
 
     def on(quadratic: Quadratic) -> OnPlane:
         step = reference.center - quadratic.center
-        pushed = quadratic.matvec(torch.cat([directions, step[None]]))
-        slopes = directions @ (quadratic.gradient + pushed[2])
-        curvatures = pushed[:2] @ directions.mT
-        curvatures = (curvatures + curvatures.mT) / 2
-        offset = quadratic.loss + float(step @ quadratic.gradient + 0.5 * step @ pushed[2])
-        points = torch.stack(torch.meshgrid(coordinates, coordinates, indexing="ij"), -1)
-        heights = offset + points @ slopes + 0.5 * torch.einsum("...i,ij,...j->...", points, curvatures, points)
-        return OnPlane(heights, offset, slopes, curvatures)
+        slopes, matrix = quadratic.projected(torch.cat([directions, step[None]]))
+        offset = quadratic.loss + float(slopes[2] + 0.5 * matrix[2, 2])
+        return OnPlane(offset, slopes[:2] + matrix[:2, 2], matrix[:2, :2])
 
-    return Plane(coordinates, values, on(first), on(reference))
+    return Plane(extent, values, on(first), on(reference))
 
 
 # -- ViViT's figure 2: signal and noise ----------------------------------------------------------------

@@ -100,25 +100,21 @@ class CGResult:
         """What the batch of the directions alone would have taken, ``[K]``."""
         return -self.first_slopes / self.first_curvatures
 
-    def measure(self, quadratic: QuadraticModel) -> tuple[Tensor, Tensor]:
+    def measure(self, slopes: Tensor, curvatures: Tensor) -> tuple[Tensor, Tensor]:
         r"""Slopes and curvatures of any quadratic along the directions, at the points of the path (figure 4).
 
-        For a path that was found on other data, both are unbiased for those of the population.
+        For a path that was found on other data, both are unbiased for those of the population. Their quotient, with a
+        minus, is how far that quadratic would go: ``result.measure(*other.projected(result.directions))``.
 
         Args:
-            quadratic: Of other data, around the same center.
+            slopes: :math:`d_k^\top g` at the center, ``[K]``.
+            curvatures: :math:`d_k^\top H d_l`, ``[K, K]``.
 
         Returns:
-            Slopes and curvatures, ``[K]`` each, with the damping of the path.
+            Slopes and curvatures with the damping of the path, ``[K]`` each.
         """
-        descent = _Descent(quadratic, self.damping, "the batch to measure on")
-        slopes, curvatures = [], []
-        for direction, size in zip(self.directions, self.step_sizes, strict=True):
-            slope, curvature = descent.look(direction)
-            descent.move(float(size))
-            slopes.append(slope)
-            curvatures.append(curvature)
-        return torch.tensor(slopes, dtype=torch.float64), torch.tensor(curvatures, dtype=torch.float64)
+        matrix = curvatures + self.damping * (self.directions @ self.directions.mT).to(curvatures)
+        return slopes + matrix.tril(-1) @ self.step_sizes.to(matrix), matrix.diagonal()
 
 
 class _Descent:

@@ -10,7 +10,12 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-_MODULES = {"digits": "digits", "fashion-mnist": "fashion_mnist", "cifar10": "cifar10"}
+_MODULES = {
+    "digits": "digits",
+    "fashion-mnist": "fashion_mnist",
+    "cifar10": "cifar10",
+    "cifar10-all-cnn-c": "all_cnn_c",
+}
 #: Depth of another network on CIFAR-10; the task is called ``cifar10-resnet`` and it.
 _DEPTHS = (56,)
 #: File names of the regression sets; a task is called ``uci-`` and one of them.

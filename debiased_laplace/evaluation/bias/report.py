@@ -1,0 +1,197 @@
+"""The finding of a bias study in sentences, tables, figures, and one page."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from debiased_laplace.evaluation import pages, records
+from debiased_laplace.evaluation.bias.pictures import pictures
+from debiased_laplace.evaluation.tables import Table
+
+__all__ = ["statement", "tables", "write_outputs"]
+
+TEMPLATE = "bias.html.jinja"
+Found = Mapping[str, Any]
+#: Standard errors by which a ratio has to leave one, to be called a bias.
+Z = 2.0
+
+
+def write_outputs(folder: Path | str, found: Found, *, notice: str = "") -> dict[str, Path]:
+    """Write ``bias.json``, ``bias.md``, one PNG for each figure and ``bias.html``, each atomically.
+
+    Args:
+        folder: Made if it is missing.
+        found: From :func:`~debiased_laplace.evaluation.bias.study`.
+        notice: A warning shown above everything, such as that this was a quick run.
+
+    Returns:
+        The paths, by name.
+    """
+    folder, said, drawn = Path(folder), statement(found), pictures(found)
+    title = f"The bias of mini-batches: {found['task']['name']}"
+    page = pages.render(
+        TEMPLATE, title=title, notice=notice, found=found, statement=said, tables=tables(found),
+        pictures=list(drawn.values()), settings=pages.rows({k: v for k, v in found["settings"].items() if k != "seed"}),
+        environments=[found["environment"]],
+    )  # fmt: skip
+    contents: dict[str, bytes | str] = {
+        "bias.md": markdown(found, title=title, notice=notice),
+        **{f"bias-{name}.png": picture.png for name, picture in drawn.items()},
+        "bias.html": page,
+    }
+    paths = {name: folder / name for name in ("bias.json", *contents)}
+    records.write_json(paths["bias.json"], dict(found) | {"statement": said})
+    for name, content in contents.items():
+        records.write_atomically(paths[name], content)
+    return paths
+
+
+def markdown(found: Found, *, title: str, notice: str = "", level: int = 1) -> str:
+    """The finding and the tables as Markdown."""
+    said = statement(found)
+    lines = [f"{'#' * level} {title}", "", *([f"> {notice}", ""] if notice else []), f"**{said['answer']}**", ""]
+    lines += [*(f"- {sentence}" for sentence in said["details"]), "", found["task"]["description"], ""]
+    return "\n".join([*lines, *(table.markdown(level + 1) for table in tables(found))])
+
+
+# -- sentences -------------------------------------------------------------------------------------
+
+
+def statement(found: Found) -> dict[str, Any]:
+    """The finding in one sentence, and what else to know: ``answer`` and ``details``."""
+    about, m = found["directions"]["curvatures"], found["directions"]["n_data"][0]
+    own, other = _overall(about)
+    k, kind = len(about["ratio_own"]["value"]), _kind(found)
+    biased = own["value"] - Z * own["error"] > 1
+    if biased:
+        answer = (
+            f"On {found['task']['name']}, batches of {m:,} overstate the {kind}'s curvature along their own top {k} "
+            f"directions {_times(own)} times; a second batch of the same size brings that to {_times(other)}."
+        )  # fmt: skip
+    else:
+        answer = (
+            f"On {found['task']['name']}, batches of {m:,} are not shown to overstate the {kind}'s curvature along "
+            f"their own top {k} directions: {_times(own)} times that of the data; a second batch has {_times(other)}."
+        )  # fmt: skip
+    return {"answer": answer, "details": [*_details(found), *_steps(found), *_sizes(found)]}
+
+
+def _overall(about: Found) -> tuple[Found, Found]:
+    """Ratios of all directions together; those of sums where a geometric mean does not exist."""
+    exists = all(about[f"typical_ratio_{which}"]["value"] is not None for which in ("own", "other"))
+    key = "typical" if exists else "total"
+    return about[f"{key}_ratio_own"], about[f"{key}_ratio_other"]
+
+
+def _kind(found: Found) -> str:
+    return "Hessian" if found["settings"]["bias"]["curvature"] == "hessian" else "Gauss-Newton matrix"
+
+
+def _times(estimate: Found) -> str:
+    """A ratio with its standard error, to the digits that this allows."""
+    value, error = estimate["value"], estimate["error"]
+    if value is None or error is None:
+        return "?" if value is None else f"{value:.3g}"
+    digits = min(4, max(1, 1 - math.floor(math.log10(error)))) if error > 0 else 2
+    return f"{value:,.{digits}f} ± {error:,.{digits}f}"
+
+
+def _details(found: Found) -> list[str]:
+    about = found["directions"]
+    first = {key: value[0] for key, value in about["curvatures"]["ratio_own"].items()}
+    last = {key: value[-1] for key, value in about["curvatures"]["ratio_own"].items()}
+    k = len(about["curvatures"]["ratio_own"]["value"])
+    others = [entry for entry in found["alignment"] if entry["first"] != entry["second"]]
+    inside = 100 * sum(sum(entry["row_sums"]) for entry in others) / sum(len(entry["row_sums"]) for entry in others)
+    slopes = about["slopes"]
+    signs = sum(value > 0 for row in slopes["reference"] for value in row)
+    total = sum(len(row) for row in slopes["reference"])
+    return [
+        f"The largest curvature alone is overstated {_times(first)} times, that along direction {k} {_times(last)}.",
+        f"{signs} of {total} directions that go uphill on their own batch go uphill on the data; half would be chance.",
+        f"On average {inside:.0f} % of a top direction of one batch lies in the span of another's top {k}.",
+    ]
+
+
+def _steps(found: Found) -> list[str]:
+    entries = found["steps"]
+    total = sum(len(entry["own"]) for entry in entries)
+    if not total:
+        return ["Conjugate gradients took no step: the curvature along the gradient is not positive."]
+    wrong = sum(value < 0 for entry in entries for value in entry["reference"])
+    pairs = [
+        (value, right)
+        for entry in entries
+        for other in entry["others"]
+        for value, right in zip(other, entry["reference"], strict=True)
+    ]
+    agree = 100 * sum((value > 0) == (right > 0) for value, right in pairs) / len(pairs)
+    early = sorted({entry["stopped"] for entry in entries if "curvature" in entry["stopped"]})
+    said = (
+        f"{wrong} of {total} steps of conjugate gradients go the wrong way according to the data; a second batch has "
+        f"the data's sign in {agree:.0f} % of the cases."
+    )
+    return [said, *(f"Some runs ended early: {reason}." for reason in early)]
+
+
+def _sizes(found: Found) -> list[str]:
+    own, sizes = found["suggestion"], found["sizes"]["sizes"]
+    predicted = own["predicted"]
+
+    def seen(value: float | None) -> str:
+        if value is None:
+            return f"more than {sizes[-1]:,}"
+        return f"at most {sizes[0]:,}" if value <= sizes[0] else f"about {value:,.0f}"
+
+    measured = [seen(value) for value in own["measured"] or [None] * len(predicted)]
+    theory = ["no size at all" if value is None else f"{value:,.0f}" for value in predicted]
+    ranks = f"the top {len(theory)} directions, one after the other" if len(theory) > 1 else "the top direction"
+    return [
+        f"To overstate the curvature by no more than {100 * own['tolerance']:g} % along {ranks}, a batch needs "
+        f"{'; '.join(measured)} data as measured, and {'; '.join(theory)} by spiked random-matrix theory."
+    ]
+
+
+# -- tables ----------------------------------------------------------------------------------------
+
+
+def tables(found: Found) -> list[Table]:
+    """Curvatures along the directions, and bias against batch size."""
+    about, m = found["directions"]["curvatures"], found["directions"]["n_data"][0]
+    n_batches = len(found["directions"]["n_data"])
+    rows = [
+        [f"{k + 1}", *(_times({key: values[k] for key, values in about[name].items()})
+                       for name in ("mean_own", "mean_other", "mean_reference", "ratio_own", "ratio_other"))]
+        for k in range(len(about["ratio_own"]["value"]))
+    ]  # fmt: skip
+    for title, key in (("geometric mean", "typical"), ("sums", "total")):
+        rows.append([title, "", "", "", *(_times(about[f"{key}_ratio_{which}"]) for which in ("own", "other"))])
+    sizes = found["sizes"]
+    return [
+        Table(
+            "Curvature along a batch's own top directions",
+            f"Means over {n_batches} batches of {m:,} with their jackknife standard error. One is "
+            f"no bias. The data are {found['task']['n_reference']:,} of {found['task']['n_seen']:,} training data.",
+            ["direction", "same batch", "other batches", "data", "same / data", "other / data"],
+            [("", rows)],
+        ),
+        Table(
+            "Bias against batch size",
+            "Curvature of a batch along its own direction over that of the data along the same; in brackets what "
+            "spiked random-matrix theory predicts, where the direction is not lost in noise.",
+            ["batch size", *(f"direction {k + 1}" for k in range(len(sizes["reference_eigenvalues"])))],
+            [("", [_size_row(sizes, index) for index in range(len(sizes["sizes"]))])],
+        ),
+    ]  # fmt: skip
+
+
+def _size_row(sizes: Found, index: int) -> list[str]:
+    def cell(k: int) -> str:
+        own = _times({key: values[index][k] for key, values in sizes["overstatement"].items()})
+        theory = sizes["predictions"][index]["overstatement"][k]
+        return f"{own} (lost)" if theory is None else f"{own} ({theory:.3g})"
+
+    return [f"{sizes['sizes'][index]:,}", *(cell(k) for k in range(len(sizes["reference_eigenvalues"])))]

@@ -1,0 +1,43 @@
+"""Self-contained HTML pages from the package's templates."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Mapping
+from functools import cache
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+__all__ = ["render", "rows"]
+
+
+@cache
+def _environment() -> Environment:
+    environment = Environment(
+        loader=PackageLoader("debiased_laplace.evaluation", ""),
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
+    )  # fmt: skip
+    environment.filters["data_uri"] = lambda png: "data:image/png;base64," + base64.b64encode(png).decode()
+    return environment
+
+
+def render(template: str, **values: Any) -> str:
+    """A page as text; everything is in it, nothing is loaded.
+
+    Args:
+        template: Its file name; it extends ``page.html.jinja``, which wants ``title``, ``notice`` and ``statement``.
+        **values: What the template uses.
+    """
+    return _environment().get_template(template).render(**values)
+
+
+def rows(settings: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    """Settings as rows of text; lists of dictionaries are left to the tables of methods."""
+    found: list[tuple[str, str]] = []
+    for key, value in settings.items():
+        if isinstance(value, Mapping):
+            found += rows(value, f"{prefix}{key}.")
+        elif not (isinstance(value, list) and value and isinstance(value[0], Mapping)):
+            found.append((prefix + key, "all" if value is None else str(value)))
+    return found

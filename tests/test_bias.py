@@ -1,0 +1,285 @@
+"""The bias study: its numbers against the quadratics themselves, its parts, its page, and the command."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from debiased_laplace import Quadratic
+from debiased_laplace.cli import app
+from debiased_laplace.evaluation import Context, Task
+from debiased_laplace.evaluation.bias import BiasOptions, statement, study, tables, write_outputs
+from debiased_laplace.evaluation.bias import measure as source
+from debiased_laplace.evaluation.bias.pictures import pictures
+from debiased_laplace.sampling import UniformSampler
+
+BLOBS, WAVE = (Path(__file__).parent / "tasks" / f"{name}.py" for name in ("blobs", "wave"))
+FEW = BiasOptions(
+    batch_size=20, n_batches=4, n_directions=4, n_steps=5, pool=90, reference=80, sizes=(10, 20), n_size_directions=2,
+    n_vectors=3,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return study(Task.load(BLOBS), tmp_path_factory.mktemp("study"), Context(seed=3), FEW, tolerance=0.2)
+
+
+def batches_and_reference() -> tuple[list[Quadratic], Quadratic]:
+    """Drawn as the documentation says: two independent orders of a uniform sample, one generator after the other."""
+    task, context = Task.load(BLOBS), Context(seed=3)
+    generator = torch.Generator().manual_seed(3)
+    sample = UniformSampler(90).draw(task.call("train_loader", context), 1, generator).data
+    one, two = (torch.randperm(90, generator=generator) for _ in range(2))
+    model = task.model(context)
+    parts = [Quadratic(model, (sample.inputs[i], sample.targets[i]), "classification") for i in two.split(20)[:4]]
+    return parts, Quadratic(model, (sample.inputs[one[:80]], sample.targets[one[:80]]), "classification")
+
+
+def test_the_numbers_are_those_of_the_quadratics(found: dict[str, Any]) -> None:
+    batches, reference = batches_and_reference()
+    own = found["directions"]["curvatures"]
+    for m, batch in enumerate(batches):
+        values, directions = batch.eigenpairs(4)
+        assert own["batches"][m][m] == pytest.approx(values.tolist(), rel=1e-4)
+        assert own["reference"][m] == pytest.approx(reference.curvature(directions).tolist(), rel=1e-3)
+        for j, other in enumerate(batches):
+            assert own["batches"][m][j] == pytest.approx(other.curvature(directions).tolist(), rel=1e-3)
+    rows = [[b.eigenpairs(4)[0], reference.curvature(b.eigenpairs(4)[1])] for b in batches]
+    mean_own, mean_reference = (torch.stack(list(column)).mean(0) for column in zip(*rows, strict=True))
+    ratio = mean_own / mean_reference
+    assert own["typical_ratio_own"]["value"] == pytest.approx(float(ratio.log().mean().exp()), rel=1e-3)
+    assert own["total_ratio_own"]["value"] == pytest.approx(float(mean_own.sum() / mean_reference.sum()), rel=1e-3)
+
+
+def test_step_magnitudes_are_newton_steps_of_the_restricted_quadratics(found: dict[str, Any]) -> None:
+    """The first step is along the gradient: every magnitude is minus slope over curvature there."""
+    batches, reference = batches_and_reference()
+    for m, batch in enumerate(batches):
+        direction = -batch.gradient
+        entry = found["steps"][m]
+        others = [other for other in batches if other is not batch]
+        for magnitude, quadratic in zip(
+            [entry["own"][0], entry["reference"][0], *(row[0] for row in entry["others"])],
+            [batch, reference, *others], strict=True,
+        ):  # fmt: skip
+            expected = -float(quadratic.slope(direction) / quadratic.curvature(direction))
+            assert magnitude == pytest.approx(expected, rel=2e-3)
+
+
+def test_overlaps_explain_curvatures(found: dict[str, Any]) -> None:
+    """Batches of 20 have rank 40 at most, so that four directions explain less than all of the curvature."""
+    pairs = [(entry["first"], entry["second"]) for entry in found["alignment"]]
+    assert pairs == [(i, j) for i in (0, 1) for j in range(3)]
+    for entry in found["alignment"]:
+        same = entry["first"] == entry["second"]
+        for explained, curvature, total in zip(
+            entry["explained"], entry["curvatures"], entry["row_sums"], strict=True
+        ):  # fmt: skip
+            assert explained <= curvature * (1 + 1e-4)
+            assert total == pytest.approx(1, abs=1e-5) if same else total < 1
+        if same:
+            assert entry["explained"] == pytest.approx(entry["curvatures"], rel=1e-4)
+
+
+def test_planes_noise_and_sizes(found: dict[str, Any]) -> None:
+    batches, _ = batches_and_reference()
+    for own, batch in zip(found["planes"], batches[:3], strict=True):
+        assert own["first"]["curvatures"][0][0] == pytest.approx(float(batch.eigenpairs(2)[0][0]), rel=1e-4)
+    assert found["noise"]["own"]["curvatures"] == pytest.approx(batches[0].eigenpairs(4)[0].tolist(), rel=1e-4)
+    assert found["noise"]["own"]["n_data"] == found["noise"]["other"]["n_data"] == 20
+    assert found["noise"]["own"]["slope_snr"] != found["noise"]["other"]["slope_snr"]
+    assert found["sizes"]["sizes"] == [10, 20]
+    assert found["sizes"]["population"] == found["task"]["n_pool"] == 90
+    assert len(found["sizes"]["predictions"]) == len(found["sizes"]["isotropic"]) == 2
+    assert found["suggestion"]["tolerance"] == 0.2
+    assert found["task"]["n_seen"] == 100
+
+
+@pytest.mark.parametrize(("task", "curvature"), [(BLOBS, "hessian"), (WAVE, "ggn")])
+def test_hessians_and_regressions(tmp_path: Path, task: Path, curvature: str) -> None:
+    options = BiasOptions(
+        batch_size=16, n_batches=3, n_directions=2, n_steps=4, sizes=(8,), n_size_directions=1, curvature=curvature
+    )
+    found = study(Task.load(task), tmp_path, Context(seed=1), options)
+    paths = write_outputs(tmp_path, found)
+    assert ("Hessian" if curvature == "hessian" else "Gauss-Newton matrix") in paths["bias.md"].read_text()
+
+
+# -- parts -----------------------------------------------------------------------------------------
+
+
+def test_complete_parts_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    task, context = Task.load(BLOBS), Context(seed=3)
+
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(source, "bias_against_batch_size", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            study(task, tmp_path, context, FEW)
+    assert len(list((tmp_path / "records").glob("bias-*.json"))) == 2
+    heard: list[str] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(source, "directional_bias", interrupt)
+        patch.setattr(source, "conjugate_gradients", interrupt)
+        resumed = study(task, tmp_path, context, FEW, progress=lambda _, __, step: heard.append(step))
+    assert heard == ["model and data", "batches of 10", "batches of 20", "done"]
+    with monkeypatch.context() as patch:
+        for name in ("directional_bias", "conjugate_gradients", "bias_against_batch_size"):
+            patch.setattr(source, name, interrupt)
+        assert study(task, tmp_path, context, FEW) == resumed
+    # other weights, options and seeds are other studies
+    with pytest.raises(KeyboardInterrupt), monkeypatch.context() as patch:
+        patch.setattr(source, "directional_bias", interrupt)
+        study(task, tmp_path, Context(seed=4), FEW)
+    damaged = next((tmp_path / "records").glob("bias-steps-*.json"))
+    damaged.write_text("{")
+    assert study(task, tmp_path, context, FEW) == resumed
+
+
+def test_a_study_leaves_random_states_and_is_the_same_again(tmp_path: Path, found: dict[str, Any]) -> None:
+    state = torch.get_rng_state()
+    again = study(Task.load(BLOBS), tmp_path, Context(seed=3), FEW, tolerance=0.2)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert again == found
+
+
+# -- sentences and pages ---------------------------------------------------------------------------
+
+
+def test_the_answer_says_what_is_shown_and_no_more(found: dict[str, Any]) -> None:
+    changed = copy.deepcopy(found)
+    about = changed["directions"]["curvatures"]
+    about["typical_ratio_own"] = {"value": 9.71, "error": 0.4}
+    about["typical_ratio_other"] = {"value": 1.02, "error": 0.05}
+    said = statement(changed)["answer"]
+    assert said == (
+        "On blobs, batches of 20 overstate the Gauss-Newton matrix's curvature along their own top 4 directions "
+        "9.71 ± 0.40 times; a second batch of the same size brings that to 1.020 ± 0.050."
+    )
+    about["typical_ratio_own"] = {"value": 1.3, "error": 0.2}
+    assert "are not shown to overstate" in statement(changed)["answer"]
+    about["typical_ratio_other"] = {"value": None, "error": None}  # of a Hessian
+    about["total_ratio_own"], about["total_ratio_other"] = {"value": 2.0, "error": 0.1}, {"value": 1.1, "error": 0.1}
+    said = statement(changed)["answer"]
+    assert "2.00 ± 0.10 times; a second batch of the same size brings that to 1.10 ± 0.10" in said
+
+
+def test_sizes_are_told_as_far_as_they_are_known(found: dict[str, Any]) -> None:
+    changed = copy.deepcopy(found)
+    changed["suggestion"] = {"tolerance": 0.1, "predicted": [42.0, None], "measured": [None, 15.2]}
+    assert statement(changed)["details"][-1] == (
+        "To overstate the curvature by no more than 10 % along the top 2 directions, one after the other, a batch "
+        "needs more than 20; about 15 data as measured, and 42; no size at all by spiked random-matrix theory."
+    )
+
+
+def test_steps_that_were_not_taken_are_told(found: dict[str, Any]) -> None:
+    changed = copy.deepcopy(found)
+    for entry in changed["steps"]:
+        entry |= {"own": [], "others": [[], []], "reference": []}
+    assert any("took no step" in sentence for sentence in statement(changed)["details"])
+
+
+def test_outputs(found: dict[str, Any], tmp_path: Path) -> None:
+    paths = write_outputs(tmp_path, found, notice="A warning <b>here</b>.")
+    record = json.loads(paths["bias.json"].read_text())
+    assert record["statement"] == statement(found)
+    assert record["directions"] == found["directions"]
+    page, text = paths["bias.html"].read_text(), paths["bias.md"].read_text()
+    for own in (page, text):
+        assert "Curvature along a batch" in own
+        assert str(found["task"]["n_seen"]) in own
+    assert "A warning &lt;b&gt;here" in page
+    assert page.count("data:image/png;base64,") == 6
+    assert "http" not in page.replace("http-equiv", "")
+    assert {path.name for path in tmp_path.glob("*.png")} == {f"bias-{name}.png" for name in pictures(found)}
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in tmp_path.glob("*.png"))
+    assert [len(table.sections[0][1]) for table in tables(found)] == [6, 2]
+
+
+# -- the command -----------------------------------------------------------------------------------
+
+
+def invoke(*arguments: object) -> Any:
+    return CliRunner().invoke(app, ["bias", *(str(argument) for argument in arguments)])
+
+
+def test_the_command(tmp_path: Path) -> None:
+    result = invoke(BLOBS, "--quick", "--out", tmp_path / "new")
+    assert result.exit_code == 0, result.output
+    assert "batches of 16" in result.stdout
+    assert "This was a quick run" in result.stdout
+    assert "quick run" in (tmp_path / "new" / "bias.html").read_text()
+    again = invoke(BLOBS, "--batch-size", 12, "--batches", 3, "--directions", 2, "--steps", 2, "--size", 6, "--size", 9,
+                   "--reference", 50, "--out", tmp_path / "new")  # fmt: skip
+    assert again.exit_code == 0, again.output
+    assert json.loads((tmp_path / "new" / "bias.json").read_text())["sizes"]["sizes"] == [6, 9]
+
+
+def test_an_interrupted_command_says_how_to_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(source, "conjugate_gradients", interrupt)
+        result = invoke(BLOBS, "--quick", "--out", tmp_path)
+    assert result.exit_code == 130
+    assert "run the same command to go on" in " ".join(result.stderr.split())
+    assert invoke(BLOBS, "--quick", "--out", tmp_path).exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        ([], 1, "Expected at least 640 training data, for 5 batches of 128 that share none, got 100."),
+        (["--batch-size", "20", "--directions", "60"], 1, "the rank of the Gauss-Newton matrix of 20 data"),
+        (["--batch-size", "20", "--size", "1", "--size", "20"], 1, "find 3 eigenvectors with curvature, got 2"),
+        (["--batch-size", "20", "--size", "101"], 1, "Expected at least 101 training data"),
+        (["--curvature", "fisher"], 1, "Expected a curvature out of ['ggn', 'hessian'], got 'fisher'."),
+        (["--batches", "2"], 2, "--batches"),
+        (["--directions", "1"], 2, "--directions"),
+        (["--tolerance", "0"], 2, "Expected a number above zero, got 0."),
+        (["--device", "nonsense"], 2, "Expected a device out of cpu"),
+    ],
+)  # fmt: skip
+def test_wrong_arguments(tmp_path: Path, arguments: list[str], code: int, message: str) -> None:
+    result = invoke(BLOBS, "--out", tmp_path, *arguments)
+    assert "Traceback" not in result.output
+    assert message in " ".join(result.stderr.replace("│", " ").split())
+    assert result.exit_code == code
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"n_batches": 2}, {"n_directions": 1}, {"reference": 0}, {"pool": 0}, {"curvature": "fisher"}]
+)
+def test_wrong_options(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="Expected"):
+        BiasOptions(**wrong)
+
+
+def test_a_loss_that_is_not_finite(tmp_path: Path) -> None:
+    task = tmp_path / "task.py"
+    task.write_text(BLOBS.read_text().replace("    return network\n", "    return network.requires_grad_()\n"))
+    text = task.read_text().replace("def train_loader(seed: int) -> list:\n    return cut(*data(100 + seed, 100))",
+                                    "def train_loader(seed: int) -> list:\n    x, y = data(100 + seed, 100)\n"
+                                    "    x[3] = float('nan')\n    return cut(x, y)")  # fmt: skip
+    assert text != task.read_text()
+    task.write_text(text)
+    result = invoke(task, "--quick", "--out", tmp_path / "out")
+    assert result.exit_code == 1
+    assert "Expected a finite loss of the batch, got nan." in result.stderr
+
+
+def test_sizes_by_default() -> None:
+    assert BiasOptions(batch_size=128).all_sizes == (16, 32, 64, 128)
+    assert BiasOptions(batch_size=2).all_sizes == (1, 2)
+    assert BiasOptions(sizes=(9, 3, 9)).all_sizes == (3, 9)
