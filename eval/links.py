@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import re
 import sys
 import warnings
 from collections.abc import Mapping
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from documents import fill, markdown
 
 from debiased_laplace import DebiasedLaplace, _data
 from debiased_laplace.evaluation.methods import Options
@@ -105,12 +105,10 @@ def score(
 def table(record: Mapping[str, Any]) -> str:
     """Rows of data, columns of ways; the mean over strong shifts last."""
     ways = ["temperature scaling", *WAYS]
-    lines = ["| NLL | " + " | ".join(ways) + " |", "|" + " --- |" * (len(ways) + 1)]
     rows = dict(record["nll"])
     strong = [own for title, own in rows.items() if title != "test" and not title.endswith(" 1")]
     rows["**mean of severities 3 and 5**"] = {way: sum(own[way] for own in strong) / len(strong) for way in ways}
-    lines += [f"| {title} | " + " | ".join(f"{own[way]:.3f}" for way in ways) + " |" for title, own in rows.items()]
-    return "\n".join(lines)
+    return markdown(["NLL", *ways], ([title, *(f"{own[way]:.3f}" for way in ways)] for title, own in rows.items()))
 
 
 def main() -> None:
@@ -130,9 +128,7 @@ def main() -> None:
         kept = options.out / "links" / f"{name}.{options.seed}.{options.images}{'.quick' * options.quick}.json"
         if not kept.exists():
             write_json(kept, measure(name, options))
-        pattern = re.compile(rf"(<!-- links {re.escape(name)} -->\n).*?(<!-- end -->)", re.DOTALL)
-        content = table(json.loads(kept.read_text()))
-        path.write_text(pattern.sub(lambda m, own=content: f"{m[1]}{own}\n{m[2]}", path.read_text()))  # type: ignore[misc]
+        fill(path, {f"links {name}": table(json.loads(kept.read_text()))})
 
 
 if __name__ == "__main__":

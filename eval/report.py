@@ -11,15 +11,15 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import re
 import sys
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 import numpy as np
+from documents import fill, markdown
 from fidelity import ABLATION, DEFAULT, MAIN, ONE, TWO
 
 matplotlib.use("Agg")
@@ -104,11 +104,6 @@ def number(own: dict[str, float] | None, digits: int = 3, signed: bool = False) 
         return ""
     sign = "+" if signed else ""
     return f"{own['mean']:{sign}.{digits}f} ± {own['se']:.{digits}f}"
-
-
-def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table."""
-    return "\n".join(["| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows)])
 
 
 def geometric_mean(values: Sequence[float]) -> float:
@@ -315,17 +310,6 @@ def figure(records: Records, prior: str, path: Path) -> None:
     plt.close(drawn)
 
 
-def fill(document: Path, tables: dict[str, str]) -> None:
-    """Replace the tables of the document."""
-    text = document.read_text()
-    for name, table in tables.items():
-        pattern = rf"(<!-- table {re.escape(name)} -->\n).*?(<!-- end -->)"
-        text, count = re.subn(pattern, lambda m, table=table: f"{m[1]}{table}\n{m[2]}", text, flags=re.DOTALL)  # type: ignore[misc]
-        if count != 1:
-            sys.exit(f"Expected one place for the table {name!r} in {document}, found {count}.")
-    document.write_text(text)
-
-
 def ratios(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """The curvature ratio, where there is one."""
     own = statistics(records, "curvature_ratio")
@@ -338,20 +322,18 @@ def main() -> None:
     parser.add_argument("--docs", type=Path, default=Path("docs"))
     options = parser.parse_args()
     records = Records(load(options.results / "fidelity"))
-    fill(
-        options.docs / "fidelity.md",
-        {
-            "claims": claims(records),
-            "prior 1": main_table(records, "1"),
-            "prior tuned": main_table(records, "tuned"),
-            "ablation": ablation(records),
-            "time": time_table(options.results / "timing"),
-            "predictions": predictions(records),
-            "low rank": low_rank(records),
-            "diagonal": diagonal(records),
-            "exact": exact(records),
-        },
-    )
+    tables = {
+        "claims": claims(records),
+        "prior 1": main_table(records, "1"),
+        "prior tuned": main_table(records, "tuned"),
+        "ablation": ablation(records),
+        "time": time_table(options.results / "timing"),
+        "predictions": predictions(records),
+        "low rank": low_rank(records),
+        "diagonal": diagonal(records),
+        "exact": exact(records),
+    }
+    fill(options.docs / "fidelity.md", {f"table {name}": own for name, own in tables.items()})
     figure(records, "1", options.docs / "fidelity.png")
     fields = ("abs_log_ratio", "log_ratio")
     summary = [

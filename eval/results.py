@@ -11,15 +11,13 @@ on. The report page of every task is in ``<out>/<task>/report.html``. What lies 
 from __future__ import annotations
 
 import argparse
-import io
 import json
-import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
+from documents import fill, markdown, save_small
 
 from debiased_laplace.evaluation import suite
 from debiased_laplace.evaluation.figures import pictures
@@ -58,7 +56,6 @@ def evaluate(name: str, options: argparse.Namespace) -> Summary:
 
 def document(path: Path, found: Mapping[str, Summary]) -> None:
     """Fill the marked parts of the document, and write its figures and its record."""
-    text = path.read_text()
     classifiers = {name: s for name, s in found.items() if not s["regression"]}
     regressions = {name: s for name, s in found.items() if s["regression"]}
     parts = {"answers": answers(found)}
@@ -72,14 +69,8 @@ def document(path: Path, found: Mapping[str, Summary]) -> None:
         parts[f"task {name}"] = "\n".join(table.markdown(3) for table in [*shown, *foreign])
         picture = next(iter(pictures(summary)), None)
         if picture is not None and summary["shifts"]:
-            small = Image.open(io.BytesIO(picture.png)).convert("RGB").quantize(255, dither=Image.Dither.NONE)
-            small.save(path.parent / f"results-{name}.png", optimize=True)
-    for name, content in parts.items():
-        pattern = re.compile(rf"(<!-- {re.escape(name)} -->\n).*?(<!-- end -->)", re.DOTALL)
-        if not pattern.search(text):
-            print(f"{path} has no place for {name!r}", file=sys.stderr)
-        text = pattern.sub(lambda match, own=content: f"{match[1]}{own}\n{match[2]}", text)  # type: ignore[misc]
-    path.write_text(text)
+            save_small(picture.png, path.parent / f"results-{name}.png")
+    fill(path, parts)
     kept = {name: {key: s[key] for key in ("seeds", "environments")} | compact(s) for name, s in found.items()}
     record = path.parent / "records" / "results.json"
     record.parent.mkdir(parents=True, exist_ok=True)
@@ -107,11 +98,6 @@ def compact(summary: Summary) -> dict[str, Any]:
         "shifts": {f"{e['name']} {e['severity']}": rounded(e) for e in summary["shifts"]},
         "ood": {e["name"]: rounded(e) for e in summary["ood"]},
     }
-
-
-def markdown(columns: list[str], rows: list[list[str]]) -> str:
-    lines = ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
-    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
 
 
 def answers(found: Mapping[str, Summary]) -> str:

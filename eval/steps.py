@@ -4,10 +4,11 @@
     python eval/steps.py --figure5 [--network digits-cnn] [--batch 128] [--draws 5] [--data-dir <folder>]
     python eval/steps.py --directional [--network digits-cnn] [--batch 128] [--draws 5]
     python eval/steps.py --training [--network digits-cnn] [--epochs 20] [--draws 3]
+    python eval/steps.py --document [--docs docs]
 
-Every part writes a JSON record and a figure into ``--out``. Two batches always share the number of data that one batch
-has. The noisy quadratic is that of ViViT (arXiv 2106.02624, figure 3); conjugate gradients are those of figure 5 of
-arXiv 2410.14325, whose network and data are larger.
+Every part writes a JSON record and a figure into ``--out``; ``--document`` fills ``docs/steps.md`` from them. Two
+batches always share the number of data that one batch has. The noisy quadratic is that of ViViT (arXiv 2106.02624,
+figure 3); conjugate gradients are those of figure 5 of arXiv 2410.14325, whose network and data are larger.
 """
 
 from __future__ import annotations
@@ -27,12 +28,14 @@ import matplotlib
 import numpy as np
 import torch
 import torch.nn.functional as F
+from documents import fill, markdown, save_small
 from fidelity import PROBLEMS, Problem, write
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
+from debiased_laplace.evaluation import Context, Task
 from debiased_laplace.evaluation.figures import STYLES
 from debiased_laplace.optim import (
     DebiasedNewtonCG,
@@ -46,6 +49,27 @@ from debiased_laplace.spectrum import DirectionalDerivatives
 
 Batch = tuple[Tensor, Tensor]
 Numbers = dict[str, float]
+
+
+# -- networks and data -------------------------------------------------------------------------------
+
+
+def of_task(name: str) -> Callable[[Path, Path | None], Problem]:
+    """The network and the data of a shipped task."""
+
+    def load(cache: Path, folder: Path | None) -> Problem:
+        task, context = Task.load(name), Context(data_dir=folder, cache=cache)
+        train, validation, test = (
+            tuple(torch.cat(parts) for parts in zip(*task.call(f"{part}_loader", context), strict=True))
+            for part in ("train", "val", "test")
+        )
+        return Problem(task.model(context), train, validation, test, task.n_data or len(train[0]))
+
+    return load
+
+
+#: Those of the fidelity experiment, and networks that were trained to the end.
+NETWORKS = {**PROBLEMS, "lenet-trained": of_task("fashion-mnist"), "all-cnn-c": of_task("cifar10-all-cnn-c")}
 
 
 # -- a noisy quadratic -----------------------------------------------------------------------------
@@ -222,10 +246,16 @@ def along(model: nn.Module, points: Tensor, sets: dict[str, Batch]) -> dict[str,
     return found
 
 
+def some(data: Any, n: int) -> Batch:
+    """At most n data, at random, always the same."""
+    index = torch.randperm(len(data[0]), generator=torch.Generator().manual_seed(12345))[:n]
+    return data[0][index], data[1][index]
+
+
 def figure5(options: argparse.Namespace) -> None:
-    problem = PROBLEMS[options.network](options.cache, options.data_dir)
+    problem = NETWORKS[options.network](options.cache, options.data_dir)
     held = (torch.cat(parts) for parts in zip(problem.validation, problem.test, strict=True))  # nothing is tuned
-    sets: dict[str, Batch] = {"train": problem.pool, "test": tuple(held)}  # type: ignore[dict-item]
+    sets = {name: some(own, options.evaluate) for name, own in {"train": problem.pool, "test": tuple(held)}.items()}
     runs: dict[str, list[Any]] = {"single": [], "debiased": []}
     for whole, first, second in batches(problem, options.batch, options.draws):
         for name, used in (("single", (whole,)), ("debiased", (first, second))):
@@ -245,7 +275,7 @@ def figure5(options: argparse.Namespace) -> None:
     summary = {name: summarise(own) for name, own in runs.items()}
     record = {
         "network": options.network, "batch": options.batch, "damping": options.damping, "l2": options.l2,
-        "iterations": options.iterations, "n_train": len(problem.pool[0]), "n_test": len(sets["test"][0]),
+        "iterations": options.iterations, "n_train": len(sets["train"][0]), "n_test": len(sets["test"][0]),
         "summary": summary, "runs": runs,
     }  # fmt: skip
     save(options.out, f"figure5-{options.network}-{options.batch}", record, draw_figure5(runs, options))
@@ -300,8 +330,8 @@ def draw_figure5(runs: dict[str, list[Any]], options: argparse.Namespace) -> Fig
 
 def directional(options: argparse.Namespace) -> None:
     """What one step along the top eigenvectors of a batch takes off the loss of all training data."""
-    problem = PROBLEMS[options.network](options.cache, options.data_dir)
-    everything = Quadratic(problem.model, problem.pool, "classification", l2=options.l2)
+    problem = NETWORKS[options.network](options.cache, options.data_dir)
+    everything = Quadratic(problem.model, problem.pool, "classification", l2=options.l2, chunk_size=1000)
     start = along(problem.model, everything.center[None], {"test": problem.test})["test"]["loss"][0]
     found: dict[str, list[Numbers]] = {}
     for draw, (whole, first, second) in enumerate(batches(problem, options.batch, options.draws)):
@@ -355,7 +385,7 @@ class Trainer:
 
 def trainers(l2: float, n_steps: int) -> dict[str, Trainer]:
     def newton(debiased: bool) -> Trainer:
-        settings = tuple({"lr": lr, "damping": d} for lr in (1.0, 0.3) for d in (0.03, 0.1, 0.3, 1.0))
+        settings = tuple({"lr": lr, "damping": d} for lr in (1.0, 0.3) for d in (0.1, 0.3, 1.0))
         common: dict[str, Any] = {"n_steps": n_steps, "debiased": debiased, "l2": l2}
         return Trainer(lambda m, **setting: DebiasedNewtonCG(m, "classification", **setting, **common), settings, 256)
 
@@ -378,7 +408,7 @@ def trainers(l2: float, n_steps: int) -> dict[str, Trainer]:
 def train(
     model: nn.Module, trainer: Trainer, setting: Numbers, problem: Problem, seed: int, samples: float, seconds: float
 ) -> list[Numbers]:
-    """Train until so many data have been seen or so many seconds have passed; the losses on the way."""
+    """Train until so many data have been seen or so much of a processor's time is spent; the losses on the way."""
     optimizer = trainer.build(model, **setting)
     generator = torch.Generator().manual_seed(seed)
     inputs, labels = problem.pool
@@ -402,7 +432,7 @@ def train(
             order = torch.cat([order, torch.randperm(len(inputs), generator=generator)])
         index, order = order[:size], order[size:]
         batch = inputs[index], labels[index]
-        start = time.perf_counter()
+        start = time.process_time()
         try:
             if isinstance(optimizer, DebiasedNewtonCG):
                 optimizer.step(batch)
@@ -414,7 +444,7 @@ def train(
             curve.append(curve[-1] | {key: math.inf for key in curve[-1] if "loss" in key} | {"test accuracy": 0.0})
             print(f"diverged: {error}")
             return curve
-        spent, seen = spent + time.perf_counter() - start, seen + size
+        spent, seen = spent + time.process_time() - start, seen + size
 
 
 def fresh(problem: Problem, seed: int) -> nn.Module:
@@ -429,7 +459,7 @@ def fresh(problem: Problem, seed: int) -> nn.Module:
 
 
 def training(options: argparse.Namespace) -> None:
-    problem = PROBLEMS[options.network](options.cache, options.data_dir)
+    problem = NETWORKS[options.network](options.cache, options.data_dir)
     methods = trainers(options.l2, options.cg_steps)
     samples = float(options.epochs * len(problem.pool[0]))
     warnings.simplefilter("ignore", RuntimeWarning)
@@ -448,7 +478,8 @@ def training(options: argparse.Namespace) -> None:
             tuned = []
             for setting in trainer.settings:  # on seeds of their own
                 ends = [
-                    train(fresh(problem, seed), trainer, setting, problem, seed, *limits)[-1] for seed in (100, 101)
+                    train(fresh(problem, seed), trainer, setting, problem, seed, *limits)[-1]
+                    for seed in range(100, 100 + options.tuning_seeds)
                 ]
                 worst = max(end["validation loss"] for end in ends)
                 tuned.append(worst if math.isfinite(worst) else math.inf)
@@ -488,17 +519,114 @@ def save(folder: Path, name: str, record: dict[str, Any], figure: Figure) -> Non
     write(folder / f"{name}.png", lambda path: FigureCanvasAgg(figure).print_png(path))
 
 
+# -- the document ------------------------------------------------------------------------------------
+
+
+def spread(values: list[float]) -> str:
+    """Median and range."""
+    return f"{np.median(values):.3g} ({min(values):.3g} to {max(values):.3g})"
+
+
+def mean(values: list[float], digits: int = 3) -> str:
+    """Mean and standard error."""
+    return f"{np.mean(values):.{digits}f} ± {np.std(values, ddof=1) / len(values) ** 0.5:.{digits}f}"
+
+
+def figure5_table(records: list[Any]) -> str:
+    rows = []
+    for own in sorted(records, key=lambda r: (r["network"], r["batch"])):
+        for part in ("train", "test"):
+            one, two = (own["summary"][name] for name in ("single", "debiased"))
+            rows.append([
+                own["network"], f"{own['batch']:,} / 2 x {own['batch'] // 2:,}", part,
+                f"{one[f'{part} loss at the start']:.3f}",
+                spread(one[f"{part} loss, last"]), spread(two[f"{part} loss, last"]), spread(one[f"{part} loss, best"]),
+                spread(two[f"{part} loss, best"]), str(len(one[f"{part} loss, last"])),
+            ])  # fmt: skip
+    columns = [
+        "network",
+        "data",
+        "loss",
+        "start",
+        "one batch, end",
+        "debiased, end",
+        "one batch, best",
+        "debiased, best",
+    ]
+    return markdown([*columns, "draws"], rows)
+
+
+def quadratic_table(record: Any) -> str:
+    found = sorted(record["final_distance"].items(), key=lambda item: item[1]["median"])
+    return markdown(
+        ["step", "median", "quartiles", "largest"],
+        (
+            [name, f"{own['median']:.2f}", f"{own['q25']:.2f}, {own['q75']:.2f}", f"{own['max']:.2f}"]
+            for name, own in found
+        ),
+    )
+
+
+def directional_table(records: list[Any]) -> str:
+    rows = [
+        [own["network"], f"{own['batch']:,}", name, f"{own['train loss at the start']:.3f}",
+         *(spread([run[key] for run in runs]) for key in ("quadratic", "train"))]
+        for own in sorted(records, key=lambda r: (r["network"], r["batch"])) for name, runs in own["steps"].items()
+    ]  # fmt: skip
+    return markdown(["network", "data", "step", "training loss", "change of its quadratic", "change of it"], rows)
+
+
+def training_table(records: list[Any]) -> str:
+    rows = []
+    for own in sorted(records, key=lambda r: r["network"]):
+        for budget, methods in own["budgets"].items():
+            for name, about in methods.items():
+                last = [curve[-1] for curve in about["curves"]]
+                setting = ", ".join(f"{key} {value:g}" for key, value in about["setting"].items())
+                rows.append([
+                    own["network"], budget, name, setting, f"{np.mean([x['samples'] for x in last]):,.0f}",
+                    f"{np.mean([x['seconds'] for x in last]):.1f}", mean([x["train loss"] for x in last], 4),
+                    mean([x["test loss"] for x in last]), mean([100 * x["test accuracy"] for x in last], 1),
+                ])  # fmt: skip
+    columns = ["network", "equal", "method", "tuned", "samples", "CPU s", "train loss", "test loss", "test accuracy %"]
+    return markdown(columns, rows)
+
+
+def document(options: argparse.Namespace) -> None:
+    """Fill the tables of the document from all records that are there, and copy the figures it shows."""
+    found: dict[str, list[Any]] = {}
+    for path in sorted(options.out.glob("*.json")):
+        found.setdefault(path.stem.split("-")[0], []).append(json.loads(path.read_text()))
+    makers = {"figure5": figure5_table, "directional": directional_table, "training": training_table}
+    parts = {name: make(found[name]) for name, make in makers.items() if name in found}
+    if "noisy" in found:
+        parts["noisy quadratic"] = quadratic_table(found["noisy"][0])
+    fill(options.docs / "steps.md", parts)
+    for name in SHOWN:
+        if (options.out / f"{name}.png").exists():
+            save_small((options.out / f"{name}.png").read_bytes(), options.docs / f"steps-{name}.png")
+
+
+#: Figures of the document.
+SHOWN = ("figure5-lenet-trained-1024", "noisy-quadratic", "training-digits-cnn", "training-lenet")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    modes = {"noisy_quadratic": noisy_quadratic, "figure5": figure5, "directional": directional, "training": training}
+    modes = {
+        "noisy_quadratic": noisy_quadratic, "figure5": figure5, "directional": directional, "training": training,
+        "document": document,
+    }  # fmt: skip
     for name in modes:
         parser.add_argument(f"--{name.replace('_', '-')}", action="store_true")
     parser.add_argument("--runs", type=int, default=100, help="of the noisy quadratic")
-    parser.add_argument("--network", choices=list(PROBLEMS), default="digits-cnn")
+    parser.add_argument("--network", choices=list(NETWORKS), default="digits-cnn")
     parser.add_argument("--batch", type=int, default=128, help="data of the one batch, or of two halves")
     parser.add_argument("--draws", type=int, default=5, help="batches, or seeds of training")
     parser.add_argument("--iterations", type=int, default=30, help="of conjugate gradients in figure 5")
     parser.add_argument("--damping", type=float, default=0.0, help="in figure 5")
+    parser.add_argument("--evaluate", type=int, default=2000, help="most data on which figure 5 is judged, of each set")
+    parser.add_argument("--tuning-seeds", type=int, default=2, help="of every setting in training")
     parser.add_argument("--directions", type=int, default=20, help="of the directionally damped step")
     parser.add_argument("--l2", type=float, default=0.0)
     parser.add_argument("--epochs", type=int, default=20)
@@ -506,11 +634,12 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=None, help="of training; by default the debiased method's")
     parser.add_argument("--data-dir", type=Path, default=None, help="folder with FashionMNIST/raw and cifar10")
     parser.add_argument("--out", type=Path, default=Path("eval/results/steps"))
+    parser.add_argument("--docs", type=Path, default=Path("docs"))
     parser.add_argument("--cache", type=Path, default=Path("eval/results/cache"))
     options = parser.parse_args()
     chosen = [run for name, run in modes.items() if getattr(options, name)]
     if not chosen:
-        parser.error("Expected at least one of --noisy-quadratic, --figure5, --directional and --training.")
+        parser.error("Expected at least one of --noisy-quadratic, --figure5, --directional, --training and --document.")
     for run in chosen:
         run(options)
 

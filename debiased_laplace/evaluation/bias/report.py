@@ -69,12 +69,12 @@ def statement(found: Found) -> dict[str, Any]:
     if biased:
         answer = (
             f"On {found['task']['name']}, batches of {m:,} overstate the {kind}'s curvature along their own top {k} "
-            f"directions {_times(own)} times; a second batch of the same size brings that to {_times(other)}."
+            f"directions {times(own)} times; a second batch of the same size brings that to {times(other)}."
         )  # fmt: skip
     else:
         answer = (
             f"On {found['task']['name']}, batches of {m:,} are not shown to overstate the {kind}'s curvature along "
-            f"their own top {k} directions: {_times(own)} times that of the data; a second batch has {_times(other)}."
+            f"their own top {k} directions: {times(own)} times that of the data; a second batch has {times(other)}."
         )  # fmt: skip
     return {"answer": answer, "details": [*_details(found), *_steps(found), *_sizes(found)]}
 
@@ -90,8 +90,8 @@ def _kind(found: Found) -> str:
     return "Hessian" if found["settings"]["bias"]["curvature"] == "hessian" else "Gauss-Newton matrix"
 
 
-def _times(estimate: Found) -> str:
-    """A ratio with its standard error, to the digits that this allows."""
+def times(estimate: Found) -> str:
+    """An estimate with its standard error, to the digits that this allows."""
     value, error = estimate["value"], estimate["error"]
     if value is None or error is None:
         return "?" if value is None else f"{value:.3g}"
@@ -110,7 +110,7 @@ def _details(found: Found) -> list[str]:
     signs = sum(value > 0 for row in slopes["reference"] for value in row)
     total = sum(len(row) for row in slopes["reference"])
     return [
-        f"The largest curvature alone is overstated {_times(first)} times, that along direction {k} {_times(last)}.",
+        f"The largest curvature alone is overstated {times(first)} times, that along direction {k} {times(last)}.",
         f"{signs} of {total} directions that go uphill on their own batch go uphill on the data; half would be chance.",
         f"On average {inside:.0f} % of a top direction of one batch lies in the span of another's top {k}.",
     ]
@@ -163,12 +163,12 @@ def tables(found: Found) -> list[Table]:
     about, m = found["directions"]["curvatures"], found["directions"]["n_data"][0]
     n_batches = len(found["directions"]["n_data"])
     rows = [
-        [f"{k + 1}", *(_times({key: values[k] for key, values in about[name].items()})
+        [f"{k + 1}", *(times({key: values[k] for key, values in about[name].items()})
                        for name in ("mean_own", "mean_other", "mean_reference", "ratio_own", "ratio_other"))]
         for k in range(len(about["ratio_own"]["value"]))
     ]  # fmt: skip
     for title, key in (("geometric mean", "typical"), ("sums", "total")):
-        rows.append([title, "", "", "", *(_times(about[f"{key}_ratio_{which}"]) for which in ("own", "other"))])
+        rows.append([title, "", "", "", *(times(about[f"{key}_ratio_{which}"]) for which in ("own", "other"))])
     sizes = found["sizes"]
     return [
         Table(
@@ -190,7 +190,7 @@ def tables(found: Found) -> list[Table]:
 
 def _size_row(sizes: Found, index: int) -> list[str]:
     def cell(k: int) -> str:
-        own = _times({key: values[index][k] for key, values in sizes["overstatement"].items()})
+        own = times({key: values[index][k] for key, values in sizes["overstatement"].items()})
         theory = sizes["predictions"][index]["overstatement"][k]
         return f"{own} (lost)" if theory is None else f"{own} ({theory:.3g})"
 

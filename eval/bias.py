@@ -1,0 +1,97 @@
+"""What mini-batches do to trained networks, and ``docs/bias.md`` from the records.
+
+    python eval/bias.py --data-dir <folder> [--tasks cifar10 fashion-mnist] [--quick]
+
+Every task goes through ``debiased-laplace bias``: its page, figures and numbers are in ``<out>/<task>``, complete parts
+are kept, and an interrupted run goes on. The figures and numbers that the document shows are copied into ``<docs>``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from documents import fill, markdown, save_small
+
+from debiased_laplace.evaluation.bias import BiasOptions, statement, study, tables, write_outputs
+from debiased_laplace.evaluation.bias.report import times
+from debiased_laplace.evaluation.records import write_json
+from debiased_laplace.evaluation.tasks import Context, Task, resolve_device
+
+#: As large as one thread allows in about an hour each.
+OPTIONS = {
+    "digits": BiasOptions(),
+    "fashion-mnist": BiasOptions(batch_size=512, pool=20_000, reference=10_000),
+    "cifar10": BiasOptions(batch_size=512),
+    "cifar10-all-cnn-c": BiasOptions(n_batches=4, n_directions=5, reference=1_000, sizes=(32, 128)),
+}
+QUICK = BiasOptions(batch_size=16, n_batches=3, n_directions=3, n_steps=3, pool=128, reference=64, n_vectors=2)
+#: Figures in the document.
+SHOWN = {
+    "fashion-mnist": ("directions", "batch-sizes"),
+    "cifar10": ("directions", "planes", "alignment", "steps", "batch-sizes", "noise"),
+    "cifar10-all-cnn-c": ("directions", "steps"),
+}
+
+
+def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
+    context = Context(
+        data_dir=options.data_dir, cache=options.cache or options.out / name / "cache", quick=options.quick,
+        device=resolve_device(options.device),
+    )  # fmt: skip
+    return study(
+        Task.load(name), options.out / name, context, QUICK if options.quick else OPTIONS[name],
+        progress=lambda finished, total, step: print(f"{name}: {finished} of {total}, {step}", file=sys.stderr),
+    )  # fmt: skip
+
+
+def summary(found: dict[str, dict[str, Any]]) -> str:
+    """A row for every network."""
+    rows = []
+    for own in found.values():
+        about, steps = own["directions"]["curvatures"], own["steps"]
+        wrong = sum(value < 0 for entry in steps for value in entry["reference"])
+        first, inside = ({key: v[0] for key, v in about["ratio_own"].items()}, own["alignment"])
+        others = [total for entry in inside if entry["first"] != entry["second"] for total in entry["row_sums"]]
+        rows.append([
+            own["task"]["name"], f"{own['directions']['n_data'][0]:,}", str(len(about["ratio_own"]["value"])),
+            times(about["typical_ratio_own"]), times(about["typical_ratio_other"]), times(first),
+            f"{100 * sum(others) / len(others):.0f} %", f"{wrong} of {sum(len(e['own']) for e in steps)}",
+        ])  # fmt: skip
+    columns = ["network", "batch", "directions", "overstatement, same batch", "second batch", "first direction alone"]
+    return markdown([*columns, "within another's span", "CG steps the wrong way"], rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tasks", nargs="+", choices=list(OPTIONS), default=list(OPTIONS))
+    parser.add_argument("--data-dir", type=Path, default=None)
+    parser.add_argument("--cache", type=Path, default=None, help="for trained weights; <out>/<task>/cache by default")
+    parser.add_argument("--device", default=None)
+    parser.add_argument("--out", type=Path, default=Path("eval/results/bias"))
+    parser.add_argument("--docs", type=Path, default=Path("docs"))
+    parser.add_argument("--quick", action="store_true", help="little of everything, and no document")
+    options = parser.parse_args()
+    found, parts = {name: measure(name, options) for name in options.tasks}, {}
+    for name, own in found.items():
+        paths = write_outputs(options.out / name, own)
+        if options.quick:
+            continue
+        said = statement(own)
+        parts[f"bias {name}"] = "\n".join([
+            f"**{said['answer']}**", "", *(f"- {sentence}" for sentence in said["details"]), "",
+            *(table.markdown(4) for table in tables(own)),
+        ])  # fmt: skip
+        for figure in SHOWN.get(name, ()):
+            png = paths[f"bias-{figure}.png"].read_bytes()
+            save_small(png, options.docs / f"bias-{name}-{figure}.png")
+        write_json(options.docs / "records" / f"bias-{name}.json", own)
+    if not options.quick:
+        complete = set(found) == set(OPTIONS)
+        fill(options.docs / "bias.md", parts | ({"networks": summary(found)} if complete else {}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,37 @@
+"""Documents that scripts fill: what lies between ``<!-- NAME -->`` and ``<!-- end -->`` is theirs, the rest by hand."""
+
+from __future__ import annotations
+
+import io
+import re
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+from PIL import Image
+
+__all__ = ["fill", "markdown", "save_small"]
+
+
+def fill(document: Path, parts: Mapping[str, str]) -> None:
+    """Replace the named parts of a document; every one needs exactly one place."""
+    text = document.read_text()
+    for name, content in parts.items():
+        pattern = re.compile(rf"(<!-- {re.escape(name)} -->\n).*?(<!-- end -->)", re.DOTALL)
+        text, count = pattern.subn(lambda match, own=content: f"{match[1]}{own}\n{match[2]}", text)  # type: ignore[misc]
+        if count != 1:
+            sys.exit(f"Expected one place <!-- {name} --> in {document}, found {count}.")
+    document.write_text(text)
+
+
+def markdown(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table."""
+    lines = ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
+    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
+
+
+def save_small(png: bytes, path: Path) -> None:
+    """Write an image with 255 colours."""
+    small = Image.open(io.BytesIO(png)).convert("RGB").quantize(255, dither=Image.Dither.NONE)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    small.save(path, optimize=True)
