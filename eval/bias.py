@@ -52,7 +52,7 @@ def summary(found: dict[str, dict[str, Any]]) -> str:
     rows = []
     for own in found.values():
         about, steps = own["directions"]["curvatures"], own["steps"]
-        wrong = sum(value < 0 for entry in steps for value in entry["reference"])
+        wrong = sum(value is not None and value < 0 for entry in steps for value in entry["reference"])
         first, inside = ({key: v[0] for key, v in about["ratio_own"].items()}, own["alignment"])
         others = [total for entry in inside if entry["first"] != entry["second"] for total in entry["row_sums"]]
         rows.append([
@@ -71,13 +71,14 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, default=None, help="for trained weights; <out>/<task>/cache by default")
     parser.add_argument("--device", default=None)
     parser.add_argument("--out", type=Path, default=Path("eval/results/bias"))
-    parser.add_argument("--docs", type=Path, default=Path("docs"))
-    parser.add_argument("--quick", action="store_true", help="little of everything, and no document")
+    parser.add_argument("--docs", type=Path, default=None, help="docs by default; none in a quick run")
+    parser.add_argument("--quick", action="store_true", help="little of everything")
     options = parser.parse_args()
+    docs = options.docs or (None if options.quick else Path("docs"))
     found, parts = {name: measure(name, options) for name in options.tasks}, {}
     for name, own in found.items():
         paths = write_outputs(options.out / name, own)
-        if options.quick:
+        if docs is None:
             continue
         said = statement(own)
         parts[f"bias {name}"] = "\n".join([
@@ -86,11 +87,11 @@ def main() -> None:
         ])  # fmt: skip
         for figure in SHOWN.get(name, ()):
             png = paths[f"bias-{figure}.png"].read_bytes()
-            save_small(png, options.docs / f"bias-{name}-{figure}.png")
-        write_json(options.docs / "records" / f"bias-{name}.json", own)
-    if not options.quick:
+            save_small(png, docs / f"bias-{name}-{figure}.png")
+        write_json(docs / "records" / f"bias-{name}.json", own | {"statement": said})
+    if docs is not None:
         complete = set(found) == set(OPTIONS)
-        fill(options.docs / "bias.md", parts | ({"networks": summary(found)} if complete else {}))
+        fill(docs / "bias.md", parts | ({"networks": summary(found)} if complete else {}))
 
 
 if __name__ == "__main__":

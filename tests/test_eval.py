@@ -105,12 +105,35 @@ def test_the_results_of_the_shipped_tasks(tmp_path):
     assert (docs / "results.md").read_text() == text
 
 
-def test_the_noisy_quadratic(tmp_path):
-    done = script("steps.py", "--noisy-quadratic", "--runs", "3", "--out", str(tmp_path))
+def test_the_bias_of_networks(tmp_path):
+    docs, out = tmp_path / "docs", tmp_path / "out"
+    docs.mkdir()
+    shutil.copy(ROOT / "docs" / "bias.md", docs)
+    arguments = ("bias.py", "--tasks", "digits", "--quick", "--out", str(out))
+    done = script(*arguments, "--docs", str(docs))
     assert done.returncode == 0, done.stderr
-    (record,) = [json.loads(path.read_text()) for path in tmp_path.glob("*.json")]
-    assert record
-    assert [path.stat().st_size > 5000 for path in tmp_path.glob("*.png")] == [True]
+    record = json.loads((docs / "records" / "bias-digits.json").read_text())
+    text = (docs / "bias.md").read_text()
+    assert f"**{record['statement']['answer']}**" in text.split("<!-- bias digits -->")[1].split("<!-- end -->")[0]
+    assert (out / "digits" / "bias.html").exists()
+    again = script(*arguments)
+    assert again.returncode == 0, again.stderr
+    assert "conjugate gradients" not in again.stderr  # complete parts are kept
+
+
+def test_the_noisy_quadratic(tmp_path):
+    docs, out = tmp_path / "docs", tmp_path / "out"
+    docs.mkdir()
+    shutil.copy(ROOT / "docs" / "steps.md", docs)
+    done = script("steps.py", "--noisy-quadratic", "--document", "--runs", "3", "--out", str(out), "--docs", str(docs))
+    assert done.returncode == 0, done.stderr
+    (record,) = [json.loads(path.read_text()) for path in out.glob("*.json")]
+    assert [path.stat().st_size > 5000 for path in out.glob("*.png")] == [True]
+    part = (docs / "steps.md").read_text().split("<!-- noisy quadratic -->")[1].split("<!-- end -->")[0]
+    medians = [float(line.split("|")[2]) for line in part.strip().splitlines()[2:]]
+    assert medians == sorted(medians)
+    assert medians == pytest.approx(sorted(own["median"] for own in record["final_distance"].values()), abs=6e-3)
+    assert (docs / "steps-noisy-quadratic.png").exists()
     done = script("steps.py")
     assert done.returncode == 2
     assert "Expected at least one of --noisy-quadratic" in done.stderr

@@ -228,7 +228,7 @@ class _Bench:
         }
 
     def steps(self) -> Record:
-        """Figure 4 of the paper: how far every batch, all the others and the reference would go."""
+        """Figure 4 of the paper: how far every batch, the others and the reference would go; None: no minimum."""
         found = []
         for own in self.batches:
             with warnings.catch_warnings():
@@ -237,7 +237,9 @@ class _Bench:
             sizes = []
             for other in [*(batch for batch in self.batches if batch is not own), self.reference]:
                 slopes, curvatures = path.measure(*other.projected(path.directions))
-                sizes.append((-slopes / curvatures).nan_to_num(0.0, 0.0, 0.0).tolist())
+                sizes.append(
+                    [-s / c if c > 0 else None for s, c in zip(slopes.tolist(), curvatures.tolist(), strict=True)]
+                )
             found.append(
                 {"own": path.step_sizes.tolist(), "others": sizes[:-1], "reference": sizes[-1],
                  "stopped": path.stopped.value}

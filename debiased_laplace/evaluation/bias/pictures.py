@@ -201,14 +201,14 @@ def _steps(found: Found) -> Picture:
     entries = found["steps"][:N_SHOWN]
     figure = Figure(figsize=(3.6 * len(entries), 3.9), layout="constrained")
     panels = figure.subplots(1, len(entries), squeeze=False, sharey=True)[0]
-    values = np.concatenate([np.ravel([entry["own"], entry["reference"]]) for entry in entries])
-    small = np.abs(values[values != 0])
+    values = np.concatenate([np.ravel(np.array([entry["own"], entry["reference"]], dtype=float)) for entry in entries])
+    small = np.abs(values[np.isfinite(values) & (values != 0)])
     for index, (axes, entry) in enumerate(zip(panels, entries, strict=True)):
         places = np.arange(1, len(entry["own"]) + 1)
         for other in entry["others"]:
-            axes.plot(places, other, OTHER[1], color=OTHER[0], markersize=3.5, alpha=0.7)
+            axes.plot(places, np.array(other, dtype=float), OTHER[1], color=OTHER[0], markersize=3.5, alpha=0.7)
         axes.plot(places, entry["own"], OWN[1], color=OWN[0], markersize=6)
-        axes.plot(places, entry["reference"], DATA[1], color=DATA[0], markersize=6)
+        axes.plot(places, np.array(entry["reference"], dtype=float), DATA[1], color=DATA[0], markersize=6)
         axes.axhline(0, color="0.5", linewidth=0.8)
         axes.set(title=f"batch {index + 1}", xlabel="step", xticks=places)
         axes.set_yscale("symlog", linthresh=float(np.quantile(small, 0.25)) if len(small) else 1.0)
@@ -216,7 +216,7 @@ def _steps(found: Found) -> Picture:
     panels[0].set_ylabel("step magnitude")
     _legend(figure, [(label, style, "") for label, style in zip(_labels(found), (OWN, OTHER, DATA), strict=True)])
     wrong = ", ".join(
-        f"{sum(value < 0 for value in entry['reference'])} of {len(entry['own'])} (batch {index + 1})"
+        f"{(np.array(entry['reference'], dtype=float) < 0).sum()} of {len(entry['own'])} (batch {index + 1})"
         for index, entry in enumerate(entries)
     )
     return Picture(

@@ -118,17 +118,18 @@ def _details(found: Found) -> list[str]:
 
 def _steps(found: Found) -> list[str]:
     entries = found["steps"]
-    total = sum(len(entry["own"]) for entry in entries)
-    if not total:
+    taken = [value for entry in entries for value in entry["reference"]]
+    if not taken:
         return ["Conjugate gradients took no step: the curvature along the gradient is not positive."]
-    wrong = sum(value < 0 for entry in entries for value in entry["reference"])
+    wrong, total = sum(value is not None and value < 0 for value in taken), len(taken)
     pairs = [
         (value, right)
         for entry in entries
         for other in entry["others"]
         for value, right in zip(other, entry["reference"], strict=True)
+        if value is not None and right is not None
     ]
-    agree = 100 * sum((value > 0) == (right > 0) for value, right in pairs) / len(pairs)
+    agree = 100 * sum((value > 0) == (right > 0) for value, right in pairs) / max(1, len(pairs))
     early = sorted({entry["stopped"] for entry in entries if "curvature" in entry["stopped"]})
     said = (
         f"{wrong} of {total} steps of conjugate gradients go the wrong way according to the data; a second batch has "
