@@ -51,8 +51,8 @@ Products = Callable[[Tensor], Tensor]
 class Quadratic:
     r"""The quadratic of a batch around the model's parameters.
 
-    It keeps the parameters and the buffers it was made with, so that the model may move on, and never writes to the
-    model. Outputs of one datum must not depend on the others of its batch.
+    It keeps copies of the parameters and the buffers it was made with, so that the model may move on, and never writes
+    to the model. Outputs of one datum must not depend on the others of its batch.
 
     Args:
         model: Any module with outputs ``[N, C]`` (or ``[N]``).
@@ -125,9 +125,11 @@ class Quadratic:
         with torch.inference_mode(False):
             self.center = self._network.mean().double().clone()
             self._buffers = {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
-        self._others = {name: p.detach() for name, p in model.named_parameters() if name not in self._network.shapes}
+        self._others = {
+            name: p.detach().clone() for name, p in model.named_parameters() if name not in self._network.shapes
+        }
         self._found: tuple[Tensor, Tensor] | None = None
-        self._forward_mode = True  # until an operation of the model turns out not to have it
+        self._forward_mode: bool | None = None  # whether the model's operations have it; not known yet
         with torch.inference_mode(False):
             self.loss, self.gradient = self._loss_and_gradient()
 
@@ -157,7 +159,9 @@ class Quadratic:
         In coordinates a: :math:`q(\theta_0 + U^\top a) = \mathcal L + a^\top U g + \tfrac12 a^\top U C U^\top a`.
         """
         rows = self._vectors(u)
-        if self.kind == "hessian":
+        if not len(rows):
+            matrix = rows.new_zeros(0, 0)
+        elif self.kind == "hessian":
             matrix = rows @ self.matvec(rows).mT
         else:
             matrix = self._outer(rows, "knc,lnc->kl") + self.l2 * (rows @ rows.mT)
@@ -248,12 +252,13 @@ class Quadratic:
     def _eigenpairs(self, k: int) -> tuple[Tensor, Tensor]:
         values, vectors = self._by_gram(k) or self._by_products(k)
         if self.kind == "ggn":
-            keep = is_nonzero(values, self.n_params, torch.finfo(self._network.dtype).eps) & (values > 0)
+            size = min(self.n_params, self.n_data * self.n_outputs)
+            keep = is_nonzero(values, size, torch.finfo(self._network.dtype).eps) & (values > 0)
             values, vectors = values[keep], vectors[keep]
             if len(values) < k:
                 raise ValueError(
-                    f"Expected to find {k} eigenvectors with curvature, got {len(values)}: that is the rank of the "
-                    f"Gauss-Newton matrix of {self.n_data} data with {self.n_outputs} outputs. "
+                    f"Expected to find {k} eigenvectors with curvature, got {len(values)}: the Gauss-Newton matrix of "
+                    f"{self.n_data} data with {self.n_outputs} outputs has no more of them above rounding. "
                     "Ask for fewer, or give a larger batch."
                 )
         return values + self.l2, vectors
@@ -306,9 +311,10 @@ class Quadratic:
 
     def _at_center(self) -> bool:
         """Whether the model still has the parameters and buffers that the quadratic was made with."""
-        buffers = dict(self._network.model.named_buffers())
+        model = self._network.model
+        now = dict(model.named_parameters()) | dict(model.named_buffers())
         return torch.equal(self._network.mean().double(), self.center) and all(
-            name in buffers and torch.equal(buffers[name], own) for name, own in self._buffers.items()
+            name in now and torch.equal(now[name], own) for name, own in (self._others | self._buffers).items()
         )
 
     # -- passes over data ----------------------------------------------------------------------
@@ -380,8 +386,9 @@ class Quadratic:
         total: Tensor | None = None
         for inputs, targets in self._chunks():
             with self._graph(inputs) as (leaves, outputs):
-                change = self._jacobian(inputs, leaves, outputs)(rows)
-                bent = self._loss_hessian(outputs, targets)(change)
+                jacobian, loss_hessian = self._jacobian(inputs, leaves, outputs), self._loss_hessian(outputs, targets)
+                change = torch.cat([jacobian(rows[part]) for part in self._parts(rows)])
+                bent = loss_hessian(change)
             found = torch.einsum(contraction, change.double(), bent.double())
             total = found if total is None else total + found
         assert total is not None  # there are data
@@ -405,21 +412,39 @@ class Quadratic:
     def _jacobian(self, inputs: _data.Inputs, leaves: dict[str, Tensor], outputs: Tensor) -> Products:
         """:math:`J u`, ``[k, D] -> [k, N, C]``, in forward mode, or in reverse mode for a model without it."""
         pullback: Products | None = None
+        parameters = list(leaves.values())
 
         def change(rows: Tensor) -> Tensor:
             nonlocal pullback
-            if self._forward_mode:
+            if self._forward_mode is not False:
                 try:
-                    return torch.stack([self._tangent(inputs, leaves, row) for row in rows])
+                    found = torch.stack([self._tangent(inputs, leaves, row) for row in rows])
+                    if self._forward_mode is None:
+                        self._forward_mode = self._consistent(parameters, outputs, rows[0], found[0])
+                    if self._forward_mode:
+                        return found
+                except torch.OutOfMemoryError:
+                    raise
                 except (
                     NotImplementedError,
                     RuntimeError,
-                ):  # of any operation; reverse mode says what is wrong otherwise
+                ):  # reverse mode tells what else is wrong
                     self._forward_mode = False
-            pullback = pullback or self._twice_back(list(leaves.values()), outputs)
+            pullback = pullback or self._twice_back(parameters, outputs)
             return pullback(rows)
 
         return change
+
+    def _consistent(self, parameters: list[Tensor], outputs: Tensor, row: Tensor, change: Tensor) -> bool:
+        r"""Whether :math:`w^\top (J u) = (J^\top w)^\top u`: forward mode ignores stopped gradients."""
+        w = torch.randn(outputs.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(outputs)
+        back = _pull([outputs], parameters, [w[None]])
+        forward = float((w.double() * change.double()).sum())
+        reverse = sum(
+            float((g.double() * v.double()).sum()) for g, v in zip(back, self._shaped(row[None]), strict=True)
+        )
+        tolerance = 1e3 * torch.finfo(outputs.dtype).eps
+        return abs(forward - reverse) <= tolerance * float(w.double().norm() * change.double().norm())
 
     def _tangent(self, inputs: _data.Inputs, leaves: dict[str, Tensor], row: Tensor) -> Tensor:
         """:math:`J u`, ``[N, C]``, for one vector."""

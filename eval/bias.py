@@ -52,16 +52,16 @@ def summary(found: dict[str, dict[str, Any]]) -> str:
     rows = []
     for own in found.values():
         about, steps = own["directions"]["curvatures"], own["steps"]
-        wrong = sum(value is not None and value < 0 for entry in steps for value in entry["reference"])
+        uphill = [value for entry in steps for value in entry["uphill"]["reference"]]
         first, inside = ({key: v[0] for key, v in about["ratio_own"].items()}, own["alignment"])
         others = [total for entry in inside if entry["first"] != entry["second"] for total in entry["row_sums"]]
         rows.append([
             own["task"]["name"], f"{own['directions']['n_data'][0]:,}", str(len(about["ratio_own"]["value"])),
             times(about["typical_ratio_own"]), times(about["typical_ratio_other"]), times(first),
-            f"{100 * sum(others) / len(others):.0f} %", f"{wrong} of {sum(len(e['own']) for e in steps)}",
+            f"{100 * sum(others) / len(others):.0f} %", f"{sum(uphill)} of {len(uphill)}",
         ])  # fmt: skip
     columns = ["network", "batch", "directions", "overstatement, same batch", "second batch", "first direction alone"]
-    return markdown([*columns, "within another's span", "CG steps the wrong way"], rows)
+    return markdown([*columns, "within another's span", "CG steps uphill"], rows)
 
 
 def main() -> None:

@@ -48,6 +48,7 @@ def test_the_numbers_are_those_of_the_quadratics(found: dict[str, Any]) -> None:
     for m, batch in enumerate(batches):
         values, directions = batch.eigenpairs(4)
         assert own["batches"][m][m] == pytest.approx(values.tolist(), rel=1e-4)
+        assert own["share"] == pytest.approx(20 / 90)
         assert own["reference"][m] == pytest.approx(reference.curvature(directions).tolist(), rel=1e-3)
         for j, other in enumerate(batches):
             assert own["batches"][m][j] == pytest.approx(other.curvature(directions).tolist(), rel=1e-3)
@@ -100,6 +101,74 @@ def test_planes_noise_and_sizes(found: dict[str, Any]) -> None:
     assert len(found["sizes"]["predictions"]) == len(found["sizes"]["isotropic"]) == 2
     assert found["suggestion"]["tolerance"] == 0.2
     assert found["task"]["n_seen"] == 100
+    assert found["sizes"]["n_reference"] == 80
+    assert len(found["environments"]) == 1
+    for entry in found["steps"]:  # the Gauss-Newton matrix is never negative: magnitudes have the sign of the slopes
+        assert entry["uphill"]["reference"] == [magnitude < 0 for magnitude in entry["reference"]]
+
+
+def test_a_second_batch_is_unbiased_for_the_pool_by_the_study_as_it_draws() -> None:
+    """A fifth of the data are in a batch, so that leaving it out of the others would show."""
+    options = BiasOptions(
+        batch_size=12, n_batches=3, n_directions=6, n_steps=1, pool=60, reference=60, sizes=(10,), n_size_directions=1,
+        n_vectors=1,
+    )  # fmt: skip
+    model = Task.load(BLOBS).model(Context(seed=0))
+
+    class SameNetwork:
+        def __init__(self) -> None:
+            self.NAME, self.source = "blobs", Task.load(BLOBS).definition
+
+        def model(self) -> torch.nn.Module:
+            return copy.deepcopy(model)
+
+        def train_loader(self) -> list:
+            return self.source.cut(*self.source.data(100, 60))
+
+    other, reference, own_sums = [], [], []
+    for seed in range(40):
+        bench = source._Bench(Task("blobs", SameNetwork()), Context(seed=seed), options)
+        own = bench.directions()["directions"]["curvatures"]
+        other.append(torch.tensor(own["mean_other"]["value"]).sum())
+        reference.append(torch.tensor(own["mean_reference"]["value"]).sum())
+        own_sums.append(torch.tensor(own["mean_own"]["value"]).sum())
+    difference = torch.stack(other) - torch.stack(reference)
+    error = difference.std() / len(difference) ** 0.5
+    assert abs(float(difference.mean() / error)) < 4
+    # the others alone stand for the rest of the pool, and would be too small
+    alone = 1.25 * torch.stack(other) - 0.25 * torch.stack(own_sums) - torch.stack(reference)
+    assert float(alone.mean() / (alone.std() / len(alone) ** 0.5)) < -4
+
+
+def test_other_data_are_another_study(tmp_path: Path) -> None:
+    folder, task = tmp_path / "out", tmp_path / "task.py"
+    text = BLOBS.read_text().replace(
+        "cut(*data(100 + seed, 100))", "cut(*torch.load('" + str(tmp_path / "x.pt") + "'))"
+    )
+    assert "x.pt" in text
+    task.write_text(text)
+    definition = Task.load(BLOBS).definition
+    found = []
+    for seed in (100, 200):
+        torch.save(definition.data(seed, 100), tmp_path / "x.pt")
+        found.append(study(Task.load(task), folder, Context(seed=3), FEW)["directions"])
+    assert found[0] != found[1]
+
+
+def test_no_step_at_all(tmp_path: Path) -> None:
+    """A regression that is fitted exactly has no gradient."""
+    task = tmp_path / "task.py"
+    task.write_text(
+        "import torch\nLIKELIHOOD = 'regression'\n"
+        "def model():\n    torch.manual_seed(0)\n    return torch.nn.Linear(6, 2)\n"
+        "def train_loader():\n    x = torch.randn(80, 6, generator=torch.Generator().manual_seed(1))\n"
+        "    with torch.no_grad():\n        return [(x, model()(x))]\n"
+        "def val_loader(): return train_loader()\ndef test_loader(): return train_loader()\n"
+    )
+    options = BiasOptions(batch_size=16, n_batches=3, n_directions=2, n_steps=4, sizes=(8,), n_size_directions=1)
+    found = study(Task.load(task), tmp_path / "out", Context(), options)
+    paths = write_outputs(tmp_path / "out", found)
+    assert "Conjugate gradients took no step: the gradient on the batch" in paths["bias.md"].read_text()
 
 
 @pytest.mark.parametrize(("task", "curvature"), [(BLOBS, "hessian"), (WAVE, "ggn")])
@@ -163,14 +232,20 @@ def test_the_answer_says_what_is_shown_and_no_more(found: dict[str, Any]) -> Non
     said = statement(changed)["answer"]
     assert said == (
         "On blobs, batches of 20 overstate the Gauss-Newton matrix's curvature along their own top 4 directions "
-        "9.71 ± 0.40 times; a second batch of the same size brings that to 1.020 ± 0.050."
+        "9.71 ± 0.40 times (geometric mean); a second batch of the same size brings that to 1.020 ± 0.050."
     )
     about["typical_ratio_own"] = {"value": 1.3, "error": 0.2}
     assert "are not shown to overstate" in statement(changed)["answer"]
-    about["typical_ratio_other"] = {"value": None, "error": None}  # of a Hessian
-    about["total_ratio_own"], about["total_ratio_other"] = {"value": 2.0, "error": 0.1}, {"value": 1.1, "error": 0.1}
-    said = statement(changed)["answer"]
-    assert "2.00 ± 0.10 times; a second batch of the same size brings that to 1.10 ± 0.10" in said
+    # two standard errors are not enough with four batches
+    about["typical_ratio_own"] = {"value": 1.5, "error": 0.2}
+    assert "are not shown to overstate" in statement(changed)["answer"]
+    for missing in ({"value": None, "error": None}, {"value": 1.5, "error": None}):  # of a Hessian
+        about["typical_ratio_own"] = missing
+        for key, value in (("own", 4.0), ("other", 2.0), ("reference", -1.0)):
+            about[f"mean_{key}"]["value"] = [value, 3 * value]
+        said = statement(changed)["answer"]
+        assert "measure 8 for the Gauss-Newton matrix's curvature along their own top 4 directions, on average" in said
+        assert "the data have -2 and a second batch has 4; they have no common ratio" in said
 
 
 def test_sizes_are_told_as_far_as_they_are_known(found: dict[str, Any]) -> None:
@@ -185,8 +260,8 @@ def test_sizes_are_told_as_far_as_they_are_known(found: dict[str, Any]) -> None:
 def test_steps_that_were_not_taken_are_told(found: dict[str, Any]) -> None:
     changed = copy.deepcopy(found)
     for entry in changed["steps"]:
-        entry |= {"own": [], "others": [[], []], "reference": []}
-    assert any("took no step" in sentence for sentence in statement(changed)["details"])
+        entry |= {"own": [], "others": [[], []], "reference": [], "uphill": {"others": [[], []], "reference": []}}
+    assert any("took no step: all the steps" in sentence for sentence in statement(changed)["details"])
 
 
 def test_outputs(found: dict[str, Any], tmp_path: Path) -> None:
@@ -240,10 +315,10 @@ def test_an_interrupted_command_says_how_to_go_on(tmp_path: Path, monkeypatch: p
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        ([], 1, "Expected at least 640 training data, for 5 batches of 128 that share none, got 100."),
-        (["--batch-size", "20", "--directions", "60"], 1, "the rank of the Gauss-Newton matrix of 20 data"),
+        ([], 1, "Expected at least 640 training data, for 5 batches of 128 that share none and others"),
+        (["--batch-size", "20", "--directions", "60"], 1, "got 28: the Gauss-Newton matrix of 20 data"),
         (["--batch-size", "20", "--size", "1", "--size", "20"], 1, "find 3 eigenvectors with curvature, got 2"),
-        (["--batch-size", "20", "--size", "101"], 1, "Expected at least 101 training data"),
+        (["--batch-size", "20", "--size", "101"], 1, "Expected at least 102 training data"),
         (["--curvature", "fisher"], 1, "Expected a curvature out of ['ggn', 'hessian'], got 'fisher'."),
         (["--batches", "2"], 2, "--batches"),
         (["--directions", "1"], 2, "--directions"),
@@ -281,5 +356,6 @@ def test_a_loss_that_is_not_finite(tmp_path: Path) -> None:
 
 def test_sizes_by_default() -> None:
     assert BiasOptions(batch_size=128).all_sizes == (16, 32, 64, 128)
-    assert BiasOptions(batch_size=2).all_sizes == (1, 2)
+    assert BiasOptions(batch_size=16).all_sizes == (4, 8, 16)
+    assert BiasOptions(batch_size=2).all_sizes == (2,)
     assert BiasOptions(sizes=(9, 3, 9)).all_sizes == (3, 9)

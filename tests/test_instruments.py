@@ -15,6 +15,7 @@ from debiased_laplace.instruments import (
     BatchSizeCurve,
     Subsets,
     alignment,
+    batch_sizes,
     bias_against_batch_size,
     directional_bias,
     noise_variance,
@@ -361,7 +362,7 @@ def curve_of(excess, sizes=(10, 20, 40)):
     """A curve with known overstatements ``[S, K]``."""
     own = (1 + torch.tensor(excess, dtype=torch.float64))[:, None].expand(-1, 2, -1)
     ones = torch.ones(own.shape[-1], dtype=torch.float64)
-    return BatchSizeCurve(sizes, own, torch.ones_like(own), ones, 5.0, 4 * ones, None)
+    return BatchSizeCurve(sizes, own, torch.ones_like(own), ones, 5.0, 4 * ones, None, 10**9)
 
 
 def test_the_measured_suggestion():
@@ -372,6 +373,26 @@ def test_the_measured_suggestion():
     assert found.measured.tolist() == pytest.approx(expected, nan_ok=True)
     assert_equal(found.predicted, suggest_batch_size(0.15, curve.reference_eigenvalues, 4.0).predicted)
     assert json.loads(json.dumps(found.record(), allow_nan=False))["measured"][2:4] == [None, None]
+
+
+def test_spikes_undo_the_noise_of_the_reference():
+    """What theory makes of the spikes for a batch as large as the reference is what the reference has."""
+    curve = replace(curve_of([[0.4, 0.1, 0.2]]), population=100, n_reference=25)
+    curve = replace(curve, sizes=(25,), reference_eigenvalues=torch.tensor([9.0, 2.0, 0.5]).double())
+    (predicted,) = curve.predictions
+    noise = 4 * (1 / 25 - 1 / 100)
+    assert predicted.batch_eigenvalues[:2].tolist() == pytest.approx([9.0, 2.0])
+    assert float(curve.spikes[2]) == 0.25 and 0.5**2 < 4 * noise  # lost
+    assert_equal(replace(curve, n_reference=100).spikes, curve.reference_eigenvalues)
+
+
+def test_noise_does_not_depend_on_the_chunks(monkeypatch):
+    model, data = network(), population(12)
+    quadratics = [quadratic_of(model, data, range(i, i + 4)) for i in (0, 4, 8)]
+    vectors = quadratics[0].eigenpairs(5)[1]
+    whole = product_noise(quadratics, vectors, 12, across=True)
+    monkeypatch.setattr(batch_sizes, "_NUMBERS", 1)
+    assert_equal(product_noise(quadratics, vectors, 12, across=True), whole)
 
 
 def test_curves_are_joined():

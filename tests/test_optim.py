@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from dataclasses import dataclass, replace
 
@@ -635,3 +636,37 @@ def test_float32_models_step_as_float64_ones():
         DebiasedNewtonCG(model, "classification", n_steps=5, damping=0.1).step((inputs, y))
     assert single[0].weight.dtype == torch.float32
     assert_equal(flat(single).double(), flat(double), FLOAT32)
+
+
+def test_an_optimizer_is_copied_with_its_model():
+    torch.manual_seed(0)
+    model, x = torch.nn.Linear(3, 1), torch.randn(64, 3)
+    batch = x, x.sum(1, keepdim=True)
+    optimizer = DebiasedNewtonCG(model, "regression", n_steps=2, chunk_size=20)
+    twin = copy.deepcopy(optimizer)
+    assert twin.model is not model
+    assert twin.step(batch) == optimizer.step(batch)
+    assert torch.equal(twin.model.weight, model.weight)
+    assert torch.equal(twin.param_groups[0]["params"][0], model.weight)
+
+
+def test_chunks_change_nothing():
+    models, x = [], torch.randn(64, 3, generator=generator()).double()
+    for chunk_size in (None, 7):
+        torch.manual_seed(0)
+        models.append(torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 1)).double())
+        newton_step(
+            models[-1], (x, x.sum(1, keepdim=True)), "regression", n_steps=3, damping=0.1, chunk_size=chunk_size
+        )
+    assert_equal(models[0][0].weight.data, models[1][0].weight.data)
+
+
+def test_no_step_along_negative_curvature():
+    derivatives = DirectionalDerivatives(
+        torch.ones(4, 2).double(), torch.tensor([[-1.0, 1.0]] * 4).double(), torch.full((4,), 0.25).double()
+    )
+    for step in (directionally_damped_step(derivatives), second_batch_damped_step(derivatives, derivatives)):
+        assert float(step.coefficients[1]) < 0
+        assert bool((step.dampings >= 0).all())
+        kept = step.coefficients != 0
+        assert bool(step.dampings[~kept].isinf().all())

@@ -202,15 +202,85 @@ def test_operations_without_a_forward_mode_go_back_twice():
     twin.load_state_dict({name: 2 * p if name.startswith("2") else p for name, p in model.state_dict().items()})
     batch = torch.randn(5, 3).double(), torch.tensor([0, 1, 2, 1, 0])
     own = Quadratic(model, batch, "classification")
-    assert own._forward_mode
     u = vectors(own.n_params)
     scale = torch.cat(
         [torch.full((p.numel(),), 2.0 if name.startswith("2") else 1.0) for name, p in model.named_parameters()]
     )
     expected = dense(twin, batch, Categorical(), "ggn") * scale * scale[:, None]
     assert_equal(own.matvec(u), u @ expected)
-    assert not own._forward_mode
+    assert own._forward_mode is False
     assert_equal(own.projected(u)[1], u @ expected @ u.mT)
+
+
+class Frozen(nn.Module):
+    """A body that is run without gradients though its parameters are trainable."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.head = nn.Linear(3, 4), nn.Linear(4, 3)
+
+    def forward(self, x):
+        with torch.no_grad():
+            x = torch.tanh(self.body(x))
+        return self.head(x)
+
+
+def test_gradients_that_the_model_stops_are_stopped():
+    torch.manual_seed(0)
+    model, batch = Frozen().double(), (torch.randn(5, 3).double(), torch.tensor([0, 1, 2, 1, 0]))
+    own = Quadratic(model, batch, "classification")
+    u = vectors(own.n_params)
+    u[0, 16:] = 0
+    assert float(own.curvature(u)[0]) == 0
+    assert own._forward_mode is False
+    matrix = own.matvec(torch.eye(own.n_params).double())
+    assert_equal(matrix, matrix.mT)
+    assert_equal(own.curvature(u), (u @ matrix @ u.mT).diagonal())
+
+
+def test_a_lack_of_memory_is_no_lack_of_forward_mode(monkeypatch):
+    model, batch, likelihood = example()
+    own = Quadratic(model, batch, likelihood)
+
+    def exhausted(*_):
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr(Quadratic, "_tangent", exhausted)
+    with pytest.raises(torch.OutOfMemoryError):
+        own.matvec(vectors(own.n_params))
+
+
+def test_some_parameters_while_the_others_move_on():
+    model, batch, likelihood = example("mlp")
+    own = Quadratic(model, batch, likelihood, parameters="last_layer")
+    u = vectors(own.n_params)
+    before, values = own.matvec(u), own.eigenpairs(2)[0]
+    fresh = Quadratic(model, batch, likelihood, parameters="last_layer")
+    with torch.no_grad():
+        next(model.parameters()).add_(1)
+    assert_equal(own.matvec(u), before)
+    assert_equal(fresh.eigenpairs(2)[0], values)
+
+
+def test_small_eigenvalues_of_a_large_network_are_no_lack_of_rank():
+    """In float32, with more parameters than data."""
+    torch.manual_seed(0)
+    model = nn.Linear(20_000, 1, bias=False)
+    inputs = torch.zeros(2, 20_000)
+    inputs[0, 0], inputs[1, 1] = 1.0, 0.02
+    own = Quadratic(model, (inputs, torch.zeros(2, 1)), "regression")
+    values, rows = own.eigenpairs(2)
+    assert values.tolist() == pytest.approx([0.5, 0.0002], rel=1e-4)
+    assert own.curvature(rows).tolist() == pytest.approx(values.tolist(), rel=1e-4)
+
+
+def test_no_vectors_at_all():
+    model, batch, likelihood = example()
+    for kind in KINDS:
+        slopes, curvatures = Quadratic(model, batch, likelihood, kind).projected(
+            vectors(1)[:0, :0].reshape(0, 0).new_zeros(0, sum(p.numel() for p in model.parameters()))
+        )
+        assert slopes.shape == (0,) and curvatures.shape == (0, 0)
 
 
 @pytest.mark.parametrize("l2", [0.0, L2])

@@ -38,6 +38,8 @@ def rows(settings: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]
     for key, value in settings.items():
         if isinstance(value, Mapping):
             found += rows(value, f"{prefix}{key}.")
+        elif key == "data_dir" and value is None:
+            continue  # nowhere to look, not everywhere
         elif not (isinstance(value, list) and value and isinstance(value[0], Mapping)):
             found.append((prefix + key, "all" if value is None else str(value)))
     return found

@@ -32,13 +32,17 @@ __all__ = [
 ]
 
 
+_NUMBERS = 50_000_000  # float64 numbers at a time
+
+
 def product_noise(
     quadratics: Sequence[Quadratic], vectors: Tensor, population: int | None = None, *, across: bool = False
 ) -> Tensor:
     r"""How far the curvature of one datum lies from the mean along vectors, :math:`E\|(C_n - C) v\|^2`, ``[K]``.
 
     From B batches of m data, as m times the variance of their products over batches, which is unbiased for independent
-    batches. For batches drawn without replacement from a population of N, divide by 1 - m / N.
+    batches. For batches drawn without replacement from a population of N, divide by 1 - m / N. Memory: the vectors, and
+    B D numbers at least for as many of them at a time as 400 MB hold, twice.
 
     Args:
         quadratics: Of at least two independent batches of the same size.
@@ -55,16 +59,15 @@ def product_noise(
     (size,) = sizes
     if population is not None and size >= population:
         raise ValueError(f"Expected batches smaller than the population of {population}, got {size} data.")
-    products = [own.matvec(vectors) for own in quadratics]
-    mean = sum(products[1:], products[0]) / len(products)
-    total = torch.zeros(len(vectors), dtype=torch.float64, device=mean.device)
-    for own in products:
-        difference = own - mean
+    found = []
+    for part in _data.slices(len(vectors), max(1, _NUMBERS // (len(quadratics) * vectors.shape[1]))):
+        products = torch.stack([own.matvec(vectors[part]) for own in quadratics])  # [B, k, D]
+        differences = products - products.mean(0)
         if across:
-            unit = vectors.to(difference)
-            difference = difference - (difference * unit).sum(-1, keepdim=True) * unit
-        total += difference.square().sum(-1)
-    return total / (len(products) - 1) / _scale(size, population)
+            unit = vectors[part].to(differences)
+            differences -= (differences * unit).sum(-1, keepdim=True) * unit
+        found.append(differences.square().sum(-1).sum(0))
+    return torch.cat(found) / (len(quadratics) - 1) / _scale(size, population)
 
 
 def noise_variance(
@@ -168,10 +171,11 @@ class BatchSizeCurve(Recorded):
         sizes: S batch sizes, ascending.
         batch_eigenvalues: ``[S, B, K]``: curvatures of a batch along its own eigenvectors.
         along_batch_directions: ``[S, B, K]``: of the reference along the same.
-        reference_eigenvalues: ``[K]``.
+        reference_eigenvalues: ``[K]``; themselves those of a batch where the reference is not the whole population.
         noise: Isotropic noise of one datum (:func:`noise_variance`).
         noise_along: Noise along the reference's eigenvectors and across them, ``[K]``.
         population: Number of data that batches are drawn from without replacement; None if unlimited.
+        n_reference: Data of the reference.
     """
 
     sizes: tuple[int, ...]
@@ -181,8 +185,20 @@ class BatchSizeCurve(Recorded):
     noise: float
     noise_along: Tensor
     population: int | None
+    n_reference: int
 
-    derived: ClassVar[tuple[str, ...]] = ("overstatement", "eigenvalue_ratio", "predictions")
+    derived: ClassVar[tuple[str, ...]] = ("overstatement", "eigenvalue_ratio", "spikes", "predictions")
+
+    @property
+    def spikes(self) -> Tensor:
+        r"""Eigenvalues of the population by theory, ``[K]``, from those of the reference.
+
+        The larger root of :math:`\hat\lambda = \lambda + s^2 / \lambda`, :math:`s^2` the noise of the reference
+        (:func:`spiked_prediction`); half of :math:`\hat\lambda` where it is lost in the noise.
+        """
+        noise = self.noise_along * _scale(self.n_reference, self.population)
+        found = self.reference_eigenvalues
+        return (found + (found.square() - 4 * noise).clamp_min(0).sqrt()) / 2
 
     @property
     def overstatement(self) -> Estimate:
@@ -211,7 +227,7 @@ class BatchSizeCurve(Recorded):
         first = curves[0]
         for own in curves:
             close = torch.allclose(own.reference_eigenvalues, first.reference_eigenvalues, rtol=1e-4)  # float32 models
-            if own.population != first.population or not close:
+            if (own.population, own.n_reference) != (first.population, first.n_reference) or not close:
                 raise ValueError("Expected curves with the same reference and population, got different ones.")
         parts = sorted(curves, key=lambda own: own.sizes)
         return cls(
@@ -222,11 +238,12 @@ class BatchSizeCurve(Recorded):
             sum(own.noise for own in parts) / len(parts),
             torch.stack([own.noise_along for own in parts]).mean(0),
             first.population,
+            first.n_reference,
         )
 
     def predict(self, noise: float | Tensor) -> list[SpikedPrediction]:
         """For every size, with any noise: ``curve.predict(curve.noise)`` is that of isotropic noise."""
-        return [spiked_prediction(self.reference_eigenvalues, noise, size, self.population) for size in self.sizes]
+        return [spiked_prediction(self.spikes, noise, size, self.population) for size in self.sizes]
 
 
 class Subsets:
@@ -307,7 +324,7 @@ def bias_against_batch_size(
         raise ValueError(f"Expected a size below the population of {population}, got {list(sizes)}.")
     return BatchSizeCurve(
         tuple(sorted(sizes)), torch.stack(own), torch.stack(along), reference_values,
-        sum(isotropic) / len(isotropic), torch.stack(directional).mean(0), population,
+        sum(isotropic) / len(isotropic), torch.stack(directional).mean(0), population, reference.n_data,
     )  # fmt: skip
 
 
@@ -343,9 +360,10 @@ def suggest_batch_size(
 
     Args:
         tolerance: :math:`\epsilon`, for instance 0.1.
-        eigenvalues: Of the data, ``[K]``; the curve's by default.
+        eigenvalues: Of the data, ``[K]``; the curve's spikes by default.
         noise: Of one datum; the curve's along the directions by default.
-        population: N; the curve's by default.
+        population: N, all the data whose curvature is wanted; the curve's by default. What was measured is always
+            relative to the curve's.
         curve: Measured by :func:`bias_against_batch_size`.
 
     Example:
@@ -359,7 +377,7 @@ def suggest_batch_size(
     """
     tolerance = _checks.positive(tolerance, "tolerance")
     if curve is not None:
-        eigenvalues = curve.reference_eigenvalues if eigenvalues is None else eigenvalues
+        eigenvalues = curve.spikes if eigenvalues is None else eigenvalues
         noise = curve.noise_along if noise is None else noise
         population = curve.population if population is None else population
     if eigenvalues is None or noise is None:

@@ -42,10 +42,12 @@ class Along(Recorded):
     Attributes:
         batches: ``[B, B, K]``: at ``[m, j]`` those of batch j along the directions of batch m.
         reference: ``[B, K]``: those of the reference along the directions of batch m.
+        share: What part of the population a batch is, if the batches are disjoint parts of one; 0 for independent ones.
     """
 
     batches: Tensor
     reference: Tensor
+    share: float = 0.0
 
     derived: ClassVar[tuple[str, ...]] = (
         "mean_own", "mean_other", "mean_reference", "ratio_own", "ratio_other", "typical_ratio_own",
@@ -59,12 +61,18 @@ class Along(Recorded):
 
     @property
     def other(self) -> Tensor:
-        """The mean over all other batches, ``[B, K]``."""
+        r"""What an independent second batch has on average, ``[B, K]``: the mean over all other batches.
+
+        Batches that are disjoint parts of a population stand for its rest without the batch that gave the directions;
+        that one's share s is put back, :math:`(1 - s)` times the mean of the others plus s times its own, which is
+        unbiased for the population.
+        """
         return self._other(torch.arange(len(self.batches)))
 
     def _other(self, chosen: Tensor) -> Tensor:
         part = self.batches[chosen][:, chosen]
-        return (part.sum(1) - part.diagonal(dim1=0, dim2=1).mT) / (len(chosen) - 1)
+        own = part.diagonal(dim1=0, dim2=1).mT
+        return (1 - self.share) * (part.sum(1) - own) / (len(chosen) - 1) + self.share * own
 
     @property
     def mean_own(self) -> Estimate:
@@ -131,7 +139,9 @@ class DirectionalBias(Recorded):
     n_data: tuple[int, ...]
 
 
-def directional_bias(quadratics: Sequence[Quadratic], reference: Quadratic, n_directions: int) -> DirectionalBias:
+def directional_bias(
+    quadratics: Sequence[Quadratic], reference: Quadratic, n_directions: int, *, population: int | None = None
+) -> DirectionalBias:
     """Slopes and curvatures along every batch's own top eigenvectors: on it, on other batches, on the reference.
 
     Cost: the eigenpairs of B batches, and B K products with each of the B batches and with the reference.
@@ -140,6 +150,9 @@ def directional_bias(quadratics: Sequence[Quadratic], reference: Quadratic, n_di
         quadratics: Those of the B batches, at least two; independent draws for honest errors.
         reference: That of the whole data, or of a large part of them.
         n_directions: K.
+        population: If the batches, all of one size, are disjoint parts of a population which the reference is or was
+            drawn from: its number of data. Without it the batches count as independent of each other and of the
+            reference; one that contains them has their bias by their share of it.
 
     Raises:
         ValueError: If they are not around the same parameters, or a batch is too small for K eigenvectors.
@@ -152,7 +165,8 @@ def directional_bias(quadratics: Sequence[Quadratic], reference: Quadratic, n_di
         >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 3)).double()
         >>> x, y = torch.randn(96, 4).double(), torch.randint(3, (96,))
         >>> batches = [Quadratic(model, (x[i : i + 8], y[i : i + 8]), "classification") for i in range(0, 96, 8)]
-        >>> bias = directional_bias(batches, Quadratic(model, (x, y), "classification"), n_directions=2)
+        >>> data = Quadratic(model, (x, y), "classification")
+        >>> bias = directional_bias(batches, data, n_directions=2, population=96)
         >>> own, other = bias.curvatures.ratio_own, bias.curvatures.ratio_other
         >>> bool((own.value - 4 * own.error > 1).all()), bool(((other.value - 1).abs() < 4 * other.error).all())
         (True, True)
@@ -162,6 +176,13 @@ def directional_bias(quadratics: Sequence[Quadratic], reference: Quadratic, n_di
             f"Expected at least two batches, to see one along the directions of another; got {len(quadratics)}."
         )
     same_center([*quadratics, reference])
+    sizes = {own.n_data for own in quadratics}
+    if population is not None and (len(sizes) > 1 or sum(own.n_data for own in quadratics) > population):
+        raise ValueError(
+            f"Expected batches of one size that are disjoint parts of {population} data, got {len(quadratics)} of the "
+            f"sizes {sorted(sizes)}."
+        )
+    share = 0.0 if population is None else quadratics[0].n_data / population
     slopes, curvatures, reference_slopes, reference_curvatures = [], [], [], []
     for own in quadratics:
         _, directions = own.eigenpairs(n_directions)
@@ -171,8 +192,8 @@ def directional_bias(quadratics: Sequence[Quadratic], reference: Quadratic, n_di
         reference_slopes.append(reference.slope(directions))
         reference_curvatures.append(reference.curvature(directions))
     return DirectionalBias(
-        Along(torch.stack(slopes), torch.stack(reference_slopes)),
-        Along(torch.stack(curvatures), torch.stack(reference_curvatures)),
+        Along(torch.stack(slopes), torch.stack(reference_slopes), share),
+        Along(torch.stack(curvatures), torch.stack(reference_curvatures), share),
         tuple(own.n_data for own in quadratics),
     )
 

@@ -84,7 +84,7 @@ def directionally_damped_step(
 
     Args:
         derivatives: Slopes and curvatures of every datum of the batch.
-        grid: Candidates for :math:`\delta_k`; by default zero and 60 multiples of :math:`\lambda_k`, from 1e-3 to 1e3.
+        grid: Candidates for :math:`\delta_k`; by default 0 and 60 multiples of :math:`|\lambda_k|`, from 1e-3 to 1e3.
         n_resamples: Bootstrap batches.
         level: The quantile, in (0, 1).
         generator: A CPU generator or a seed, for the bootstrap.
@@ -136,7 +136,7 @@ def second_batch_damped_step(
     Args:
         derivatives: Of the batch that chose the directions.
         second: Of another batch, along the same directions.
-        grid: Candidates for :math:`\delta_k`; by default zero and 60 multiples of :math:`\lambda_k`, from 1e-3 to 1e3.
+        grid: Candidates for :math:`\delta_k`; by default 0 and 60 multiples of :math:`|\lambda_k|`, from 1e-3 to 1e3.
     """
     _check(derivatives)
     _check(second)
@@ -163,7 +163,7 @@ def _candidates(grid: Tensor | None, derivatives: DirectionalDerivatives) -> Ten
     curvature = derivatives.curvature
     if grid is None:
         multiples = torch.cat([torch.zeros(1), torch.logspace(-3, 3, 60)]).to(curvature)
-        return multiples[:, None] * curvature
+        return multiples[:, None] * curvature.abs()
     if grid.ndim not in (1, 2) or (grid.ndim == 2 and grid.shape[1] != len(curvature)) or not len(grid):
         raise ValueError(f"Expected a grid of dampings of shape [M] or [M, {len(curvature)}], got {tuple(grid.shape)}.")
     if not bool((grid >= 0).all()):
@@ -176,7 +176,7 @@ def _best(candidates: Tensor, steps: Tensor, reductions: Tensor) -> DirectionalS
     """The candidate of the largest reduction, or no step where all would increase the loss; all ``[M, K]``."""
     best, index = reductions.max(0)
     coefficients, dampings = (x.gather(0, index[None])[0] for x in (steps, candidates))
-    kept = best >= 0
+    kept = best > 0
     zero = torch.zeros_like(best)
     return DirectionalStep(
         torch.where(kept, coefficients, zero), torch.where(kept, dampings, torch.inf), torch.where(kept, best, zero)

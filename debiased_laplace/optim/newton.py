@@ -58,6 +58,7 @@ def newton_step(
     l2: float = 0.0,
     parameters: str | Sequence[str] | None = None,
     preconditioner: Preconditioner | None = None,
+    chunk_size: int | None = None,
 ) -> CGResult:
     """Move the model's parameters by one Newton step, found by conjugate gradients.
 
@@ -77,6 +78,7 @@ def newton_step(
         l2: Strength of a regulariser, half of it times the square norm of the parameters.
         parameters: Names and patterns of the trainable parameters to move; None for all.
         preconditioner: Makes a map ``[D] -> [D]`` from the quadratic of the first batch.
+        chunk_size: Data at a time; None for whole batches.
 
     Returns:
         The path of CG; its ``delta`` times ``lr`` was added to the parameters.
@@ -94,12 +96,14 @@ def newton_step(
         [[1.0, 1.0, 1.0]]
     """
     names = _names(model, parameters)
-    first, other = _quadratics(model, batch, second, likelihood, curvature, l2, names)
+    first, other = _quadratics(model, batch, second, likelihood, curvature, l2, names, chunk_size)
     return _move(model, names, first, other, lr, n_steps, damping, tolerance, preconditioner)
 
 
 def halves(batch: Any) -> tuple[Any, Any]:
     """The first and the second half of a batch ``(inputs, targets)``, or of a dictionary; the first has one more.
+
+    They are as good as two batches if the data come in random order, and not if they are sorted.
 
     Raises:
         ValueError: For fewer than two data.
@@ -136,6 +140,7 @@ class DebiasedNewtonCG(torch.optim.Optimizer):
         l2: Strength of a regulariser, half of it times the square norm of the parameters.
         parameters: Names and patterns of the trainable parameters to move; None for all.
         preconditioner: Makes a map ``[D] -> [D]`` from the quadratic of the first batch.
+        chunk_size: Data at a time; None for whole batches.
 
     Attributes:
         last_result: The path of the last step's CG; not part of the state.
@@ -167,6 +172,7 @@ class DebiasedNewtonCG(torch.optim.Optimizer):
         l2: float = 0.0,
         parameters: str | Sequence[str] | None = None,
         preconditioner: Preconditioner | None = None,
+        chunk_size: int | None = None,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(
@@ -177,11 +183,16 @@ class DebiasedNewtonCG(torch.optim.Optimizer):
             raise ValueError(f"Expected a finite lr of at least zero, got {lr}.")
         self.model, self.likelihood = model, likelihood
         self.debiased, self.curvature, self.l2, self.preconditioner = debiased, curvature, l2, preconditioner
+        self.chunk_size = chunk_size
         self.last_result: CGResult | None = None
         self._chosen = _names(model, parameters)
         owned = dict(model.named_parameters())
         defaults = {"lr": lr, "n_steps": n_steps, "damping": damping, "tolerance": tolerance}
         super().__init__([owned[name] for name in self._chosen], defaults)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles, which torch's own leaves without the model."""
+        return {key: own for key, own in vars(self).items() if not key.endswith("_hooks")}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """There is one group only: a Newton step is one vector of all parameters."""
@@ -201,7 +212,7 @@ class DebiasedNewtonCG(torch.optim.Optimizer):
                 optimizer is not ``debiased``.
 
         Returns:
-            The mean loss of all the data before the step.
+            The mean loss of all the data before the step, with the regulariser.
 
         Raises:
             NonFiniteError: If the loss, or a parameter after the step, is not finite; the parameters stay.
@@ -213,7 +224,9 @@ class DebiasedNewtonCG(torch.optim.Optimizer):
         if self.debiased and second is None:
             batch, second = halves(batch)
         group = self.param_groups[0]
-        first, other = _quadratics(self.model, batch, second, self.likelihood, self.curvature, self.l2, self._chosen)
+        first, other = _quadratics(
+            self.model, batch, second, self.likelihood, self.curvature, self.l2, self._chosen, self.chunk_size
+        )
         self.last_result = _move(
             self.model, self._chosen, first, other, float(group["lr"]), group["n_steps"], group["damping"],
             group["tolerance"], self.preconditioner,
@@ -235,10 +248,13 @@ def _quadratics(
     curvature: str,
     l2: float,
     names: list[str],
+    chunk_size: int | None,
 ) -> tuple[Quadratic, Quadratic | None]:
     with global_random_state():
         found = [
-            None if own is None else Quadratic(model, own, likelihood, curvature, l2=l2, parameters=names)
+            None
+            if own is None
+            else Quadratic(model, own, likelihood, curvature, l2=l2, parameters=names, chunk_size=chunk_size)
             for own in (batch, second)
         ]
     return found[0], found[1]  # type: ignore[return-value]

@@ -56,7 +56,8 @@ class BiasOptions:
         n_steps: Of conjugate gradients on every batch.
         pool: At most so many training data are kept, drawn at random from all of them; batches come from these.
         reference: So many of them stand for all data.
-        sizes: Of the batches whose bias is compared; m and a half, a quarter, an eighth of it by default.
+        sizes: Of the batches whose bias is compared; by default m and a half, a quarter and an eighth of it, as far as
+            they have enough directions.
         n_size_directions: How many directions these have.
         n_vectors: Random vectors for the isotropic noise.
         curvature: ``"ggn"`` or ``"hessian"``.
@@ -95,8 +96,9 @@ class BiasOptions:
     @property
     def all_sizes(self) -> tuple[int, ...]:
         """Sizes to compare, ascending."""
-        sizes = self.sizes or (self.batch_size // 8, self.batch_size // 4, self.batch_size // 2, self.batch_size)
-        return tuple(sorted({max(1, size) for size in sizes}))
+        fractions = {self.batch_size // part for part in (1, 2, 4, 8)}
+        enough = {size for size in fractions if size > self.n_size_directions} or {self.batch_size}
+        return tuple(sorted(set(self.sizes) or enough))
 
 
 def study(
@@ -130,6 +132,7 @@ def study(
         progress(0, 1, "model and data")
         bench = _Bench(task, context, options)
         settings = base_settings(task, context) | {
+            "data": bench.fingerprint,
             "bias": records.jsonable(asdict(options)), "bias_schema": SCHEMA_VERSION, "seed": context.seed,
             "weights": records.digest(_store.fingerprint(bench.model.state_dict())),
         }  # fmt: skip
@@ -142,13 +145,16 @@ def study(
             },
         }
         found: dict[str, Record] = {}
+        environments: list[Record] = []
         for finished, (name, (title, make)) in enumerate(parts.items()):
             path = folder / "records" / f"bias-{name}-{records.digest(settings)}.json"
             part = _kept(path, settings)
             if part is None:
                 progress(finished, len(parts), title)
-                part = make()
+                part = {"environment": records.environment(context.device)} | make()
                 records.write_json(path, {"settings": settings, "part": part})
+            environment = part.pop("environment")
+            environments += [] if environment in environments else [environment]
             found[name] = part
         progress(len(parts), len(parts), "done")
     curve = BatchSizeCurve.joined([_curve(found[f"size-{size}"]) for size in options.all_sizes])
@@ -160,11 +166,13 @@ def study(
             "n_parameters": bench.n_params,
         },
         "settings": settings,
-        "environment": records.environment(context.device),
+        "environments": environments,
         **found["directions"],
         "steps": found["steps"]["steps"],
         "sizes": curve.record() | {"isotropic": [own.record() for own in curve.predict(curve.noise)]},
-        "suggestion": suggest_batch_size(tolerance, curve=curve).record(),
+        "suggestion": suggest_batch_size(
+            tolerance, curve=curve, population=task.n_data or bench.n_seen
+        ).record(),
     }  # fmt: skip
 
 
@@ -179,15 +187,22 @@ class _Bench:
         self.inputs, self.targets = sample.data.inputs, sample.data.targets
         self.n_seen, self.n_pool = sample.n_seen, len(sample.data)
         self.n_reference = min(options.reference, self.n_pool)
-        needed = max(options.batch_size * options.n_batches, *options.all_sizes)
+        needed = max([options.batch_size * options.n_batches, *(size + 1 for size in options.all_sizes)])
         if needed > self.n_pool:
             raise ValueError(
                 f"Expected at least {needed} training data, for {options.n_batches} batches of {options.batch_size} "
-                f"that share none, got {self.n_pool}. Take fewer or smaller batches, or a larger pool."
+                f"that share none and others of {', '.join(map(str, options.all_sizes))}, got {self.n_pool}. "
+                "Take fewer or smaller batches, or a larger pool."
             )
         # Independent of each other, so that the reference is an unbiased estimate of the pool for any batch.
         self._for_reference, self._for_batches = (torch.randperm(self.n_pool, generator=generator) for _ in range(2))
         self.n_params = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+
+    @property
+    def fingerprint(self) -> str:
+        """Tells training data apart."""
+        own = {str(i): leaf for i, leaf in enumerate([*_data.tensors(self.inputs), self.targets])}
+        return records.digest(_store.fingerprint(own) | {"seen": self.n_seen})
 
     def _quadratic(self, index: Tensor) -> Quadratic:
         return Quadratic(
@@ -218,7 +233,7 @@ class _Bench:
                        "curvatures": shown[j].curvature(first).tolist()}
                 )  # fmt: skip
         return {
-            "directions": directional_bias(self.batches, self.reference, k).record(),
+            "directions": directional_bias(self.batches, self.reference, k, population=self.n_pool).record(),
             "alignment": overlaps,
             "planes": [plane(batch, self.reference).record() for batch in shown],
             "noise": {
@@ -234,15 +249,16 @@ class _Bench:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", RuntimeWarning)  # why it stopped is in the record
                 path = conjugate_gradients(own, n_steps=self.options.n_steps)
-            sizes = []
+            sizes, uphill = [], []
             for other in [*(batch for batch in self.batches if batch is not own), self.reference]:
                 slopes, curvatures = path.measure(*other.projected(path.directions))
+                uphill.append((slopes > 0).tolist())
                 sizes.append(
                     [-s / c if c > 0 else None for s, c in zip(slopes.tolist(), curvatures.tolist(), strict=True)]
                 )
             found.append(
                 {"own": path.step_sizes.tolist(), "others": sizes[:-1], "reference": sizes[-1],
-                 "stopped": path.stopped.value}
+                 "uphill": {"others": uphill[:-1], "reference": uphill[-1]}, "stopped": path.stopped.value}
             )  # fmt: skip
         return {"steps": found}
 

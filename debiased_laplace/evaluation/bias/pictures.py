@@ -216,14 +216,14 @@ def _steps(found: Found) -> Picture:
     panels[0].set_ylabel("step magnitude")
     _legend(figure, [(label, style, "") for label, style in zip(_labels(found), (OWN, OTHER, DATA), strict=True)])
     wrong = ", ".join(
-        f"{(np.array(entry['reference'], dtype=float) < 0).sum()} of {len(entry['own'])} (batch {index + 1})"
+        f"{sum(entry['uphill']['reference'])} of {len(entry['own'])} (batch {index + 1})"
         for index, entry in enumerate(entries)
     )
     return Picture(
         "How far to go along the directions of conjugate gradients",
         "Minus slope over curvature at the points of the batch's own path, without damping. Below zero, the data would "
         "go the other way.",
-        f"Steps that the data would take backwards: {wrong}.",
+        f"Steps that go uphill on the data: {wrong}.",
         png(figure),
         wide=True,
     )  # fmt: skip

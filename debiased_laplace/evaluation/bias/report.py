@@ -7,6 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import scipy.stats
+
 from debiased_laplace.evaluation import pages, records
 from debiased_laplace.evaluation.bias.pictures import pictures
 from debiased_laplace.evaluation.tables import Table
@@ -15,8 +18,6 @@ __all__ = ["statement", "tables", "write_outputs"]
 
 TEMPLATE = "bias.html.jinja"
 Found = Mapping[str, Any]
-#: Standard errors by which a ratio has to leave one, to be called a bias.
-Z = 2.0
 
 
 def write_outputs(folder: Path | str, found: Found, *, notice: str = "") -> dict[str, Path]:
@@ -34,8 +35,8 @@ def write_outputs(folder: Path | str, found: Found, *, notice: str = "") -> dict
     title = f"The bias of mini-batches: {found['task']['name']}"
     page = pages.render(
         TEMPLATE, title=title, notice=notice, found=found, statement=said, tables=tables(found),
-        pictures=list(drawn.values()), settings=pages.rows({k: v for k, v in found["settings"].items() if k != "seed"}),
-        environments=[found["environment"]],
+        pictures=list(drawn.values()), settings=pages.rows(found["settings"]),
+        environments=found["environments"],
     )  # fmt: skip
     contents: dict[str, bytes | str] = {
         "bias.md": markdown(found, title=title, notice=notice),
@@ -63,27 +64,28 @@ def markdown(found: Found, *, title: str, notice: str = "", level: int = 1) -> s
 def statement(found: Found) -> dict[str, Any]:
     """The finding in one sentence, and what else to know: ``answer`` and ``details``."""
     about, m = found["directions"]["curvatures"], found["directions"]["n_data"][0]
-    own, other = _overall(about)
-    k, kind = len(about["ratio_own"]["value"]), _kind(found)
-    biased = own["value"] - Z * own["error"] > 1
-    if biased:
+    own, other = about["typical_ratio_own"], about["typical_ratio_other"]
+    k = len(about["ratio_own"]["value"])
+    where = f"On {found['task']['name']}, batches of {m:,}"
+    what = f"the {_kind(found)}'s curvature along their own top {k} directions"
+    quantile = float(scipy.stats.t.ppf(0.975, len(found["directions"]["n_data"]) - 1))
+    if None in (own["value"], own["error"], other["value"]):
+        same, second, data = (np.mean(about[f"mean_{name}"]["value"]) for name in ("own", "other", "reference"))
         answer = (
-            f"On {found['task']['name']}, batches of {m:,} overstate the {kind}'s curvature along their own top {k} "
-            f"directions {times(own)} times; a second batch of the same size brings that to {times(other)}."
-        )  # fmt: skip
+            f"{where} measure {same:.3g} for {what}, on average, where the data have {data:.3g} and a second batch has "
+            f"{second:.3g}; they have no common ratio, since not all are positive."
+        )
+    elif own["value"] - quantile * own["error"] > 1:
+        answer = (
+            f"{where} overstate {what} {times(own)} times (geometric mean); a second batch of the same size brings "
+            f"that to {times(other)}."
+        )
     else:
         answer = (
-            f"On {found['task']['name']}, batches of {m:,} are not shown to overstate the {kind}'s curvature along "
-            f"their own top {k} directions: {times(own)} times that of the data; a second batch has {times(other)}."
-        )  # fmt: skip
+            f"{where} are not shown to overstate {what}: {times(own)} times that of the data (geometric mean); a "
+            f"second batch has {times(other)}."
+        )
     return {"answer": answer, "details": [*_details(found), *_steps(found), *_sizes(found)]}
-
-
-def _overall(about: Found) -> tuple[Found, Found]:
-    """Ratios of all directions together; those of sums where a geometric mean does not exist."""
-    exists = all(about[f"typical_ratio_{which}"]["value"] is not None for which in ("own", "other"))
-    key = "typical" if exists else "total"
-    return about[f"{key}_ratio_own"], about[f"{key}_ratio_other"]
 
 
 def _kind(found: Found) -> str:
@@ -118,22 +120,20 @@ def _details(found: Found) -> list[str]:
 
 def _steps(found: Found) -> list[str]:
     entries = found["steps"]
-    taken = [value for entry in entries for value in entry["reference"]]
-    if not taken:
-        return ["Conjugate gradients took no step: the curvature along the gradient is not positive."]
-    wrong, total = sum(value is not None and value < 0 for value in taken), len(taken)
+    uphill = [value for entry in entries for value in entry["uphill"]["reference"]]
+    if not uphill:
+        return [f"Conjugate gradients took no step: {entries[0]['stopped']}."]
     pairs = [
         (value, right)
         for entry in entries
-        for other in entry["others"]
-        for value, right in zip(other, entry["reference"], strict=True)
-        if value is not None and right is not None
+        for other in entry["uphill"]["others"]
+        for value, right in zip(other, entry["uphill"]["reference"], strict=True)
     ]
-    agree = 100 * sum((value > 0) == (right > 0) for value, right in pairs) / max(1, len(pairs))
+    agree = 100 * sum(value == right for value, right in pairs) / len(pairs)
     early = sorted({entry["stopped"] for entry in entries if "curvature" in entry["stopped"]})
     said = (
-        f"{wrong} of {total} steps of conjugate gradients go the wrong way according to the data; a second batch has "
-        f"the data's sign in {agree:.0f} % of the cases."
+        f"{sum(uphill)} of {len(uphill)} steps of conjugate gradients go uphill on the data; a second batch agrees "
+        f"with them in {agree:.0f} % of the cases whether a step does."
     )
     return [said, *(f"Some runs ended early: {reason}." for reason in early)]
 
