@@ -5,10 +5,12 @@
     python eval/steps.py --directional [--network digits-cnn] [--batch 128] [--draws 5]
     python eval/steps.py --training [--network digits-cnn] [--epochs 20] [--draws 3]
     python eval/steps.py --document [--docs docs]
+    python eval/steps.py --all --data-dir <folder>
 
-Every part writes a JSON record and a figure into ``--out``; ``--document`` fills ``docs/steps.md`` from them. Two
-batches always share the number of data that one batch has. The noisy quadratic is that of ViViT (arXiv 2106.02624,
-figure 3); conjugate gradients are those of figure 5 of arXiv 2410.14325, whose network and data are larger.
+Every part writes a JSON record and a figure into ``--out``; ``--document`` fills ``docs/steps.md`` from them, and
+``--all`` does everything that is in it. Two batches always share the number of data that one batch has. The noisy
+quadratic is that of ViViT (arXiv 2106.02624, figure 3); conjugate gradients are those of figure 5 of arXiv 2410.14325,
+whose network and data are larger.
 """
 
 from __future__ import annotations
@@ -37,6 +39,7 @@ from torch import Tensor, nn
 
 from debiased_laplace.evaluation import Context, Task
 from debiased_laplace.evaluation.figures import STYLES
+from debiased_laplace.evaluation.records import write_json
 from debiased_laplace.optim import (
     DebiasedNewtonCG,
     conjugate_gradients,
@@ -515,7 +518,8 @@ def draw_training(record: dict[str, Any]) -> Figure:
 
 
 def save(folder: Path, name: str, record: dict[str, Any], figure: Figure) -> None:
-    write(folder / f"{name}.json", lambda path: path.write_text(json.dumps(record, indent=1)))
+    finite = json.loads(json.dumps(record), parse_constant=lambda _: None)  # a training may diverge
+    write_json(folder / f"{name}.json", finite)
     write(folder / f"{name}.png", lambda path: FigureCanvasAgg(figure).print_png(path))
 
 
@@ -593,7 +597,7 @@ def training_table(records: list[Any]) -> str:
 
 
 def document(options: argparse.Namespace) -> None:
-    """Fill the tables of the document from all records that are there, and copy the figures it shows."""
+    """Fill the tables of the document from all records that are there, and copy its figures and their numbers."""
     found: dict[str, list[Any]] = {}
     for path in sorted(options.out.glob("*.json")):
         found.setdefault(path.stem.split("-")[0], []).append(json.loads(path.read_text()))
@@ -605,13 +609,38 @@ def document(options: argparse.Namespace) -> None:
     for name in SHOWN:
         if (options.out / f"{name}.png").exists():
             save_small((options.out / f"{name}.png").read_bytes(), options.docs / f"steps-{name}.png")
+    write_json(
+        options.docs / "records" / "steps.json", {name: [compact(own) for own in kind] for name, kind in found.items()}
+    )
 
 
-#: Figures of the document.
+def compact(record: Any) -> Any:
+    """Without what only single runs have; of a training its end, of other curves six digits."""
+    if isinstance(record, dict):
+        left_out = {"step_sizes", "first_step_sizes", "all_final_distances", "relative_dampings_of_the_first_run"}
+        kept = {key: own for key, own in record.items() if key not in left_out}
+        return {key: [curve[-1] for curve in own] if key == "curves" else compact(own) for key, own in kept.items()}
+    if isinstance(record, list):
+        return [compact(own) for own in record]
+    return float(f"{record:.6g}") if isinstance(record, float) else record
+
+
+#: What the document is made of, and the figures it shows.
+RUNS = (
+    "--noisy-quadratic",
+    "--figure5 --network digits-cnn --batch 128",
+    "--figure5 --network lenet-trained --batch 256",
+    "--figure5 --network lenet-trained --batch 1024",
+    "--figure5 --network resnet20 --batch 256 --evaluate 1000",
+    "--directional --network digits-cnn --batch 128",
+    "--directional --network lenet-trained --batch 256",
+    "--training --network digits-cnn --draws 3",
+    "--training --network lenet --draws 3 --epochs 5 --tuning-seeds 1",
+)
 SHOWN = ("figure5-lenet-trained-1024", "noisy-quadratic", "training-digits-cnn", "training-lenet")
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     modes = {
         "noisy_quadratic": noisy_quadratic, "figure5": figure5, "directional": directional, "training": training,
@@ -619,6 +648,7 @@ def main() -> None:
     }  # fmt: skip
     for name in modes:
         parser.add_argument(f"--{name.replace('_', '-')}", action="store_true")
+    parser.add_argument("--all", action="store_true", help="everything in the document, and the document")
     parser.add_argument("--runs", type=int, default=100, help="of the noisy quadratic")
     parser.add_argument("--network", choices=list(NETWORKS), default="digits-cnn")
     parser.add_argument("--batch", type=int, default=128, help="data of the one batch, or of two halves")
@@ -636,7 +666,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("eval/results/steps"))
     parser.add_argument("--docs", type=Path, default=Path("docs"))
     parser.add_argument("--cache", type=Path, default=Path("eval/results/cache"))
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
+    if options.all:
+        shared = ["--out", str(options.out), "--cache", str(options.cache), "--docs", str(options.docs)]
+        shared += [] if options.data_dir is None else ["--data-dir", str(options.data_dir)]
+        for run in (*RUNS, "--document"):
+            main([*run.split(), *shared])
+        return
     chosen = [run for name, run in modes.items() if getattr(options, name)]
     if not chosen:
         parser.error("Expected at least one of --noisy-quadratic, --figure5, --directional, --training and --document.")

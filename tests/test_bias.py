@@ -110,7 +110,7 @@ def test_planes_noise_and_sizes(found: dict[str, Any]) -> None:
 def test_a_second_batch_is_unbiased_for_the_pool_by_the_study_as_it_draws() -> None:
     """A fifth of the data are in a batch, so that leaving it out of the others would show."""
     options = BiasOptions(
-        batch_size=12, n_batches=3, n_directions=6, n_steps=1, pool=60, reference=60, sizes=(10,), n_size_directions=1,
+        batch_size=6, n_batches=3, n_directions=6, n_steps=1, pool=30, reference=30, sizes=(6,), n_size_directions=1,
         n_vectors=1,
     )  # fmt: skip
     model = Task.load(BLOBS).model(Context(seed=0))
@@ -123,10 +123,10 @@ def test_a_second_batch_is_unbiased_for_the_pool_by_the_study_as_it_draws() -> N
             return copy.deepcopy(model)
 
         def train_loader(self) -> list:
-            return self.source.cut(*self.source.data(100, 60))
+            return self.source.cut(*self.source.data(100, 30))
 
     other, reference, own_sums = [], [], []
-    for seed in range(40):
+    for seed in range(100):
         bench = source._Bench(Task("blobs", SameNetwork()), Context(seed=seed), options)
         own = bench.directions()["directions"]["curvatures"]
         other.append(torch.tensor(own["mean_other"]["value"]).sum())
