@@ -100,6 +100,9 @@ def test_planes_noise_and_sizes(found: dict[str, Any]) -> None:
     assert found["sizes"]["population"] == found["task"]["n_pool"] == 90
     assert len(found["sizes"]["predictions"]) == len(found["sizes"]["isotropic"]) == 2
     assert found["suggestion"]["tolerance"] == 0.2
+    spikes, noise = (torch.tensor(found["sizes"][key]).double() for key in ("spikes", "noise_along"))
+    inverse = spikes**2 * (0.2 / 2.2) / noise + 1 / 100  # for all the training data, not only those that were kept
+    assert found["suggestion"]["predicted"] == (1 / inverse).ceil().tolist()
     assert found["task"]["n_seen"] == 100
     assert found["sizes"]["n_reference"] == 80
     assert len(found["environments"]) == 1
