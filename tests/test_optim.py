@@ -661,12 +661,14 @@ def test_chunks_change_nothing():
     assert_equal(models[0][0].weight.data, models[1][0].weight.data)
 
 
-def test_no_step_along_negative_curvature():
-    derivatives = DirectionalDerivatives(
-        torch.ones(4, 2).double(), torch.tensor([[-1.0, 1.0]] * 4).double(), torch.full((4,), 0.25).double()
-    )
+def test_along_negative_curvature_a_step_goes_downhill_by_more_damping():
+    slopes, curvatures = torch.ones(4, 2).double(), torch.tensor([[-1.0, 1.0]] * 4).double()
+    slopes[:, 0] = 0.5
+    derivatives = DirectionalDerivatives(slopes, curvatures, torch.full((4,), 0.25).double())
     for step in (directionally_damped_step(derivatives), second_batch_damped_step(derivatives, derivatives)):
-        assert float(step.coefficients[1]) < 0
-        assert bool((step.dampings >= 0).all())
-        kept = step.coefficients != 0
-        assert bool(step.dampings[~kept].isinf().all())
+        assert bool((step.coefficients < 0).all())
+        assert float(step.dampings[0]) > 1 and float(step.dampings[1]) == 0
+        assert bool((step.reductions > 0).all())
+    flat = DirectionalDerivatives(torch.zeros(4, 2).double(), curvatures, torch.full((4,), 0.25).double())
+    for step in (directionally_damped_step(flat), second_batch_damped_step(flat, flat)):
+        assert not step.coefficients.any() and bool(step.dampings.isinf().all())
