@@ -25,7 +25,9 @@ OPTIONS = {
     "digits": BiasOptions(),
     "fashion-mnist": BiasOptions(batch_size=512, pool=20_000, reference=10_000),
     "cifar10": BiasOptions(batch_size=512),
-    "cifar10-all-cnn-c": BiasOptions(n_batches=4, n_directions=5, reference=1_000, sizes=(32,)),
+    "cifar10-all-cnn-c": BiasOptions(
+        n_batches=4, n_directions=5, reference=1_000, sizes=(32,), n_size_directions=1, n_vectors=2
+    ),
 }
 QUICK = BiasOptions(batch_size=16, n_batches=3, n_directions=3, n_steps=3, pool=128, reference=64, n_vectors=2)
 #: Figures in the document.

@@ -631,7 +631,6 @@ RUNS = (
     "--figure5 --network digits-cnn --batch 128",
     "--figure5 --network lenet-trained --batch 256",
     "--figure5 --network lenet-trained --batch 1024",
-    "--figure5 --network resnet20 --batch 256 --evaluate 1000",
     "--directional --network digits-cnn --batch 128",
     "--directional --network lenet-trained --batch 256",
     "--training --network digits-cnn --draws 3",
