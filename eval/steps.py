@@ -531,9 +531,12 @@ def spread(values: list[float]) -> str:
     return f"{np.median(values):.3g} ({min(values):.3g} to {max(values):.3g})"
 
 
-def mean(values: list[float], digits: int = 3) -> str:
-    """Mean and standard error."""
-    return f"{np.mean(values):.{digits}f} ± {np.std(values, ddof=1) / len(values) ** 0.5:.{digits}f}"
+def mean(values: list[float | None], digits: int = 3) -> str:
+    """Mean and standard error, and every value where one is missing, of a training that diverged."""
+    if None in values:
+        return ", ".join("diverged" if value is None else f"{value:.{digits}f}" for value in values)
+    own = np.array(values, dtype=float)
+    return f"{own.mean():.{digits}f} ± {own.std(ddof=1) / len(own) ** 0.5:.{digits}f}"
 
 
 def figure5_table(records: list[Any]) -> str:
