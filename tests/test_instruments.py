@@ -382,7 +382,8 @@ def test_spikes_undo_the_noise_of_the_reference():
     (predicted,) = curve.predictions
     noise = 4 * (1 / 25 - 1 / 100)
     assert predicted.batch_eigenvalues[:2].tolist() == pytest.approx([9.0, 2.0])
-    assert float(curve.spikes[2]) == 0.25 and 0.5**2 < 4 * noise  # lost
+    assert float(curve.spikes[2]) == 0 and 0.5**2 < 4 * noise  # lost
+    assert suggest_batch_size(0.1, curve=curve).predicted.tolist()[2] == 100  # all of the population
     assert_equal(replace(curve, n_reference=100).spikes, curve.reference_eigenvalues)
 
 

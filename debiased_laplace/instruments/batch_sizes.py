@@ -194,11 +194,12 @@ class BatchSizeCurve(Recorded):
         r"""Eigenvalues of the population by theory, ``[K]``, from those of the reference.
 
         The larger root of :math:`\hat\lambda = \lambda + s^2 / \lambda`, :math:`s^2` the noise of the reference
-        (:func:`spiked_prediction`); half of :math:`\hat\lambda` where it is lost in the noise.
+        (:func:`spiked_prediction`); zero where it is lost in that.
         """
         noise = self.noise_along * _scale(self.n_reference, self.population)
         found = self.reference_eigenvalues
-        return (found + (found.square() - 4 * noise).clamp_min(0).sqrt()) / 2
+        rest = found.square() - 4 * noise
+        return torch.where(rest >= 0, (found + rest.clamp_min(0).sqrt()) / 2, 0.0)
 
     @property
     def overstatement(self) -> Estimate:

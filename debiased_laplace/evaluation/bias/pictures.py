@@ -270,9 +270,9 @@ def _sizes(found: Found) -> Picture:
     return Picture(
         "Bias against batch size",
         "Left: curvature of a batch along its own top directions over that of the data along the same. Right: its "
-        "eigenvalues, and those of the data as thin lines. Dashed and dotted: where spiked random-matrix theory puts "
-        "them, with the noise measured along each direction and averaged over all; no dashed line where it finds the "
-        "direction lost in noise.",
+        "eigenvalues, and those of the reference as thin lines. Dashed and dotted: where spiked random-matrix theory "
+        "puts them, with the noise measured along each direction and averaged over all; no dashed line where it finds "
+        "the direction lost in noise.",
         f"Overstatement by batch size, from the first direction on. {said}.",
         png(figure),
         wide=True,
