@@ -471,7 +471,9 @@ def training(options: argparse.Namespace) -> None:
         "seeds": options.draws, "budgets": {},
     }  # fmt: skip
     seconds = options.seconds
-    for budget in ("samples", "seconds"):
+    if seconds is None and "samples" not in options.budgets:
+        raise SystemExit("Expected --seconds, or equal samples as well, whose debiased method says how many.")
+    for budget in options.budgets:
         if budget == "seconds" and seconds is None:  # what the debiased method took at equal samples
             own = record["budgets"]["samples"]["Newton-CG, debiased"]["curves"]
             seconds = float(np.median([curve[-1]["seconds"] for curve in own]))
@@ -497,12 +499,13 @@ def training(options: argparse.Namespace) -> None:
             print(f"equal {budget}: {name:>21} ({best}): "
                   + "; ".join(f"{key} {format_numbers(value)}" for key, value in last.items()))  # fmt: skip
         record["budgets"][budget] = found
-    save(options.out, f"training-{options.network}", record, draw_training(record))
+    name = "-".join(["training", options.network, *(options.budgets if len(options.budgets) == 1 else ())])
+    save(options.out, name, record, draw_training(record))
 
 
 def draw_training(record: dict[str, Any]) -> Figure:
     figure = Figure((10, 7), layout="constrained")
-    panels = figure.subplots(2, 2, squeeze=False)
+    panels = figure.subplots(2, len(record["budgets"]), squeeze=False)
     for column, (budget, methods) in enumerate(record["budgets"].items()):
         for (name, found), (color, _, dashes) in zip(methods.items(), STYLES, strict=False):
             for row, key in enumerate(("train loss", "test loss")):
@@ -512,6 +515,7 @@ def draw_training(record: dict[str, Any]) -> Figure:
                         label=name if index == 0 else None,
                     )  # fmt: skip
                 panels[row, column].set(yscale="log", xlabel=budget, ylabel=key)
+                panels[row, column].set_ylim(top=5)  # a training that diverges leaves the picture
     panels[0, 0].legend()
     figure.suptitle(f"Training at equal samples and at equal seconds: {record['network']}")
     return figure
@@ -637,9 +641,10 @@ RUNS = (
     "--directional --network digits-cnn --batch 128",
     "--directional --network lenet-trained --batch 256",
     "--training --network digits-cnn --draws 3",
-    "--training --network lenet --draws 3 --epochs 5 --tuning-seeds 1",
+    "--training --network lenet --draws 3 --epochs 5 --tuning-seeds 1 --budgets samples",
+    "--training --network lenet --draws 3 --seconds 15 --budgets seconds",
 )
-SHOWN = ("figure5-lenet-trained-1024", "noisy-quadratic", "training-digits-cnn", "training-lenet")
+SHOWN = ("figure5-lenet-trained-1024", "noisy-quadratic", "training-digits-cnn", "training-lenet-seconds")
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -658,6 +663,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--iterations", type=int, default=30, help="of conjugate gradients in figure 5")
     parser.add_argument("--damping", type=float, default=0.0, help="in figure 5")
     parser.add_argument("--evaluate", type=int, default=2000, help="most data on which figure 5 is judged, of each set")
+    parser.add_argument("--budgets", nargs="+", choices=["samples", "seconds"], default=["samples", "seconds"])
     parser.add_argument("--tuning-seeds", type=int, default=2, help="of every setting in training")
     parser.add_argument("--directions", type=int, default=20, help="of the directionally damped step")
     parser.add_argument("--l2", type=float, default=0.0)
