@@ -517,7 +517,7 @@ def draw_training(record: dict[str, Any]) -> Figure:
                 panels[row, column].set(yscale="log", xlabel=budget, ylabel=key)
                 panels[row, column].set_ylim(top=5)  # a training that diverges leaves the picture
     panels[0, 0].legend()
-    figure.suptitle(f"Training at equal samples and at equal seconds: {record['network']}")
+    figure.suptitle(f"Training at equal {' and at equal '.join(record['budgets'])}: {record['network']}")
     return figure
 
 
