@@ -425,10 +425,7 @@ class Quadratic:
                         return found
                 except torch.OutOfMemoryError:
                     raise
-                except (
-                    NotImplementedError,
-                    RuntimeError,
-                ):  # reverse mode tells what else is wrong
+                except RuntimeError:  # of an operation without it; reverse mode tells what else is wrong
                     self._forward_mode = False
             pullback = pullback or self._twice_back(parameters, outputs)
             return pullback(rows)

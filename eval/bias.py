@@ -16,7 +16,7 @@ from typing import Any
 from documents import fill, markdown, save_small
 
 from debiased_laplace.evaluation.bias import BiasOptions, statement, study, tables, write_outputs
-from debiased_laplace.evaluation.bias.report import times
+from debiased_laplace.evaluation.bias.report import at, shared_span, times, uphill_steps
 from debiased_laplace.evaluation.records import write_json
 from debiased_laplace.evaluation.tasks import Context, Task, resolve_device
 
@@ -53,14 +53,11 @@ def summary(found: dict[str, dict[str, Any]]) -> str:
     """A row for every network."""
     rows = []
     for own in found.values():
-        about, steps = own["directions"]["curvatures"], own["steps"]
-        uphill = [value for entry in steps for value in entry["uphill"]["reference"]]
-        first, inside = ({key: v[0] for key, v in about["ratio_own"].items()}, own["alignment"])
-        others = [total for entry in inside if entry["first"] != entry["second"] for total in entry["row_sums"]]
+        about, uphill = own["directions"]["curvatures"], uphill_steps(own)
         rows.append([
             own["task"]["name"], f"{own['directions']['n_data'][0]:,}", str(len(about["ratio_own"]["value"])),
-            times(about["typical_ratio_own"]), times(about["typical_ratio_other"]), times(first),
-            f"{100 * sum(others) / len(others):.0f} %", f"{sum(uphill)} of {len(uphill)}",
+            times(about["typical_ratio_own"]), times(about["typical_ratio_other"]),
+            times(at(about["ratio_own"], 0)), f"{shared_span(own):.0f} %", f"{sum(uphill)} of {len(uphill)}",
         ])  # fmt: skip
     columns = ["network", "batch", "directions", "overstatement, same batch", "second batch", "first direction alone"]
     return markdown([*columns, "within another's span", "CG steps uphill"], rows)

@@ -1,15 +1,17 @@
-"""Self-contained HTML pages from the package's templates."""
+"""Self-contained HTML pages from the package's templates, and their Markdown."""
 
 from __future__ import annotations
 
 import base64
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-__all__ = ["render", "rows"]
+from debiased_laplace.evaluation.tables import Table
+
+__all__ = ["markdown", "render", "rows"]
 
 
 @cache
@@ -30,6 +32,15 @@ def render(template: str, **values: Any) -> str:
         **values: What the template uses.
     """
     return _environment().get_template(template).render(**values)
+
+
+def markdown(
+    title: str, said: Mapping[str, Any], description: str, tables: Sequence[Table], *, notice: str = "", level: int = 1
+) -> str:
+    """The same as Markdown: the answer, what else to know, and the tables."""
+    lines = [f"{'#' * level} {title}", "", *([f"> {notice}", ""] if notice else []), f"**{said['answer']}**", ""]
+    lines += [*(f"- {sentence}" for sentence in said["details"]), "", description, ""]
+    return "\n".join([*lines, *(table.markdown(level + 1) for table in tables)])
 
 
 def rows(settings: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:

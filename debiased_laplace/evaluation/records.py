@@ -61,16 +61,22 @@ def record_path(folder: Path, seed: int, settings: Mapping[str, Any]) -> Path:
     return folder / "records" / f"seed-{seed}-{digest(settings)}.json"
 
 
-def load_record(folder: Path, seed: int, settings: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The record of a seed, if there is a readable one with exactly these settings."""
+def read_record(path: Path, settings: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What is in a file, if it can be read and was made with exactly these settings."""
     try:
-        record = json.loads(record_path(folder, seed, settings).read_text())
+        record = json.loads(path.read_text())
     except (FileNotFoundError, json.JSONDecodeError, UnicodeDecodeError):
         return None
-    if not isinstance(record, dict):
+    same = isinstance(record, dict) and record.get("settings") == jsonable(settings)
+    return record if same else None
+
+
+def load_record(folder: Path, seed: int, settings: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The record of a seed, if there is a readable one with exactly these settings."""
+    record = read_record(record_path(folder, seed, settings), settings)
+    if record is None or record.get("seed") != seed:
         return None
-    same = record.get("settings") == jsonable(settings) and record.get("seed") == seed
-    return record if same and record.get("schema_version") == SCHEMA_VERSION else None
+    return record if record.get("schema_version") == SCHEMA_VERSION else None
 
 
 def versions() -> dict[str, str]:

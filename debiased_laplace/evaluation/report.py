@@ -39,14 +39,9 @@ def write_outputs(folder: Path | str, summary: Summary, *, title: str = "", noti
 
 def markdown(summary: Summary, *, title: str, notice: str = "", level: int = 1) -> str:
     """The answer and the tables as Markdown."""
-    said = statement(summary)
-    lines = [f"{'#' * level} {title}", ""]
-    if notice:
-        lines += [f"> {notice}", ""]
-    lines += [f"**{said['answer']}**", "", *(f"- {sentence}" for sentence in said["details"]), ""]
-    lines += [summary["task"]["description"], ""]
-    lines += [table.markdown(level + 1) for table in tables(summary)]
-    return "\n".join(lines)
+    return pages.markdown(
+        title, statement(summary), summary["task"]["description"], tables(summary), notice=notice, level=level
+    )
 
 
 def render(summary: Summary, *, title: str, notice: str = "") -> str:

@@ -128,7 +128,7 @@ def _record(
     description = task.description(context)
     target_scale = float(task.call("target_scale", context)) if task.has("target_scale") else 1.0
     # What was done with other weights (training need not be reproducible) is of no use.
-    work = work / _weights(model)
+    work = work / weights_digest(model)
     bench = _Bench(task, model, context, options, work)
     predictors: dict[str, Predictor] = {}
     about: dict[str, Any] = {}
@@ -380,7 +380,7 @@ def _heard(call: Callable[[], _T]) -> tuple[_T, list[str]]:
     return found, sorted({str(w.message) for w in caught if issubclass(w.category, UserWarning)})
 
 
-def _weights(model: nn.Module) -> str:
+def weights_digest(model: nn.Module) -> str:
     """Tells networks apart by their weights."""
     return records.digest(_store.fingerprint(model.state_dict()))
 

@@ -5,7 +5,6 @@ Letters as in :mod:`debiased_laplace.instruments`: m data in a batch, B batches,
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 from debiased_laplace import _data, _store
 from debiased_laplace._guards import global_random_state
 from debiased_laplace.evaluation import records
-from debiased_laplace.evaluation.suite import base_settings
+from debiased_laplace.evaluation.suite import base_settings, weights_digest
 from debiased_laplace.evaluation.tasks import Context, Task
 from debiased_laplace.instruments import (
     BatchSizeCurve,
@@ -134,7 +133,7 @@ def study(
         settings = base_settings(task, context) | {
             "data": bench.fingerprint,
             "bias": records.jsonable(asdict(options)), "bias_schema": SCHEMA_VERSION, "seed": context.seed,
-            "weights": records.digest(_store.fingerprint(bench.model.state_dict())),
+            "weights": weights_digest(bench.model),
         }  # fmt: skip
         parts: dict[str, tuple[str, Callable[[], Record]]] = {
             "directions": ("slopes and curvatures along the batches' directions", bench.directions),
@@ -148,20 +147,23 @@ def study(
         environments: list[Record] = []
         for finished, (name, (title, make)) in enumerate(parts.items()):
             path = folder / "records" / f"bias-{name}-{records.digest(settings)}.json"
-            part = _kept(path, settings)
-            if part is None:
+            record = records.read_record(path, settings)
+            if record is None:
                 progress(finished, len(parts), title)
                 part = {"environment": records.environment(context.device)} | make()
-                records.write_json(path, {"settings": settings, "part": part})
+                record = {"settings": settings, "part": part}
+                records.write_json(path, record)
+            part = record["part"]
             environment = part.pop("environment")
             environments += [] if environment in environments else [environment]
             found[name] = part
         progress(len(parts), len(parts), "done")
+    n_data = task.n_data or bench.n_seen
     curve = BatchSizeCurve.joined([_curve(found[f"size-{size}"]) for size in options.all_sizes])
     return {
         "schema_version": SCHEMA_VERSION,
         "task": {
-            "name": task.name, "description": task.description(context), "n_data": task.n_data or bench.n_seen,
+            "name": task.name, "description": task.description(context), "n_data": n_data,
             "n_seen": bench.n_seen, "n_pool": bench.n_pool, "n_reference": bench.n_reference,
             "n_parameters": bench.n_params,
         },
@@ -170,9 +172,7 @@ def study(
         **found["directions"],
         "steps": found["steps"]["steps"],
         "sizes": curve.record() | {"isotropic": [own.record() for own in curve.predict(curve.noise)]},
-        "suggestion": suggest_batch_size(
-            tolerance, curve=curve, population=task.n_data or bench.n_seen
-        ).record(),
+        "suggestion": suggest_batch_size(tolerance, curve=curve, population=n_data).record(),
     }  # fmt: skip
 
 
@@ -279,13 +279,3 @@ def _curve(part: Record) -> BatchSizeCurve:
         **{name: torch.tensor(own, dtype=torch.float64) if isinstance(own, list) else own for name, own in part.items()}
         | {"sizes": tuple(part["sizes"])}
     )
-
-
-def _kept(path: Path, settings: Record) -> Record | None:
-    """A part that was written with exactly these settings."""
-    try:
-        record = json.loads(path.read_text())
-    except (FileNotFoundError, json.JSONDecodeError, UnicodeDecodeError):
-        return None
-    same = isinstance(record, dict) and record.get("settings") == settings
-    return record["part"] if same else None

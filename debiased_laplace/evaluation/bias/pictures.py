@@ -43,6 +43,19 @@ def _labels(found: Found) -> tuple[str, str, str]:
     return "same batch", "other batches", f"{found['task']['n_reference']:,} training data"
 
 
+def _series(axes: Axes, places: Any, own: Any, others: Any, data: Any) -> None:
+    """What the same batch has, the others and the data, for every direction; None is not drawn."""
+    for other in others:
+        axes.plot(places, np.array(other, dtype=float), OTHER[1], color=OTHER[0], markersize=3.5, alpha=0.7)
+    for values, (color, marker) in ((own, OWN), (data, DATA)):
+        axes.plot(places, np.array(values, dtype=float), marker, color=color, markersize=6)
+    axes.grid(color="0.9", linewidth=0.6)
+
+
+def _legend_of_series(figure: Figure, found: Found) -> None:
+    _legend(figure, [(label, style, "") for label, style in zip(_labels(found), (OWN, OTHER, DATA), strict=True)])
+
+
 def _legend(figure: Figure, entries: list[tuple[str, tuple[str, str], Any]]) -> None:
     handles = [
         Line2D([], [], color=color, marker=marker or None, linestyle=line, markersize=6, label=label)
@@ -70,13 +83,8 @@ def _directions(found: Found) -> Picture:
         for row, (own, reference, index) in enumerate(
             ((slopes, data[0], order), (curvatures, data[1], np.arange(len(places))))
         ):
-            axes: Axes = panels[row, m]
-            for j in range(len(own)):
-                if j != m:
-                    axes.plot(places, own[m, j][index], OTHER[1], color=OTHER[0], markersize=3.5, alpha=0.7)
-            axes.plot(places, own[m, m][index], OWN[1], color=OWN[0], markersize=6)
-            axes.plot(places, reference[m][index], DATA[1], color=DATA[0], markersize=6)
-            axes.grid(color="0.9", linewidth=0.6)
+            others = [own[m, j][index] for j in range(len(own)) if j != m]
+            _series(panels[row, m], places, own[m, m][index], others, reference[m][index])
         panels[0, m].axhline(0, color="0.5", linewidth=0.8)
         panels[0, m].set_title(f"directions of batch {m + 1}", fontsize=10)
         panels[1, m].set(xlabel="direction", xticks=places if len(places) <= 12 else places[:: len(places) // 10])
@@ -84,7 +92,7 @@ def _directions(found: Found) -> Picture:
         panels[1, 0].set_yscale("log")
     panels[0, 0].set_ylabel("slope")
     panels[1, 0].set_ylabel("curvature")
-    _legend(figure, [(label, style, "") for label, style in zip(_labels(found), (OWN, OTHER, DATA), strict=True)])
+    _legend_of_series(figure, found)
     about = found["directions"]["curvatures"]
     means = "; ".join(
         f"{label}: {_listed(about[key]['value'])}"
@@ -205,16 +213,12 @@ def _steps(found: Found) -> Picture:
     small = np.abs(values[np.isfinite(values) & (values != 0)])
     for index, (axes, entry) in enumerate(zip(panels, entries, strict=True)):
         places = np.arange(1, len(entry["own"]) + 1)
-        for other in entry["others"]:
-            axes.plot(places, np.array(other, dtype=float), OTHER[1], color=OTHER[0], markersize=3.5, alpha=0.7)
-        axes.plot(places, entry["own"], OWN[1], color=OWN[0], markersize=6)
-        axes.plot(places, np.array(entry["reference"], dtype=float), DATA[1], color=DATA[0], markersize=6)
+        _series(axes, places, entry["own"], entry["others"], entry["reference"])
         axes.axhline(0, color="0.5", linewidth=0.8)
         axes.set(title=f"batch {index + 1}", xlabel="step", xticks=places)
         axes.set_yscale("symlog", linthresh=float(np.quantile(small, 0.25)) if len(small) else 1.0)
-        axes.grid(color="0.9", linewidth=0.6)
     panels[0].set_ylabel("step magnitude")
-    _legend(figure, [(label, style, "") for label, style in zip(_labels(found), (OWN, OTHER, DATA), strict=True)])
+    _legend_of_series(figure, found)
     wrong = ", ".join(
         f"{sum(entry['uphill']['reference'])} of {len(entry['own'])} (batch {index + 1})"
         for index, entry in enumerate(entries)
@@ -242,7 +246,7 @@ def _sizes(found: Found) -> Picture:
     entries = []
     for k, (color, marker, _) in zip(range(len(spikes)), STYLES[1:], strict=False):
         left.errorbar(sizes, values[:, k], errors[:, k], color=color, marker=marker, capsize=3, linewidth=1.4)
-        theory = [_over(p["overstatement"][k]) for p in own["predictions"]]
+        theory = np.array([p["overstatement"][k] for p in own["predictions"]], dtype=float)
         left.plot(sizes, theory, color=color, linestyle="--", linewidth=1.1)
         eigenvalues = np.asarray(own["batch_eigenvalues"])[:, :, k]
         right.errorbar(
@@ -277,10 +281,6 @@ def _sizes(found: Found) -> Picture:
         png(figure),
         wide=True,
     )  # fmt: skip
-
-
-def _over(value: float | None) -> float:
-    return math.nan if value is None else value
 
 
 # -- ViViT's figure 2 ------------------------------------------------------------------------------

@@ -39,7 +39,7 @@ def write_outputs(folder: Path | str, found: Found, *, notice: str = "") -> dict
         environments=found["environments"],
     )  # fmt: skip
     contents: dict[str, bytes | str] = {
-        "bias.md": markdown(found, title=title, notice=notice),
+        "bias.md": pages.markdown(title, said, found["task"]["description"], tables(found), notice=notice),
         **{f"bias-{name}.png": picture.png for name, picture in drawn.items()},
         "bias.html": page,
     }
@@ -48,14 +48,6 @@ def write_outputs(folder: Path | str, found: Found, *, notice: str = "") -> dict
     for name, content in contents.items():
         records.write_atomically(paths[name], content)
     return paths
-
-
-def markdown(found: Found, *, title: str, notice: str = "", level: int = 1) -> str:
-    """The finding and the tables as Markdown."""
-    said = statement(found)
-    lines = [f"{'#' * level} {title}", "", *([f"> {notice}", ""] if notice else []), f"**{said['answer']}**", ""]
-    lines += [*(f"- {sentence}" for sentence in said["details"]), "", found["task"]["description"], ""]
-    return "\n".join([*lines, *(table.markdown(level + 1) for table in tables(found))])
 
 
 # -- sentences -------------------------------------------------------------------------------------
@@ -101,26 +93,38 @@ def times(estimate: Found) -> str:
     return f"{value:,.{digits}f} ± {error:,.{digits}f}"
 
 
+def at(estimate: Found, k: int) -> Found:
+    """An estimate of one direction."""
+    return {key: values[k] for key, values in estimate.items()}
+
+
+def shared_span(found: Found) -> float:
+    """How much of a batch's top direction lies in the span of another's, in percent, on average."""
+    sums = [total for entry in found["alignment"] if entry["first"] != entry["second"] for total in entry["row_sums"]]
+    return 100 * sum(sums) / len(sums)
+
+
+def uphill_steps(found: Found) -> list[bool]:
+    """Whether a step of conjugate gradients goes uphill on the data, for all steps of all batches."""
+    return [value for entry in found["steps"] for value in entry["uphill"]["reference"]]
+
+
 def _details(found: Found) -> list[str]:
-    about = found["directions"]
-    first = {key: value[0] for key, value in about["curvatures"]["ratio_own"].items()}
-    last = {key: value[-1] for key, value in about["curvatures"]["ratio_own"].items()}
-    k = len(about["curvatures"]["ratio_own"]["value"])
-    others = [entry for entry in found["alignment"] if entry["first"] != entry["second"]]
-    inside = 100 * sum(sum(entry["row_sums"]) for entry in others) / sum(len(entry["row_sums"]) for entry in others)
-    slopes = about["slopes"]
-    signs = sum(value > 0 for row in slopes["reference"] for value in row)
-    total = sum(len(row) for row in slopes["reference"])
+    ratio, slopes = found["directions"]["curvatures"]["ratio_own"], found["directions"]["slopes"]["reference"]
+    k = len(ratio["value"])
+    signs = [value > 0 for row in slopes for value in row]
+    first, last = (times(at(ratio, rank)) for rank in (0, -1))
     return [
-        f"The largest curvature alone is overstated {times(first)} times, that along direction {k} {times(last)}.",
-        f"{signs} of {total} directions that go uphill on their own batch go uphill on the data; half would be chance.",
-        f"On average {inside:.0f} % of a top direction of one batch lies in the span of another's top {k}.",
+        f"The largest curvature alone is overstated {first} times, that along direction {k} {last}.",
+        f"{sum(signs)} of {len(signs)} directions that go uphill on their own batch go uphill on the data; half would "
+        "be chance.",
+        f"On average {shared_span(found):.0f} % of a top direction of one batch lies in the span of another's top {k}.",
     ]
 
 
 def _steps(found: Found) -> list[str]:
     entries = found["steps"]
-    uphill = [value for entry in entries for value in entry["uphill"]["reference"]]
+    uphill = uphill_steps(found)
     if not uphill:
         return [f"Conjugate gradients took no step: {entries[0]['stopped']}."]
     pairs = [
@@ -164,7 +168,7 @@ def tables(found: Found) -> list[Table]:
     about, m = found["directions"]["curvatures"], found["directions"]["n_data"][0]
     n_batches = len(found["directions"]["n_data"])
     rows = [
-        [f"{k + 1}", *(times({key: values[k] for key, values in about[name].items()})
+        [f"{k + 1}", *(times(at(about[name], k))
                        for name in ("mean_own", "mean_other", "mean_reference", "ratio_own", "ratio_other"))]
         for k in range(len(about["ratio_own"]["value"]))
     ]  # fmt: skip
@@ -191,7 +195,7 @@ def tables(found: Found) -> list[Table]:
 
 def _size_row(sizes: Found, index: int) -> list[str]:
     def cell(k: int) -> str:
-        own = times({key: values[index][k] for key, values in sizes["overstatement"].items()})
+        own = times(at(at(sizes["overstatement"], index), k))
         theory = sizes["predictions"][index]["overstatement"][k]
         return f"{own} (lost)" if theory is None else f"{own} ({theory:.3g})"
 
