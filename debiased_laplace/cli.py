@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
+    from debiased_laplace.evaluation.progress import Reporter
     from debiased_laplace.evaluation.tasks import Context, Task
 
 app = typer.Typer(
@@ -33,6 +34,10 @@ CacheOption = Annotated[
 ]
 FixedCacheOption = Annotated[Path, typer.Option(help="Folder where the task keeps trained weights.")]
 QuickOption = Annotated[bool, typer.Option("--quick", help="Little of everything, as a try.")]
+ProcessesOption = Annotated[
+    int,
+    typer.Option(min=1, help="Seeds at a time; with more than one each is a process with one thread."),
+]
 SeedOption = Annotated[int, typer.Option(min=0, max=2**31 - 1, help="First seed; the others follow it.")]
 
 
@@ -58,20 +63,29 @@ def demo(
     out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("demo-results"),
     seed: SeedOption = 0,
     device: DeviceOption = None,
+    processes: Annotated[
+        int | None, typer.Option(min=1, help="Seeds at a time, each in a process; by default one for each CPU.")
+    ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Two seeds and less of everything, as a try.")] = False,
 ) -> None:
-    """Compare posteriors on scikit-learn's digits: a table, results.json, diagrams and a report, in about two minutes.
+    """Compare posteriors on scikit-learn's digits: a table, results.json, diagrams and a report.
 
     Finished seeds are kept in OUT/records: a run that was interrupted goes on where it stopped.
     """
     _check_folder(out)
+    from debiased_laplace.evaluation import processes as pool
+
+    if processes != 1:
+        pool.prepare()
     with _imports():
         from debiased_laplace.evaluation import demo as demonstration
+    where = _device(device)
+    n_processes = processes or (pool.available() if where.type == "cpu" else 1)
     n_seeds = demonstration.N_SEEDS_QUICK if quick else demonstration.N_SEEDS
     _evaluate(
         out, n_seeds, quick,
         lambda progress: demonstration.demo(
-            out, seed=seed, device=_device(device), quick=quick, progress=progress
+            out, seed=seed, device=where, quick=quick, n_processes=n_processes, progress=progress
         ),
         "Debiased Laplace on digits",
     )  # fmt: skip
@@ -87,6 +101,7 @@ def evaluate(
     cache: CacheOption = None,
     device: DeviceOption = None,
     only: Annotated[list[str] | None, typer.Option(help="Only this method; may be given several times.")] = None,
+    processes: ProcessesOption = 1,
     quick: QuickOption = False,
 ) -> None:
     """Judge a trained network with and without posteriors, on test, shifted and foreign data: one page.
@@ -112,7 +127,8 @@ def evaluate(
         out, n_seeds, quick,
         lambda progress: summarise(
             suite.run(
-                loaded, out, range(seed, seed + n_seeds), context, methods=methods, options=options, progress=progress
+                loaded, out, range(seed, seed + n_seeds), context, methods=methods, options=options,
+                n_processes=processes, progress=progress,
             )
         ),
         "",
@@ -164,7 +180,7 @@ def bias(
             )
         )  # fmt: skip
     start = time.perf_counter()
-    with _bars(1, out) as report:
+    with _reported(1, out) as report:
         found = study(loaded, out, context, options, tolerance=tolerance, progress=report)
     paths = write_outputs(out, found, notice=QUICK if quick else "")
     seconds = time.perf_counter() - start
@@ -360,54 +376,34 @@ def _check_folder(out: Path) -> None:
 
 
 @contextmanager
-def _bars(total: int, out: Path) -> Iterator[Callable[[int, int, str], None]]:
-    """A bar, told about by (finished, total, what begins); errors and interruptions in clear words."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+def _reported(total: int, out: Path) -> Iterator[Reporter]:
+    """How far a command is; errors and interruptions in clear words."""
+    from debiased_laplace.evaluation.progress import Reporter
 
-    messages = Console(stderr=True)
-    columns = (TextColumn("{task.description:<34}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=messages) as bars:
-        bar = bars.add_task("", total=total)
-
-        def report(finished: int, total: int, step: str) -> None:
-            bars.update(bar, completed=finished, total=total, description=step)
-
+    with Reporter(total) as reporter:
         try:
             with _clear_errors():
-                yield report
+                yield reporter
         except KeyboardInterrupt:
-            messages.print(f"Interrupted. What is finished is kept in {out}: run the same command to go on.")
+            reporter.console.print(f"Interrupted. What is finished is kept in {out}: run the same command to go on.")
             raise typer.Exit(130) from None
-        (done,) = bars.tasks
-        bars.update(bar, completed=done.total, description="done")
 
 
 def _evaluate(
     out: Path, n_seeds: int, quick: bool,
     work: Callable[[Callable[[int, str], None]], dict[str, Any]], title: str,
 ) -> None:  # fmt: skip
-    """Run with bars, write the files, show the answer and the short tables."""
-    start = time.perf_counter()
-    kept: list[int] = []
-    with _bars(n_seeds, out) as report:
-        finished, current = 0, None
+    """Run and tell how far it is, write the files, show the answer and the short tables."""
+    from debiased_laplace.evaluation.progress import Seeds
 
-        def progress(seed: int, step: str) -> None:
-            nonlocal finished, current
-            if current is not None and seed != current:
-                finished += 1
-            current = seed
-            if step == "kept":
-                kept.append(seed)
-            report(finished, n_seeds, f"seed {seed}: {step}")
-
-        summary = work(progress)
+    with _reported(n_seeds, out) as reporter:
+        seeds = Seeds(reporter, n_seeds)
+        summary = work(seeds)
     from debiased_laplace.evaluation.demo import QUICK
     from debiased_laplace.evaluation.report import write_outputs
 
     paths = write_outputs(out, summary, title=title, notice=QUICK if quick else "")
-    _show(summary, paths, len(kept), time.perf_counter() - start, quick)
+    _show(summary, paths, len(seeds.kept), reporter.elapsed, quick)
 
 
 def _show(summary: dict[str, Any], paths: dict[str, Path], reused: int, seconds: float, quick: bool) -> None:

@@ -93,6 +93,8 @@ class Gradients:
             weights = torch.einsum("ngi,rgoi->rngo", self.inputs[..., 0].square(), scales)
             vectors = self.vectors[..., 0].transpose(1, 2)  # [N or 1, V, G, o]
             return (vectors * weights[:, :, None]).flatten(3) @ vectors.flatten(2).mT
+        if 2 * len(scales) > n_vectors + 1:
+            return self._covariances_of_pairs(scales)
         covariances = scales.new_zeros(len(scales), n, n_vectors, n_vectors)
         roots = scales.sqrt()[:, :, None]
         for part, some, formed in self._pieces():
@@ -100,6 +102,22 @@ class Gradients:
                 own = root[:, :, some]
                 weighted = (formed * own if len(roots) > 1 else formed.mul_(own)).flatten(3)
                 covariance[part] += (weighted @ weighted.mT).sum(1)
+        return covariances
+
+    def _covariances_of_pairs(self, scales: Tensor) -> Tensor:
+        """The same for many scales: products of all pairs of vectors, once, and their sums with all scales."""
+        n, n_vectors = len(self.inputs), self.vectors.shape[2]
+        first, second = torch.triu_indices(n_vectors, n_vectors, device=scales.device)
+        upper = scales.new_zeros(n, len(first), len(scales))
+        for part, some, formed in self._pieces():
+            weights = scales[:, :, some].flatten(1).mT.contiguous()
+            for own in _data.slices(
+                len(formed), max(1, len(formed) // n_vectors)
+            ):  # V / 2 times as large as what it is made of
+                rows = formed[own].transpose(1, 2).flatten(2)  # [n, V, G * o * i]
+                upper[part][own] += (rows[:, first] * rows[:, second]) @ weights
+        covariances = scales.new_empty(len(scales), n, n_vectors, n_vectors)
+        covariances[:, :, first, second] = covariances[:, :, second, first] = upper.permute(2, 0, 1)
         return covariances
 
     def variances(self, scales: Tensor) -> Tensor:

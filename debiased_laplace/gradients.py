@@ -305,6 +305,15 @@ class Network:
         """Blocks of parameters that no layer rule covers; their gradients come from ``torch.func``."""
         return [block for block in self.blocks if not block.calls]
 
+    def same_blocks(self, other: Network) -> bool:
+        """Whether backward passes of the one are those of the other: the same model, seen in the same blocks."""
+        return (
+            self.model is other.model
+            and self.shapes == other.shapes
+            and self.blocks == other.blocks
+            and self.layouts == other.layouts
+        )
+
     # -- passes over data ----------------------------------------------------------------------
 
     def factors(self, inputs: _data.Inputs) -> Factors:

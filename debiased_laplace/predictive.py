@@ -44,8 +44,8 @@ def functional_moments(
 
     Args:
         network: The model with its blocks.
-        posteriors: One posterior, or several that differ in everything but the basis (a grid of prior
-            precisions, say); they share all projections.
+        posteriors: One posterior, or several of the same parameters: they share the backward passes, and those of one
+            basis (a grid of prior precisions, say) all projections.
         inputs: N data.
         covariance: The covariance between outputs, or their variances alone (cheaper).
         chunk_size: Data at a time; ``None`` bounds the memory by ``CHUNK_MEMORY``.
@@ -56,14 +56,17 @@ def functional_moments(
     """
     several = not isinstance(posteriors, Posterior)
     grid = [p.normal_form for p in ([posteriors] if isinstance(posteriors, Posterior) else posteriors)]
-    basis = grid[0].gradient_basis
-    if any(p.gradient_basis is not basis for p in grid):  # priors that turn the directions: nothing to share
-        moments = [functional_moments(network, p, inputs, covariance=covariance, chunk_size=chunk_size) for p in grid]
-        return moments[0][0], torch.stack([spread for _, spread in moments])
+    groups: dict[int, list[int]] = {}
+    for index, posterior in enumerate(grid):
+        groups.setdefault(id(posterior.gradient_basis), []).append(index)
+    order = torch.tensor([index for group in groups.values() for index in group]).argsort()
     means, spreads = [], []
-    for mean, parts in _part_spreads(network, grid, inputs, covariance=covariance, chunk_size=chunk_size):
+    for mean, found in _part_spreads(
+        network, [[grid[index] for index in group] for group in groups.values()], inputs, covariance=covariance,
+        chunk_size=chunk_size,
+    ):  # fmt: skip
         means.append(mean)
-        spreads.append(sum(parts, torch.zeros((), device=mean.device)).to(network.dtype))
+        spreads.append(torch.cat([sum(parts).to(network.dtype) for parts in found])[order])
     mean, spread = torch.cat(means), torch.cat(spreads, 1)
     return mean, spread if several else spread[0]
 
@@ -92,8 +95,8 @@ def part_variances(
     """
     grid = [replace(posterior, prior_precision=p.reshape(1)) for p in _checks.prior_precisions(prior_precisions)]
     means, spreads = [], []
-    for mean, parts in _part_spreads(
-        network, [p.normal_form for p in grid], inputs, covariance=False, chunk_size=chunk_size
+    for mean, (parts,) in _part_spreads(
+        network, [[p.normal_form for p in grid]], inputs, covariance=False, chunk_size=chunk_size
     ):
         means.append(mean)
         spreads.append(torch.stack([part.to(network.dtype) for part in parts], 1))
@@ -101,41 +104,46 @@ def part_variances(
 
 
 def _part_spreads(
-    network: Network, grid: Sequence[Posterior], inputs: _data.Inputs, *, covariance: bool, chunk_size: int | None
-) -> Iterator[tuple[Tensor, Iterator[Tensor]]]:
-    """Chunk after chunk the outputs ``[n, C]``, and part after part its (co)variances, ``[R, n, C]`` (``[..., C]``).
+    network: Network, grids: Sequence[Sequence[Posterior]], inputs: _data.Inputs, *, covariance: bool,
+    chunk_size: int | None,
+) -> Iterator[tuple[Tensor, Iterator[Iterator[Tensor]]]]:  # fmt: skip
+    """Chunk after chunk the outputs ``[n, C]``, and for every basis part after part its (co)variances.
 
     Args:
         network: The model with its blocks.
-        grid: R posteriors in their normal forms, of one basis.
+        grids: For every basis R posteriors in their normal forms.
         inputs: Data.
-        covariance: The covariance between outputs, or their variances alone.
+        covariance: The covariance between outputs, ``[R, n, C, C]``, or their variances alone, ``[R, n, C]``.
         chunk_size: Data at a time.
     """
-    basis = grid[0].gradient_basis
-    scales = basis.split(torch.stack([p.precisions for p in grid]).reciprocal())
-    priors = None if basis.complete else _prior_variances(grid)
+    bases = [grid[0].gradient_basis for grid in grids]
+    scales = [
+        basis.split(torch.stack([p.precisions for p in grid]).reciprocal())
+        for basis, grid in zip(bases, grids, strict=True)
+    ]
+    priors = [None if basis.complete else _prior_variances(grid) for basis, grid in zip(bases, grids, strict=True)]
     _checks.chunk_size(chunk_size)
     if chunk_size is None:
         shared = network.is_head and not covariance  # its unit vectors are the same for all data
-        dense = any(isinstance(part, DenseBasis) for part in basis.parts)
+        dense = any(isinstance(part, DenseBasis) for basis in bases for part in basis.parts)
         chunk_size = network.chunk_size(CHUNK_MEMORY, 0 if shared else network.n_outputs, formed=dense)
 
-    def contracted(projections: Iterator[tuple[Projected, list[Gradients]]]) -> Iterator[Tensor]:
+    def contracted(which: int, projections: Iterator[tuple[Projected, list[Gradients]]]) -> Iterator[Tensor]:
         for index, (projected, raw) in enumerate(projections):
             contract = projected.covariances if covariance else projected.variances
-            if not raw or priors is None:
-                yield contract(scales[index])
+            own, of_prior = scales[which][index], priors[which]
+            if not raw or of_prior is None:
+                yield contract(own)
                 continue
-            along, prior = priors[index]  # J J^T / delta - Z^T (1 / delta - h) Z, in the precision of the part
-            spread = -contract(along - scales[index])
+            along, prior = of_prior[index]  # J J^T / delta - Z^T (1 / delta - h) Z, in the precision of the part
+            spread = -contract(along - own)
             for factors, variance in zip(raw, prior, strict=True):
                 spread = spread + (factors.covariances if covariance else factors.variances)(variance)
             yield spread
 
     for chunk in _data.slices(_data.count(inputs), chunk_size):
-        mean, projections = _project(network, basis, _data.take(inputs, chunk))
-        yield mean, contracted(projections)
+        mean, projections = _project(network, bases, _data.take(inputs, chunk))
+        yield mean, (contracted(which, own) for which, own in enumerate(projections))
 
 
 def _prior_variances(grid: Sequence[Posterior]) -> list[tuple[Tensor, list[Tensor]]]:
@@ -156,7 +164,7 @@ def joint_covariance(network: Network, posterior: Posterior, inputs: _data.Input
     basis = posterior.gradient_basis
     scales = posterior.precisions.reciprocal().split(basis.sizes)
     priors = None if basis.complete else _prior_variances([posterior])
-    mean, projections = _project(network, basis, inputs)
+    mean, (projections,) = _project(network, [basis], inputs)
     covariance = torch.zeros(mean.numel(), mean.numel(), device=mean.device, dtype=torch.float64)
     for index, (projected, raw) in enumerate(projections):
         weights = scales[index]
@@ -213,16 +221,20 @@ def weight_samples(network: Network, mean: Tensor, deviations: Tensor, inputs: _
 
 
 def _project(
-    network: Network, basis: Basis, inputs: _data.Inputs
-) -> tuple[Tensor, Iterator[tuple[Projected, list[Gradients]]]]:
-    """Outputs, and part after part the projected unit vectors (with the raw ones of its blocks if it is incomplete)."""
+    network: Network, bases: Sequence[Basis], inputs: _data.Inputs
+) -> tuple[Tensor, Iterator[Iterator[tuple[Projected, list[Gradients]]]]]:
+    """Outputs, and for every basis part after part the projected unit vectors.
+
+    With them come the raw ones of its blocks where a part is incomplete. One forward pass and one set of backward
+    passes serve all bases; the projections have to be used in their order.
+    """
     factors = network.factors(inputs)
     vectors = factors.backpropagate_all(unit_vectors(factors.outputs))
 
-    def parts() -> Iterator[tuple[Projected, list[Gradients]]]:
+    def parts(basis: Basis, last: bool) -> Iterator[tuple[Projected, list[Gradients]]]:
         for part, own in zip(basis.parts, basis.members, strict=True):
             a, g = [factors.inputs(network.blocks[i]) for i in own], [vectors[i] for i in own]
-            for i in own:
+            for i in own if last else ():
                 vectors[i] = vectors[i].new_empty(0)
             projected = part.project_gradients(part.prepare_inputs(a, g[0].shape[2]), g, unit=network.is_head)
             raw: list[Gradients] = []
@@ -232,4 +244,4 @@ def _project(
                 raw = [Gradients(*factors) for factors in zip(a, g, strict=True)]
             yield projected, raw
 
-    return factors.outputs.to(network.dtype), parts()
+    return factors.outputs.to(network.dtype), (parts(basis, basis is bases[-1]) for basis in bases)

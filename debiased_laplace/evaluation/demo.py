@@ -19,6 +19,8 @@ from debiased_laplace.evaluation.tasks import Context, Task
 
 #: Seeds of the demonstration, and of the quick one.
 N_SEEDS, N_SEEDS_QUICK = 8, 2
+#: A weak, a middle and the strongest shift of each kind.
+SEVERITIES = (1, 3, 5)
 #: What would take longer than all else together is left to ``debiased-laplace evaluate digits``.
 LEFT_OUT = ("laplace-torch", "ensemble")
 QUICK = "This was a quick run on few data: it shows that everything works, and decides nothing."
@@ -36,6 +38,7 @@ def demo(
     device: torch.device | str = "cpu",
     quick: bool = False,
     n_seeds: int | None = None,
+    n_processes: int = 1,
     progress: Callable[[int, str], None] = lambda seed, step: None,
 ) -> dict[str, Any]:
     """Run all seeds of the digits.
@@ -46,7 +49,8 @@ def demo(
         device: Where the models run.
         quick: Two seeds and a shorter training.
         n_seeds: Another number of seeds.
-        progress: Called with the seed and what begins; ``"kept"`` for a seed that was there.
+        n_processes: Seeds at a time, each in a process of its own, as in :func:`~debiased_laplace.evaluation.suite.run`.
+        progress: Called with the seed and what begins.
 
     Returns:
         The summary of all seeds.
@@ -57,6 +61,6 @@ def demo(
     with one_thread():
         records = run(
             task, out, range(seed, seed + n_seeds), context, methods=demo_methods(task),
-            options=Options(n_resamples=200), progress=progress,
+            options=Options(n_resamples=200, severities=SEVERITIES), n_processes=n_processes, progress=progress,
         )  # fmt: skip
     return summarise(records)

@@ -61,6 +61,7 @@ class Options:
         n_resamples: Bootstrap resamples.
         distance_inputs: Number of test inputs for the distance to the reference.
         distance_prior_precision: Prior precision at which it is measured, besides the reference's tuned one.
+        severities: Of shifts that have severities these alone, ``None`` for all.
     """
 
     grid_size: int = 46
@@ -69,6 +70,7 @@ class Options:
     n_resamples: int = 1000
     distance_inputs: int = 500
     distance_prior_precision: float = 1.0
+    severities: tuple[int, ...] | None = None
 
     @property
     def search(self) -> dict[str, Any]:

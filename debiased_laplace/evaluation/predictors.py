@@ -22,7 +22,6 @@ from torch import Tensor, nn
 
 from debiased_laplace import DebiasedLaplace, _data
 from debiased_laplace._guards import evaluation_mode
-from debiased_laplace.basis import Basis
 from debiased_laplace.evaluation.metrics import ROW_SUM_TOLERANCE, entropy, foreignness
 from debiased_laplace.gradients import Network
 from debiased_laplace.likelihoods import Likelihood
@@ -240,27 +239,27 @@ def _outputs(model: nn.Module, inputs: _data.Inputs) -> Tensor:
 
 
 class Shared:
-    """Posteriors that differ in everything but the basis share the projections of a batch."""
+    """Posteriors of the same parameters of a model share the backward passes for a batch."""
 
     def __init__(self) -> None:
-        self._members: list[tuple[Basis, Posterior, bool]] = []
+        self._members: list[tuple[Network, Posterior, bool]] = []
         self._inputs: Any = None
         self._versions: list[int] = []
         self._moments: dict[int, tuple[Tensor, Tensor]] = {}
 
-    def add(self, posterior: Posterior, covariance: bool = False) -> int:
+    def add(self, network: Network, posterior: Posterior, covariance: bool = False) -> int:
         """A place for a posterior, of which variances or covariances are wanted."""
-        self._members.append((posterior.basis, posterior, covariance))
+        self._members.append((network, posterior, covariance))
         return len(self._members) - 1
 
-    def moments(self, index: int, network: Network, inputs: _data.Inputs) -> tuple[Tensor, Tensor]:
+    def moments(self, index: int, inputs: _data.Inputs) -> tuple[Tensor, Tensor]:
         """Mean and (co)variance of the outputs under one of the posteriors."""
         versions = [leaf._version for leaf in _data.tensors(inputs)]  # a loader may fill one buffer again and again
         if self._inputs is not inputs or self._versions != versions:
             self._inputs, self._versions, self._moments = inputs, versions, {}
         if index not in self._moments:
-            basis = self._members[index][0]
-            own = [i for i, (other, _, _) in enumerate(self._members) if other is basis]
+            network = self._members[index][0]
+            own = [i for i, (other, _, _) in enumerate(self._members) if other.same_blocks(network)]
             covariance = any(self._members[i][2] for i in own)  # costs hardly more than variances
             mean, spreads = functional_moments(
                 network, [self._members[i][1] for i in own], inputs, covariance=covariance
@@ -276,17 +275,17 @@ class LaplacePredictor:
 
     Args:
         la: A fitted and tuned posterior.
-        shared: Where posteriors with the same basis find each other, so that a batch is projected once for all.
+        shared: Where posteriors of the same parameters find each other, so that the backward passes of a batch serve all.
         n_samples: Draws for the mutual information; with the Monte Carlo link they are its own, as many as by default.
     """
 
     def __init__(self, la: DebiasedLaplace, shared: Shared | None = None, *, n_samples: int = N_SAMPLES) -> None:
-        self.network, self.likelihood = la.network, la.output_likelihood
+        self.likelihood = la.output_likelihood
         self.link, self.output_temperature = la.link or "probit", la.output_temperature
         self.noise_variance = la.sigma_noise.detach().double().square()
         self.covariance = not self.likelihood.is_regression and self.likelihood.needs_covariance(self.link)
         self.shared = shared or Shared()
-        self.index = self.shared.add(la.posterior, self.covariance)
+        self.index = self.shared.add(la.network, la.posterior, self.covariance)
         generator = torch.Generator().manual_seed(la.seed)
         size = 100 if self.link == "mc" else n_samples
         self.normals = standard_normals((size, la.n_outputs), la.posterior.mean, generator)
@@ -294,7 +293,7 @@ class LaplacePredictor:
     def __call__(self, inputs: _data.Inputs) -> Prediction:
         """Predict a batch."""
         likelihood: Likelihood = self.likelihood
-        mean, spread = self.shared.moments(self.index, self.network, inputs)
+        mean, spread = self.shared.moments(self.index, inputs)
         variances = spread.diagonal(dim1=-2, dim2=-1) if self.covariance else spread
         if likelihood.is_regression:
             total = variances.double() + self.noise_variance.to(variances.device)

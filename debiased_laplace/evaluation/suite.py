@@ -12,7 +12,7 @@ import math
 import shutil
 import time
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -40,6 +40,7 @@ from debiased_laplace.evaluation.predictors import (
     tuned_noise,
     tuned_temperature,
 )
+from debiased_laplace.evaluation.processes import spread
 from debiased_laplace.evaluation.tasks import Context, Task, TaskError
 from debiased_laplace.likelihoods import resolve_likelihood
 from debiased_laplace.predictive import functional_moments
@@ -83,6 +84,7 @@ def run(
     *,
     methods: Sequence[Method] | None = None,
     options: Options | None = None,
+    n_processes: int = 1,
     progress: Callable[[int, str], None] = lambda seed, step: None,
 ) -> list[dict[str, Any]]:
     """One record for each seed; each is written when it is complete, and those there already are kept.
@@ -94,33 +96,51 @@ def run(
         context: For the task's functions; its seed is replaced.
         methods: :func:`standard_methods` by default.
         options: How to tune and judge.
-        progress: Called with the seed and what begins; ``"kept"`` for a record that was there.
+        n_processes: Seeds at a time, each in a process of its own with one thread; 1 for none but this one. A script
+            that asks for more needs the usual ``if __name__ == "__main__":``.
+        progress: Called with the seed and what begins, as ``"stage: detail"``; ``"kept"`` for a record that was there,
+            ``"done"`` for one that was made.
+
+    Raises:
+        RuntimeError: If a process is killed.
     """
     options = options or Options()
     if methods is None:
         methods = methods_of(task)
     check_methods(methods)
+    work = partial(_seed, task.source if n_processes > 1 else task, folder, context, methods, options)
+    if n_processes > 1:
+        return spread(work, list(seeds), n_processes, progress)
+    return [work(seed, partial(progress, seed)) for seed in seeds]
+
+
+def _seed(
+    task: Task | str, folder: Path, context: Context, methods: Sequence[Method], options: Options, seed: int,
+    progress: Callable[[str], None],
+) -> dict[str, Any]:  # fmt: skip
+    """The record of one seed, made or found; a process of its own loads the task anew."""
+    if isinstance(task, str):
+        torch.set_num_threads(1)
+        task = Task.load(task)
     settings = settings_of(task, methods, options, context)
-    found = []
-    for seed in seeds:
-        record = records.load_record(folder, seed, settings)
-        if record is None:
-            work = folder / "work" / f"seed-{seed}-{records.digest(settings)}"
-            with global_random_state():
-                record = _record(task, replace(context, seed=seed), methods, options, settings, work, progress)
-            records.write_json(records.record_path(folder, seed, settings), record)
-            shutil.rmtree(work, ignore_errors=True)
-        else:
-            progress(seed, "kept")
-        found.append(record)
-    return found
+    record = records.load_record(folder, seed, settings)
+    if record is not None:
+        progress("kept")
+        return record
+    work = folder / "work" / f"seed-{seed}-{records.digest(settings)}"
+    with global_random_state():
+        record = _record(task, replace(context, seed=seed), methods, options, settings, work, progress)
+    records.write_json(records.record_path(folder, seed, settings), record)
+    shutil.rmtree(work, ignore_errors=True)
+    progress("done")
+    return record
 
 
 def _record(
     task: Task, context: Context, methods: Sequence[Method], options: Options, settings: dict[str, Any], work: Path,
-    progress: Callable[[int, str], None],
+    progress: Callable[[str], None],
 ) -> dict[str, Any]:  # fmt: skip
-    progress(context.seed, "model")
+    progress("model")
     start = time.perf_counter()
     model = task.model(context)
     seconds = {"model": time.perf_counter() - start}
@@ -133,7 +153,7 @@ def _record(
     predictors: dict[str, Predictor] = {}
     about: dict[str, Any] = {}
     for method in methods:
-        progress(context.seed, method.name)
+        progress(f"fit: {method.name}")
         (predictor, result), told = _heard(partial(bench.prepare, method))
         result["warnings"] = sorted({*told, *result.get("warnings", ())})
         about[method.name] = {"kind": method.kind, "role": method.role, "description": method.description} | result
@@ -145,16 +165,16 @@ def _record(
     names = {method.role: method.name for method in methods if method.role}
     against = [MAP, TEMPERATURE, *(names[role] for role in ("baseline", "reference") if role in names), "laplace-torch"]
     result = evaluate(
-        predictors, *_loaders(task, context),
+        predictors, *_loaders(task, context, options.severities),
         compare_with=list(dict.fromkeys(against)), highlight=names.get("candidate"),
         images=task.definition.images if task.has("images") else None,
         target_scale=target_scale,
         n_resamples=options.n_resamples, folder=work / "predictions",
-        progress=lambda title: progress(context.seed, f"predict: {title}"),
+        progress=lambda title: progress(f"predict: {title}"),
     )  # fmt: skip
     for name, predicted in result.pop("predictors").items():
         about[name]["seconds"] |= predicted["seconds"]
-    progress(context.seed, "distances")
+    progress("distances")
     return {
         "schema_version": records.SCHEMA_VERSION,
         "task": {
@@ -172,11 +192,17 @@ def _record(
     } | result  # fmt: skip
 
 
-def _loaders(task: Task, context: Context) -> tuple[Any, Any, Any]:
-    """Test, shifted and foreign data, made anew."""
+def _loaders(task: Task, context: Context, severities: Sequence[int] | None = None) -> tuple[Any, Any, Any]:
+    """Test, shifted and foreign data, made anew; of shifts that have severities some of these."""
+    shifted = task.call("shifted_loaders", context) if task.has("shifted_loaders") else None
+    if shifted and severities is not None:
+        shifted = {
+            name: {s: own[s] for s in own if s in severities} if isinstance(own, Mapping) else own
+            for name, own in shifted.items()
+        }
     return (
         task.call("test_loader", context),
-        task.call("shifted_loaders", context) if task.has("shifted_loaders") else None,
+        shifted,
         task.call("ood_loaders", context) if task.has("ood_loaders") else None,
     )
 
