@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from debiased_laplace.blocks import Block, flatten, unflatten
-from debiased_laplace.contractions import Gradients, rotate
+from debiased_laplace.contractions import Gradients, covariances_of_rows, many_scales, rotate
 
 
 class Projected(Protocol):
@@ -263,7 +263,10 @@ class DenseProjection:
 
     def covariances(self, scales: Tensor) -> Tensor:
         """``[R, rank] -> [R, N, V, V]``."""
-        return (self.values * scales.to(self.values.dtype)[:, None, None]) @ self.values.mT
+        scales = scales.to(self.values.dtype)
+        if many_scales(scales, self.values.shape[1]):
+            return covariances_of_rows(self.values, scales)
+        return (self.values * scales[:, None, None]) @ self.values.mT
 
     def variances(self, scales: Tensor) -> Tensor:
         """``[R, rank] -> [R, N, V]``."""

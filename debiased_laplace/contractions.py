@@ -93,7 +93,7 @@ class Gradients:
             weights = torch.einsum("ngi,rgoi->rngo", self.inputs[..., 0].square(), scales)
             vectors = self.vectors[..., 0].transpose(1, 2)  # [N or 1, V, G, o]
             return (vectors * weights[:, :, None]).flatten(3) @ vectors.flatten(2).mT
-        if 2 * len(scales) > n_vectors + 1:
+        if many_scales(scales, n_vectors):
             return self._covariances_of_pairs(scales)
         covariances = scales.new_zeros(len(scales), n, n_vectors, n_vectors)
         roots = scales.sqrt()[:, :, None]
@@ -105,19 +105,11 @@ class Gradients:
         return covariances
 
     def _covariances_of_pairs(self, scales: Tensor) -> Tensor:
-        """The same for many scales: products of all pairs of vectors, once, and their sums with all scales."""
-        n, n_vectors = len(self.inputs), self.vectors.shape[2]
-        first, second = torch.triu_indices(n_vectors, n_vectors, device=scales.device)
-        upper = scales.new_zeros(n, len(first), len(scales))
+        covariances = scales.new_zeros(len(scales), len(self.inputs), *2 * (self.vectors.shape[2],))
         for part, some, formed in self._pieces():
-            weights = scales[:, :, some].flatten(1).mT.contiguous()
-            for own in _data.slices(
-                len(formed), max(1, len(formed) // n_vectors)
-            ):  # V / 2 times as large as what it is made of
-                rows = formed[own].transpose(1, 2).flatten(2)  # [n, V, G * o * i]
-                upper[part][own] += (rows[:, first] * rows[:, second]) @ weights
-        covariances = scales.new_empty(len(scales), n, n_vectors, n_vectors)
-        covariances[:, :, first, second] = covariances[:, :, second, first] = upper.permute(2, 0, 1)
+            covariances[:, part] += covariances_of_rows(
+                formed.transpose(1, 2).flatten(2), scales[:, :, some].flatten(1)
+            )
         return covariances
 
     def variances(self, scales: Tensor) -> Tensor:
@@ -266,6 +258,27 @@ class Gradients:
                 buffer = buffer.resize_(math.prod(shape))
                 torch.matmul(vectors.flatten(2, 3), inputs, out=buffer.view(*shape[:2], -1, width))
                 yield part, some, buffer.view(shape)
+
+
+def many_scales(scales: Tensor, n_vectors: int) -> bool:
+    """Whether there are more of them than pairs of vectors for each vector, so that pairs are the cheaper order."""
+    return 2 * len(scales) > n_vectors + 1
+
+
+def covariances_of_rows(rows: Tensor, scales: Tensor) -> Tensor:
+    """``Z diag(h) Z^T`` for ``Z: [N, V, k]`` and many ``h: [R, k]``, as ``[R, N, V, V]``.
+
+    Products of all pairs of rows are formed once, for some data at a time (V / 2 times as large as their rows), and
+    summed with all scales in one product of matrices.
+    """
+    n, n_vectors, _ = rows.shape
+    first, second = torch.triu_indices(n_vectors, n_vectors, device=rows.device)
+    upper = torch.cat(
+        [(own[:, first] * own[:, second]) @ scales.mT for own in rows.split(max(1, n // n_vectors))]
+    ).permute(2, 0, 1)
+    covariances = rows.new_empty(len(scales), n, n_vectors, n_vectors)
+    covariances[:, :, first, second] = covariances[:, :, second, first] = upper
+    return covariances
 
 
 def rotate(rotation: Tensor, columns: Tensor) -> Tensor:

@@ -18,9 +18,14 @@ from debiased_laplace.evaluation.summary import summarise
 from debiased_laplace.evaluation.tasks import Context, Task
 
 #: Seeds of the demonstration, and of the quick one.
-N_SEEDS, N_SEEDS_QUICK = 8, 2
-#: A weak, a middle and the strongest shift of each kind.
-SEVERITIES = (1, 3, 5)
+N_SEEDS, N_SEEDS_QUICK = 6, 2
+#: A weak, a middle and the strongest shift of each kind, and one kind of images that are no digits.
+CONDITIONS = (
+    *(f"{name} {severity}" for name in ("noise", "rotation", "blur", "contrast") for severity in (1, 3, 5)),
+    "shuffled digits",
+)
+#: Shifted and foreign images of a seed; what differs between seeds is far more than what more images would average.
+N_SHIFTED = 270
 #: What would take longer than all else together is left to ``debiased-laplace evaluate digits``.
 LEFT_OUT = ("laplace-torch", "ensemble")
 QUICK = "This was a quick run on few data: it shows that everything works, and decides nothing."
@@ -49,7 +54,7 @@ def demo(
         device: Where the models run.
         quick: Two seeds and a shorter training.
         n_seeds: Another number of seeds.
-        n_processes: Seeds at a time, each in a process of its own, as in :func:`~debiased_laplace.evaluation.suite.run`.
+        n_processes: Seeds at a time, each in a process of its own; see :func:`~debiased_laplace.evaluation.suite.run`.
         progress: Called with the seed and what begins.
 
     Returns:
@@ -61,6 +66,7 @@ def demo(
     with one_thread():
         records = run(
             task, out, range(seed, seed + n_seeds), context, methods=demo_methods(task),
-            options=Options(n_resamples=200, severities=SEVERITIES), n_processes=n_processes, progress=progress,
+            options=Options(n_resamples=200, conditions=CONDITIONS, n_shifted=N_SHIFTED), n_processes=n_processes,
+            progress=progress,
         )  # fmt: skip
     return summarise(records)

@@ -61,7 +61,8 @@ class Options:
         n_resamples: Bootstrap resamples.
         distance_inputs: Number of test inputs for the distance to the reference.
         distance_prior_precision: Prior precision at which it is measured, besides the reference's tuned one.
-        severities: Of shifts that have severities these alone, ``None`` for all.
+        conditions: Titles of the shifted and foreign data to use, such as ``"noise 3"``; ``None`` for all.
+        n_shifted: Of each of these the first so many; ``None`` for all.
     """
 
     grid_size: int = 46
@@ -70,7 +71,8 @@ class Options:
     n_resamples: int = 1000
     distance_inputs: int = 500
     distance_prior_precision: float = 1.0
-    severities: tuple[int, ...] | None = None
+    conditions: tuple[str, ...] | None = None
+    n_shifted: int | None = None
 
     @property
     def search(self) -> dict[str, Any]:

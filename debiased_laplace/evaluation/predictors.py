@@ -275,7 +275,7 @@ class LaplacePredictor:
 
     Args:
         la: A fitted and tuned posterior.
-        shared: Where posteriors of the same parameters find each other, so that the backward passes of a batch serve all.
+        shared: Where posteriors of the same parameters find each other, so that one set of backward passes serves all.
         n_samples: Draws for the mutual information; with the Monte Carlo link they are its own, as many as by default.
     """
 

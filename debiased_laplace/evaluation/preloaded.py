@@ -1,4 +1,4 @@
-"""What a server of processes imports before it forks: the suite, without the remarks of third parties at their import."""
+"""What a server of processes imports before it forks: the suite, without what third parties remark at their import."""
 
 import warnings
 

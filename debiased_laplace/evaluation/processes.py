@@ -75,8 +75,8 @@ def spread(
                     if index not in results:
                         raise RuntimeError(
                             f"Expected a result for {items[index]!r}, got none: its process ended with exit code "
-                            f"{process.exitcode}. Was it killed for want of memory? Use fewer processes, and run again: "
-                            "what was finished is kept."
+                            f"{process.exitcode}. Was it killed for want of memory? Use fewer processes and run again: "
+                            "what is finished is kept."
                         ) from None
                     continue
                 if kind == "told":

@@ -12,7 +12,7 @@ import math
 import shutil
 import time
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -165,7 +165,7 @@ def _record(
     names = {method.role: method.name for method in methods if method.role}
     against = [MAP, TEMPERATURE, *(names[role] for role in ("baseline", "reference") if role in names), "laplace-torch"]
     result = evaluate(
-        predictors, *_loaders(task, context, options.severities),
+        predictors, *_loaders(task, context, options),
         compare_with=list(dict.fromkeys(against)), highlight=names.get("candidate"),
         images=task.definition.images if task.has("images") else None,
         target_scale=target_scale,
@@ -192,19 +192,32 @@ def _record(
     } | result  # fmt: skip
 
 
-def _loaders(task: Task, context: Context, severities: Sequence[int] | None = None) -> tuple[Any, Any, Any]:
-    """Test, shifted and foreign data, made anew; of shifts that have severities some of these."""
-    shifted = task.call("shifted_loaders", context) if task.has("shifted_loaders") else None
-    if shifted and severities is not None:
-        shifted = {
-            name: {s: own[s] for s in own if s in severities} if isinstance(own, Mapping) else own
-            for name, own in shifted.items()
-        }
-    return (
-        task.call("test_loader", context),
-        shifted,
-        task.call("ood_loaders", context) if task.has("ood_loaders") else None,
-    )
+def _loaders(task: Task, context: Context, options: Options | None = None) -> tuple[Any, Any, Any]:
+    """Test, shifted and foreign data, made anew; of the latter two those that the options ask for."""
+    options = options or Options()
+    shifted: dict[str, Any] = task.call("shifted_loaders", context) if task.has("shifted_loaders") else {}
+    foreign: dict[str, Any] = task.call("ood_loaders", context) if task.has("ood_loaders") else {}
+
+    def chosen(loaders: Mapping[Any, Any], title: str = "{}") -> dict[Any, Any]:
+        found: dict[Any, Any] = {}
+        for key, own in loaders.items():
+            if isinstance(own, Mapping):
+                found |= {key: several} if (several := chosen(own, f"{key} {{}}")) else {}
+            elif options.conditions is None or title.format(key) in options.conditions:
+                found[key] = own if options.n_shifted is None else _First(own, options.n_shifted)
+        return found
+
+    return task.call("test_loader", context), chosen(shifted), chosen(foreign)
+
+
+class _First:
+    """The first n data of a loader, again and again."""
+
+    def __init__(self, loader: Iterable[Any], n: int) -> None:
+        self.loader, self.n = loader, n
+
+    def __iter__(self) -> Iterator[tuple[Any, Tensor]]:
+        return _data.head(self.loader, self.n)
 
 
 def check_task(task: Task, model: nn.Module, context: Context) -> None:
@@ -376,9 +389,14 @@ class _Bench:
         inputs = _first(self.task.call("test_loader", self.context), self.options.distance_inputs)
         at = {"tuned": _typical_prior(self.fits[reference]), "equal": self.options.distance_prior_precision}
         noise = self.fits[reference].posterior.noise_variance
-        logarithms = {
-            name: self._log_variances(self.fits[name], list(at.values()), noise, inputs) for name in roles.values()
-        }
+        # The noise is tuned for each: no part of a distance. One set of backward passes for all of them.
+        grid = [
+            replace(self.fits[name].posterior, noise_variance=noise, prior_precision=torch.tensor([value]).double())
+            for name in roles.values()
+            for value in at.values()
+        ]
+        variances = functional_moments(self.fits[reference].network, grid, inputs, covariance=False)[1]
+        logarithms = dict(zip(roles.values(), variances.cpu().double().log().split(len(at)), strict=True))
         weights = bootstrap.resample_weights(_data.count(inputs), self.options.n_resamples, 0)
         found: dict[str, Any] = {}
         for index, (where, value) in enumerate(at.items()):
@@ -390,12 +408,6 @@ class _Bench:
                 for name, own in ratios.items()
             }  # fmt: skip
         return found
-
-    @staticmethod
-    def _log_variances(la: DebiasedLaplace, grid: list[float], noise: Any, inputs: Any) -> Tensor:
-        own = replace(la.posterior, noise_variance=noise)  # tuned for each: no part of a distance
-        several = [replace(own, prior_precision=torch.tensor([v], dtype=torch.float64)) for v in grid]
-        return functional_moments(la.network, several, inputs, covariance=False)[1].cpu().double().log()
 
 
 def _heard(call: Callable[[], _T]) -> tuple[_T, list[str]]:

@@ -259,7 +259,7 @@ def _cost(summary: Mapping[str, Any]) -> Table:
     return Table(
         "Tuning and cost",
         f"Means over {seeds(summary)} (prior precisions: geometric). Seconds. Predicting covers all data of this page; "
-        "posteriors of the same parameters are predicted together, and the time is under the first of them. Getting the "
+        "posteriors of the same parameters are predicted together, and the time is that of the first. Getting the "
         f"network took {summary['seconds']['model']:.1f} s.",
         ["method", "tuned", "fit, s", "tune, s", "predict, s"],
         [("", rows)],
