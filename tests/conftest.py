@@ -2,10 +2,23 @@
 
 from __future__ import annotations
 
+import io
+import os
+
+# Before anything reads them: tests run in as many processes as there are CPUs, and so do those that they start.
+os.environ.update(dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1"))
+
 import pytest
 import torch
+from PIL import Image
+
+from debiased_laplace.evaluation import figures
+from debiased_laplace.evaluation.bias import pictures as bias_pictures
 
 torch.set_num_threads(1)
+
+#: The files that take longest come first, so that no process is left with one of them at the end.
+LONGEST = ("eval", "shipped", "online", "drop_in", "bias", "instruments", "tuning", "evaluation", "suite", "demo")
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 
@@ -27,3 +40,17 @@ def pytest_configure(config: pytest.Config) -> None:
     """Torch's remarks on its own speed are no concern of these tests."""
     for message in ("Using padding='same' with even kernel", "There is a performance drop"):
         config.addinivalue_line("filterwarnings", f"ignore:{message}:UserWarning")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    order = {f"test_{name}.py": place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.name, len(order)))
+
+
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pages and pictures without the drawing, for tests that do not look at figures."""
+    file = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(file, "PNG")
+    for module in (figures, bias_pictures):
+        monkeypatch.setattr(module, "png", lambda figure: file.getvalue())

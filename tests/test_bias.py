@@ -291,6 +291,7 @@ def invoke(*arguments: object) -> Any:
     return CliRunner().invoke(app, ["bias", *(str(argument) for argument in arguments)])
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_the_command(tmp_path: Path) -> None:
     result = invoke(BLOBS, "--quick", "--out", tmp_path / "new")
     assert result.exit_code == 0, result.output
@@ -303,6 +304,7 @@ def test_the_command(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "new" / "bias.json").read_text())["sizes"]["sizes"] == [6, 9]
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_an_interrupted_command_says_how_to_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt

@@ -79,6 +79,7 @@ def test_evaluate(evaluated: SimpleNamespace) -> None:
     assert {path.name for path in out.iterdir()} >= {"records", "work"}
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_evaluate_some_methods_for_some_seeds(tmp_path: Path) -> None:
     result = invoke(
         "evaluate", BLOBS, "--out", tmp_path, "--only", "MAP", "--only", "debiased K-FAC", "--seeds", 2, "--seed", 5

@@ -35,7 +35,7 @@ def quick(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimpleNamespace]
 
 def demonstrated(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     out = tmp_path_factory.mktemp("demo") / "results"
-    arguments = ["demo", "--quick", "--out", str(out), "--seed", "3", "--device", "cpu"]
+    arguments = ["demo", "--quick", "--out", str(out), "--seed", "3", "--device", "cpu", "--processes", "1"]
     state = torch.get_rng_state()
     result = runner.invoke(app, arguments)
     return SimpleNamespace(
@@ -63,7 +63,7 @@ def test_its_numbers_are_sensible(quick: SimpleNamespace) -> None:
     assert len(list((quick.out / "records").glob("seed-*.json"))) == 2
     assert list(results["test"]["scores"]) == NAMES
     shifts = {(entry["name"], entry["severity"]): entry["scores"] for entry in results["shifts"]}
-    assert len(shifts) == 4 * 5
+    assert len(shifts) == 4 * 3
     for name in NAMES:
         assert results["test"]["scores"][name]["accuracy"][0] > 0.93
         assert results["test"]["scores"][name]["nll"][0] < 0.3
@@ -71,13 +71,14 @@ def test_its_numbers_are_sensible(quick: SimpleNamespace) -> None:
             accuracy = [shifts[shift, severity][name]["accuracy"][0] for severity in (1, 3, 5)]
             assert accuracy[0] > accuracy[1] > accuracy[2]
             assert accuracy[1] > 0.4
-        assert {entry["name"] for entry in results["ood"]} == {"shuffled digits", "smooth blobs"}
+        assert {entry["name"] for entry in results["ood"]} == {"shuffled digits"}
         for entry in results["ood"]:
             assert 0.6 < entry["scores"][name]["maximum probability, auroc"][0] < 1
     distances = results["distances"]["equal"]
     assert distances["debiased K-FAC"]["absolute"][0] < distances["single-batch K-FAC"]["absolute"][0] < 1.5
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_finished_seeds_are_kept(quick: SimpleNamespace) -> None:
     before = (quick.out / "results.json").read_text()
     again = runner.invoke(app, quick.arguments)

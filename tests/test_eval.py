@@ -2,19 +2,47 @@
 
 from __future__ import annotations
 
+import io
 import json
+import runpy
 import shutil
 import subprocess
 import sys
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+
+from debiased_laplace.evaluation.shipped import digits
 
 ROOT = Path(__file__).parents[1]
 
 
-def script(name: str, *arguments: str) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, ROOT / "eval" / name, *arguments], capture_output=True, text=True, cwd=ROOT)
+def script(name: str, *arguments: str) -> SimpleNamespace:
+    """A script as the command line would run it, but in this process, which has imported everything already."""
+    code, out, err = 0, io.StringIO(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
+        patch.setattr(sys, "argv", [name, *arguments])
+        patch.syspath_prepend(ROOT / "eval")
+        patch.chdir(ROOT)
+        try:
+            runpy.run_path(str(ROOT / "eval" / name), run_name="__main__")
+        except SystemExit as end:
+            if isinstance(end.code, str):
+                print(end.code, file=err)
+            code = end.code if isinstance(end.code, int) else int(end.code is not None)
+    return SimpleNamespace(returncode=code, stdout=out.getvalue(), stderr=err.getvalue())
+
+
+@pytest.fixture
+def few_digits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sixth of the test data of a quick run, two networks in the ensemble."""
+    monkeypatch.setattr(digits, "QUICK_TEST_FRACTION", 0.025)
+    monkeypatch.setattr(digits, "MEMBERS", 2)
+    digits.split.cache_clear()
+    yield
+    digits.split.cache_clear()
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +54,7 @@ def results(tmp_path_factory) -> Path:
     return out
 
 
-def run_fidelity(out: Path) -> subprocess.CompletedProcess:
+def run_fidelity(out: Path) -> SimpleNamespace:
     return script(
         "fidelity.py", "--networks", "digits-cnn", "--budgets", "16", "64", "--seeds", "2", "--methods",
         "uniform, one batch", "uniform, two batches", "default", "--out", str(out),
@@ -71,7 +99,9 @@ def test_the_report_fills_its_tables(results, tmp_path):
 
 
 def test_without_records_the_report_says_what_to_do(tmp_path):
-    done = script("report.py", "--results", str(tmp_path), "--docs", str(tmp_path))
+    """As a process of its own."""
+    arguments = [sys.executable, "eval/report.py", "--results", str(tmp_path), "--docs", str(tmp_path)]
+    done = subprocess.run(arguments, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 1
     assert "Run eval/fidelity.py first" in done.stderr
 
@@ -82,7 +112,7 @@ def test_data_that_are_not_there():
     assert "folder FashionMNIST/raw in the folder of --data-dir, got None" in done.stderr
 
 
-def test_the_results_of_the_shipped_tasks(tmp_path):
+def test_the_results_of_the_shipped_tasks(tmp_path, few_digits, request):
     docs, out = tmp_path / "docs", tmp_path / "out"
     docs.mkdir()
     shutil.copy(ROOT / "docs" / "results.md", docs)
@@ -99,13 +129,14 @@ def test_the_results_of_the_shipped_tasks(tmp_path):
     assert "<!-- task cifar10 -->" in text  # other parts stay
     assert (docs / "results-digits.png").stat().st_size > 5000
     assert (out / "digits" / "report.html").exists()
+    request.getfixturevalue("undrawn")
     again = script(*arguments)
     assert again.returncode == 0, again.stderr
     assert "digits, seed 0: kept" in again.stderr
     assert (docs / "results.md").read_text() == text
 
 
-def test_the_bias_of_networks(tmp_path):
+def test_the_bias_of_networks(tmp_path, request):
     docs, out = tmp_path / "docs", tmp_path / "out"
     docs.mkdir()
     shutil.copy(ROOT / "docs" / "bias.md", docs)
@@ -116,6 +147,7 @@ def test_the_bias_of_networks(tmp_path):
     text = (docs / "bias.md").read_text()
     assert f"**{record['statement']['answer']}**" in text.split("<!-- bias digits -->")[1].split("<!-- end -->")[0]
     assert (out / "digits" / "bias.html").exists()
+    request.getfixturevalue("undrawn")
     again = script(*arguments)
     assert again.returncode == 0, again.stderr
     assert "conjugate gradients" not in again.stderr  # complete parts are kept

@@ -416,6 +416,7 @@ def test_records_that_do_not_belong_together_are_refused(two: list[dict[str, Any
         summarise([two[0], two[0]])
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_method_that_failed_for_a_seed_is_left_out_and_told(two: list[dict[str, Any]]) -> None:
     changed = copy.deepcopy(two)
     for entry in (changed[1]["test"], *changed[1]["shifts"], *changed[1]["ood"]):
@@ -572,6 +573,7 @@ def test_sentences_of_a_regression(wave: list[dict[str, Any]]) -> None:
         assert with_interval(cell, 3) in said["details"][0]
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_without_a_candidate_nothing_is_compared(two: list[dict[str, Any]]) -> None:
     changed = copy.deepcopy(two)
     for record in changed:
@@ -583,6 +585,7 @@ def test_without_a_candidate_nothing_is_compared(two: list[dict[str, Any]]) -> N
     assert render(found, title="Alone")
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_edges_of_the_grid_are_told(summary: dict[str, Any]) -> None:
     found = copy.deepcopy(summary)
     for name, about in found["predictors"].items():
@@ -803,6 +806,7 @@ def test_files_of_a_regression(wave: list[dict[str, Any]], tmp_path: Path) -> No
     assert Image.open(paths["reliability.png"]).size[0] > 300
 
 
+@pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize("n", [1, 2])
 def test_a_page_with_little_on_it(tmp_path: Path, n: int) -> None:
     """A method or two, no shifts, no foreign data, no pictures."""
@@ -817,6 +821,7 @@ def test_a_page_with_little_on_it(tmp_path: Path, n: int) -> None:
     assert len(tables(found)) == 2 + (n == 2)
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_names_of_others_cannot_change_the_page(tmp_path: Path) -> None:
     bad = ["<script>alert(1)</script>", '\\"><img src=x onerror=alert(1)>', "{{ 7 * 7 }}"]
     task = task_of(

@@ -150,6 +150,7 @@ def test_the_interface(name: str, data_dir: Path, tmp_path: Path) -> None:
 def test_weights_are_kept(name: str, data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     homes = {"digits": digits, "fashion-mnist": fashion_mnist, "cifar10-all-cnn-c": all_cnn_c, "uci-energy": uci}
     task, home = load(name), homes[name]
+    monkeypatch.setattr(all_cnn_c, "network", small_network)
     context: dict[str, Any] = {"data_dir": data_dir, "cache": tmp_path / "new", "quick": True}
     first = call(task.model, seed=0, **context)
     other = call(task.model, seed=1, **context)
@@ -176,6 +177,13 @@ def test_weights_are_kept(name: str, data_dir: Path, tmp_path: Path, monkeypatch
         call(task.model, seed=0, **context)
 
 
+def small_network() -> nn.Module:
+    """In place of All-CNN-C where its training, and not the network, is tested."""
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 3, stride=4), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 10)
+    )
+
+
 def test_the_ensemble_is_kept_and_differs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     members = digits.ensemble(seed=0, cache=tmp_path, quick=True)
     assert len({tuple(weights(member)[:8].tolist()) for member in members}) == 5
@@ -188,6 +196,7 @@ def test_a_training_that_was_interrupted_goes_on(
     data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(all_cnn_c, "QUICK_EPOCHS", 2)
+    monkeypatch.setattr(all_cnn_c, "network", small_network)
     context: dict[str, Any] = {"seed": 0, "data_dir": data_dir, "quick": True}
     whole = call(all_cnn_c.model, cache=tmp_path / "whole", **context)
     epochs: list[int] = []

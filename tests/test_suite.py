@@ -110,8 +110,8 @@ def test_a_record_is_complete_and_is_the_file(blobs: SimpleNamespace) -> None:
         "MAP", "temperature scaling", "single-batch K-FAC", "full-data K-FAC", "laplace-torch"
     }  # fmt: skip
     assert [step for seed, step in blobs.steps if seed == 1] == [
-        "model", *(method.name for method in methods), "predict: test", "predict: moved 1", "predict: moved 3",
-        "predict: moved 5", "predict: far", "distances",
+        "model", *(f"fit: {method.name}" for method in methods), "predict: test", "predict: moved 1",
+        "predict: moved 3", "predict: moved 5", "predict: far", "distances", "done",
     ]  # fmt: skip
 
 
@@ -249,7 +249,7 @@ def resumed(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], SimpleN
             return original(self, *arguments, **keywords)
 
         def interrupt(_: int, step: str) -> None:
-            if step == stop and len(counts) == 1:
+            if step in (stop, f"fit: {stop}") and len(counts) == 1:
                 raise KeyboardInterrupt
 
         with pytest.MonkeyPatch.context() as patch:
@@ -584,6 +584,7 @@ def test_the_best_noise() -> None:
         assert int(table.argmin()) == 100
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_the_template_runs(tmp_path: Path) -> None:
     source: Callable[..., Path] = Path(suite.__file__).with_name
     task = Task.load(source("template.py"))

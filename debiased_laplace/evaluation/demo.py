@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,9 @@ CONDITIONS = (
     *(f"{name} {severity}" for name in ("noise", "rotation", "blur", "contrast") for severity in (1, 3, 5)),
     "shuffled digits",
 )
-#: Shifted and foreign images of a seed; what differs between seeds is far more than what more images would average.
-N_SHIFTED = 270
+#: Shifted and foreign images of a seed, and of a quick one. Seeds differ by far more than more images would average:
+#: with twice as many the standard errors of strong shifts are 0 to 6 % smaller, but for slight blur.
+N_SHIFTED, N_SHIFTED_QUICK = 270, 90
 #: What would take longer than all else together is left to ``debiased-laplace evaluate digits``.
 LEFT_OUT = ("laplace-torch", "ensemble")
 QUICK = "This was a quick run on few data: it shows that everything works, and decides nothing."
@@ -63,10 +65,12 @@ def demo(
     out, task = Path(out), Task.load("digits")
     context = Context(cache=out / "cache", quick=quick, device=torch.device(device))
     n_seeds = n_seeds or (N_SEEDS_QUICK if quick else N_SEEDS)
+    options = Options(n_resamples=200, conditions=CONDITIONS, n_shifted=N_SHIFTED)
+    if quick:
+        options = replace(options, n_resamples=50, n_shifted=N_SHIFTED_QUICK, grid_size=16)
     with one_thread():
         records = run(
             task, out, range(seed, seed + n_seeds), context, methods=demo_methods(task),
-            options=Options(n_resamples=200, conditions=CONDITIONS, n_shifted=N_SHIFTED), n_processes=n_processes,
-            progress=progress,
+            options=options, n_processes=n_processes, progress=progress,
         )  # fmt: skip
     return summarise(records)

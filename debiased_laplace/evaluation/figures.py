@@ -372,10 +372,10 @@ def bins_note() -> str:
 
 
 def png(figure: Figure) -> bytes:
-    """The bytes of an image file."""
-    FigureCanvasAgg(figure)
+    """The bytes of an image file; drawn once, where ``savefig`` draws twice."""
+    figure.set(dpi=120, facecolor="white")
     file = io.BytesIO()
-    figure.savefig(file, format="png", dpi=120, facecolor="white", metadata={"Software": None})
+    FigureCanvasAgg(figure).print_png(file, metadata={"Software": None})
     return file.getvalue()
 
 
