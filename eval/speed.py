@@ -1,6 +1,6 @@
 """How fast this machine is: a product of matrices, by which the times in the documentation can be judged.
 
-    python eval/speed.py
+python eval/speed.py
 """
 
 from __future__ import annotations

@@ -1,0 +1,150 @@
+"""Seeds in processes of their own, and how a long command tells how far it is."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from debiased_laplace.evaluation import Context, Method, Options, Task, run
+from debiased_laplace.evaluation.processes import available, spread
+from debiased_laplace.evaluation.progress import Reporter, Seeds
+
+BLOBS = Path(__file__).parent / "tasks" / "blobs.py"
+
+
+def square(item: int, tell: Callable[[str], None]) -> tuple[int, int]:
+    tell(f"squaring {item}")
+    return item**2, os.getpid()
+
+
+def fail_at_two(item: int, tell: Callable[[str], None]) -> None:
+    tell(str(os.getpid()))
+    if item == 2:
+        raise KeyError("two")
+    time.sleep(600)
+
+
+def die(item: int, tell: Callable[[str], None]) -> None:
+    tell("begins")
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+class Unpicklable(Exception):
+    def __init__(self, first: int, second: int) -> None:
+        super().__init__("both")
+        self.lock = Path(f"{first}{second}").exists
+        self.own = lambda: second
+
+
+def raise_unpicklable(item: int, tell: Callable[[str], None]) -> None:
+    raise Unpicklable(1, 2)
+
+
+def n_threads(item: int, tell: Callable[[str], None]) -> int:
+    from threadpoolctl import threadpool_info
+
+    return max(pool["num_threads"] for pool in threadpool_info())
+
+
+def test_results_are_in_order_and_from_other_processes() -> None:
+    told: list[tuple[int, str]] = []
+    found = spread(square, [3, 1, 2], 2, lambda item, step: told.append((item, step)))
+    assert [value for value, _ in found] == [9, 1, 4]
+    assert len({process for _, process in found} | {os.getpid()}) == 4
+    assert sorted(told) == [(1, "squaring 1"), (2, "squaring 2"), (3, "squaring 3")]
+    assert spread(square, [], 2) == []
+    assert spread(n_threads, [0], 2) == [1]
+    assert available() >= 1
+
+
+def test_an_error_ends_all_of_them() -> None:
+    processes: list[int] = []
+    with pytest.raises(KeyError, match="two"):
+        spread(fail_at_two, [1, 2], 2, lambda item, step: processes.append(int(step)))
+    for process in processes:
+        with pytest.raises(ProcessLookupError, match="No such process"):
+            os.kill(process, 0)
+    with pytest.raises(RuntimeError, match="Unpicklable: both"):
+        spread(raise_unpicklable, [1], 2)
+
+
+def test_a_killed_process_is_noticed() -> None:
+    with pytest.raises(RuntimeError, match=r"a result for 7, got none: its process ended with exit code -9.*memory"):
+        spread(die, [7], 2)
+
+
+def test_seeds_in_processes_give_the_same_records(tmp_path: Path) -> None:
+    task, methods = Task.load(BLOBS), (Method("MAP", "map"), Method("debiased K-FAC", fit={"budget": 20}))
+    options = Options(grid_size=5, n_resamples=20, conditions=("moved 3",), n_shifted=30)
+    told: list[tuple[int, str]] = []
+    found = [
+        run(
+            task, tmp_path / str(n), [0, 1], Context(), methods=methods, options=options, n_processes=n,
+            progress=lambda *step: told.append(step),
+        )
+        for n in (1, 2)
+    ]  # fmt: skip
+    for one, other in zip(*found, strict=True):
+        assert [(entry["name"], entry["severity"], entry["n"]) for entry in one["shifts"]] == [("moved", 3, 30)]
+        assert one["ood"] == []
+        for key in ("test", "shifts", "ood", "settings"):
+            assert one[key] == other[key]
+    assert {told.count((seed, step)) for seed in (0, 1) for step in ("model", "fit: MAP", "distances", "done")} == {2}
+    again = run(task, tmp_path / "2", [0, 1], Context(), methods=methods, options=options)
+    assert again == found[1]
+
+
+# -- how far -----------------------------------------------------------------------------------------
+
+
+def lines(capsys: pytest.CaptureFixture[str]) -> list[str]:
+    return capsys.readouterr().err.splitlines()
+
+
+def test_without_a_terminal_there_is_a_line_for_each_seed_and_stage(capsys: pytest.CaptureFixture[str]) -> None:
+    now = [0.0]
+    with Reporter(3, clock=lambda: now[0]) as reporter:
+        seeds = Seeds(reporter, 3)
+        seeds(0, "kept")
+        for seed in (1, 2):
+            for second, step in ((0, "model"), (10, "fit: a"), (10, "fit: b"), (20, "predict: c"), (30, "done")):
+                now[0] = 60.0 * (seed - 1) + second
+                seeds(seed, step)
+    found = lines(capsys)
+    assert [re.sub(r"^\[ *|\]", "", line) for line in found] == [
+        "0 s 1 of 3: seed 0: kept",
+        "0 s 1 of 3: seed 1: model",
+        "10 s 1 of 3: seed 1: fit",
+        "20 s 1 of 3: seed 1: predict",
+        "30 s 2 of 3: seed 1: done (about 30 s left)",
+        "1 min 00 s 2 of 3: seed 2: model (about 40 s left)",
+        "1 min 10 s 2 of 3: seed 2: fit (about 30 s left)",
+        "1 min 20 s 2 of 3: seed 2: predict (about 9 s left)",
+        "1 min 30 s 3 of 3: seed 2: done (about 0 s left)",
+    ]
+    assert seeds.kept == [0]
+
+
+def test_on_a_terminal_there_is_a_bar(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TTY_COMPATIBLE", "1")
+    with Reporter(2) as reporter:
+        assert reporter.console.is_terminal
+        seeds = Seeds(reporter, 2)
+        seeds(5, "fit: a")
+        seeds(5, "done")
+    text = " ".join(lines(capsys))
+    assert "done" in text and "2/2" in text
+
+
+def test_the_callers_threads_are_left_alone() -> None:
+    before = torch.get_num_threads()
+    spread(square, [1], 1)
+    assert torch.get_num_threads() == before
