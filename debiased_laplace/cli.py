@@ -168,7 +168,8 @@ def bias(
         found = study(loaded, out, context, options, tolerance=tolerance, progress=report)
     paths = write_outputs(out, found, notice=QUICK if quick else "")
     seconds = time.perf_counter() - start
-    _say(statement(found), tables(found), found["task"]["description"], paths, seconds, quick)
+    again = _used_again(list(found["made"].values()), found["kept"], "parts", out)
+    _say(statement(found), tables(found), found["task"]["description"], paths, seconds, quick, again)
 
 
 @app.command()
@@ -211,7 +212,7 @@ def fit(
             val_loader=loaded.call("val_loader", context),
             progress_bar=True,
             **Options().search,
-            **recipe(loaded.likelihood == "regression"),
+            **recipe(loaded.likelihood),
         )
         la.save(out)
         checkpoint.unlink(missing_ok=True)
@@ -414,14 +415,20 @@ def _show(summary: dict[str, Any], paths: dict[str, Path], reused: int, seconds:
     from debiased_laplace.evaluation.statement import statement
     from debiased_laplace.evaluation.tables import tables
 
-    notes = []
-    if reused:
-        folder = next(iter(paths.values())).parent / "records"
-        notes.append(
-            f"{reused} of {len(summary['seeds'])} seeds were finished earlier with the same settings, in {folder}. "
-            "Delete that folder to run them anew."
-        )
+    notes = _used_again(summary["made"], reused, "seeds", next(iter(paths.values())).parent)
     _say(statement(summary), tables(summary, short=True), summary["task"]["description"], paths, seconds, quick, notes)
+
+
+def _used_again(made: Sequence[str], reused: int, what: str, out: Path) -> list[str]:
+    """A line about what was not computed anew, with its dates; what was there was made before all else."""
+    if not reused:
+        return []
+    dates = sorted(made)[:reused]
+    when = dates[0] if dates[0] == dates[-1] else f"{dates[0]} to {dates[-1]}"
+    return [
+        f"{reused} of {len(made)} {what} were finished earlier ({when}) with the same network, data, task file and "
+        f"settings, in {out / 'records'}. Delete that folder to run them anew."
+    ]
 
 
 def _say(
