@@ -189,27 +189,28 @@ def fit(
     with _imports():
         from debiased_laplace import DebiasedLaplace
         from debiased_laplace.evaluation.methods import Options, recipe
+        from debiased_laplace.evaluation.provenance import seeded
         from debiased_laplace.laplace_torch.settings import STRUCTURES
     if structure not in STRUCTURES:
         raise typer.BadParameter(
             f"Expected one out of {list(STRUCTURES)}, got {structure!r}.", param_hint="--structure"
         )
     loaded, context = _task(task, device, data_dir, cache, quick, seed)
-    checkpoint = out.with_suffix(".progress")
-    with _clear_errors(), _seeded():
+    with _clear_errors(), seeded(seed):
         model = loaded.model(context)
         la = DebiasedLaplace(model, loaded.likelihood, hessian_structure=structure, seed=seed)
         budget = loaded.budget if budget is None else budget or None
         try:
+            checkpoint = _checkpoint(out, loaded, context, model, {"budget": budget, "structure": structure})
             la.fit(
-                loaded.call("train_loader", context), budget=budget, n_data=loaded.n_data, generator=seed,
+                loaded.loader("train_loader", context), budget=budget, n_data=loaded.n_data, generator=seed,
                 progress_bar=True, checkpoint=checkpoint,
             )  # fmt: skip
         except KeyboardInterrupt:
             typer.echo("Interrupted. Run the same command to go on.", err=True)
             raise typer.Exit(130) from None
         la.optimize_prior_precision(
-            val_loader=loaded.call("val_loader", context),
+            val_loader=loaded.loader("val_loader", context),
             progress_bar=True,
             **Options().search,
             **recipe(loaded.likelihood),
@@ -241,14 +242,15 @@ def predict(
 
         from debiased_laplace import DebiasedLaplace, _data
         from debiased_laplace.evaluation.predictors import LaplacePredictor
+        from debiased_laplace.evaluation.provenance import seeded
         from debiased_laplace.evaluation.records import write_atomically
     if not posterior.is_file():
         raise typer.BadParameter(f"{posterior} does not exist. `debiased-laplace fit` writes one.")
     loaded, context = _task(task, device, data_dir, cache, quick, seed)
-    with _clear_errors(), _seeded():
+    with _clear_errors(), seeded(seed):
         la = DebiasedLaplace.load(posterior, loaded.model(context))
         predictor, parts = LaplacePredictor(la), []
-        for inputs, targets, _ in tqdm(_data.labelled(loaded.call("test_loader", context)), unit="batch"):
+        for inputs, targets, _ in tqdm(_data.labelled(loaded.loader("test_loader", context)), unit="batch"):
             parts.append(predictor(inputs).arrays() | {"targets": targets.cpu().numpy()})
         arrays = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
     file = io.BytesIO()
@@ -310,12 +312,21 @@ def _clear_errors() -> Iterator[None]:
         raise typer.Exit(1) from error
 
 
-@contextmanager
-def _seeded() -> Iterator[None]:
-    from debiased_laplace._guards import global_random_state
+def _checkpoint(out: Path, task: Task, context: Context, model: Any, settings: Mapping[str, Any]) -> Path:
+    """Where the progress of a fit is kept: beside the posterior, under a digest of what it is made from."""
+    from debiased_laplace.evaluation import records
+    from debiased_laplace.evaluation.provenance import data_digest, network_digest, seeded
+    from debiased_laplace.evaluation.suite import base_settings
 
-    with global_random_state():
-        yield
+    with seeded(context.seed):
+        data = data_digest(task.loader("train_loader", context))
+    made_from = base_settings(task, context) | {"network": network_digest(model), "data": data, "seed": context.seed}
+    path = out.with_name(f"{out.stem}-{records.digest(made_from | settings)}.progress")
+    for other in set(out.parent.glob(f"{out.stem}-????????.progress")) - {path}:
+        typer.echo(
+            f"{other} is an interrupted fit of another network, other data or settings, and is not used.", err=True
+        )
+    return path
 
 
 def _task(

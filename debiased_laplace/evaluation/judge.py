@@ -238,7 +238,7 @@ def preflight(
         errors: list[Exception] = []
         for name, predictor in predictors.items():
             try:
-                prediction = _first_prediction(predictor, few, name, what)
+                prediction = _first_prediction(predictor, name, few, inputs, what)
             except (TypeError, ValueError) as error:
                 if strict or len(errors) + 1 == len(predictors):
                     raise
@@ -257,11 +257,11 @@ def preflight(
     return read
 
 
-def _first_prediction(predictor: Predictor, few: Any, name: str, what: str) -> Prediction:
+def _first_prediction(predictor: Predictor, name: str, few: Any, inputs: Any, what: str) -> Prediction:
     try:
         value = predictor(few)
     except Exception as error:
-        shapes = [tuple(leaf.shape) for leaf in _data.tensors(few)]
+        shapes = [tuple(leaf.shape) for leaf in _data.tensors(inputs)]
         raise ValueError(
             f"Predictor {name!r} failed on the first batch of {what}, whose inputs have shape "
             f"{shapes[0] if len(shapes) == 1 else shapes}: {type(error).__name__}: {error}. Check that the "
