@@ -415,7 +415,7 @@ def test_records_that_do_not_belong_together_are_refused(two: list[dict[str, Any
         summarise([two[0], two[0]])
 
 
-def test_a_method_that_failed_for_a_seed_is_left_out_and_told(two: list[dict[str, Any]]) -> None:
+def test_a_method_that_failed_for_a_seed_has_the_numbers_of_the_others_and_is_told(two: list[dict[str, Any]]) -> None:
     changed = copy.deepcopy(two)
     for entry in (changed[1]["test"], *changed[1]["shifts"], *changed[1]["ood"]):
         del entry["scores"]["laplace-torch"], entry["differences"]["laplace-torch"]
@@ -429,11 +429,20 @@ def test_a_method_that_failed_for_a_seed_is_left_out_and_told(two: list[dict[str
     }  # fmt: skip
     for order in (changed, changed[::-1]):
         found = summarise(order)
-        assert "laplace-torch" not in found["test"]["scores"]
-        assert "laplace-torch" not in found["test"]["differences"]
+        for part in ("test", "shifts", "ood"):
+            pairs = [(found[part], two[0][part])] if part == "test" else zip(found[part], two[0][part], strict=True)
+            for entry, alone in pairs:
+                assert entry["scores"]["laplace-torch"] == alone["scores"]["laplace-torch"]
+                assert entry["differences"]["laplace-torch"][MAP] == alone["differences"]["laplace-torch"][MAP]
+                assert entry["scores"][MAP] != alone["scores"][MAP]
         assert found["predictors"]["laplace-torch"]["failed"] == ["RuntimeError: no memory"]
-        assert "laplace-torch did not run: RuntimeError: no memory." in statement(found)["details"]
-        assert markdown(found, title="Failed")
+        assert (
+            found["predictors"]["laplace-torch"]["seconds"]
+            == old["seconds"] | two[0]["predictors"]["laplace-torch"]["seconds"]
+        )
+        said = "laplace-torch did not run in 1 of 2 seeds; its numbers are of the others: RuntimeError: no memory."
+        assert said in statement(found)["details"]
+        assert said in markdown(found, title="Failed")
     assert "Did not run: RuntimeError: no memory" in render(found, title="Failed")
 
 
@@ -590,6 +599,9 @@ def test_edges_of_the_grid_are_told(summary: dict[str, Any]) -> None:
     details = " ".join(statement(found)["details"])
     assert f"was the largest of the grid in some of 2 seeds ({CANDIDATE} for 1): there the validation" in details
     assert f"was the smallest of the grid in some of 2 seeds ({BASELINE} for 2): the optimum may lie" in details
+    found["seeds"] = [0]
+    details = " ".join(statement(found)["details"])
+    assert f"was the largest of the grid ({CANDIDATE}): there the validation" in details
 
 
 def test_the_prior_precision_of_distances_is_the_one_that_was_asked_for(tmp_path: Path) -> None:

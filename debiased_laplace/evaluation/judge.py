@@ -353,7 +353,7 @@ def _predict(
             try:
                 parts[name].append(as_prediction(predictor(inputs), size, name).arrays())
             except Exception as error:
-                failed[name] = f"batch {number}: {type(error).__name__}: {error}"[:300]
+                failed[name] = f"batch {number}: {reason(error)}"
             seconds[name] += time.perf_counter() - start
         if len(failed) == len(predictors):
             raise ValueError(f"Nothing can be predicted on {what}; {'; '.join(f'{k}: {v}' for k, v in failed.items())}")
@@ -374,6 +374,11 @@ def _predict(
         "arrays": arrays, "targets": known, "seconds": seconds, "shown": [] if highlight in failed else shown, "n": n,
         "failed": failed, "first": first,
     }  # fmt: skip
+
+
+def reason(error: Exception) -> str:
+    """Why something failed, in a line."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
 
 
 def _uncertain(

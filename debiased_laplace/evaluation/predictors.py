@@ -125,7 +125,8 @@ def _check_probabilities(probabilities: Tensor, name: str) -> None:
     if probabilities.ndim != 2 or probabilities.shape[1] < 2:
         raise ValueError(
             f"Expected probabilities of shape [N, C] with at least two classes from predictor {name!r}, got "
-            f"{tuple(probabilities.shape)}. For one probability p, give the columns 1 - p and p."
+            f"{tuple(probabilities.shape)}. For one probability p, give the columns 1 - p and p; for one logit, "
+            'LIKELIHOOD of a task file is "bernoulli".'
         )
     sums = probabilities.double().sum(1)
     worst = int((sums - 1).abs().argmax())

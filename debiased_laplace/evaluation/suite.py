@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from debiased_laplace import DebiasedLaplace, _data
 from debiased_laplace.evaluation import bootstrap, records
-from debiased_laplace.evaluation.judge import ConditionError, cell, conditions, evaluate, preflight
+from debiased_laplace.evaluation.judge import ConditionError, cell, conditions, evaluate, preflight, reason
 from debiased_laplace.evaluation.methods import MAP, TEMPERATURE, Method, Options, check_methods, methods_of
 from debiased_laplace.evaluation.peer import PeerPredictor, fitted_peer, tune_peer
 from debiased_laplace.evaluation.predictors import (
@@ -115,7 +115,7 @@ class Subject:
             try:
                 members = [member.to(context.device).eval() for member in task.call("ensemble", context)]
             except Exception as error:
-                members = _reason(error)
+                members = reason(error)
         with seeded(context.seed):
             n_outputs, first = check_task(task, model, context)
         data = {}
@@ -280,11 +280,6 @@ def _from(task: Task, name: str) -> Iterator[None]:
         raise TaskError(f"{name}() of {task.source}: {error}") from error
 
 
-def _reason(error: Exception) -> str:
-    """Why something failed, in a line."""
-    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
-
-
 class _Bench:
     """Fits of one seed, and what is known about them."""
 
@@ -332,11 +327,11 @@ class _Bench:
             raise TaskError(f"{_FUNCTIONS[error.kind]}() of {task.source}: {error}") from error
         for name, predicted in result.pop("predictors").items():
             about[name]["seconds"] |= predicted["seconds"]
-        for name, reasons in result.pop("failures").items():
+        for name, where in result.pop("failures").items():
             if name in result["test"]["scores"]:
-                about[name]["warnings"] += [f"It failed on {reason}" for reason in reasons]
+                about[name]["warnings"] += [f"It failed on {own}" for own in where]
             else:
-                about[name]["failed"] = f"on {reasons[0]}"
+                about[name]["failed"] = f"on {where[0]}"
         progress(context.seed, "distances")
         try:
             distances = self.distances([method for method in methods if method.name in self.fits])
@@ -344,7 +339,7 @@ class _Bench:
             raise
         except Exception as error:
             distances = {}
-            about[names["reference"]]["warnings"].append(f"No distances could be measured: {_reason(error)}")
+            about[names["reference"]]["warnings"].append(f"No distances could be measured: {reason(error)}")
         return {
             "schema_version": records.SCHEMA_VERSION, "made": records.now(), "task": self.subject.about,
             "environment": records.environment(context.device), "seconds": {"model": self.subject.seconds},
@@ -377,7 +372,7 @@ class _Bench:
             raise
         except Exception as error:
             self.fits.pop(method.name, None)
-            return None, {"failed": _reason(error), "seconds": {}}
+            return None, {"failed": reason(error), "seconds": {}}
 
     def prepare(self, method: Method) -> tuple[Predictor, dict[str, Any]]:
         """A predictor, and what there is to know about it."""
