@@ -321,7 +321,7 @@ def _checkpoint(out: Path, task: Task, context: Context, model: Any, settings: M
     with seeded(context.seed):
         data = data_digest(task.loader("train_loader", context))
     made_from = base_settings(task, context) | {"network": network_digest(model), "data": data, "seed": context.seed}
-    path = out.with_name(f"{out.stem}-{records.digest(made_from | settings)}.progress")
+    path = out.with_name(f"{out.stem}-{records.digest({**made_from, **settings})}.progress")
     for other in set(out.parent.glob(f"{out.stem}-????????.progress")) - {path}:
         typer.echo(f"Not used: {other}, an interrupted fit of another network, other data or settings.", err=True)
     return path

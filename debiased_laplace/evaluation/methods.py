@@ -88,7 +88,8 @@ class Options:
 
 def recipe(likelihood: str) -> dict[str, Any]:
     """Further arguments of ``optimize_prior_precision``: how posteriors of a task's likelihood are tuned."""
-    return {"regression": NOISE_RECIPE, "bernoulli": LOGIT_RECIPE}.get(likelihood, RECIPE)
+    recipes: dict[str, dict[str, Any]] = {"regression": NOISE_RECIPE, "bernoulli": LOGIT_RECIPE}
+    return recipes.get(likelihood, RECIPE)
 
 
 def methods_of(task: Task) -> tuple[Method, ...]:

@@ -69,7 +69,7 @@ def data_digest(loader: Any, seen: int | None = SEEN) -> str:
     state = hashlib.sha256()
     for owner in (loader, getattr(loader, "dataset", None)):
         with suppress(TypeError, NotImplementedError):  # of a stream
-            state.update(f"{len(owner)} ".encode())
+            state.update(f"{len(owner)} ".encode())  # type: ignore[arg-type]
     n = 0
     for batch in islice(loader, 1 if seen is None else None) if isinstance(loader, Iterable) else ():
         n += _update(state, batch)
