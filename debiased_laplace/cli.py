@@ -184,7 +184,8 @@ def bias(
         found = study(loaded, out, context, options, tolerance=tolerance, progress=report)
     paths = write_outputs(out, found, notice=QUICK if quick else "")
     seconds = time.perf_counter() - start
-    _say(statement(found), tables(found), found["task"]["description"], paths, seconds, quick)
+    again = _used_again(list(found["made"].values()), found["kept"], "parts", out)
+    _say(statement(found), tables(found), found["task"]["description"], paths, seconds, quick, again)
 
 
 @app.command()
@@ -204,30 +205,31 @@ def fit(
     with _imports():
         from debiased_laplace import DebiasedLaplace
         from debiased_laplace.evaluation.methods import Options, recipe
+        from debiased_laplace.evaluation.provenance import seeded
         from debiased_laplace.laplace_torch.settings import STRUCTURES
     if structure not in STRUCTURES:
         raise typer.BadParameter(
             f"Expected one out of {list(STRUCTURES)}, got {structure!r}.", param_hint="--structure"
         )
     loaded, context = _task(task, device, data_dir, cache, quick, seed)
-    checkpoint = out.with_suffix(".progress")
-    with _clear_errors(), _seeded():
+    with _clear_errors(), seeded(seed):
         model = loaded.model(context)
         la = DebiasedLaplace(model, loaded.likelihood, hessian_structure=structure, seed=seed)
         budget = loaded.budget if budget is None else budget or None
         try:
+            checkpoint = _checkpoint(out, loaded, context, model, {"budget": budget, "structure": structure})
             la.fit(
-                loaded.call("train_loader", context), budget=budget, n_data=loaded.n_data, generator=seed,
+                loaded.loader("train_loader", context), budget=budget, n_data=loaded.n_data, generator=seed,
                 progress_bar=True, checkpoint=checkpoint,
             )  # fmt: skip
         except KeyboardInterrupt:
             typer.echo("Interrupted. Run the same command to go on.", err=True)
             raise typer.Exit(130) from None
         la.optimize_prior_precision(
-            val_loader=loaded.call("val_loader", context),
+            val_loader=loaded.loader("val_loader", context),
             progress_bar=True,
             **Options().search,
-            **recipe(loaded.likelihood == "regression"),
+            **recipe(loaded.likelihood),
         )
         la.save(out)
         checkpoint.unlink(missing_ok=True)
@@ -256,14 +258,15 @@ def predict(
 
         from debiased_laplace import DebiasedLaplace, _data
         from debiased_laplace.evaluation.predictors import LaplacePredictor
+        from debiased_laplace.evaluation.provenance import seeded
         from debiased_laplace.evaluation.records import write_atomically
     if not posterior.is_file():
         raise typer.BadParameter(f"{posterior} does not exist. `debiased-laplace fit` writes one.")
     loaded, context = _task(task, device, data_dir, cache, quick, seed)
-    with _clear_errors(), _seeded():
+    with _clear_errors(), seeded(seed):
         la = DebiasedLaplace.load(posterior, loaded.model(context))
         predictor, parts = LaplacePredictor(la), []
-        for inputs, targets, _ in tqdm(_data.labelled(loaded.call("test_loader", context)), unit="batch"):
+        for inputs, targets, _ in tqdm(_data.labelled(loaded.loader("test_loader", context)), unit="batch"):
             parts.append(predictor(inputs).arrays() | {"targets": targets.cpu().numpy()})
         arrays = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
     file = io.BytesIO()
@@ -325,12 +328,19 @@ def _clear_errors() -> Iterator[None]:
         raise typer.Exit(1) from error
 
 
-@contextmanager
-def _seeded() -> Iterator[None]:
-    from debiased_laplace._guards import global_random_state
+def _checkpoint(out: Path, task: Task, context: Context, model: Any, settings: Mapping[str, Any]) -> Path:
+    """Where the progress of a fit is kept: beside the posterior, under a digest of what it is made from."""
+    from debiased_laplace.evaluation import records
+    from debiased_laplace.evaluation.provenance import data_digest, network_digest, seeded
+    from debiased_laplace.evaluation.suite import base_settings
 
-    with global_random_state():
-        yield
+    with seeded(context.seed):
+        data = data_digest(task.loader("train_loader", context))
+    made_from = base_settings(task, context) | {"network": network_digest(model), "data": data, "seed": context.seed}
+    path = out.with_name(f"{out.stem}-{records.digest({**made_from, **settings})}.progress")
+    for other in set(out.parent.glob(f"{out.stem}-????????.progress")) - {path}:
+        typer.echo(f"Not used: {other}, an interrupted fit of another network, other data or settings.", err=True)
+    return path
 
 
 def _task(
@@ -410,14 +420,20 @@ def _show(summary: dict[str, Any], paths: dict[str, Path], reused: int, seconds:
     from debiased_laplace.evaluation.statement import statement
     from debiased_laplace.evaluation.tables import tables
 
-    notes = []
-    if reused:
-        folder = next(iter(paths.values())).parent / "records"
-        notes.append(
-            f"{reused} of {len(summary['seeds'])} seeds were finished earlier with the same settings, in {folder}. "
-            "Delete that folder to run them anew."
-        )
+    notes = _used_again(summary["made"], reused, "seeds", next(iter(paths.values())).parent)
     _say(statement(summary), tables(summary, short=True), summary["task"]["description"], paths, seconds, quick, notes)
+
+
+def _used_again(made: Sequence[str], reused: int, what: str, out: Path) -> list[str]:
+    """A line about what was not computed anew, with its dates; what was there was made before all else."""
+    if not reused:
+        return []
+    dates = sorted(made)[:reused]
+    when = dates[0] if dates[0] == dates[-1] else f"{dates[0]} to {dates[-1]}"
+    return [
+        f"{reused} of {len(made)} {what} were finished earlier ({when}) with the same network, data, task file and "
+        f"settings, in {out / 'records'}. Delete that folder to run them anew."
+    ]
 
 
 def _say(

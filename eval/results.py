@@ -11,7 +11,6 @@ on. The report page of every task is in ``<out>/<task>/report.html``. What lies 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,6 +21,7 @@ from documents import fill, markdown, save_small
 from debiased_laplace.evaluation import suite
 from debiased_laplace.evaluation.figures import pictures
 from debiased_laplace.evaluation.methods import MAP, TEMPERATURE, Options
+from debiased_laplace.evaluation.records import write_json
 from debiased_laplace.evaluation.report import write_outputs
 from debiased_laplace.evaluation.statement import plus_minus, statement, with_interval
 from debiased_laplace.evaluation.summary import by_role, differences, is_strong, summarise, verdict
@@ -74,7 +74,7 @@ def document(path: Path, found: Mapping[str, Summary]) -> None:
     kept = {name: {key: s[key] for key in ("seeds", "environments")} | compact(s) for name, s in found.items()}
     record = path.parent / "records" / "results.json"
     record.parent.mkdir(parents=True, exist_ok=True)
-    record.write_text(json.dumps(kept, separators=(",", ":")) + "\n")
+    write_json(record, kept)
 
 
 def titles(summary: Summary) -> list[str]:

@@ -6,6 +6,7 @@ import base64
 import io
 import json
 import math
+import re
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -26,12 +27,14 @@ from debiased_laplace.evaluation import (
     ensemble_predictor,
     evaluate,
     gaussian_predictor,
+    judge,
     metrics,
     point_predictor,
     predictors,
+    records,
     tuned_temperature,
 )
-from debiased_laplace.evaluation.judge import ABSOLUTE, conditions, preflight
+from debiased_laplace.evaluation.judge import ABSOLUTE, ConditionError, conditions, preflight
 from debiased_laplace.evaluation.peer import PeerPredictor
 from debiased_laplace.evaluation.predictors import Shared, as_prediction, mutual_information, tuned_noise
 from debiased_laplace.evaluation.regression import regression_metrics
@@ -354,9 +357,9 @@ def test_an_interrupted_evaluation_goes_on(tmp_path: Path, regression: bool) -> 
     result = judge(own, folder=tmp_path, progress=steps.append)
     assert without_seconds(result) == without_seconds(expected)
     assert steps == ["test", "wide 1", "wide 5"] + ([] if regression else ["far"])
-    # of finished loaders two data are looked at, before the rest goes on
-    assert [loader.starts for loader in own[:3]] == [1, 1, 2]
-    assert [size for size in asked if size > 2] == [20] * 3 + ([] if regression else [20, 20])
+    # of finished loaders two data are looked at, and whether the first batch and what is said of it are the same
+    assert [loader.starts for loader in own[:3]] == [2, 2, 2]
+    assert [size for size in asked if size > 2] == [20] * 5 + ([] if regression else [20, 20])
     assert all(result["predictors"][name]["seconds"]["predict"] > 0 for name in ("b", "MAP"))
     with pytest.raises(KeyError):
         result["predictors"]["MAP"]["seconds"]["fit"]
@@ -369,6 +372,11 @@ def test_predictions_of_others_are_not_used(tmp_path: Path) -> None:
     assert without_seconds(found) == without_seconds(expected)
     again = evaluate({"b": softmax(2)}, [TEST], folder=tmp_path, n_resamples=2)
     assert list(again["test"]["scores"]) == ["b"]
+    # nor those of another predictor of the same name, or on other data
+    for predictor, data in ((softmax(3), TEST), (softmax(3), SHIFTED), (softmax(3), (TEST[0], 2 - TEST[1]))):
+        expected = evaluate({"b": predictor}, [data], n_resamples=2)
+        found = evaluate({"b": predictor}, [data], folder=tmp_path, n_resamples=2)
+        assert without_seconds(found) == without_seconds(expected)
 
 
 def test_names_that_look_alike_have_files_of_their_own(tmp_path: Path) -> None:
@@ -493,16 +501,105 @@ def test_what_cannot_work_fails_before_anything_takes_long(case: str) -> None:
 
 
 def test_later_batches_are_checked_too() -> None:
-    inputs = TEST[0].clone()
-    inputs[45] = math.nan
-    with pytest.raises(ValueError, match=r"finite probabilities from predictor 'b', got NaN.*for 1 of 20.*datum 5"):
-        evaluate({"MAP": lambda x: x.nan_to_num().softmax(1), "b": softmax(1)}, cut((inputs, TEST[1]), 20))
     labels = TEST[1].clone()
     labels[60] = 3
-    with pytest.raises(ValueError, match=r"from 0 to 2 in the shift data 's'.*got 3 to 3"):
+    with pytest.raises(ValueError, match=r"from 0 to 2 in the shift data 's', batch 4.*got 3 to 3"):
         evaluate({"MAP": softmax(1)}, [TEST], {"s": cut((TEST[0], labels), 20)}, n_resamples=2)
-    with pytest.raises(ValueError, match=r"infinite negative log-likelihood of \['sure'\].*probability zero"):
-        evaluate({"MAP": softmax(1), "sure": softmax(1e5)}, [TEST], n_resamples=2)
+    inputs = TEST[0].clone()
+    inputs[45] = math.nan
+    with pytest.raises(ConditionError, match=r"Nothing can be predicted on the test data 'test'; a: batch 3: .*NaN"):
+        evaluate({"a": softmax(1), "b": softmax(2)}, cut((inputs, TEST[1]), 20), n_resamples=2)
+
+
+def test_a_predictor_that_fails_takes_nothing_from_the_others() -> None:
+    """Wherever it fails; where that is on the test data it is left out, and elsewhere its scores are not defined."""
+    inputs = TEST[0].clone()
+    inputs[45] = math.nan
+
+    def sound(x: Tensor) -> Tensor:
+        return x.nan_to_num().softmax(1)
+
+    broken, whole = cut((inputs, TEST[1]), 20), cut(TEST, 20)
+    options = {"n_resamples": 5, "compare_with": ["a", "b"], "highlight": "b"}
+    expected = evaluate({"a": sound}, broken, {"s": broken}, {"f": broken}, n_resamples=5, compare_with=["a"])
+    found = evaluate({"a": sound, "b": softmax(1)}, broken, {"s": whole}, {"f": whole}, **options)
+    assert list(found["test"]["scores"]) == list(found["shifts"][0]["scores"]) == ["a"]
+    assert found["test"]["scores"] == expected["test"]["scores"]
+    (reason,) = found["failures"]["b"]
+    assert re.fullmatch(
+        r"the test data 'test', batch 3: ValueError: Expected finite probabilities .*datum 5\..*", reason
+    )
+    found = evaluate({"a": sound, "b": softmax(1)}, whole, {"s": broken}, {"f": broken}, **options)
+    for entry, own in ((found["shifts"][0], expected["shifts"][0]), (found["ood"][0], None)):
+        if own is not None:
+            assert entry["scores"]["a"] == own["scores"]["a"]
+        assert all(np.isfinite(cell).all() for cell in entry["scores"]["a"].values())
+        assert entry["scores"]["b"].keys() == entry["scores"]["a"].keys()
+        assert all(math.isnan(cell[0]) for cell in entry["scores"]["b"].values())
+        assert all(math.isnan(cell[0]) for cell in entry["differences"]["a"]["b"].values())
+        assert "most_uncertain" not in entry
+    assert [reason.split(":")[0] for reason in found["failures"]["b"]] == [
+        "the shift data 's', batch 3", "the ood data 'f', batch 3"
+    ]  # fmt: skip
+
+
+def test_the_first_data_decide_only_if_they_shall() -> None:
+    def fails(_: Tensor) -> Tensor:
+        raise RuntimeError("out of everything")
+
+    with pytest.raises(ValueError, match="Predictor 'b' failed on the first batch of the test data"):
+        evaluate({"a": softmax(1), "b": fails}, [TEST], n_resamples=2)
+    found = evaluate({"a": softmax(1), "b": fails}, [TEST], n_resamples=2, strict=False)
+    assert found["failures"] == {"b": ["the test data 'test', batch 1: RuntimeError: out of everything"]}
+    with pytest.raises(ValueError, match="Predictor 'b' failed on the first batch of the test data"):
+        evaluate({"b": fails}, [TEST], n_resamples=2, strict=False)
+
+
+def test_what_failed_is_kept_too(tmp_path: Path) -> None:
+    inputs = TEST[0].clone()
+    inputs[45] = math.nan
+    data, both = cut((inputs, TEST[1]), 20), {"a": lambda x: x.nan_to_num().softmax(1), "b": softmax(1)}
+    expected = evaluate(both, data, n_resamples=2, folder=tmp_path)
+    assert without_seconds(evaluate(both, data, n_resamples=2, folder=tmp_path)) == without_seconds(expected)
+
+
+def test_an_infinite_score_is_infinite_and_takes_nothing_else_away() -> None:
+    """One target with the probability zero, of two predictors that are equal elsewhere."""
+    probabilities = TEST[0].softmax(1).double()
+    hard = probabilities.clone()
+    hard[0] = torch.eye(3)[(TEST[1][0] + 1) % 3]
+    index = (torch.arange(len(hard))[:, None], TEST[1])
+    table = {"soft": probabilities, "hard": hard, "too": hard}
+    predictors = {name: (lambda x, own=own: own[x[:, 0].long()]) for name, own in table.items()}
+    found = evaluate(predictors, [index], compare_with=["soft", "hard"], n_resamples=200)
+    test = found["test"]
+    value, _, low, high = test["scores"]["hard"]["nll"]
+    assert (value, high) == (math.inf, math.inf) and low <= value
+    assert test["differences"]["soft"]["hard"]["nll"][0] == math.inf
+    assert test["differences"]["hard"]["soft"]["nll"][0] == -math.inf
+    assert math.isnan(test["differences"]["hard"]["too"]["nll"][0])
+    expected = evaluate({"soft": predictors["soft"]}, [index], n_resamples=200)["test"]
+    assert test["scores"]["soft"] == expected["scores"]["soft"]
+    brier = np.square(hard.numpy() - np.eye(3)[TEST[1].numpy()]).sum(1)
+    assert test["scores"]["hard"]["brier"][0] == pytest.approx(brier.mean(), rel=EXACT)
+    assert test["differences"]["hard"]["too"]["brier"][:2] == [0, 0]
+    text = json.dumps(records.encode(found), allow_nan=False)
+    assert repr(records.decode(json.loads(text))["test"]["scores"]) == repr(test["scores"])
+
+
+@pytest.mark.parametrize(
+    ("known", "foreign"),
+    [
+        (np.ones(5), np.ones(4)), (np.zeros(5), np.zeros(4)), (np.full(5, 1.0), np.full(4, 1 + 1e-16 * 4)),
+        (np.array([5e-324, 0]), np.array([5e-324])), (np.array([1e300, 0]), np.array([1e308])),
+        (np.log(3) + 1e-15 * np.arange(5), np.log(3) * np.ones(4)),
+    ],
+)  # fmt: skip
+def test_histograms_of_scores_that_hardly_differ(known: Any, foreign: Any) -> None:
+    """Such as the entropies of a network whose last layer is zero."""
+    found = judge._histogram(known, foreign)
+    assert (sum(found["known"]), sum(found["foreign"])) == (len(known), len(foreign))
+    assert np.isfinite(found["edges"]).all() and (np.diff(found["edges"]) >= 0).all()
 
 
 @pytest.mark.parametrize("value", [torch.full((2, 2), 0.5), np.full((2, 2), 0.5)])

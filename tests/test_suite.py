@@ -163,12 +163,12 @@ def test_records_that_are_there_are_used(blobs: SimpleNamespace, monkeypatch: py
     def refuse(*_: Any) -> None:
         raise AssertionError("nothing is to be done")
 
-    monkeypatch.setattr(Task, "call", refuse)
+    monkeypatch.setattr(suite, "_Bench", refuse)
     again = run(
         blobs.task, blobs.folder, [1, 0], Context(), options=OPTIONS, progress=lambda *step: steps.append(step)
     )  # fmt: skip
     assert again == blobs.records[::-1]
-    assert steps == [(1, "kept"), (0, "kept")]
+    assert steps == [(1, "model"), (1, "kept"), (0, "model"), (0, "kept")]
 
 
 def test_other_settings_have_other_records(tmp_path: Path) -> None:
@@ -517,7 +517,7 @@ def test_distances_need_a_reference_and_use_the_first_inputs(tmp_path: Path) -> 
 
 def test_a_regression(wave: dict[str, Any]) -> None:
     assert wave["regression"]
-    names = [method.name for method in standard_methods(24, regression=True)]
+    names = [method.name for method in standard_methods(24, likelihood="regression")]
     assert list(wave["test"]["scores"]) == names
     assert json.loads(json.dumps(wave, allow_nan=False)) == wave
     task = Task.load(TASKS / "wave.py")

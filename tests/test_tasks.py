@@ -174,7 +174,7 @@ def test_the_network_comes_in_evaluation_mode() -> None:
             r"val_loader\(\) of .*: Predictor 'MAP' failed on the first batch.*\(9, 5\): RuntimeError",
         ),
         ("cut(*data(300, 70))", "[(x, y + 1) for x, y in cut(*data(300, 70))]", "from 0 to 2 in the test.*got 1 to 3"),
-        ("6 * inputs, targets)", "inputs * float('nan'), targets)", "The loaders of .*ood data 'far'|.*finite prob"),
+        ("6 * inputs, targets)", "inputs * float('nan'), targets)", r"ood_loaders\(\) of .*task.py: .*finite prob"),
         ("    return network\n", "    return nn.Sequential(network, nn.Linear(3, 1))\n", "at least two classes"),
         ("def ood_loaders() -> dict:", "def ood_loaders():\n    raise OSError('gone')\n", r"ood_loaders\(\).*OSError"),
         ('"moved": {s: cut', '"moved": {f"low {s}": cut', "severit.*low 1"),

@@ -26,7 +26,7 @@ CONDITIONS = (
     "shuffled digits",
 )
 #: Shifted and foreign images of a seed, and of a quick one. Seeds differ by far more than more images would average: with
-#: three times as many, standard errors of the strong shifts were measured to be at most 12 % smaller, but for slight blur.
+#: three times as many, standard errors of the strong shifts were at most 12 % smaller, but for slight blur.
 N_SHIFTED, N_SHIFTED_QUICK = 180, 90
 #: Prior precisions tried: three a decade.
 GRID_SIZE, GRID_SIZE_QUICK = 28, 16

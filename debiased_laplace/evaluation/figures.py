@@ -1,6 +1,7 @@
 """Figures of a summary. Colours are safe for colour-blind readers; markers and dashes tell lines apart in grey.
 
-Figures are made with Matplotlib's object interface on the Agg canvas: no global state, no display.
+Infinite and undefined values are not drawn, and said. Figures are made with Matplotlib's object interface on the Agg
+canvas: no global state, no display.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from matplotlib.figure import Figure
 
 from debiased_laplace.evaluation.methods import MAP, TEMPERATURE
 from debiased_laplace.evaluation.metrics import N_BINS
-from debiased_laplace.evaluation.statement import plus_minus
+from debiased_laplace.evaluation.statement import number, plus_minus
 from debiased_laplace.evaluation.summary import added, by_role, shifts
 
 Summary = Mapping[str, Any]
@@ -132,8 +133,9 @@ def _bins(summary: Summary, name: str) -> dict[str, dict[str, Any]]:
     found = {"test data": summary["test"]["curves"][name]["reliability"]}
     for title, severities in (("shifts, severity 3", (3, None)), ("shifts, severity 5", (5,))):
         own = [e["curves"][name]["reliability"] for e in summary["shifts"] if e["severity"] in severities]
-        if own:
-            found[title] = added(own)
+        bins = added(own) if own else {"counts": [0]}
+        if sum(bins["counts"]):  # none of a method that failed there
+            found[title] = bins
     return found
 
 
@@ -160,6 +162,7 @@ def _severity(summary: Summary) -> Picture | None:
     ]
     figure = Figure(figsize=(max(5.5, 2.75 * len(found)), 7.4), layout="constrained")
     panels = figure.subplots(len(rows), len(found), squeeze=False)
+    missing: list[str] = []
     for row, (label, value) in zip(panels, rows, strict=True):
         for panel, (name, entries) in zip(row, found.items(), strict=True):
             own = [summary["test"], *entries]
@@ -167,7 +170,9 @@ def _severity(summary: Summary) -> Picture | None:
             for method, (color, marker, dashes) in styles.items():
                 if method == MAP and "minus" in label:
                     continue  # so far off that it would hide all others
-                values = [value(entry, method) for entry in own]
+                values = _finite([value(entry, method) for entry in own])
+                if np.isnan(values).any() and "minus" not in label:
+                    missing.append(f"{label.partition(',')[0]} of {method} on {name}")
                 width = 2.6 if method == candidate else 1.3
                 panel.plot(places, values, color=color, linestyle=dashes, marker=marker, markersize=4, linewidth=width)
             panel.grid(color="0.9", linewidth=0.6)
@@ -177,15 +182,17 @@ def _severity(summary: Summary) -> Picture | None:
     for panel in panels[-1]:
         panel.set_xlabel("severity")
     _legend(figure, styles)
-    worst = {
-        method: np.mean([e[-1]["scores"][method]["nll"][0] for e in found.values()]) for method in styles
-    }  # fmt: skip
-    listed = ", ".join(f"{method} {value:.2f}" for method, value in worst.items())
+    with np.errstate(invalid="ignore"):
+        worst = {
+            method: np.mean([e[-1]["scores"][method]["nll"][0] for e in found.values()]) for method in styles
+        }  # fmt: skip
+    listed = ", ".join(f"{method} {number(float(value), 2)}" for method, value in worst.items())
     return Picture(
         "How scores change under shift",
         "Severity 0 is the test data. Every panel has a scale of its own, and differences are without the network "
         "itself; intervals are in the tables."
-        + (f" The thick line is {candidate}." if candidate else ""),
+        + (f" The thick line is {candidate}." if candidate else "")
+        + (f" Not all finite, and not drawn where they are not: {', '.join(missing)}." if missing else ""),
         f"NLL and {last} against severity for the shifts {', '.join(found)}. Mean NLL at the highest severity: "
         f"{listed}.",
         png(figure),
@@ -280,27 +287,28 @@ def _tuning(summary: Summary) -> Picture | None:
     lines = {
         n: curve for n, curve in curves.items() if len(summary["predictors"][n].get("prior_precisions", [[]])[0]) < 2
     }
+    lines = {n: own for n, own in lines.items() if np.isfinite(own["losses"]).any()}
     if not lines:
         return None
     figure = Figure(figsize=(6.4, 4.6), layout="constrained")
     axes = figure.subplots()
     said, ceiling = [], -math.inf
     point = summary["predictors"].get(MAP, {}).get("validation_nll")
-    if point is not None:
+    if point is not None and np.isfinite(point).all():
         ceiling = float(np.mean(point))
         axes.axhline(ceiling, color="0.35", linewidth=1)
     for name, curve in lines.items():
         color, marker, dashes = styles.get(name, STYLES[0])
-        grid, losses = np.asarray(curve["prior_precisions"]), np.asarray(curve["losses"])
+        grid, losses = _finite(curve["prior_precisions"]), _finite(curve["losses"])
         chosen = np.log(summary["predictors"][name]["prior_precision"]).mean()
-        best = int(np.abs(np.log(grid) - chosen).argmin())
+        best = int(np.nanargmin(np.where(np.isnan(losses), np.nan, np.abs(np.log(grid) - chosen))))
         axes.plot(
             grid, losses, color=color, linestyle=dashes, linewidth=1.7, marker=marker, markevery=[best], markersize=9,
             markeredgecolor="white",
         )  # fmt: skip
-        ceiling = max(ceiling, float(losses.min()))
+        ceiling = max(ceiling, float(np.nanmin(losses)))
         said.append(f"{name} {losses[best]:.3f} at {grid[best]:.3g}")
-    lowest = min(min(curve["losses"]) for curve in lines.values())
+    lowest = min(float(np.nanmin(_finite(curve["losses"]))) for curve in lines.values())
     room = max(ceiling - lowest, 0.15 * abs(ceiling))
     top = ceiling + 1.5 * room  # far left the losses are huge and say nothing
     inside = [
@@ -336,7 +344,8 @@ def _distances(summary: Summary) -> Picture | None:
         for place, name in enumerate(names):
             color, marker, _ = styles[name]
             value = own[name]["absolute"]
-            panel.errorbar(place, value[0], value[1], color=color, marker=marker, markersize=9, capsize=5, linewidth=2)
+            centre, error = _finite(value[:2])
+            panel.errorbar(place, centre, error, color=color, marker=marker, markersize=9, capsize=5, linewidth=2)
             said.append(f"{name} {plus_minus(value, 3)} ({where})")
         panel.set_xticks(np.arange(len(names)), [name.replace(" ", "\n", 1) for name in names])
         panel.set_xlim(-0.5, len(names) - 0.5)
@@ -348,9 +357,16 @@ def _distances(summary: Summary) -> Picture | None:
         panel.grid(axis="y", color="0.9", linewidth=0.6)
     panels[0].set_ylabel("mean absolute log ratio")
     return Picture(
-        "Distance to the posterior of all training data", "Zero would be that posterior. Bars are standard errors.",
+        "Distance to the posterior of all training data",
+        "Zero would be that posterior. Bars are standard errors. What is infinite or undefined is not drawn.",
         f"Mean absolute log ratio of output variances: {'; '.join(said)}.", png(figure),
     )  # fmt: skip
+
+
+def _finite(values: Sequence[float]) -> Any:
+    """An array with NaN, which is not drawn, for all that is not finite."""
+    array = np.asarray(values, dtype=float)
+    return np.where(np.isfinite(array), array, np.nan)
 
 
 def _legend(figure: Figure, styles: Mapping[str, tuple[str, str, Any]]) -> None:

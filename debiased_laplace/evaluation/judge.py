@@ -23,7 +23,8 @@ from torch import Tensor
 
 from debiased_laplace import _data
 from debiased_laplace.evaluation import bootstrap, metrics, records, regression
-from debiased_laplace.evaluation.predictors import Predictor, as_prediction, scores_of_foreignness
+from debiased_laplace.evaluation.predictors import Prediction, Predictor, as_prediction, scores_of_foreignness
+from debiased_laplace.evaluation.provenance import data_digest
 
 Array = NDArray[Any]
 Loader = Iterable[Any]
@@ -56,6 +57,19 @@ class Condition:
     def title(self) -> str:
         """As it appears in tables."""
         return self.name if self.severity is None else f"{self.name} {self.severity}"
+
+    @property
+    def described(self) -> str:
+        """As it appears in errors."""
+        return f"the {self.kind} data {self.title!r}"
+
+
+class ConditionError(ValueError):
+    """Data that nothing can be judged on; ``kind`` is that of their :class:`Condition`."""
+
+    def __init__(self, message: str, kind: str) -> None:
+        super().__init__(message)
+        self.kind = kind
 
 
 def conditions(
@@ -95,9 +109,14 @@ def evaluate(
     n_resamples: int = 1000,
     seed: int = 0,
     folder: Path | str | None = None,
+    strict: bool = True,
     progress: Callable[[str], None] = lambda step: None,
 ) -> dict[str, Any]:
     """Score named predictors on the same data, with bootstrap intervals and paired differences.
+
+    A predictor that fails after the first data of a loader does not stop the others: where it failed its scores are not
+    defined (NaN), or if that was on the test data it is left out, and ``failures`` has the reason. An infinite score
+    stays infinite; differences and intervals follow from it (infinite minus infinite is not defined).
 
     Args:
         predictors: Callables from the inputs of a batch to probabilities ``[N, C]``, a pair (mean, variance), or a
@@ -113,17 +132,22 @@ def evaluate(
             original units.
         n_resamples: Bootstrap resamples of the data.
         seed: Of the resamples.
-        folder: Where predictions are kept when a loader is finished, so that an interrupted run goes on there.
+        folder: Where predictions are kept when a loader is finished, so that an interrupted run goes on there. They are
+            used again only where the first batch and what the predictors say about it are the same.
+        strict: Whether a predictor that fails on the first two data of a loader is an error, before anything is
+            computed, or is treated as one that fails later.
         progress: Called with the title of each condition before it is read.
 
     Returns:
-        ``predictors`` (seconds of each), ``test``, ``shifts`` and ``ood``: see docs/evaluation.md for the schema. A
-        score is a list ``[value, standard error, lower, upper]`` with the 95 % interval of the bootstrap.
+        ``predictors`` (seconds of each), ``failures`` (reasons of those that failed), ``test``, ``shifts`` and ``ood``:
+        see docs/evaluation.md for the schema. A score is a list ``[value, standard error, lower, upper]`` with the 95 %
+        interval of the bootstrap.
 
     Raises:
         TypeError: If a loader's batches, or what a predictor returns, are of no known kind.
         ValueError: If targets are no class indices, probabilities are logits or do not sum to one, or something is
-            not finite; found on the first batch of every loader before any of them is read.
+            not finite; found on the first batch of every loader before any of them is read. Later, if a batch is
+            wrong, or all predictors fail on it (:class:`ConditionError`).
 
     Example:
         >>> import torch
@@ -141,36 +165,47 @@ def evaluate(
         raise ValueError(f"Expected highlight to be one of the predictors {names}, got {highlight!r}.")
     if n_resamples < 2:
         raise ValueError(f"Expected at least two resamples, got n_resamples={n_resamples}.")
-    read = preflight(predictors, conditions(test, shifted, out_of_distribution), images)
-    against = [name for name in compare_with if name in predictors]
+    read = preflight(predictors, conditions(test, shifted, out_of_distribution), images, strict=strict)
     seconds = dict.fromkeys(names, 0.0)
     result: dict[str, Any] = {"shifts": [], "ood": []}
     inside: dict[str, dict[str, Array]] = {}
+    failures: dict[str, list[str]] = {}
     for condition in read:
         progress(condition.title)
         kept = None if folder is None else Path(folder) / f"{condition.kind}-{_slug(condition.title)}.npz"
-        found = _load(kept, names) if kept is not None else None
+        live = {name: predictors[name] for name in (inside or names)}
+        shown_by = highlight if highlight in live else list(live)[-1]
+        condition, found = _kept(kept, live, condition) if kept is not None else (condition, None)
         if found is None:
-            found = _predict(predictors, condition, highlight, images)
+            try:
+                found = _predict(live, condition, shown_by, images)
+            except (TypeError, ValueError) as error:
+                raise ConditionError(str(error), condition.kind) from error
             if kept is not None:
                 _save(kept, found)
-        for name in names:
+        for name in live:
             seconds[name] += float(found["seconds"][name])
+            if name in found["failed"]:
+                failures.setdefault(name, []).append(f"{condition.described}, {found['failed'][name]}")
         arrays, targets = found["arrays"], found["targets"]
+        if condition.kind == "test":
+            inside = arrays
+        against = [name for name in compare_with if name in inside]
         if condition.kind == "ood":
             entry = _detection(inside, arrays, against, n_resamples, seed)
         else:
             whole = condition.kind == "test"
-            entry = _scores(arrays, targets, against, n_resamples, seed, target_scale, risk=whole)
+            entry = _scores(arrays, targets, against, n_resamples, seed, target_scale, list(inside), risk=whole)
         entry = {"name": condition.name, "severity": condition.severity, "n": found["n"]} | entry
         if found["shown"]:
-            entry["most_uncertain"] = {"predictor": highlight, "inputs": found["shown"]}
+            entry["most_uncertain"] = {"predictor": shown_by, "inputs": found["shown"]}
         if condition.kind == "test":
-            inside, result["test"] = arrays, entry
+            result["test"] = entry
         else:
             result["shifts" if condition.kind == "shift" else "ood"].append(entry)
     result["predictors"] = {name: {"seconds": {"predict": seconds[name]}} for name in names}
-    result["regression"] = "mean" in inside[names[0]]
+    result["failures"] = failures
+    result["regression"] = "mean" in next(iter(inside.values()))
     result["n_resamples"] = n_resamples
     return result
 
@@ -179,9 +214,16 @@ def evaluate(
 
 
 def preflight(
-    predictors: Mapping[str, Predictor], found: Sequence[Condition], images: Images | None = None
-) -> list[Condition]:
+    predictors: Mapping[str, Predictor], found: Sequence[Condition], images: Images | None = None, *,
+    strict: bool = True,
+) -> list[Condition]:  # fmt: skip
     """Let every predictor see two data of every loader, so that what cannot work fails now.
+
+    Args:
+        predictors: As :func:`evaluate` takes them.
+        found: Data.
+        images: As :func:`evaluate` takes it.
+        strict: Whether one predictor that fails is an error; if not, all have to fail.
 
     Returns:
         The conditions with loaders that still yield everything, also if they can be read only once.
@@ -189,21 +231,19 @@ def preflight(
     read = []
     kinds: dict[str, str] = {}
     for condition in found:
-        what = f"the {condition.kind} data {condition.title!r}"
+        what = condition.described
         first, loader = _peek(condition.loader, what)
         inputs, targets = _pair(first, what)
         few = _data.take(inputs, slice(0, 2))
+        errors: list[Exception] = []
         for name, predictor in predictors.items():
             try:
-                value = predictor(few)
-            except Exception as error:
-                shapes = [tuple(leaf.shape) for leaf in _data.tensors(inputs)]
-                raise ValueError(
-                    f"Predictor {name!r} failed on the first batch of {what}, whose inputs have shape "
-                    f"{shapes[0] if len(shapes) == 1 else shapes}: {type(error).__name__}: {error}. Check that the "
-                    "loader yields what the model takes."
-                ) from error
-            prediction = as_prediction(value, _data.count(few), name)
+                prediction = _first_prediction(predictor, name, few, inputs, what)
+            except (TypeError, ValueError) as error:
+                if strict or len(errors) + 1 == len(predictors):
+                    raise
+                errors.append(error)
+                continue
             kinds[name] = "classification" if prediction.probabilities is not None else "regression"
             if condition.kind != "ood":
                 _check_targets(prediction.arrays(), targets, what)
@@ -215,6 +255,19 @@ def preflight(
             raise ValueError("Expected a classifier for out-of-distribution data: their scores are of probabilities.")
         read.append(Condition(condition.kind, condition.name, condition.severity, loader))
     return read
+
+
+def _first_prediction(predictor: Predictor, name: str, few: Any, inputs: Any, what: str) -> Prediction:
+    try:
+        value = predictor(few)
+    except Exception as error:
+        shapes = [tuple(leaf.shape) for leaf in _data.tensors(inputs)]
+        raise ValueError(
+            f"Predictor {name!r} failed on the first batch of {what}, whose inputs have shape "
+            f"{shapes[0] if len(shapes) == 1 else shapes}: {type(error).__name__}: {error}. Check that the "
+            "loader yields what the model takes."
+        ) from error
+    return as_prediction(value, _data.count(few), name)
 
 
 def _check_images(images: Images, few: Any, what: str) -> None:
@@ -285,27 +338,47 @@ def _check_targets(arrays: Mapping[str, Array], targets: Tensor, what: str) -> N
 def _predict(
     predictors: Mapping[str, Predictor], condition: Condition, highlight: str, images: Images | None
 ) -> dict[str, Any]:
-    what = f"the {condition.kind} data {condition.title!r}"
+    what = condition.described
     parts: dict[str, list[dict[str, Array]]] = {name: [] for name in predictors}
-    seconds, labels, shown, n = dict.fromkeys(predictors, 0.0), [], [], 0
-    for batch in condition.loader:
-        inputs, targets = _pair(batch, what)
+    failed: dict[str, str] = {}
+    seconds, labels, shown, n, first = dict.fromkeys(predictors, 0.0), [], [], 0, ""
+    for number, batch in enumerate(condition.loader, 1):
+        inputs, targets = _pair(batch, f"{what}, batch {number}")
+        first = first or data_digest([(inputs, targets)])
         size = _data.count(inputs)
         for name, predictor in predictors.items():
+            if name in failed:
+                continue
             start = time.perf_counter()
-            value = predictor(inputs)
+            try:
+                parts[name].append(as_prediction(predictor(inputs), size, name).arrays())
+            except Exception as error:
+                failed[name] = f"batch {number}: {reason(error)}"
             seconds[name] += time.perf_counter() - start
-            parts[name].append(as_prediction(value, size, name).arrays())
+        if len(failed) == len(predictors):
+            raise ValueError(f"Nothing can be predicted on {what}; {'; '.join(f'{k}: {v}' for k, v in failed.items())}")
         if condition.kind != "ood":
-            _check_targets(parts[highlight][-1], targets, what)
+            _check_targets(next(parts[k][-1] for k in parts if k not in failed), targets, f"{what}, batch {number}")
             labels.append(targets.cpu().numpy())
-        if images is not None and condition.kind != "shift":
+        if images is not None and condition.kind != "shift" and highlight not in failed:
             shown += _uncertain(parts[highlight][-1], inputs, targets, images, n)
             shown = sorted(shown, key=lambda one: -one["score"])[:N_SHOWN]
         n += size
-    arrays = {name: {key: np.concatenate([part[key] for part in own]) for key in own[0]} for name, own in parts.items()}
+    arrays = {
+        name: {key: np.concatenate([part[key] for part in own]) for key in own[0]}
+        for name, own in parts.items()
+        if name not in failed
+    }
     known = np.concatenate(labels) if labels else np.zeros(0, dtype=np.int64)
-    return {"arrays": arrays, "targets": known, "seconds": seconds, "shown": shown, "n": n}
+    return {
+        "arrays": arrays, "targets": known, "seconds": seconds, "shown": [] if highlight in failed else shown, "n": n,
+        "failed": failed, "first": first,
+    }  # fmt: skip
+
+
+def reason(error: Exception) -> str:
+    """Why something failed, in a line."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
 
 
 def _uncertain(
@@ -351,26 +424,58 @@ def _slug(title: str) -> str:
 
 def _save(path: Path, found: Mapping[str, Any]) -> None:
     arrays = {f"{name}\n{key}": value for name, own in found["arrays"].items() for key, value in own.items()}
-    rest = json.dumps({key: found[key] for key in ("seconds", "shown", "n")})
+    rest = json.dumps({key: found[key] for key in ("seconds", "shown", "n", "failed", "first")})
     file = io.BytesIO()
     np.savez(file, **arrays, **{"": found["targets"], "\n": np.array(rest)})
     records.write_atomically(path, file.getvalue())
+
+
+def _kept(
+    path: Path, predictors: Mapping[str, Predictor], condition: Condition
+) -> tuple[Condition, dict[str, Any] | None]:
+    """Predictions of an earlier run, if they are those of these predictors on these data, as far as a batch tells.
+
+    Returns:
+        The condition, whose loader still yields everything, and the predictions.
+    """
+    found = _load(path, list(predictors))
+    if found is None:
+        return condition, None
+    first, loader = _peek(condition.loader, condition.described)
+    condition = Condition(condition.kind, condition.name, condition.severity, loader)
+    inputs, targets = _pair(first, condition.described)
+    n = _data.count(inputs)
+    if found["first"] != data_digest([(inputs, targets)]):
+        return condition, None
+    for name, own in found["arrays"].items():
+        try:
+            arrays = as_prediction(predictors[name](inputs), n, name).arrays()
+        except Exception:
+            return condition, None
+        if arrays.keys() != own.keys() or not all(_close(arrays[key], own[key][:n]) for key in own):
+            return condition, None
+    return condition, found
+
+
+def _close(first: Array, second: Array) -> bool:
+    return first.shape == second.shape and np.allclose(first, second, 1e-6, 1e-9)
 
 
 def _load(path: Path, names: Sequence[str]) -> dict[str, Any] | None:
     if not path.exists():
         return None
     with np.load(path) as file:
-        arrays: dict[str, dict[str, Array]] = {name: {} for name in names}
+        rest = json.loads(str(file["\n"]))
+        arrays: dict[str, dict[str, Array]] = {name: {} for name in names if name not in rest.get("failed", {})}
         for key in file.files:
             name, separator, field = key.partition("\n")
             if separator and name:
                 if name not in arrays:
                     return None
                 arrays[name][field] = file[key]
-        if not all(arrays.values()):
+        if not all(arrays.values()) or "first" not in rest or set(rest["seconds"]) != set(names):
             return None
-        return {"arrays": arrays, "targets": file[""]} | json.loads(str(file["\n"]))
+        return {"arrays": arrays, "targets": file[""]} | rest
 
 
 # -- scores ----------------------------------------------------------------------------------------
@@ -388,7 +493,7 @@ def cell(found: bootstrap.Replicates, score: str = "", *, difference: bool = Fal
 
 def _scores(
     arrays: Mapping[str, dict[str, Array]], targets: Array, against: Sequence[str], n_resamples: int, seed: int,
-    target_scale: float, *, risk: bool,
+    target_scale: float, names: Sequence[str], *, risk: bool,
 ) -> dict[str, Any]:  # fmt: skip
     """Scores, differences and curves of one condition; that of the risk is drawn for the test data alone."""
     weights = bootstrap.resample_weights(len(targets), n_resamples, seed)
@@ -405,15 +510,26 @@ def _scores(
             found[name] = bootstrap.regression_replicates(mean, variance, labels, weights)
             expected, observed = regression.calibration_curve(mean, variance, labels)
             entry["curves"][name] = {"expected": _rounded(expected), "observed": _rounded(observed)}
-    infinite = [name for name, own in found.items() if not np.isfinite(own["nll"].value)]
-    if infinite:
-        raise ValueError(
-            f"Expected finite scores, got an infinite negative log-likelihood of {infinite}: some target has "
-            "probability zero. Look for outputs that are huge, or probabilities that were rounded."
-        )
+    failed = [name for name in names if name not in found]
+    like = next(iter(found.values()))
+    entry["curves"] |= {name: _empty(next(iter(entry["curves"].values()))) for name in failed}
+    found = {name: found.get(name) or _undefined(like, n_resamples) for name in names}
     entry["scores"] = {name: {key: cell(value, key) for key, value in own.items()} for name, own in found.items()}
     entry["differences"] = _differences(found, against)
     return entry
+
+
+def _undefined(like: Iterable[str], n_resamples: int) -> dict[str, bootstrap.Replicates]:
+    """Scores of a predictor that failed."""
+    return {key: bootstrap.Replicates(float("nan"), np.full(n_resamples, np.nan)) for key in like}
+
+
+def _empty(curves: Mapping[str, Any]) -> dict[str, Any]:
+    """Curves of a predictor that failed: bins without data, lines without points."""
+    empty: dict[str, Any] = {key: [float("nan")] * len(own) for key, own in curves.items()}
+    if "reliability" in curves:
+        empty["reliability"] = {part: [0] * len(own) for part, own in curves["reliability"].items()}
+    return empty
 
 
 def _differences(found: Mapping[str, Mapping[str, Any]], against: Sequence[str]) -> dict[str, dict[str, Any]]:
@@ -451,9 +567,14 @@ def _detection(
     sizes = [len(next(iter(next(iter(own.values())).values()))) for own in (inside, outside)]
     weights = [bootstrap.resample_weights(n, n_resamples, seed + index) for index, n in enumerate(sizes)]
     for name in inside:
-        known, foreign = scores_of_foreignness(inside[name]), scores_of_foreignness(outside[name])
+        known = scores_of_foreignness(inside[name])
+        foreign = scores_of_foreignness(outside.get(name, {}))
         found[name], histograms[name] = {}, {}
         for score in known:
+            if name not in outside:  # it failed there
+                found[name] |= _undefined([f"{score}, {key}" for key in ("auroc", "aupr", "fpr95")], n_resamples)
+                histograms[name][score] = {"edges": [0.0, 1.0], "known": [0], "foreign": [0]}
+                continue
             replicates = bootstrap.detection_replicates(known[score], foreign[score], *weights)
             found[name] |= {f"{score}, {key}": value for key, value in replicates.items()}
             histograms[name][score] = _histogram(known[score], foreign[score])
@@ -465,9 +586,12 @@ def _detection(
 
 
 def _histogram(known: Array, foreign: Array) -> dict[str, list[float]]:
-    edges = np.histogram_bin_edges(np.concatenate([known, foreign]), N_HISTOGRAM)
+    low, high = (float(bound(np.concatenate([known, foreign]))) for bound in (np.min, np.max))
+    room = 1e-9 * max(abs(low), abs(high))  # narrower bins could not be told apart: all values in the middle
+    low, high = (low, high) if high - low > room else (low - (room or 0.5), high + (room or 0.5))
+    edges = np.linspace(low, high, N_HISTOGRAM + 1)
     return {
-        "edges": _rounded(edges),
+        "edges": edges.tolist(),
         "known": np.histogram(known, edges)[0].tolist(),
         "foreign": np.histogram(foreign, edges)[0].tolist(),
     }

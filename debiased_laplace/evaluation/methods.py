@@ -17,6 +17,8 @@ MAP, TEMPERATURE = "MAP", "temperature scaling"
 #: How posteriors of classifiers are tuned, for the reasons in docs/results.md: as much uncertainty as the validation
 #: data allow, with a temperature, and the covariance of the outputs.
 RECIPE = {"link_approx": "mean_field", "tune_temperature": True, "selection": "one_standard_error"}
+#: And of one logit, whose probit is what the mean-field link is for two classes.
+LOGIT_RECIPE = {"link_approx": "probit", "tune_temperature": True, "selection": "one_standard_error"}
 #: And those of regressions.
 NOISE_RECIPE = {"tune_sigma_noise": True}
 Role = Literal["", "baseline", "candidate", "reference"]
@@ -88,34 +90,35 @@ class Options:
         return torch.logspace(self.log_prior_prec_min, self.log_prior_prec_max, self.grid_size, dtype=torch.float64)
 
 
-def recipe(regression: bool) -> dict[str, Any]:
-    """Further arguments of ``optimize_prior_precision``: how posteriors are tuned."""
-    return NOISE_RECIPE if regression else RECIPE
+def recipe(likelihood: str) -> dict[str, Any]:
+    """Further arguments of ``optimize_prior_precision``: how posteriors of a task's likelihood are tuned."""
+    recipes: dict[str, dict[str, Any]] = {"regression": NOISE_RECIPE, "bernoulli": LOGIT_RECIPE}
+    return recipes.get(likelihood, RECIPE)
 
 
 def methods_of(task: Task) -> tuple[Method, ...]:
     """:func:`standard_methods` for a task."""
     return standard_methods(
-        task.budget, regression=task.likelihood == "regression", ensemble=task.has("ensemble"),
+        task.budget, likelihood=task.likelihood, ensemble=task.has("ensemble"),
         dense=bool(task.constant("DENSE", False)),
     )  # fmt: skip
 
 
 def standard_methods(
-    budget: int, *, regression: bool = False, ensemble: bool = False, dense: bool = False
+    budget: int, *, likelihood: str = "classification", ensemble: bool = False, dense: bool = False
 ) -> tuple[Method, ...]:
     """The baselines nobody may leave out, and K-FAC from one batch, debiased, and from all the data.
 
     Args:
         budget: Training data spent on curvature by each mini-batch method, all told.
-        regression: For a regression.
+        likelihood: ``"classification"``, ``"regression"`` or ``"bernoulli"``.
         ensemble: Whether the task has networks of several runs.
         dense: Whether the network is small enough for the whole curvature matrix.
     """
     single = {"sampler": UniformSampler(budget), "split": Single()}
     full = {"budget": None}
     last = {"subset_of_weights": "last_layer", "hessian_structure": "full"}
-    tuned = recipe(regression)
+    tuned = recipe(likelihood)
     common = (
         Method(
             "last-layer Laplace", laplace=last, fit=full, tune=tuned,
@@ -153,7 +156,7 @@ def standard_methods(
     members = (
         Method("deep ensemble", "ensemble", description="The mean of networks trained from other random starts."),
     ) * ensemble
-    if regression:
+    if likelihood == "regression":
         point = Method(MAP, "map", description="The network's output and one noise variance, tuned on validation data.")
         return (point, *common, *whole, *members)
     points = (

@@ -24,7 +24,7 @@ from debiased_laplace import DebiasedLaplace, _data
 from debiased_laplace._guards import evaluation_mode
 from debiased_laplace.evaluation.metrics import ROW_SUM_TOLERANCE, entropy, foreignness
 from debiased_laplace.gradients import Network
-from debiased_laplace.likelihoods import Likelihood
+from debiased_laplace.likelihoods import Bernoulli, Likelihood
 from debiased_laplace.posterior import Posterior, standard_normals
 from debiased_laplace.predictive import functional_moments
 from debiased_laplace.tuning import gaussian_nll
@@ -124,7 +124,8 @@ def _check_probabilities(probabilities: Tensor, name: str) -> None:
     if probabilities.ndim != 2 or probabilities.shape[1] < 2:
         raise ValueError(
             f"Expected probabilities of shape [N, C] with at least two classes from predictor {name!r}, got "
-            f"{tuple(probabilities.shape)}. For one probability p, give the columns 1 - p and p."
+            f"{tuple(probabilities.shape)}. For one probability p, give the columns 1 - p and p; for one logit, "
+            'LIKELIHOOD of a task file is "bernoulli".'
         )
     sums = probabilities.double().sum(1)
     worst = int((sums - 1).abs().argmax())
@@ -134,6 +135,48 @@ def _check_probabilities(probabilities: Tensor, name: str) -> None:
             f"of {float(probabilities.min()):.3g} and a sum of {float(sums[worst]):.6g}: these look like logits. "
             "Apply softmax to them."
         )
+
+
+class TwoClasses(nn.Module):
+    """A network with one logit f as one with the two outputs 0 and f: its softmax is 1 - p and p.
+
+    Args:
+        model: With outputs ``[N, 1]`` or ``[N]``.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, inputs: _data.Inputs) -> Tensor:
+        """Outputs ``[N, 2]``.
+
+        Raises:
+            ValueError: If the network has another number of outputs.
+        """
+        outputs = self.model(inputs)
+        outputs = outputs[:, None] if outputs.ndim == 1 else outputs
+        if outputs.ndim != 2 or outputs.shape[1] != 1:
+            raise ValueError(
+                f"Expected a network with one output for the likelihood 'bernoulli', got {list(outputs.shape)}. Use "
+                "'classification' for several classes."
+            )
+        return torch.cat([torch.zeros_like(outputs), outputs], 1)
+
+
+def two_classes(batch: Any) -> tuple[_data.Inputs, Tensor]:
+    """A batch whose targets are 0 and 1 of any kind, with class indices ``[N]``.
+
+    Raises:
+        ValueError: If targets are others, or not one for each datum.
+    """
+    ((inputs, targets),) = _data.pairs([batch])
+    targets, n = torch.as_tensor(targets), _data.count(inputs)
+    if targets.numel() != n or targets.ndim not in (1, 2):
+        raise ValueError(f"Expected targets [N] or [N, 1] of {n} data, got shape {tuple(targets.shape)}.")
+    if not bool(((targets == 0) | (targets == 1)).all()):
+        raise ValueError(f"Expected targets 0 and 1, got others between {targets.min():g} and {targets.max():g}.")
+    return inputs, targets.reshape(n).long()
 
 
 # -- without a posterior ---------------------------------------------------------------------------
@@ -300,9 +343,17 @@ class LaplacePredictor:
             return Prediction(mean=mean.double(), variance=total, functional_variance=variances.sum(-1))
         mean, spread = mean.double() / self.output_temperature, spread.double() / self.output_temperature**2
         own = variances.double() / self.output_temperature**2
-        draws = (mean + own.clamp_min(0).sqrt() * self.normals.to(mean)[:, None]).softmax(-1)
+        draws = mean + own.clamp_min(0).sqrt() * self.normals.to(mean)[:, None]
+        probabilities = likelihood.predictive(mean, spread, self.link, self.normals)
+        if isinstance(likelihood, Bernoulli):
+            if mean.shape[1] > 1:  # several labels, each by itself
+                return Prediction(probabilities=probabilities, functional_variance=variances.sum(-1))
+            # That of class 0 by itself: one minus a probability near one has no digits left.
+            other = likelihood.predictive(-mean, spread, self.link, -self.normals)
+            probabilities, draws = torch.cat([other, probabilities], 1), torch.cat([torch.zeros_like(draws), draws], -1)
+        draws = draws.softmax(-1)
         return Prediction(
-            probabilities=likelihood.predictive(mean, spread, self.link, self.normals),
+            probabilities=probabilities,
             functional_variance=variances.sum(-1),
             mutual_information=mutual_information(draws),
         )

@@ -1,12 +1,20 @@
-"""Records on disk: written whole or not at all, reused only when they were made with equal settings."""
+r"""Records on disk: written whole or not at all, used again only when they were made from the same.
+
+Standard JSON has no infinite or undefined numbers. In files of this package they are the strings ``"Infinity"``,
+``"-Infinity"`` and ``"NaN"``, which Python's ``float`` and JavaScript's ``Number`` take as they are. A text that looks
+like one of them has a backslash in front. :func:`encode` and :func:`decode` are the two directions.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import platform
+import re
 from collections.abc import Mapping
+from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -15,8 +23,10 @@ import torch
 
 import debiased_laplace
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 PACKAGES = ("torch", "numpy", "scipy", "scikit-learn", "netcal", "laplace-torch")
+_NUMBERS = {"Infinity": math.inf, "-Infinity": -math.inf, "NaN": math.nan}
+_LOOKS_LIKE_ONE = re.compile(r"\\*(-?Infinity|NaN)")
 
 
 def write_atomically(path: Path, content: bytes | str) -> None:
@@ -33,13 +43,39 @@ def write_atomically(path: Path, content: bytes | str) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def encode(value: Any) -> Any:
+    """A value with the numbers that standard JSON lacks as strings; :func:`decode` is the inverse."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    if isinstance(value, str):
+        return "\\" + value if _LOOKS_LIKE_ONE.fullmatch(value) else value
+    if isinstance(value, Mapping):
+        return {key: encode(entry) for key, entry in value.items()}
+    return [encode(entry) for entry in value] if isinstance(value, (list, tuple)) else value
+
+
+def decode(value: Any) -> Any:
+    """What :func:`encode` was given, with lists for tuples."""
+    if isinstance(value, str):
+        return _NUMBERS.get(value, value[1:] if _LOOKS_LIKE_ONE.fullmatch(value) else value)
+    if isinstance(value, dict):
+        return {key: decode(entry) for key, entry in value.items()}
+    return [decode(entry) for entry in value] if isinstance(value, list) else value
+
+
 def write_json(path: Path, value: Any) -> None:
-    """Write standard JSON atomically.
+    """Write standard JSON atomically; infinite and undefined numbers as :func:`encode` has them."""
+    write_atomically(path, json.dumps(encode(value), allow_nan=False, separators=(",", ":")) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """What :func:`write_json` was given.
 
     Raises:
-        ValueError: If a number is not finite, which standard JSON cannot hold.
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is no JSON.
     """
-    write_atomically(path, json.dumps(value, allow_nan=False, separators=(",", ":")) + "\n")
+    return decode(json.loads(path.read_text()))
 
 
 def jsonable(value: Any) -> Any:
@@ -56,27 +92,38 @@ def digest(settings: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(jsonable(settings), sort_keys=True).encode()).hexdigest()[:8]
 
 
-def record_path(folder: Path, seed: int, settings: Mapping[str, Any]) -> Path:
-    """Where the record of a seed is kept; other settings have other files, so nothing is mixed or lost."""
-    return folder / "records" / f"seed-{seed}-{digest(settings)}.json"
+def record_path(folder: Path, seed: int, made_from: Mapping[str, Any]) -> Path:
+    """Where the record of a seed is kept; what is made from something else has another file: nothing is mixed or lost.
+
+    Args:
+        folder: Of the results.
+        seed: Of the record.
+        made_from: Everything that decides what is in it, as entries that the record has itself.
+    """
+    return folder / "records" / f"seed-{seed}-{digest(made_from)}.json"
 
 
-def read_record(path: Path, settings: Mapping[str, Any]) -> dict[str, Any] | None:
-    """What is in a file, if it can be read and was made with exactly these settings."""
+def read_record(path: Path, made_from: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What is in a file, if it can be read and has exactly these entries, such as its settings."""
     try:
-        record = json.loads(path.read_text())
-    except (FileNotFoundError, json.JSONDecodeError, UnicodeDecodeError):
+        record = read_json(path)
+    except (FileNotFoundError, ValueError):
         return None
-    same = isinstance(record, dict) and record.get("settings") == jsonable(settings)
+    same = isinstance(record, dict) and all(
+        encode(record.get(name)) == encode(jsonable(value)) for name, value in made_from.items()
+    )
     return record if same else None
 
 
-def load_record(folder: Path, seed: int, settings: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The record of a seed, if there is a readable one with exactly these settings."""
-    record = read_record(record_path(folder, seed, settings), settings)
-    if record is None or record.get("seed") != seed:
-        return None
-    return record if record.get("schema_version") == SCHEMA_VERSION else None
+def load_record(folder: Path, seed: int, made_from: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The record of a seed, if there is a readable one that was made from exactly this."""
+    expected = {"seed": seed, "schema_version": SCHEMA_VERSION}
+    return read_record(record_path(folder, seed, made_from), {**expected, **made_from})
+
+
+def now() -> str:
+    """Date and time (UTC), to the second."""
+    return datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M:%S UTC")
 
 
 def versions() -> dict[str, str]:

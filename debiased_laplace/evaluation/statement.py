@@ -6,8 +6,10 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from debiased_laplace.evaluation.methods import MAP, TEMPERATURE
-from debiased_laplace.evaluation.summary import by_role, differences, is_strong, verdict
+from debiased_laplace.evaluation.summary import by_role, differences, is_strong, judged
 
 MINUS = "\N{MINUS SIGN}"
 Summary = Mapping[str, Any]
@@ -24,12 +26,15 @@ def statement(summary: Summary) -> dict[str, Any]:
     """
     candidate = by_role(summary, "candidate")
     if candidate is None:
-        return {"answer": "The tables show each method by itself: none is marked as a candidate.", "details": []}
+        failed = [name for name, about in summary["predictors"].items() if about["role"] == "candidate"]
+        why = f"{failed[0]} did not run" if failed else "none is marked as a candidate"
+        answer = f"The tables show each method by itself: {why}."
+        return {"answer": answer, "details": failures(summary)}
     if summary["regression"]:
         answer, details = _regression(summary, candidate)
     else:
         answer, details = _classification(summary, candidate)
-    details += [*_posteriors(summary, candidate), *_distance(summary, candidate), *_tuning(summary)]
+    details += [*_posteriors(summary, candidate), *_distance(summary, candidate), *_tuning(summary), *failures(summary)]
     return {"answer": answer, "details": details}
 
 
@@ -39,15 +44,16 @@ def _classification(summary: Summary, candidate: str) -> tuple[str, list[str]]:
     against_temperature = _test(summary, candidate, TEMPERATURE, "nll")
     if against_point is None:
         return f"On {name} there is no point network to compare with.", []
-    point = verdict("nll", against_point)
-    temperature = None if against_temperature is None else verdict("nll", against_temperature)
+    point = judged("nll", against_point)
+    temperature = None if against_temperature is None else judged("nll", against_temperature)
     strong = [(entry, cell) for entry, cell in differences(summary, candidate, TEMPERATURE, "nll") if is_strong(entry)]
-    wins, losses = (sum(verdict("nll", cell) == word for _, cell in strong) for word in ("better", "worse"))
+    wins, losses = (sum(judged("nll", cell) == word for _, cell in strong) for word in ("better", "worse"))
     helped = {
         "better": "are better than the network's own",
         "worse": "are worse than the network's own",
         "no difference shown": "are not shown to differ in quality from the network's own",
         "negligible": "are practically as good as the network's own",
+        "not defined": "cannot be compared with the network's own, since neither loss is finite",
     }[point]
     answer = f"On data like the training data of {name}, the probabilities of {candidate} {helped}"
     if temperature is not None:
@@ -59,6 +65,7 @@ def _classification(summary: Summary, candidate: str) -> tuple[str, list[str]]:
                 "worse": " dividing the outputs by one tuned number (a temperature) does better",
                 "no difference shown": " dividing the outputs by one tuned number (a temperature) would have done",
                 "negligible": " dividing the outputs by one tuned number (a temperature) would have done",
+                "not defined": " there is no comparison with dividing the outputs by one tuned number (a temperature)",
             }[temperature]
         )
     if strong:
@@ -72,7 +79,7 @@ def _classification(summary: Summary, candidate: str) -> tuple[str, list[str]]:
         if cell is not None:
             details.append(
                 f"Negative log-likelihood, {candidate} minus {second}, test data: {with_interval(cell, 4)} "
-                f"({verdict('nll', cell)})."
+                f"({judged('nll', cell)})."
             )
     details += _best(summary, candidate)
     details += _foreign(summary, candidate)
@@ -92,18 +99,20 @@ def _scores(summary: Summary, names: Sequence[str]) -> str:
 def _best(summary: Summary, candidate: str) -> list[str]:
     """Which method has the lowest loss, in distribution and under strong shift."""
     cells = summary["test"]["scores"]
-    best = min(cells, key=lambda name: cells[name]["nll"][0])
+    best = min(cells, key=lambda name: _last_if_undefined(cells[name]["nll"][0]))
     sentences = [f"The lowest NLL on test data has {best} ({plus_minus(cells[best]['nll'], 3)})."]
+    if not math.isfinite(cells[best]["nll"][0]):
+        sentences = ["No method has a finite NLL on the test data: each gives some target the probability zero."]
     strong = [entry for entry in summary["shifts"] if is_strong(entry)]
     if strong:
         means = {name: sum(e["scores"][name]["nll"][0] for e in strong) / len(strong) for name in cells}
-        order = sorted(means, key=lambda name: means[name])
-        listed = ", ".join(f"{name} {means[name]:.3f}" for name in order)
+        order = sorted(means, key=lambda name: _last_if_undefined(means[name]))
+        listed = ", ".join(f"{name} {number(means[name], 3)}" for name in order)
         sentences.append(f"Mean NLL over the {len(strong)} strong shifts: {listed}.")
         counts = []
         for first in [name for name in order if name not in (MAP, TEMPERATURE)]:
             found = [
-                verdict("nll", cell)
+                judged("nll", cell)
                 for entry, cell in differences(summary, first, TEMPERATURE, "nll")
                 if is_strong(entry)
             ]
@@ -146,14 +155,15 @@ def _regression(summary: Summary, candidate: str) -> tuple[str, list[str]]:
         "worse": "describes the errors worse than one noise level for all inputs does",
         "no difference shown": "is not shown to describe the errors better than one noise level for all inputs does",
         "negligible": "describes the errors practically as well as one noise level for all inputs does",
-    }[verdict("nll", cell)]
+        "not defined": "cannot be compared with one noise level for all inputs, since neither loss is finite",
+    }[judged("nll", cell)]
     coverage = cells[candidate]["coverage_95"]
     answer = (
         f"On {name}, the uncertainty of {candidate} {said}; its 95 % intervals hold "
         f"{plus_minus(coverage, 1, scale=100)} % of the test targets"
     )
     details = [
-        f"Negative log-likelihood, {candidate} minus {MAP}: {with_interval(cell, 3)} ({verdict('nll', cell)}).",
+        f"Negative log-likelihood, {candidate} minus {MAP}: {with_interval(cell, 3)} ({judged('nll', cell)}).",
         "NLL: " + "; ".join(f"{key} {plus_minus(own['nll'], 3)}" for key, own in cells.items()) + ".",
     ]
     return answer + ".", details
@@ -167,14 +177,14 @@ def _posteriors(summary: Summary, candidate: str) -> list[str]:
         cell = None if other is None else _test(summary, candidate, other, "nll")
         if cell is None:
             continue
-        found = [verdict("nll", c) for _, c in differences(summary, candidate, str(other), "nll")]
+        found = [judged("nll", c) for _, c in differences(summary, candidate, str(other), "nll")]
         shifted = (
             f"; over {len(found)} shifted data better in {found.count('better')}, worse in {found.count('worse')}"
             if found
             else ""
         )
         sentences.append(
-            f"{candidate} against {what} ({other}), NLL on test data: {with_interval(cell, 4)} ({verdict('nll', cell)})"
+            f"{candidate} against {what} ({other}), NLL on test data: {with_interval(cell, 4)} ({judged('nll', cell)})"
             f"{shifted}."
         )
     return sentences
@@ -190,7 +200,7 @@ def _distance(summary: Summary, candidate: str) -> list[str]:
             else f"at prior precision {found['prior_precision'][0]:g}"
         )
         parts = [
-            f"{math.exp(found[name]['absolute'][0]):.3f} for {name} (mean absolute log ratio "
+            f"{_factor(found[name]['absolute'][0])} for {name} (mean absolute log ratio "
             f"{plus_minus(found[name]['absolute'], 3)})"
             for name in (candidate, baseline)
             if name in found
@@ -212,15 +222,35 @@ def _tuning(summary: Summary) -> list[str]:
     for side, meaning in meanings.items():
         at_edge = {n: m["edge"].count(side) for n, m in summary["predictors"].items() if side in m.get("edge", [])}
         if at_edge:
-            counts = ", ".join(f"{name} for {count}" for name, count in at_edge.items())
-            sentences.append(
-                f"The tuned prior precision was the {side} of the grid in some of {seeds(summary)} ({counts}): "
-                f"{meaning}."
-            )
+            several = len(summary["seeds"]) > 1
+            counts = ", ".join(f"{name} for {count}" if several else name for name, count in at_edge.items())
+            where = f" in some of {seeds(summary)}" * several
+            sentences.append(f"The tuned prior precision was the {side} of the grid{where} ({counts}): {meaning}.")
+    return sentences
+
+
+def failures(summary: Summary) -> list[str]:
+    """Which methods failed, where and why."""
+    sentences = []
     for name, about in summary["predictors"].items():
         if "failed" in about:
-            sentences.append(f"{name} did not run: {'; '.join(about['failed'])}.")
+            rest = (
+                f" in {about['n_failed']} of {seeds(summary)}; its numbers are of the others"
+                if about["n_failed"] < len(summary["seeds"])
+                else ""
+            )
+            sentences.append(f"{name} did not run{rest}: {'; '.join(about['failed'])}.")
     return sentences
+
+
+def _factor(logarithm: float) -> str:
+    with np.errstate(over="ignore"):
+        return number(float(np.exp(logarithm)), 3)
+
+
+def _last_if_undefined(value: float) -> float:
+    """To sort by."""
+    return math.inf if math.isnan(value) else value
 
 
 def _test(summary: Summary, first: str, second: str, score: str) -> Sequence[float] | None:
@@ -231,17 +261,25 @@ def _test(summary: Summary, first: str, second: str, score: str) -> Sequence[flo
 
 
 def number(value: float, digits: int, *, sign: bool = False, scale: float = 1.0) -> str:
-    """A number with a true minus."""
+    """A number with a true minus; ``"infinite"`` or ``"undefined"`` where it is none."""
+    if math.isnan(value):
+        return "undefined"
+    if math.isinf(value):
+        return "infinite" if value > 0 else f"{MINUS}infinite"
     return (f"{value * scale:+.{digits}f}" if sign else f"{value * scale:.{digits}f}").replace("-", MINUS)
 
 
 def plus_minus(cell: Sequence[float], digits: int, *, sign: bool = False, scale: float = 1.0) -> str:
-    """Value ± standard error."""
+    """Value ± standard error; an infinite or undefined value has none."""
+    if not math.isfinite(cell[0]):
+        return number(cell[0], digits)
     return f"{number(cell[0], digits, sign=sign, scale=scale)} ± {number(cell[1], digits, scale=scale)}"
 
 
 def with_interval(cell: Sequence[float], digits: int, *, scale: float = 1.0) -> str:
     """A difference with its 95 % interval."""
+    if math.isnan(cell[0]):
+        return number(cell[0], digits)
     value, low, high = (number(cell[i], digits, sign=True, scale=scale) for i in (0, 2, 3))
     return f"{value} [{low}, {high}]"
 

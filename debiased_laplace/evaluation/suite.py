@@ -1,7 +1,8 @@
 """Baselines and posteriors of a task: fitted, tuned on the same validation data, and evaluated; one record a seed.
 
 What takes long is kept as soon as it is there (a fitted posterior, the predictions of a loader), so that a run
-that was interrupted goes on where it stopped. When a record is complete its working files are deleted.
+that was interrupted goes on where it stopped. When a record is complete its working files are deleted. Both belong to
+what they were made from (``provenance``): another network, other data or another task file have their own.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ import shutil
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,16 +24,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from debiased_laplace import DebiasedLaplace, _data, _store
-from debiased_laplace._guards import global_random_state
+from debiased_laplace import DebiasedLaplace, _data
 from debiased_laplace.evaluation import bootstrap, records
-from debiased_laplace.evaluation.judge import cell, conditions, evaluate, preflight
+from debiased_laplace.evaluation.judge import ConditionError, cell, conditions, evaluate, preflight, reason
 from debiased_laplace.evaluation.methods import MAP, TEMPERATURE, Method, Options, check_methods, methods_of
 from debiased_laplace.evaluation.peer import PeerPredictor, fitted_peer, tune_peer
 from debiased_laplace.evaluation.predictors import (
     LaplacePredictor,
     Predictor,
     Shared,
+    TwoClasses,
     as_prediction,
     ensemble_predictor,
     gaussian_predictor,
@@ -39,19 +41,25 @@ from debiased_laplace.evaluation.predictors import (
     point_predictor,
     tuned_noise,
     tuned_temperature,
+    two_classes,
 )
 from debiased_laplace.evaluation.processes import spread
+from debiased_laplace.evaluation.provenance import data_digest, network_digest, seeded
 from debiased_laplace.evaluation.tasks import Context, Task, TaskError
-from debiased_laplace.likelihoods import resolve_likelihood
+from debiased_laplace.likelihoods import Categorical, Gaussian
 from debiased_laplace.predictive import functional_moments
 
 _T = TypeVar("_T")
 
-# -- one seed --------------------------------------------------------------------------------------
+#: Functions that data of a kind are from.
+_FUNCTIONS = {"test": "test_loader", "shift": "shifted_loaders", "ood": "ood_loaders"}
+_READ = ("train_loader", "val_loader", "test_loader")
+
+# -- what a record is made from --------------------------------------------------------------------
 
 
 def settings_of(task: Task, methods: Sequence[Method], options: Options, context: Context) -> dict[str, Any]:
-    """Everything that decides the numbers of a record but the seed; records are reused only if it is equal."""
+    """What decides the numbers of all seeds alike: task file, methods, options, software; JSON's types."""
     own = {
         "methods": [
             {"name": m.name, "kind": m.kind, "fit": m.fit_key, "tune": m.tune, "role": m.role} for m in methods
@@ -62,18 +70,76 @@ def settings_of(task: Task, methods: Sequence[Method], options: Options, context
 
 
 def base_settings(task: Task, context: Context) -> dict[str, Any]:
-    """What decides numbers whatever is measured: the task, where it runs, the software; JSON's types."""
-    software = records.versions()
-    return records.jsonable(
-        {
-            "task": task.source,
-            "file": task.fingerprint,
-            "quick": context.quick,
-            "data_dir": context.data_dir and records.digest({"folder": str(context.data_dir.resolve())}),
-            "device": str(context.device),
-            "software": {name: software[name] for name in ("debiased_laplace", "torch")},
+    """What decides numbers whatever is measured: the task file, the kind of device, the software; JSON's types."""
+    return {
+        "sources": task.fingerprint or task.source,  # of no file: all there is to tell
+        "quick": context.quick,
+        "device": context.device.type,
+        "software": records.versions(),
+    }
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What one seed is about: the networks, as they are now, and what is known of the data.
+
+    Attributes:
+        model: The network.
+        members: Of the ensemble, if one is asked for; or why there is none.
+        n_outputs: Classes, or outputs of a regression.
+        about: What the record says of the task.
+        target_scale: Of a regression.
+        inputs: Digests of all that the numbers of this seed depend on beyond the settings.
+        seconds: How long it took to get the network.
+    """
+
+    model: nn.Module
+    members: list[nn.Module] | str
+    n_outputs: int
+    about: dict[str, Any]
+    target_scale: float
+    inputs: dict[str, Any]
+    seconds: float
+
+    @classmethod
+    def of(cls, task: Task, context: Context, methods: Sequence[Method], options: Options) -> Subject:
+        """Load the network, check the data against it, and take the digests.
+
+        Raises:
+            TaskError: If something of the task fails; it says which function.
+        """
+        start = time.perf_counter()
+        model = task.model(context)
+        seconds = time.perf_counter() - start
+        members: list[nn.Module] | str = []
+        if any(method.kind == "ensemble" for method in methods):
+            try:
+                members = [member.to(context.device).eval() for member in task.call("ensemble", context)]
+            except Exception as error:
+                members = reason(error)
+        with seeded(context.seed):
+            n_outputs, first = check_task(task, model, context, options)
+        data = {}
+        for name in _READ:
+            with seeded(context.seed):
+                data[name] = data_digest(_loader(task, name, context, n_outputs))
+        about = {
+            "name": task.name, "description": task.description(context), "likelihood": task.likelihood,
+            "budget": task.budget, "seeds_note": task.constant("SEEDS_NOTE", ""),
+            "notes": dict(task.constant("NOTES", {})), "classes": list(task.constant("CLASSES", [])),
+            "n_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        }  # fmt: skip
+        target_scale = float(task.call("target_scale", context)) if task.has("target_scale") else 1.0
+        inputs = {
+            "network": network_digest(model),
+            "ensemble": members if isinstance(members, str) else [network_digest(member) for member in members],
+            "data": data | first,
+            "about": records.digest(about | {"n_data": task.n_data, "target_scale": target_scale}),
         }
-    )
+        return cls(model, members, n_outputs, about, target_scale, inputs, seconds)
+
+
+# -- one seed --------------------------------------------------------------------------------------
 
 
 def run(
@@ -87,7 +153,7 @@ def run(
     n_processes: int = 1,
     progress: Callable[[int, str], None] = lambda seed, step: None,
 ) -> list[dict[str, Any]]:
-    """One record for each seed; each is written when it is complete, and those there already are kept.
+    """One record for each seed, written when it is complete; one that was made from the same is used again.
 
     Args:
         task: From :meth:`Task.load`.
@@ -103,6 +169,7 @@ def run(
 
     Raises:
         RuntimeError: If a process is killed.
+        TaskError: If a function of the task or a loader of it fails, or all methods do.
     """
     options = options or Options()
     if methods is None:
@@ -118,85 +185,56 @@ def _seed(
     task: Task | str, folder: Path, context: Context, methods: Sequence[Method], options: Options, seed: int,
     progress: Callable[[str], None],
 ) -> dict[str, Any]:  # fmt: skip
-    """The record of one seed, made or found; a process of its own loads the task anew."""
+    """The record of one seed: the one that is there, if it was made from the same, or a new one.
+
+    A process of its own loads the task anew. What a record is made from is known when the network has been loaded and
+    the data have been looked at.
+    """
     if isinstance(task, str):
         torch.set_num_threads(1)
         task = Task.load(task)
+    context = replace(context, seed=seed)
     settings = settings_of(task, methods, options, context)
-    record = records.load_record(folder, seed, settings)
-    if record is not None:
-        progress("kept")
-        return record
-    work = folder / "work" / f"seed-{seed}-{records.digest(settings)}"
-    with global_random_state():
-        record = _record(task, replace(context, seed=seed), methods, options, settings, work, progress)
-    records.write_json(records.record_path(folder, seed, settings), record)
+    with seeded(seed):
+        progress("model")
+        subject = Subject.of(task, context, methods, options)
+        made_from = {"settings": settings, "inputs": subject.inputs}
+        record = records.load_record(folder, seed, made_from)
+        if record is not None:
+            progress("kept")
+            return record
+        work = folder / "work" / f"seed-{seed}-{records.digest(settings)}"
+        bench = _Bench(task, subject, context, options, work / records.digest(made_from))
+        record = {"seed": seed} | made_from | bench.record(methods, progress)
+    records.write_json(records.record_path(folder, seed, made_from), record)
     shutil.rmtree(work, ignore_errors=True)
     progress("done")
     return record
 
 
-def _record(
-    task: Task, context: Context, methods: Sequence[Method], options: Options, settings: dict[str, Any], work: Path,
-    progress: Callable[[str], None],
-) -> dict[str, Any]:  # fmt: skip
-    progress("model")
-    start = time.perf_counter()
-    model = task.model(context)
-    seconds = {"model": time.perf_counter() - start}
-    check_task(task, model, context)
-    description = task.description(context)
-    target_scale = float(task.call("target_scale", context)) if task.has("target_scale") else 1.0
-    # What was done with other weights (training need not be reproducible) is of no use.
-    work = work / weights_digest(model)
-    bench = _Bench(task, model, context, options, work)
-    predictors: dict[str, Predictor] = {}
-    about: dict[str, Any] = {}
-    for method in methods:
-        progress(f"fit: {method.name}")
-        (predictor, result), told = _heard(partial(bench.prepare, method))
-        result["warnings"] = sorted({*told, *result.get("warnings", ())})
-        about[method.name] = {"kind": method.kind, "role": method.role, "description": method.description} | result
-        if predictor is not None:
-            predictors[method.name] = predictor
-    if not predictors:
-        failed = "; ".join(f"{name}: {own['failed']}" for name, own in about.items())
-        raise TaskError(f"Nothing of {task.source} can be judged, since everything failed ({failed}).")
-    names = {method.role: method.name for method in methods if method.role}
-    against = [MAP, TEMPERATURE, *(names[role] for role in ("baseline", "reference") if role in names), "laplace-torch"]
-    result = evaluate(
-        predictors, *_loaders(task, context, options),
-        compare_with=list(dict.fromkeys(against)), highlight=names.get("candidate"),
-        images=task.definition.images if task.has("images") else None,
-        target_scale=target_scale,
-        n_resamples=options.n_resamples, folder=work / "predictions",
-        progress=lambda title: progress(f"predict: {title}"),
-    )  # fmt: skip
-    for name, predicted in result.pop("predictors").items():
-        about[name]["seconds"] |= predicted["seconds"]
-    progress("distances")
-    return {
-        "schema_version": records.SCHEMA_VERSION,
-        "task": {
-            "name": task.name, "description": description, "likelihood": task.likelihood,
-            "budget": task.budget, "seeds_note": task.constant("SEEDS_NOTE", ""),
-            "notes": dict(task.constant("NOTES", {})), "classes": list(task.constant("CLASSES", [])),
-            "n_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
-        },
-        "seed": context.seed,
-        "settings": settings,
-        "environment": records.environment(context.device),
-        "seconds": seconds,
-        "predictors": about,
-        "distances": bench.distances(methods),
-    } | result  # fmt: skip
+def _loader(task: Task, name: str, context: Context, n_outputs: int | None = None) -> Iterable[Any]:
+    """Batches of a function of the task, made anew; targets of one logit are class indices, as everywhere here.
+
+    Args:
+        task: The task.
+        name: Of the function.
+        context: For the function.
+        n_outputs: If it is known, targets of every batch are checked.
+    """
+
+    def read(batch: Any) -> Any:
+        batch = two_classes(batch) if task.likelihood == "bernoulli" else batch
+        if n_outputs is not None:
+            ((_, targets, _),) = _data.labelled([batch])
+            (Gaussian() if task.likelihood == "regression" else Categorical()).check_targets(targets, n_outputs)
+        return batch
+
+    return task.loader(name, context, read)
 
 
-def _loaders(task: Task, context: Context, options: Options | None = None) -> tuple[Any, Any, Any]:
+def _loaders(task: Task, context: Context, options: Options) -> tuple[Any, Any, Any]:
     """Test, shifted and foreign data, made anew; of the latter two those that the options ask for."""
-    options = options or Options()
-    shifted: dict[str, Any] = task.call("shifted_loaders", context) if task.has("shifted_loaders") else {}
-    foreign: dict[str, Any] = task.call("ood_loaders", context) if task.has("ood_loaders") else {}
+    read = two_classes if task.likelihood == "bernoulli" else lambda batch: batch
 
     def chosen(loaders: Mapping[Any, Any], title: str = "{}") -> dict[Any, Any]:
         found: dict[Any, Any] = {}
@@ -207,7 +245,11 @@ def _loaders(task: Task, context: Context, options: Options | None = None) -> tu
                 found[key] = own if options.n_shifted is None else _First(own, options.n_shifted)
         return found
 
-    return task.call("test_loader", context), chosen(shifted), chosen(foreign)
+    return (
+        _loader(task, "test_loader", context),
+        chosen(task.loaders("shifted_loaders", context, read) or {}),
+        chosen(task.loaders("ood_loaders", context) or {}),
+    )
 
 
 class _First:
@@ -220,47 +262,152 @@ class _First:
         return _data.head(self.loader, self.n)
 
 
-def check_task(task: Task, model: nn.Module, context: Context) -> None:
+def check_task(task: Task, model: nn.Module, context: Context, options: Options) -> tuple[int, dict[str, str]]:
     """Two data of every loader through the network, before anything takes time.
+
+    Returns:
+        The number of classes (outputs of a regression), and digests of the first batches of shifted and foreign data.
 
     Raises:
         TaskError: It says which function of the task, and why.
     """
     regression = task.likelihood == "regression"
-    point = gaussian_predictor(model, 1.0) if regression else point_predictor(model)
-    likelihood = resolve_likelihood(task.likelihood)
+    point = gaussian_predictor(model, 1.0) if regression else point_predictor(_classifier(task, model))
     for name in ("train_loader", "val_loader"):
-        loader = task.call(name, context)
-        try:
+        loader = _loader(task, name, context)
+        with _from(task, name):
             (read,) = preflight({MAP: point}, conditions(loader))
             inputs, targets, _ = next(iter(_data.labelled(read.loader)))
             few = _data.take(inputs, slice(0, 2))
             predicted = as_prediction(point(few), _data.count(few), MAP).arrays()
             n_outputs = predicted["mean" if regression else "probabilities"].shape[1]
-            likelihood.check_targets(targets, n_outputs)
-        except (TypeError, ValueError) as error:
-            raise TaskError(f"{name}() of {task.source}: {error}") from error
+            (Gaussian() if regression else Categorical()).check_targets(targets, n_outputs)
     classes = list(task.constant("CLASSES", ()))
     if classes and len(classes) != n_outputs and not regression:
         raise TaskError(f"Expected CLASSES of {task.source} to name the {n_outputs} outputs, got {len(classes)} names.")
     try:
-        images = task.definition.images if task.has("images") else None
-        preflight({MAP: point}, conditions(*_loaders(task, context)), images)
-    except (TypeError, ValueError) as error:
+        found = conditions(*_loaders(task, context, options))
+    except ValueError as error:
         raise TaskError(f"The loaders of {task.source}: {error}") from error
+    images, first = task.definition.images if task.has("images") else None, {}
+    for condition in found:
+        name = _FUNCTIONS[condition.kind]
+        with _from(task, name):
+            (read,) = preflight({MAP: point}, [condition], images)
+            if condition.kind != "test":  # of which more is seen
+                first[f"{name}: {condition.title}"] = data_digest(read.loader, None)
+    return n_outputs, first
+
+
+def _classifier(task: Task, model: nn.Module) -> nn.Module:
+    """The network, with an output for each class."""
+    return TwoClasses(model).eval() if task.likelihood == "bernoulli" else model
+
+
+@contextmanager
+def _from(task: Task, name: str) -> Iterator[None]:
+    """Errors about data name the function that they are from."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        raise TaskError(f"{name}() of {task.source}: {error}") from error
 
 
 class _Bench:
     """Fits of one seed, and what is known about them."""
 
-    def __init__(self, task: Task, model: nn.Module, context: Context, options: Options, work: Path) -> None:
-        self.task, self.model, self.context, self.options, self.work = task, model, context, options, work
+    def __init__(self, task: Task, subject: Subject, context: Context, options: Options, work: Path) -> None:
+        self.task, self.subject, self.context, self.options, self.work = task, subject, context, options, work
+        self.model = subject.model
+        self.point = _classifier(task, subject.model)
         self.regression = task.likelihood == "regression"
         self.shared = Shared()
         self.fits: dict[str, DebiasedLaplace] = {}
         self.fitted: dict[str, DebiasedLaplace] = {}  # before any tuning, by the arguments of the fit
 
-    def prepare(self, method: Method) -> tuple[Predictor | None, dict[str, Any]]:
+    def record(self, methods: Sequence[Method], progress: Callable[[str], None]) -> dict[str, Any]:
+        """Everything that is measured; a method that fails has the reason for it, and the others go on.
+
+        Raises:
+            TaskError: If a function of the task or a loader of it fails, or everything does.
+        """
+        task, context = self.task, self.context
+        self._check_outputs()
+        predictors: dict[str, Predictor] = {}
+        about: dict[str, Any] = {}
+        for method in methods:
+            progress(f"fit: {method.name}")
+            (predictor, result), told = _heard(partial(self._prepared, method))
+            result["warnings"] = sorted({*told, *result.get("warnings", ())})
+            about[method.name] = {"kind": method.kind, "role": method.role, "description": method.description} | result
+            if predictor is not None:
+                predictors[method.name] = predictor
+        self._require(predictors, about)
+        names = {method.role: method.name for method in methods if method.role}
+        against = [MAP, TEMPERATURE, *(names[role] for role in ("baseline", "reference") if role in names)]
+        candidate = names.get("candidate")
+        try:
+            result = evaluate(
+                predictors, *_loaders(task, context, self.options),
+                compare_with=list(dict.fromkeys([*against, "laplace-torch"])),
+                highlight=candidate if candidate in predictors else None,
+                images=task.definition.images if task.has("images") else None,
+                target_scale=self.subject.target_scale, n_resamples=self.options.n_resamples,
+                folder=self.work / "predictions", strict=False,
+                progress=lambda title: progress(f"predict: {title}"),
+            )  # fmt: skip
+        except ConditionError as error:
+            raise TaskError(f"{_FUNCTIONS[error.kind]}() of {task.source}: {error}") from error
+        for name, predicted in result.pop("predictors").items():
+            about[name]["seconds"] |= predicted["seconds"]
+        for name, where in result.pop("failures").items():
+            if name in result["test"]["scores"]:
+                about[name]["warnings"] += [f"It failed on {own}" for own in where]
+            else:
+                about[name]["failed"] = f"on {where[0]}"
+        progress("distances")
+        try:
+            distances = self.distances([method for method in methods if method.name in self.fits])
+        except TaskError:
+            raise
+        except Exception as error:
+            distances = {}
+            about[names["reference"]]["warnings"].append(f"No distances could be measured: {reason(error)}")
+        return {
+            "schema_version": records.SCHEMA_VERSION, "made": records.now(), "task": self.subject.about,
+            "environment": records.environment(context.device), "seconds": {"model": self.subject.seconds},
+            "predictors": about, "distances": distances,
+        } | result  # fmt: skip
+
+    def _require(self, predictors: dict[str, Predictor], about: dict[str, Any]) -> None:
+        if not predictors:
+            failed = "; ".join(f"{name}: {own['failed']}" for name, own in about.items())
+            raise TaskError(f"Nothing of {self.task.source} can be judged, since everything failed ({failed}).")
+
+    def _check_outputs(self) -> None:
+        """Nothing can be tuned on outputs that are not finite."""
+        n = 0
+        for number, (inputs, targets, size) in enumerate(_data.labelled(self._validation()), 1):
+            outputs, _ = outputs_of(self.point, [(inputs, targets)])
+            wrong = (~outputs.isfinite().reshape(size, -1).all(1)).nonzero().flatten()
+            if len(wrong):
+                raise TaskError(
+                    f"val_loader() of {self.task.source}: batch {number}: Expected finite outputs of the network, got "
+                    f"NaN or infinity for datum {n + int(wrong[0])}. Look for NaN in the inputs or the weights."
+                )
+            n += size
+
+    def _prepared(self, method: Method) -> tuple[Predictor | None, dict[str, Any]]:
+        """A predictor and what there is to know about it, or why there is none."""
+        try:
+            return self.prepare(method)
+        except TaskError:  # of a loader, which is not the method's fault
+            raise
+        except Exception as error:
+            self.fits.pop(method.name, None)
+            return None, {"failed": reason(error), "seconds": {}}
+
+    def prepare(self, method: Method) -> tuple[Predictor, dict[str, Any]]:
         """A predictor, and what there is to know about it."""
         start = time.perf_counter()
         if method.kind == "laplace":
@@ -268,23 +415,30 @@ class _Bench:
         if method.kind == "laplace-torch":
             return self._peer(method)
         if method.kind == "ensemble":
-            models = [m.to(self.context.device).eval() for m in self.task.call("ensemble", self.context)]
-            result: dict[str, Any] = {"members": len(models), "seconds": {"fit": time.perf_counter() - start}}
-            if not self.regression:
-                return ensemble_predictor(models), result
-            noise = tuned_noise(models, self._validation())
-            return ensemble_predictor(models, noise), result | {"noise": noise**0.5}
+            return self._ensemble()
         if self.regression:
             variance = tuned_noise([self.model], self._validation())
             result = {"noise": variance**0.5, "seconds": {"tune": time.perf_counter() - start}}
             return gaussian_predictor(self.model, variance), result
         if method.kind == "map":
-            outputs, targets = outputs_of(self.model, self._validation())
+            outputs, targets = outputs_of(self.point, self._validation())
             loss = float(nn.functional.cross_entropy(outputs, targets.long()))
-            return point_predictor(self.model), {"seconds": {}, "validation_nll": loss}
-        temperature, loss = tuned_temperature(self.model, self._validation())
+            return point_predictor(self.point), {"seconds": {}, "validation_nll": loss}
+        temperature, loss = tuned_temperature(self.point, self._validation())
         result = {"temperature": temperature, "validation_nll": loss, "seconds": {"tune": time.perf_counter() - start}}
-        return point_predictor(self.model, temperature=temperature), result
+        return point_predictor(self.point, temperature=temperature), result
+
+    def _ensemble(self) -> tuple[Predictor, dict[str, Any]]:
+        if isinstance(self.subject.members, str):
+            raise RuntimeError(self.subject.members)
+        start = time.perf_counter()
+        models = [_classifier(self.task, member) for member in self.subject.members]
+        result: dict[str, Any] = {"members": len(models), "seconds": {}}
+        if not self.regression:
+            return ensemble_predictor(models), result
+        noise = tuned_noise(models, self._validation())
+        result |= {"noise": noise**0.5, "seconds": {"tune": time.perf_counter() - start}}
+        return ensemble_predictor(models, noise), result
 
     # -- this package --------------------------------------------------------------------------
 
@@ -326,7 +480,7 @@ class _Bench:
             la = DebiasedLaplace(self.model, self.task.likelihood, seed=context.seed, **method.laplace)
             checkpoint = self.work / f"fit-{records.digest({'fit': method.fit_key})}.progress"
             checkpoint.parent.mkdir(parents=True, exist_ok=True)
-            loader = self.task.call("train_loader", context)
+            loader = _loader(self.task, "train_loader", context)
             la.fit(loader, generator=context.seed, checkpoint=checkpoint, n_data=self.task.n_data, **method.fit)
             self.fitted[method.fit_key] = copy.copy(la)
         fitted = time.perf_counter()
@@ -355,29 +509,27 @@ class _Bench:
 
     # -- laplace-torch -------------------------------------------------------------------------
 
-    def _peer(self, method: Method) -> tuple[Predictor | None, dict[str, Any]]:
-        """laplace-torch on all training data, tuned over the same grid; what fails there is told, not raised."""
+    def _peer(self, method: Method) -> tuple[Predictor, dict[str, Any]]:
+        """laplace-torch on all training data, tuned over the same grid."""
         start = time.perf_counter()
-        try:
-            la, where = fitted_peer(
-                self.model, self.task.likelihood, method.laplace["structure"],
-                self.task.call("train_loader", self.context), self.task.n_data, self._validation,
-            )  # fmt: skip
-            fitted = time.perf_counter()
-            result = tune_peer(la, self._validation(), self.options.grid, self.regression)
-            predictor = PeerPredictor(la, self.regression)
-            for loader in (self._validation(), self.task.call("test_loader", self.context)):
-                inputs, _, _ = next(iter(_data.labelled(loader)))
-                as_prediction(predictor(_data.take(inputs, slice(0, 2))), min(2, _data.count(inputs)), method.name)
-        except Exception as error:
-            return None, {"failed": f"{type(error).__name__}: {error}"[:300], "seconds": {}}
+        kind = "regression" if self.regression else "classification"  # it has no other name for one logit
+        la, where = fitted_peer(
+            self.point, kind, method.laplace["structure"], _loader(self.task, "train_loader", self.context),
+            self.task.n_data, self._validation,
+        )  # fmt: skip
+        fitted = time.perf_counter()
+        result = tune_peer(la, self._validation(), self.options.grid, self.regression)
+        predictor = PeerPredictor(la, self.regression)
+        for loader in (self._validation(), _loader(self.task, "test_loader", self.context)):
+            inputs, _, _ = next(iter(_data.labelled(loader)))
+            as_prediction(predictor(_data.take(inputs, slice(0, 2))), min(2, _data.count(inputs)), method.name)
         result |= {"seconds": {"fit": fitted - start, "tune": time.perf_counter() - fitted}, "layers": where}
         return predictor, result
 
     # -- shared --------------------------------------------------------------------------------
 
     def _validation(self) -> Iterable[Any]:
-        return self.task.call("val_loader", self.context)
+        return _loader(self.task, "val_loader", self.context)
 
     def distances(self, methods: Sequence[Method]) -> dict[str, Any]:
         """Log ratios of output variances to the reference's, at equal prior precisions: no tuning in it."""
@@ -386,7 +538,7 @@ class _Bench:
         compared = [roles[role] for role in ("baseline", "candidate") if role in roles]
         if reference is None or not compared:
             return {}
-        inputs = _first(self.task.call("test_loader", self.context), self.options.distance_inputs)
+        inputs = _first(_loader(self.task, "test_loader", self.context), self.options.distance_inputs)
         at = {"tuned": _typical_prior(self.fits[reference]), "equal": self.options.distance_prior_precision}
         noise = self.fits[reference].posterior.noise_variance
         # The noise is tuned for each: no part of a distance. One set of backward passes for all of them.
@@ -395,12 +547,12 @@ class _Bench:
             for name in roles.values()
             for value in at.values()
         ]
-        variances = functional_moments(self.fits[reference].network, grid, inputs, covariance=False)[1]
-        logarithms = dict(zip(roles.values(), variances.cpu().double().log().split(len(at)), strict=True))
+        every = functional_moments(self.fits[reference].network, grid, inputs, covariance=False)[1].cpu().double()
+        variances = dict(zip(roles.values(), every.split(len(at)), strict=True))
         weights = bootstrap.resample_weights(_data.count(inputs), self.options.n_resamples, 0)
         found: dict[str, Any] = {}
         for index, (where, value) in enumerate(at.items()):
-            ratios = {name: (logarithms[name] - logarithms[reference])[index] for name in compared}
+            ratios = {name: _log_ratio(variances[name][index], variances[reference][index]) for name in compared}
             found[where] = {"prior_precision": value} | {
                 name: {
                     "absolute": _mean_cell(own.abs().mean(1), weights), "signed": _mean_cell(own.mean(1), weights)
@@ -410,17 +562,17 @@ class _Bench:
         return found
 
 
+def _log_ratio(variances: Tensor, reference: Tensor) -> Tensor:
+    """Of output variances: equal ones are at distance zero, also if both are zero; if one is zero it is infinite."""
+    return torch.where(variances == reference, 0.0, variances.log() - reference.log())
+
+
 def _heard(call: Callable[[], _T]) -> tuple[_T, list[str]]:
     """What a function returns, and the warnings for the user that it gave."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
         found = call()
     return found, sorted({str(w.message) for w in caught if issubclass(w.category, UserWarning)})
-
-
-def weights_digest(model: nn.Module) -> str:
-    """Tells networks apart by their weights."""
-    return records.digest(_store.fingerprint(model.state_dict()))
 
 
 def _typical_prior(la: DebiasedLaplace) -> float:
@@ -443,5 +595,11 @@ def _first(loader: Iterable[Any], n: int) -> Any:
 
 
 def _mean_cell(values: Tensor, weights: Any) -> list[float]:
-    array = values.numpy()
-    return cell(bootstrap.Replicates(float(array.mean()), np.asarray(weights @ array) / len(array)))
+    """The mean with its bootstrap; one infinite value makes it infinite, of both signs undefined."""
+    array, weights = values.numpy(), np.asarray(weights)
+    replicates = weights @ np.where(np.isfinite(array), array, 0.0) / len(array)
+    above, below, undefined = (weights @ part > 0 for part in (array == np.inf, array == -np.inf, np.isnan(array)))
+    replicates[above], replicates[below] = np.inf, -np.inf
+    replicates[undefined | (above & below)] = np.nan
+    with np.errstate(invalid="ignore"):
+        return cell(bootstrap.Replicates(float(array.mean()), replicates))

@@ -4,6 +4,8 @@ Of one record the cells stay: bootstrap over the data. Of several, the value is 
 the mean over seeds. Where all seeds were judged on the same data, these are resampled by no seed, and the mean square
 of the bootstrap errors is added to the variance. Intervals are Student's t. A difference counts as shown only if its
 95 % interval leaves out zero, and as negligible if all of the interval is within :data:`MARGIN`.
+
+Scores may be infinite, or undefined (NaN: an infinite one minus an infinite one, or of a method that failed there).
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from scipy.stats import t as student
 
 from debiased_laplace.evaluation import records as storage
@@ -39,6 +42,9 @@ def combine(cells: Sequence[Cell], same_data: bool) -> Cell:
     if len(cells) == 1:
         return cells[0]
     values = [cell[0] for cell in cells]
+    if not all(map(math.isfinite, values)):  # no variance: the interval is what holds those of all seeds
+        low, high = (np.array([cell[i] for cell in cells]) for i in (2, 3))
+        return [_mean(values), math.inf, float(low.min()), float(high.max())]
     variance = statistics.variance(values) / len(values)
     if same_data:
         variance += statistics.fmean(cell[1] ** 2 for cell in cells)
@@ -61,12 +67,13 @@ def summarise(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
     if len(set(seeds)) != len(seeds):
         raise ValueError(f"Expected one record for each seed, got seeds {seeds}.")
     same_data = all(record["test"]["targets"] == first["test"]["targets"] for record in records)
-    names = [name for name in first["predictors"] if all(name in record["test"]["scores"] for record in records)]
+    names = [name for name in first["predictors"] if any(name in record["test"]["scores"] for record in records)]
     return {
         "schema_version": storage.SCHEMA_VERSION,
         "task": first["task"],
         "settings": first["settings"],
         "seeds": seeds,
+        "made": [record["made"] for record in records],
         "same_data": same_data,
         "regression": first["regression"],
         "n_resamples": first["n_resamples"],
@@ -80,38 +87,39 @@ def summarise(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
             _entry([record["shifts"][i] for record in records], names, same_data) for i in range(len(first["shifts"]))
         ],
         "ood": [_entry([record["ood"][i] for record in records], names, same_data) for i in range(len(first["ood"]))],
-        "distances": _distances([record["distances"] for record in records], same_data),
+        "distances": _distances([record["distances"] for record in records if record["distances"]], same_data),
     }
 
 
 def _entry(entries: Sequence[dict[str, Any]], names: Sequence[str], same_data: bool) -> dict[str, Any]:
     first = entries[0]
     result: dict[str, Any] = {key: first[key] for key in ("name", "severity", "n")}
-    result["scores"] = {
-        name: {
-            score: combine([entry["scores"][name][score] for entry in entries], same_data)
-            for score in first["scores"][name]
-        }
-        for name in names
-    }
+    # A method that failed for some seeds has the numbers of the others.
+    scores = {name: [entry["scores"][name] for entry in entries if name in entry["scores"]] for name in names}
+    result["scores"] = {name: _combined(own, same_data) for name, own in scores.items()}
     result["differences"] = {
         second: {
-            name: {
-                score: combine([entry["differences"][second][name][score] for entry in entries], same_data)
-                for score in first["differences"][second][name]
-            }
+            name: _combined(own, same_data)
             for name in names
-            if name != second
+            if (own := [e["differences"][second][name] for e in entries if name in e["differences"].get(second, {})])
         }
-        for second in first["differences"]
-        if second in names
+        for second in dict.fromkeys(second for entry in entries for second in entry["differences"])
     }
     if "curves" in first:
-        result["curves"] = {name: _curves([entry["curves"][name] for entry in entries]) for name in names}
-    for key in ("histograms", "most_uncertain"):  # pictures of the first seed
-        if key in first:
-            result[key] = first[key]
+        result["curves"] = {
+            name: _curves([entry["curves"][name] for entry in entries if name in entry["curves"]]) for name in names
+        }
+    if "histograms" in first:  # of the first seed that has them
+        result["histograms"] = {
+            name: next(e["histograms"][name] for e in entries if name in e["histograms"]) for name in names
+        }
+    if "most_uncertain" in first:
+        result["most_uncertain"] = first["most_uncertain"]
     return result
+
+
+def _combined(scores: Sequence[dict[str, Cell]], same_data: bool) -> dict[str, Cell]:
+    return {score: combine([own[score] for own in scores], same_data) for score in scores[0]}
 
 
 def _curves(curves: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -123,8 +131,20 @@ def _curves(curves: Sequence[dict[str, Any]]) -> dict[str, Any]:
             found[key] = added(own)
         else:
             length = min(len(line) for line in own)
-            found[key] = [statistics.fmean(line[i] for line in own) for i in range(length)]
+            found[key] = [_mean([line[i] for line in own]) for i in range(length)]
     return found
+
+
+def _mean(values: Sequence[float]) -> float:
+    """Of finite, infinite and undefined numbers; infinite ones of both signs have none."""
+    with np.errstate(invalid="ignore"):
+        return statistics.fmean(values) if all(map(math.isfinite, values)) else float(np.mean(values))
+
+
+def geometric_mean(values: Sequence[float]) -> float:
+    """Of numbers that may be zero or infinite."""
+    with np.errstate(divide="ignore"):
+        return float(np.exp(np.mean(np.log(values))))
 
 
 def added(bins: Sequence[Mapping[str, Sequence[float]]]) -> dict[str, list[float]]:
@@ -133,17 +153,18 @@ def added(bins: Sequence[Mapping[str, Sequence[float]]]) -> dict[str, list[float
 
 
 def _about(entries: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    first = entries[0]
-    found: dict[str, Any] = {key: first[key] for key in ("kind", "role", "description")}
+    found: dict[str, Any] = {key: entries[0][key] for key in ("kind", "role", "description")}
+    found["warnings"] = _unique([text for entry in entries for text in entry["warnings"]])
+    failed = [entry["failed"] for entry in entries if "failed" in entry]
+    if failed:
+        found |= {"failed": _unique(failed), "n_failed": len(failed)}
+    entries = [entry for entry in entries if "failed" not in entry]
+    first = entries[0] if entries else {"seconds": {}}
     found["seconds"] = {
         step: statistics.fmean(entry["seconds"][step] for entry in entries)
         for step in first["seconds"]
         if all(step in entry["seconds"] for entry in entries)
     }
-    found["warnings"] = _unique([text for entry in entries for text in entry["warnings"]])
-    failed = _unique([entry["failed"] for entry in entries if "failed" in entry])
-    if failed:
-        return found | {"failed": failed}
     for key in ("prior_precision", "temperature", "noise", "validation_nll", "edge", "prior_precisions"):
         if key in first:
             found[key] = [entry[key] for entry in entries]
@@ -154,21 +175,22 @@ def _about(entries: Sequence[dict[str, Any]]) -> dict[str, Any]:
         curves = [entry["curve"] for entry in entries]
         found["curve"] = {  # prior precisions of a regression are relative to a noise of each seed's own
             "prior_precisions": [
-                statistics.geometric_mean(column)
-                for column in zip(*(curve["prior_precisions"] for curve in curves), strict=True)
+                geometric_mean(column) for column in zip(*(curve["prior_precisions"] for curve in curves), strict=True)
             ],
-            "losses": [statistics.fmean(column) for column in zip(*(curve["losses"] for curve in curves), strict=True)],
+            "losses": [_mean(column) for column in zip(*(curve["losses"] for curve in curves), strict=True)],
         }
     return found
 
 
 def _distances(entries: Sequence[dict[str, Any]], same_data: bool) -> dict[str, Any]:
-    if not entries[0]:
+    """Of the seeds that have them; a method that failed for one of these is left out."""
+    if not entries:
         return {}
+    names = [name for name in entries[0]["equal"] if all(name in entry["equal"] for entry in entries)]
     return {
         where: {
-            name: {part: combine([entry[where][name][part] for entry in entries], same_data) for part in own}
-            for name, own in found.items()
+            name: {part: combine([entry[where][name][part] for entry in entries], same_data) for part in found[name]}
+            for name in names
             if name != "prior_precision"
         }
         | {"prior_precision": [entry[where]["prior_precision"] for entry in entries]}
@@ -216,6 +238,11 @@ def verdict(score: str, cell: Sequence[float]) -> str:
         return "no difference shown"
     larger = score.rpartition(", ")[2] in LARGER_IS_BETTER
     return "better" if (cell[0] > 0) == larger else "worse"
+
+
+def judged(score: str, cell: Sequence[float]) -> str:
+    """:func:`verdict`, or ``"not defined"`` for a difference that is not."""
+    return "not defined" if math.isnan(cell[0]) else verdict(score, cell)
 
 
 def _unique(values: list[Any]) -> list[Any]:

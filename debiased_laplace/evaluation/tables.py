@@ -13,8 +13,8 @@ from rich.text import Text
 
 from debiased_laplace.evaluation import summary as summaries
 from debiased_laplace.evaluation.metrics import N_BINS
-from debiased_laplace.evaluation.statement import plus_minus, seeds, with_interval
-from debiased_laplace.evaluation.summary import by_role, verdict
+from debiased_laplace.evaluation.statement import failures, plus_minus, seeds, with_interval
+from debiased_laplace.evaluation.summary import by_role, geometric_mean, judged
 
 #: Column title, number of digits and factor of every score.
 SCORES = {
@@ -129,10 +129,13 @@ def _test(summary: Mapping[str, Any], short: bool) -> Table:
         f"{N_BINS} equally full ones; classwise: the mean over classes. AURC: mean error of the most "
         "confident part, over all parts."
     )
-    return Table(
-        "Test data", f"{how} Cells: {_errors(summary)}.", ["method", *(SCORES[s][0] for s in names)],
-        [("", [[name, *(_cell(own[s], s) for s in names)] for name, own in scores.items()])],
-    )  # fmt: skip
+    failed = ["failed", *[""] * (len(names) - 1)]
+    rows = [
+        [name, *([_cell(scores[name][s], s) for s in names] if name in scores else failed)]
+        for name in summary["predictors"]
+    ]
+    caption = " ".join([f"{how} Cells: {_errors(summary)}.", *failures(summary)])
+    return Table("Test data", caption, ["method", *(SCORES[s][0] for s in names)], [("", rows)])
 
 
 def _test_differences(summary: Mapping[str, Any], candidate: str, short: bool) -> Table:
@@ -141,7 +144,7 @@ def _test_differences(summary: Mapping[str, Any], candidate: str, short: bool) -
         own = found.get(candidate, {})
         rows = [
             [SCORES[s][0], with_interval(cell, SCORES[s][1] + 1, scale=SCORES[s][2]),
-             "" if s in UNDIRECTED else verdict(s, cell)]
+             "" if s in UNDIRECTED else judged(s, cell)]
             for s, cell in own.items()
             if not short or s in ("nll", "ece", "crps")
         ]  # fmt: skip
@@ -218,7 +221,7 @@ def _foreign(summary: Mapping[str, Any], short: bool) -> Table:
 def _distances(summary: Mapping[str, Any]) -> Table:
     sections = []
     for where, found in summary["distances"].items():
-        value = statistics.geometric_mean(found["prior_precision"])
+        value = geometric_mean(found["prior_precision"])
         title = (
             f"tuned prior precision of the reference ({value:.3g})"
             if where == "tuned"
@@ -242,14 +245,14 @@ def _distances(summary: Mapping[str, Any]) -> Table:
 def _cost(summary: Mapping[str, Any]) -> Table:
     rows = []
     for name, about in summary["predictors"].items():
-        if "failed" in about:
+        if name not in summary["test"]["scores"]:
             continue
         tuned = []
         if len(about.get("prior_precisions", [[]])[0]) > 1:
             values = [value for own in about["prior_precisions"] for value in own]
             tuned.append(f"prior {min(values):.2g} to {max(values):.2g}")
         elif "prior_precision" in about:
-            tuned.append(f"prior {statistics.geometric_mean(about['prior_precision']):.3g}")
+            tuned.append(f"prior {geometric_mean(about['prior_precision']):.3g}")
         if "temperature" in about:
             tuned.append(f"temperature {statistics.fmean(about['temperature']):.2f}")
         if "noise" in about:

@@ -18,11 +18,11 @@ Functions of the file (all but the first four are optional):
 Every function is called with those of ``seed``, ``data_dir``, ``cache``, ``quick`` and ``device`` that it has a
 parameter for. Loaders are asked for anew for every reading.
 
-Constants, all optional: ``NAME``, ``DESCRIPTION``, ``LIKELIHOOD`` (``"classification"`` or ``"regression"``),
-``N_DATA`` (size of the training set, if the loader does not yield all of it), ``BUDGET`` (training data spent on
-curvature), ``SEEDS`` (how many by default), ``SEEDS_NOTE`` (what a seed decides), ``NOTES`` (a sentence for each
-condition), ``CLASSES`` (names), ``DENSE`` (whether the network is small enough, some thousand parameters, for
-posteriors with the whole curvature matrix).
+Constants, all optional: ``NAME``, ``DESCRIPTION``, ``LIKELIHOOD`` (``"classification"``, ``"regression"``, or
+``"bernoulli"`` for one output that is a logit, with targets 0 and 1), ``N_DATA`` (size of the training set, if the
+loader does not yield all of it), ``BUDGET`` (training data spent on curvature), ``SEEDS`` (how many by default),
+``SEEDS_NOTE`` (what a seed decides), ``NOTES`` (a sentence for each condition), ``CLASSES`` (names), ``DENSE`` (whether
+the network is small enough, some thousand parameters, for posteriors with the whole curvature matrix).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ import hashlib
 import importlib.util
 import inspect
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -41,9 +41,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from debiased_laplace.evaluation.provenance import source_digest
+
 REQUIRED = ("model", "train_loader", "val_loader", "test_loader")
-LIKELIHOODS = ("classification", "regression")
+LIKELIHOODS = ("classification", "regression", "bernoulli")
 DEFAULT_BUDGET = 256
+#: Names of modules that task files imported from their folders, which may have changed since.
+_NEIGHBOURS: set[str] = set()
 
 
 class TaskError(RuntimeError):
@@ -76,7 +80,7 @@ class Task:
     Attributes:
         source: File, or name of a shipped task.
         definition: The module, or anything with the functions and constants as attributes.
-        fingerprint: Of the file's content, so that records of an earlier version are told apart.
+        fingerprint: Digest of the file's text and of the modules that it imports from its folder.
     """
 
     source: str
@@ -98,12 +102,15 @@ class Task:
                 raise TaskError(
                     f"Expected a task file, got {path}, which does not exist. `debiased-laplace init-task` writes one."
                 )
-            return cls._checked(str(source), _module(path), hashlib.sha256(path.read_bytes()).hexdigest()[:12])
+            return cls._checked(str(source), _module(path), source_digest(path))
         if str(source) not in shipped.names():
             raise TaskError(
                 f"Expected a Python file or a shipped task out of {', '.join(shipped.names())}, got {str(source)!r}."
             )
-        return cls._checked(str(source), shipped.load(str(source)))
+        definition = shipped.load(str(source))
+        folder = Path(shipped.__file__).parent
+        file = Path(inspect.getfile(definition.train_loader))
+        return cls._checked(str(source), definition, source_digest(file, folder, folder.parents[2]))
 
     @classmethod
     def _checked(cls, source: str, definition: Any, fingerprint: str = "") -> Task:
@@ -134,7 +141,7 @@ class Task:
 
     @property
     def likelihood(self) -> str:
-        """``"classification"`` or ``"regression"``."""
+        """``"classification"``, ``"regression"`` or ``"bernoulli"``."""
         return str(self.constant("LIKELIHOOD", "classification"))
 
     @property
@@ -168,6 +175,37 @@ class Task:
         except Exception as error:
             raise TaskError(f"{name}() of {self.source} failed: {type(error).__name__}: {error}") from error
 
+    def loader(self, name: str, context: Context, read: Callable[[Any], Any] = lambda batch: batch) -> Iterable[Any]:
+        """The batches of a function, made anew; whatever goes wrong with one, however late, names the function.
+
+        Args:
+            name: Of the function.
+            context: What it may ask for.
+            read: From a batch to what is wanted of it; it raises what is wrong.
+
+        Raises:
+            TaskError: If the function, a batch or reading it fails; the cause is attached.
+        """
+        return watched(self.call(name, context), f"{name}() of {self.source}", read)
+
+    def loaders(self, name: str, context: Context, read: Callable[[Any], Any] = lambda batch: batch) -> dict[str, Any]:
+        """The same for ``shifted_loaders`` and ``ood_loaders``: dictionaries, empty if there is no such function.
+
+        Raises:
+            TaskError: As :meth:`loader`.
+        """
+        if not self.has(name):
+            return {}
+        origin, found = f"{name}() of {self.source}", self.call(name, context)
+        if not isinstance(found, Mapping):
+            raise TaskError(f"Expected {origin} to return a dictionary of loaders, got {type(found).__name__}.")
+        return {
+            key: {severity: watched(own, f"{origin}, {key!r} {severity}", read) for severity, own in value.items()}
+            if isinstance(value, Mapping)
+            else watched(value, f"{origin}, {key!r}", read)
+            for key, value in found.items()
+        }
+
     def model(self, context: Context) -> nn.Module:
         """The trained network, on the device and in evaluation mode."""
         model = self.call("model", context)
@@ -183,6 +221,59 @@ class Task:
         return str(self.call("description", context) if self.has("description") else self.constant("DESCRIPTION", ""))
 
 
+def watched(loader: Any, origin: str, read: Callable[[Any], Any] = lambda batch: batch) -> Any:
+    """A loader whose errors say where it is from; what is no iterable stays as it is.
+
+    Args:
+        loader: Batches of any kind.
+        origin: What it is called in errors.
+        read: From a batch to what is wanted of it; it raises what is wrong.
+    """
+    if isinstance(loader, Iterator):  # to be read once, and known as such
+        return _watch(loader, origin, read)
+    if not isinstance(loader, Iterable):
+        return loader
+    return (_Sized if hasattr(loader, "__len__") else _Watched)(loader, origin, read)
+
+
+class _Watched:
+    """A loader to be read several times; everything but its batches is that of the loader."""
+
+    def __init__(self, loader: Iterable[Any], origin: str, read: Callable[[Any], Any]) -> None:
+        self._watched = loader, origin, read
+
+    def __iter__(self) -> Iterator[Any]:
+        return _watch(*self._watched)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "_watched":  # of an instance that is being copied
+            raise AttributeError(name)
+        return getattr(self._watched[0], name)
+
+
+class _Sized(_Watched):
+    """The same with a length."""
+
+    def __len__(self) -> int:
+        return len(self._watched[0])  # type: ignore[arg-type]
+
+
+def _watch(loader: Iterable[Any], origin: str, read: Callable[[Any], Any]) -> Iterator[Any]:
+    number, iterator = 0, None
+    while True:
+        try:
+            iterator = iter(loader) if iterator is None else iterator
+            batch = read(next(iterator))
+        except StopIteration:
+            return
+        except TaskError:
+            raise
+        except Exception as error:
+            raise TaskError(f"{origin}: batch {number + 1}: {type(error).__name__}: {error}") from error
+        number += 1
+        yield batch
+
+
 def _module(path: Path) -> ModuleType:
     """Run a file as a module; its folder is importable while it runs."""
     name = f"debiased_laplace_task_{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:8]}"
@@ -190,6 +281,11 @@ def _module(path: Path) -> ModuleType:
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # classes of the file can be pickled, by workers of its loaders
+    own = {file.stem for file in path.resolve().parent.iterdir()}
+    for old in [old for old in _NEIGHBOURS if old.partition(".")[0] in own]:
+        _NEIGHBOURS.discard(old)  # of an earlier version, or another task's neighbour of the same name
+        sys.modules.pop(old, None)
+    importlib.invalidate_caches()
     try:
         with _importable(path):
             spec.loader.exec_module(module)
@@ -201,16 +297,21 @@ def _module(path: Path) -> ModuleType:
 @contextmanager
 def _importable(source: str | Path) -> Iterator[None]:
     """Let a task file import its neighbours, also from within its functions."""
-    folder = str(Path(source).resolve().parent)
+    folder = Path(source).resolve().parent
     if Path(source).suffix != ".py":
         yield
         return
-    sys.path.insert(0, folder)
+    before = set(sys.modules)
+    sys.path.insert(0, str(folder))
     try:
         yield
     finally:
-        if folder in sys.path:
-            sys.path.remove(folder)
+        if str(folder) in sys.path:
+            sys.path.remove(str(folder))
+        for name in set(sys.modules) - before:
+            file = getattr(sys.modules[name], "__file__", None)
+            if file is not None and folder in Path(file).resolve().parents:
+                _NEIGHBOURS.add(name)
 
 
 def resolve_device(name: str | None) -> torch.device:

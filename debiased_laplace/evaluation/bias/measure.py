@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from debiased_laplace import _data, _store
-from debiased_laplace._guards import global_random_state
 from debiased_laplace.evaluation import records
-from debiased_laplace.evaluation.suite import base_settings, weights_digest
+from debiased_laplace.evaluation.provenance import network_digest, seeded
+from debiased_laplace.evaluation.suite import base_settings
 from debiased_laplace.evaluation.tasks import Context, Task
 from debiased_laplace.instruments import (
     BatchSizeCurve,
@@ -36,7 +36,7 @@ from debiased_laplace.sampling import UniformSampler
 
 __all__ = ["BiasOptions", "study"]
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 #: Batches that are drawn, as in the paper; all of them are in the numbers.
 N_SHOWN = 3
 
@@ -113,27 +113,28 @@ def study(
 
     Args:
         task: Its ``model`` and ``train_loader`` are used, nothing else.
-        folder: Complete parts are kept in its ``records`` folder, and used again when everything is the same.
+        folder: Complete parts are kept in its ``records`` folder, and used again when the network, the data that were
+            drawn, and everything else that decides the numbers are the same.
         context: For the task's functions; its seed decides all draws.
         options: How much to measure.
         tolerance: Of the suggested batch size: an overstatement by this share.
         progress: Called with the number of finished parts, of all parts, and what begins.
 
     Returns:
-        Numbers, lists and dictionaries, as they are in ``bias.json``.
+        Numbers, lists and dictionaries, as they are in ``bias.json``, and ``kept``: how many parts were there already.
 
     Raises:
         ValueError: If there are too few data, or a batch is too small for the directions.
         NonFiniteError: If a loss, a gradient or a curvature is not finite.
     """
     options, folder = options or BiasOptions(), Path(folder)
-    with global_random_state():
+    with seeded(context.seed):
         progress(0, 1, "model and data")
         bench = _Bench(task, context, options)
         settings = base_settings(task, context) | {
             "data": bench.fingerprint,
             "bias": records.jsonable(asdict(options)), "bias_schema": SCHEMA_VERSION, "seed": context.seed,
-            "weights": weights_digest(bench.model),
+            "network": network_digest(bench.model),
         }  # fmt: skip
         parts: dict[str, tuple[str, Callable[[], Record]]] = {
             "directions": ("slopes and curvatures along the batches' directions", bench.directions),
@@ -145,15 +146,18 @@ def study(
         }
         found: dict[str, Record] = {}
         environments: list[Record] = []
+        made: dict[str, str] = {}
+        kept = 0
         for finished, (name, (title, make)) in enumerate(parts.items()):
             path = folder / "records" / f"bias-{name}-{records.digest(settings)}.json"
-            record = records.read_record(path, settings)
+            record = records.read_record(path, {"settings": settings})
+            kept += record is not None
             if record is None:
                 progress(finished, len(parts), title)
                 part = {"environment": records.environment(context.device)} | make()
-                record = {"settings": settings, "part": part}
+                record = {"settings": settings, "made": records.now(), "part": part}
                 records.write_json(path, record)
-            part = record["part"]
+            part, made[name] = record["part"], record["made"]
             environment = part.pop("environment")
             environments += [] if environment in environments else [environment]
             found[name] = part
@@ -169,6 +173,8 @@ def study(
         },
         "settings": settings,
         "environments": environments,
+        "made": made,
+        "kept": kept,
         **found["directions"],
         "steps": found["steps"]["steps"],
         "sizes": curve.record() | {"isotropic": [own.record() for own in curve.predict(curve.noise)]},
@@ -183,7 +189,7 @@ class _Bench:
         self.options, self.likelihood, self.seed = options, task.likelihood, context.seed
         self.model: nn.Module = task.model(context)
         generator = torch.Generator().manual_seed(context.seed)
-        sample = UniformSampler(options.pool).draw(task.call("train_loader", context), 1, generator)
+        sample = UniformSampler(options.pool).draw(task.loader("train_loader", context), 1, generator)
         self.inputs, self.targets = sample.data.inputs, sample.data.targets
         self.n_seen, self.n_pool = sample.n_seen, len(sample.data)
         self.n_reference = min(options.reference, self.n_pool)

@@ -44,7 +44,8 @@ def write_outputs(folder: Path | str, found: Found, *, notice: str = "") -> dict
         "bias.html": page,
     }
     paths = {name: folder / name for name in ("bias.json", *contents)}
-    records.write_json(paths["bias.json"], dict(found) | {"statement": said})
+    own = {key: value for key, value in found.items() if key != "kept"}  # of this run alone
+    records.write_json(paths["bias.json"], own | {"statement": said})
     for name, content in contents.items():
         records.write_atomically(paths[name], content)
     return paths

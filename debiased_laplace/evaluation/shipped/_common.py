@@ -109,7 +109,12 @@ def read_npz(path: Path, *keys: str) -> list[np.ndarray]:
         ) from error
 
 
-@lru_cache(maxsize=4)
+def stamp(*paths: Path) -> tuple[Any, ...]:
+    """Names, sizes and times of files, to keep what was read of them only as long as they are the same."""
+    found = [(path.resolve(), path.stat()) for path in paths]
+    return tuple((str(path), own.st_size, own.st_mtime_ns) for path, own in found)
+
+
 def read_mnist(folder: Path, part: str) -> tuple[Tensor, Tensor]:
     """Images ``[N, 1, 28, 28]`` as bytes and labels ``[N]`` of MNIST or a set in its format.
 
@@ -124,8 +129,12 @@ def read_mnist(folder: Path, part: str) -> tuple[Tensor, Tensor]:
     files = [f"{part}-{kind}-ubyte.gz" for kind in ("images-idx3", "labels-idx1")]
     if missing := [file for file in files if not (folder / file).exists()]:
         raise FileNotFoundError(f"Expected {' and '.join(missing)} in {folder}, where they are not. Fetch them.")
-    images, labels = (read_idx(folder / file) for file in files)
-    return images[:, None], labels.long()
+    return _read_mnist(*(folder / file for file in files), stamp(*(folder / file for file in files)))
+
+
+@lru_cache(maxsize=4)
+def _read_mnist(images: Path, labels: Path, stamp: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
+    return read_idx(images)[:, None], read_idx(labels).long()
 
 
 def mnist_folder(name: str, data_dir: Path | None, cache: Path) -> Path:
@@ -223,10 +232,12 @@ def kept(
 ) -> nn.Module:
     """A trained network in eval mode, with the weights of an earlier call if there are any.
 
+    The file belongs to the settings, the network's description and the kind of device.
+
     Args:
         cache: Folder of the weights; made if it is missing.
         name: How the file name begins.
-        settings: Everything that decides the weights; other settings have other files.
+        settings: Everything else that decides the weights: the seed, the training, and the data's :func:`fingerprint`.
         build: Gives the network with any weights.
         make: Gives the trained network.
         device: Where the network is wanted.
@@ -234,14 +245,14 @@ def kept(
     Raises:
         ValueError: If the file of the weights is damaged.
     """
-    path = cache / f"{name}-{digest({**settings, 'device': device.type})}.pt"
+    with torch.random.fork_rng(devices=[]):
+        model = build()
+    path = cache / f"{name}-{digest({**settings, 'network': repr(model), 'device': device.type})}.pt"
     if not path.exists():
         model, content = make(), io.BytesIO()
         torch.save({key: value.cpu() for key, value in model.state_dict().items()}, content)
         write_atomically(path, content.getvalue())
         return model.to(device).eval()
-    with torch.random.fork_rng(devices=[]):
-        model = build()
     try:
         model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
     except Exception as error:  # torch has many ways to fail here

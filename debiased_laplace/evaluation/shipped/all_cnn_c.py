@@ -79,7 +79,8 @@ def _trained(inputs: Tensor, targets: Tensor, settings: dict[str, Any], cache: P
     )
     parts: dict[str, Any] = {"model": model, "optimizer": optimizer, "schedule": schedule}
     inputs = inputs.contiguous(memory_format=torch.channels_last)
-    path = cache / f"all-cnn-c-{seed}-{digest(settings)}.progress"
+    key = digest({**settings, "network": repr(model), "device": device.type})
+    path = cache / f"all-cnn-c-{seed}-{key}.progress"
     finished = 0
     if path.exists():
         state = torch.load(path, map_location=device, weights_only=True)

@@ -11,7 +11,7 @@ from __future__ import annotations
 from functools import lru_cache, partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -29,6 +29,7 @@ from debiased_laplace.evaluation.shipped._common import (
     read_npz,
     scaled,
     shift_note,
+    stamp,
 )
 
 NAME = "CIFAR-10, ResNet-20"
@@ -274,11 +275,21 @@ def _checkpoint(data_dir: Path | None, depth: int) -> Path:
     )
 
 
-@lru_cache(maxsize=2)
 def _images(data_dir: Path | None, cache: Path) -> Images:
     parts = [existing(data_dir, name, f"cifar10/{name}") for name in ("train_first10k.npz", "test_first1k.npz")]
-    if all(parts):
-        return Images(*(_read(path) for path in parts if path is not None))
+    paths = tuple(path for path in parts if path is not None)
+    if len(paths) == 2:
+        return _of_files(paths, stamp(*paths))
+    return _of_torchvision(data_dir, cache)
+
+
+@lru_cache(maxsize=2)
+def _of_files(paths: tuple[Path, ...], stamp: tuple[Any, ...]) -> Images:
+    return Images(*(_read(path) for path in paths))
+
+
+@lru_cache(maxsize=2)
+def _of_torchvision(data_dir: Path | None, cache: Path) -> Images:  # which checks the files that it reads
     wanted = "train_first10k.npz and test_first1k.npz, or cifar-10-batches-py,"
     found = existing(data_dir, "cifar-10-batches-py", "cifar10/cifar-10-batches-py")
     root = cache if found is None else found.parent

@@ -11,7 +11,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from debiased_laplace.evaluation import shifts
-from debiased_laplace.evaluation.shipped._common import CPU, Batches, Loader, kept, one_thread, shift_note, train
+from debiased_laplace.evaluation.shipped._common import (
+    CPU,
+    Batches,
+    Loader,
+    fingerprint,
+    kept,
+    one_thread,
+    shift_note,
+    train,
+)
 
 NAME = "digits"
 DESCRIPTION = (
@@ -188,7 +197,10 @@ def description(*, seed: int = 0, quick: bool = False) -> str:
 
 def _member(seed: int, initial: int, cache: Path, quick: bool, device: torch.device) -> nn.Module:
     epochs = QUICK_EPOCHS if quick else EPOCHS
-    settings = {"split": seed, "seed": initial, "epochs": epochs, "rate": LEARNING_RATE, "batch": TRAIN_BATCH}
+    settings = {
+        "seed": initial, "epochs": epochs, "rate": LEARNING_RATE, "batch": TRAIN_BATCH,
+        "data": fingerprint(*split(seed, quick).train),
+    }  # fmt: skip
     return kept(
         cache, f"digits-{seed}-{initial}", settings, network,
         lambda: trained(*split(seed, quick).train, initial, epochs=epochs, device=device), device,

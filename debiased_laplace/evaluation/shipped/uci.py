@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 from types import SimpleNamespace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -31,6 +31,7 @@ from debiased_laplace.evaluation.shipped._common import (
     kept,
     one_thread,
     read_npz,
+    stamp,
     train,
 )
 
@@ -156,7 +157,6 @@ def task(dataset: str) -> SimpleNamespace:
     )  # fmt: skip
 
 
-@lru_cache(maxsize=8)
 def split(path: Path, seed: int, quick: bool = False) -> Split:
     """The parts of a published split, standardised.
 
@@ -168,6 +168,11 @@ def split(path: Path, seed: int, quick: bool = False) -> Split:
     Raises:
         ValueError: If there is no such split, or the file has other contents.
     """
+    return _split(path, seed, quick, stamp(path))
+
+
+@lru_cache(maxsize=8)
+def _split(path: Path, seed: int, quick: bool, stamp: tuple[Any, ...]) -> Split:
     inputs, targets, train_idx, test_idx = read_npz(path, "X", "y", "train_idx", "test_idx")
     if not 0 <= seed < len(train_idx):
         raise ValueError(
