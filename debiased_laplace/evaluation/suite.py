@@ -406,4 +406,5 @@ def _first(loader: Iterable[Any], n: int) -> Any:
 
 def _mean_cell(values: Tensor, weights: Any) -> list[float]:
     array = values.numpy()
-    return cell(bootstrap.Replicates(float(array.mean()), np.asarray(weights @ array) / len(array)))
+    replicates = np.asarray(weights @ array) / len(array)
+    return cell(bootstrap.Replicates(float(array.mean()), replicates, len(array), "mean", array))
