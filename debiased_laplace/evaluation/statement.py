@@ -217,6 +217,15 @@ def _tuning(summary: Summary) -> list[str]:
                 f"The tuned prior precision was the {side} of the grid in some of {seeds(summary)} ({counts}): "
                 f"{meaning}."
             )
+    free: dict[str, list[str]] = {}
+    for name, about in summary["predictors"].items():
+        for what in about.get("undetermined", ()):
+            free.setdefault(what, []).append(name)
+    for what, names in free.items():
+        sentences.append(
+            f"The validation data do not determine the {what} of {', '.join(names)}: it is a choice, not a result (see "
+            "the warnings)."
+        )
     for name, about in summary["predictors"].items():
         if "failed" in about:
             sentences.append(f"{name} did not run: {'; '.join(about['failed'])}.")

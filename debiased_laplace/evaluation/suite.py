@@ -43,6 +43,7 @@ from debiased_laplace.evaluation.predictors import (
 from debiased_laplace.evaluation.tasks import Context, Task, TaskError
 from debiased_laplace.likelihoods import resolve_likelihood
 from debiased_laplace.predictive import functional_moments
+from debiased_laplace.temperature import undetermined_in
 
 _T = TypeVar("_T")
 
@@ -136,6 +137,7 @@ def _record(
         progress(context.seed, method.name)
         (predictor, result), told = _heard(partial(bench.prepare, method))
         result["warnings"] = sorted({*told, *result.get("warnings", ())})
+        result["undetermined"] = undetermined_in(result["warnings"])
         about[method.name] = {"kind": method.kind, "role": method.role, "description": method.description} | result
         if predictor is not None:
             predictors[method.name] = predictor

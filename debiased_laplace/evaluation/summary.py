@@ -164,6 +164,7 @@ def _about(entries: Sequence[dict[str, Any]]) -> dict[str, Any]:
     failed = _unique([entry["failed"] for entry in entries if "failed" in entry])
     if failed:
         return found | {"failed": failed}
+    found["undetermined"] = _unique([what for entry in entries for what in entry.get("undetermined", ())])
     for key in ("prior_precision", "temperature", "noise", "validation_nll", "edge", "prior_precisions"):
         if key in first:
             found[key] = [entry[key] for entry in entries]
