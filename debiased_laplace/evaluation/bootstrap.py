@@ -149,7 +149,7 @@ def regression_replicates(mean: Any, variance: Any, targets: Any, weights: Any) 
     n, one_output = len(data["nll"]), np.ndim(mean) == 1 or np.shape(mean)[1] == 1
     replicates = regression.combine(_means(_check_weights(weights, n), data))
     values = regression.regression_metrics(mean, variance, targets)
-    contributions = regression.contributions(data, values)
+    contributions = regression.contributions(data)
 
     def with_other_errors(confidence: float) -> dict[str, Array]:
         share = intervals.unseen_share(n, confidence)
@@ -161,7 +161,9 @@ def regression_replicates(mean: Any, variance: Any, targets: Any, weights: Any) 
     found = {}
     for name, array in replicates.items():
         kind: Kind = "calibration" if name == "calibration_error" else "mean"
-        if name in _COVERAGES and one_output:
+        if name == "rmse":
+            kind = "root"
+        elif name in _COVERAGES and one_output:
             kind = "proportion"
         bounds = (-math.inf, math.inf) if name == "nll" else _BOUNDS.get(name, _POSITIVE)
         own = Replicates(values[name], array, n, kind, contributions.get(name), bounds)

@@ -105,11 +105,9 @@ def combine(means: dict[str, Array]) -> dict[str, Array]:
     return result | {"calibration_error": np.abs(means["inside"] - LEVELS).mean(-1)}
 
 
-def contributions(data: dict[str, Array], scores: dict[str, float]) -> dict[str, Array]:
-    """Numbers ``[N]`` whose means are the scores, from :func:`datum_scores`; the root of the RMSE is linearised."""
-    rmse = scores["rmse"]
-    centred = data["squared_error"] - rmse**2
-    found = {"rmse": rmse + (centred / (2 * rmse) if rmse > 0 else centred), "nll": data["nll"], "crps": data["crps"]}
+def contributions(data: dict[str, Array]) -> dict[str, Array]:
+    """Numbers ``[N]`` whose means are the scores, from :func:`datum_scores`; of the RMSE its square."""
+    found = {"rmse": data["squared_error"], "nll": data["nll"], "crps": data["crps"]}
     for percent in INTERVALS:
         place = int(np.abs(LEVELS - percent / 100).argmin())
         found[f"coverage_{percent}"] = data["inside"][:, place]

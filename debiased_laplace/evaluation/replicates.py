@@ -13,7 +13,7 @@ from debiased_laplace.evaluation import intervals
 from debiased_laplace.evaluation.intervals import CONFIDENCE, Interval
 from debiased_laplace.evaluation.metrics import Array
 
-Kind = Literal["statistic", "mean", "proportion", "calibration"]
+Kind = Literal["statistic", "mean", "root", "proportion", "calibration"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,7 +25,8 @@ class Replicates:
         replicates: ``[B]``, the scores of B resamples.
         n: Number of data, of two kinds the smaller; ``None`` if it is not known, which leaves percentiles.
         kind: What decides the interval, see :meth:`interval`.
-        contributions: ``[n]``, numbers whose mean the score is: of a ``"mean"``; zeros and ones of a ``"proportion"``.
+        contributions: ``[n]``, numbers whose mean the score is: of a ``"mean"``; of a ``"root"`` its square; zeros and
+            ones of a ``"proportion"``.
         bounds: Range of the score.
         unseen: For a confidence, scores that the data cannot rule out though no resample has them.
         of: The two scores of a difference.
@@ -81,7 +82,8 @@ class Replicates:
         """The interval that fits the kind of score.
 
         * A proportion has the exact one, a difference of two of the same data the score interval.
-        * A mean, and a paired difference of means, has Student's or the skewness-corrected one.
+        * A mean, and a paired difference of means, has Student's or the skewness-corrected one. So has the square of a
+          root, and a difference of two, :math:`a - b = (a^2 - b^2) / (a + b)`.
         * A calibration error has the basic bootstrap interval, ``2 value - percentiles``: noise has made it too large,
           and resampling does the same once more. In a difference this cancels: Student's, with the bootstrap's error.
         * Other statistics have Student's interval and expanded percentiles, whichever reaches further.
@@ -126,7 +128,8 @@ class Replicates:
         if self.kind == "proportion":
             return self._proportion(confidence)
         if self.contributions is not None:
-            return intervals.mean(self.contributions, confidence)
+            low, high = intervals.mean(self.contributions, confidence)
+            return (math.sqrt(max(low, 0.0)), math.sqrt(max(high, 0.0))) if self.kind == "root" else (low, high)
         expanded = self._percentiles(intervals.expanded(confidence, n))
         if self.kind == "calibration" and self.of is None:
             return 2 * self.value - expanded[1], 2 * self.value - expanded[0]
@@ -174,6 +177,8 @@ class Replicates:
         with np.errstate(invalid="ignore"):
             if self.contributions is not None and other.contributions is not None:
                 contributions = self.contributions - other.contributions
+                if self.kind == "root" and self.value + other.value > 0:
+                    contributions = contributions / (self.value + other.value)
             replicates = self.replicates - other.replicates
         if first is not None and second is not None and self.kind in ("mean", "calibration"):
 
@@ -182,8 +187,8 @@ class Replicates:
 
         return Replicates(
             self.value - other.value, replicates, None if self.n is None or other.n is None else min(self.n, other.n),
-            self.kind, contributions, (self.bounds[0] - other.bounds[1], self.bounds[1] - other.bounds[0]), unseen,
-            (self, other),
+            "mean" if self.kind == "root" else self.kind, contributions,
+            (self.bounds[0] - other.bounds[1], self.bounds[1] - other.bounds[0]), unseen, (self, other),
         )  # fmt: skip
 
 
