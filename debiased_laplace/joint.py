@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from scipy.optimize import minimize, minimize_scalar
+from scipy.optimize import minimize
 from torch import Tensor
 from tqdm import tqdm
 
@@ -17,10 +17,16 @@ from debiased_laplace.gradients import Network
 from debiased_laplace.likelihoods import Likelihood
 from debiased_laplace.posterior import Posterior, standard_normals
 from debiased_laplace.predictive import functional_moments, part_variances
-from debiased_laplace.tuning import EMPTY, PriorCurve, checked_temperature, gaussian_nll, warn_of_the_edge
+from debiased_laplace.temperature import (
+    AS_GOOD,
+    TEMPERATURES,
+    minimise,
+    temperature_scaling,
+    unit_of,
+    warn_undetermined,
+)
+from debiased_laplace.tuning import EMPTY, PriorCurve, check_losses, checked_temperature, gaussian_nll, warn_of_the_edge
 
-#: The range of output temperatures.
-TEMPERATURES = 1 / 20, 20.0
 SELECTIONS = ("best", "one_standard_error")
 
 
@@ -36,6 +42,8 @@ class TunedPrior:
             if it was not tuned).
         temperature_alone: Temperature and loss of temperature scaling, of the network without any uncertainty (where it
             was not tuned, the temperature that was given): how much of the gain needs no posterior.
+        undetermined: What the data do not determine: ``"temperature"``, ``"prior precision"``. Of equally good values
+            the temperature is the one nearest to 1, and a prior precision the smallest, with most uncertainty.
     """
 
     prior_precisions: Tensor
@@ -43,6 +51,7 @@ class TunedPrior:
     loss: float
     curve: PriorCurve
     temperature_alone: tuple[float, float]
+    undetermined: tuple[str, ...] = ()
 
 
 def joint_search(
@@ -73,7 +82,9 @@ def joint_search(
     logarithms from two starts: the best of the grid with its best temperature, and with that of temperature scaling.
     The data are read again for the exact loss (a generator's batches are kept for it). Links of covariances have roots
     without a derivative at equal eigenvalues: the prior precision is one of the grid, each with its best temperature.
-    The result is never worse than the best of the grid.
+    The result is not worse than the best of the grid. Of values that are equally good, within
+    :data:`~debiased_laplace.temperature.AS_GOOD`, prior precisions are the smallest. If the data determine no
+    temperature of the network alone (see :func:`~debiased_laplace.temperature.temperature_scaling`) none is tuned.
 
     With ``selection="one_standard_error"`` it is the smallest prior precision of the grid, with its best temperature,
     that the data do not tell from the best: its loss is larger by at most one standard error of the paired difference
@@ -90,8 +101,8 @@ def joint_search(
         likelihood: What the outputs mean.
         batches: Validation data.
         grid: ``[R]``, prior precisions.
-        per_part: One prior precision for each part of the basis; only with variances (probit, regression). One at the
-            upper end of the grid says that its part has in effect no uncertainty.
+        per_part: One prior precision for each part of the basis; only with variances (probit, regression). One that is
+            good up to the end of the grid says that its part needs in effect no uncertainty.
         temperature: Tune the temperature, between 1/20 and 20; not for regression, nor for ``"bridge_norm"``, which
             does not depend on it.
         link: Link approximation.
@@ -107,7 +118,8 @@ def joint_search(
         ValueError: If the loader is empty, a target or an argument is invalid.
 
     Warns:
-        UserWarning: If the prior precision of all parts lies at an edge of the grid, or that of a part at the lower.
+        UserWarning: If the prior precision of all parts lies at an edge of the grid, or that of a part at the lower; if
+            the data do not determine the temperature or a prior precision.
     """
     likelihood.check_link(link)
     fixed = checked_temperature(likelihood, output_temperature)
@@ -134,28 +146,48 @@ def joint_search(
         network, posterior, likelihood, batches, precisions, per_part, link, n_samples, seed, targets_key, progress_bar,
         posterior.noise_variance if noise_variance is None else noise_variance,
     )  # fmt: skip
-    search = _Search(loss, table, precisions, None if temperature else fixed)
     start = 1.0 if temperature else fixed
+    search = _Search(loss, table, precisions, start)
     losses = torch.tensor([search.on_the_grid(index, start) for index in range(len(precisions))], dtype=torch.float64)
-    _checks.finite(losses, "the validation losses", "Look for NaN in the validation data.")
-    curve, best = PriorCurve(precisions, losses, link), int(losses.argmin())
-    alone = search.best_temperature(lambda tau: float(loss.without_uncertainty(tau)))
+    check_losses(losses)
+    curve, undetermined = PriorCurve(precisions, losses, link), []
+    best = curve.best_index
+    if temperature:
+        own = temperature_scaling(likelihood, loss.mean, loss.targets)
+        alone, search.fixed = (own.value, own.loss), own.value if own.undetermined else None
+        if own.undetermined:
+            warn_undetermined("temperature", own.undetermined)
+            undetermined.append("temperature")
+    else:
+        alone = fixed, float(loss.without_uncertainty(fixed))
+    search.unit = unit_of(alone[0])
     other = search.best_on_the_grid(alone[0]) if temperature else best
     ends = {search.climb(best), search.climb(other)} if covariance else {best}
     profile = [(search.profile(index)[1], index, search.profile(index)[0]) for index in sorted(ends)]
     least, index, tau = min([(float(losses[best]), best, start), *profile])  # of the grid: without interpolation
     if selection == "one_standard_error":
         least, index, tau = search.most_uncertain(index, tau)
-    found = precisions[index].repeat(table.shape[1])
-    if not covariance and selection == "best":
-        prior, own, value = search.descend([(best, search.profile(best)[0]), (other, alone[0])])
-        if value < least:
-            exact = _exact_loss(loss, network, replace(posterior, prior_precision=prior), batches, targets_key, own)
-            if exact < least:
-                least, found, tau = exact, prior, own
-    assert least <= float(losses.min()) or selection != "best"
-    _warn_of_edges(found, precisions, posterior, per_part)
-    return TunedPrior(found, tau, least, curve, alone)
+    elif covariance:
+        least, index, tau = search.as_good_below(least, index, tau)
+    found, flat = precisions[index].repeat(table.shape[1]), [False] * table.shape[1]
+    if selection == "best" and covariance:
+        flat = [search.is_as_good_above(least, index)]
+    elif selection == "best":
+
+        def exact(prior: Tensor, tau: float) -> float:
+            at_prior = replace(posterior, prior_precision=prior)
+            return _exact_loss(loss, network, at_prior, batches, targets_key, tau)
+
+        prior, tau_there, value = search.descend([(best, search.profile(best)[0]), (other, alone[0])])
+        if value < least and (value := exact(prior, tau_there)) < least:
+            least, found, tau = value, prior, tau_there
+        prior, flat = search.more_uncertain(found, tau)
+        if not torch.equal(prior, found) and (value := exact(prior, tau)) <= least + AS_GOOD:
+            least, found = value, prior
+    assert least <= float(losses.min()) + 2 * AS_GOOD or selection != "best"
+    if _warn_of_edges(found, precisions, posterior, per_part, flat):
+        undetermined.append("prior precision")
+    return TunedPrior(found, tau, least, curve, alone, tuple(undetermined))
 
 
 @dataclass(frozen=True)
@@ -242,11 +274,12 @@ class _Search:
         loss: Of variances (or covariances) and a temperature.
         table: ``[R, n_parts, N, ...]``; :meth:`descend` turns it into logarithms, and has to come last.
         precisions: ``[R]``, ascending.
-        fixed: The temperature if it is not tuned.
+        fixed: The temperature if it is not tuned; may be changed before the first search of one.
     """
 
     def __init__(self, loss: _ValidationLoss, table: Tensor, precisions: Tensor, fixed: float | None) -> None:
         self.loss, self.table, self.precisions, self.fixed = loss, table, precisions, fixed
+        self.unit = 1.0  # of the range of temperatures
         self._profile: dict[int, tuple[float, float]] = {}
 
     def on_the_grid(self, index: int, temperature: float) -> float:
@@ -261,11 +294,7 @@ class _Search:
         """The temperature with the smallest loss, and the loss."""
         if self.fixed is not None:
             return self.fixed, loss(self.fixed)
-        found = minimize_scalar(
-            lambda logarithm: loss(math.exp(logarithm)), bounds=[math.log(t) for t in TEMPERATURES], method="bounded",
-            options={"xatol": 1e-9},
-        )  # fmt: skip
-        return math.exp(found.x), float(found.fun)
+        return minimise(loss, self.unit)
 
     def profile(self, index: int) -> tuple[float, float]:
         """The same for a prior precision of the grid."""
@@ -282,6 +311,48 @@ class _Search:
             if best == start and step == 1:
                 return start
             start, step = best, step if best != start else step // 2
+
+    def as_good_below(self, least: float, index: int, temperature: float) -> tuple[float, int, float]:
+        """Loss, position and temperature of the smallest prior precision from a position downwards that is as good."""
+        found, limit = (least, index, temperature), least + AS_GOOD
+        while index and self.profile(index - 1)[1] <= limit:
+            index -= 1
+            found = self.profile(index)[1], index, self.profile(index)[0]
+        return found
+
+    def is_as_good_above(self, least: float, index: int) -> bool:
+        """Whether all prior precisions above a position are as good as the least loss."""
+        last = len(self.precisions) - 1
+        return index < last and all(self.profile(i)[1] <= least + AS_GOOD for i in range(last, index, -1))
+
+    def more_uncertain(self, priors: Tensor, temperature: float) -> tuple[Tensor, list[bool]]:
+        """Each prior precision in turn the smallest of the grid that is as good, if that is smaller; after a descent.
+
+        Returns:
+            ``[n_parts]``, and whether each is as good up to the end of the grid.
+        """
+        logs, found = self.precisions.log(), priors.log()
+
+        def value(part: int, logarithm: Tensor) -> float:
+            at = found.clone()
+            at[part] = logarithm
+            spread = _interpolate(self.table, logs.to(self.table.device), at.to(self.table.device))
+            return float(self.loss(spread, temperature))
+
+        limit, flat = value(0, found[0]) + AS_GOOD, []
+        for part in range(len(priors)):
+            below = logs[logs < found[part] - 1e-9]
+            bad, good = -1, len(below)
+            if good and value(part, below[0]) <= limit:
+                good = 0
+            while good - bad > 1 and good:
+                middle = max((bad + good) // 2, 0)
+                bad, good = (bad, middle) if value(part, below[middle]) <= limit else (middle, good)
+            if good < len(below):
+                found[part] = below[good]
+            flat.append(bool(found[part] < logs[-1] - 1e-9) and value(part, logs[-1]) <= limit)
+        changed = found != priors.log()
+        return torch.where(changed, found.exp(), priors), flat
 
     def most_uncertain(self, best: int, temperature: float) -> tuple[float, int, float]:
         """The one-standard-error rule from a position downwards: loss, position, and temperature."""
@@ -306,7 +377,7 @@ class _Search:
         n_priors, logs = self.table.shape[1], self.precisions.log()
         bounds = [(float(logs[0]), float(logs[-1]))] * n_priors
         if self.fixed is None:
-            bounds.append((math.log(TEMPERATURES[0]), math.log(TEMPERATURES[1])))
+            bounds.append((math.log(self.unit * TEMPERATURES[0]), math.log(self.unit * TEMPERATURES[1])))
 
         def value_and_slope(values: Any) -> tuple[float, Any]:
             with torch.inference_mode(False), torch.enable_grad():
@@ -345,17 +416,30 @@ def _interpolate(table: Tensor, logs: Tensor, at: Tensor) -> Tensor:
     return torch.lerp(low, high, weight[:, None, None]).exp().sum(0)
 
 
-def _warn_of_edges(found: Tensor, precisions: Tensor, posterior: Posterior, per_part: bool) -> None:
-    """One prior precision at either end; of several, those at the lower one (at the upper a part adds nothing)."""
+def _warn_of_edges(
+    found: Tensor, precisions: Tensor, posterior: Posterior, per_part: bool, flat: Sequence[bool]
+) -> bool:  # fmt: skip
+    """One prior precision at either end; of several, those at the lower one (at the upper a part adds nothing).
+
+    Returns:
+        Whether one is not determined: good up to the end of the grid; of several, all over it.
+    """
     if len(precisions) == 1:
-        return
+        return False
     lower = found <= precisions[0] * (1 + 1e-9)
     if not per_part:
-        if bool(lower | (found >= precisions[-1] / (1 + 1e-9))):
-            warn_of_the_edge(float(found), smallest=bool(lower))
-        return
-    basis = posterior.basis
-    low = [own for own, at_end in zip(basis.members, lower, strict=True) if at_end]
+        if flat[0]:
+            curve = PriorCurve(torch.stack([found[0], precisions[-1]]), torch.zeros(2), "")
+            curve.warn(stacklevel=3)
+        elif bool(lower | (found >= precisions[-1] / (1 + 1e-9))):
+            warn_of_the_edge(float(found), smallest=bool(lower), stacklevel=3)
+        return flat[0]
+    names = [", ".join(posterior.basis.blocks[i].name for i in own) for own in posterior.basis.members]
+    low = [name for name, at_end, free in zip(names, lower, flat, strict=True) if at_end and not free]
+    free = [name for name, at_end, free in zip(names, lower, flat, strict=True) if at_end and free]
     if low:
-        names = ", ".join(basis.blocks[i].name for own in low for i in own)
-        warn_of_the_edge(float(precisions[0]), smallest=True, of=f" of {names}")
+        warn_of_the_edge(float(precisions[0]), smallest=True, of=f" of {', '.join(low)}", stacklevel=3)
+    if free:
+        why = "every value of the grid is as good. It is the smallest, with most uncertainty"
+        warn_undetermined(f"prior precision of {', '.join(free)}", why, stacklevel=3)
+    return bool(free)

@@ -18,6 +18,7 @@ from debiased_laplace.gradients import Network
 from debiased_laplace.likelihoods import Likelihood
 from debiased_laplace.posterior import Posterior, standard_normals
 from debiased_laplace.predictive import functional_moments
+from debiased_laplace.temperature import AS_GOOD, warn_undetermined
 
 
 @dataclass(frozen=True)
@@ -26,23 +27,56 @@ class PriorCurve:
 
     Attributes:
         prior_precisions: ``[R]``, the grid.
-        losses: ``[R]``, mean negative log predictive probability of the validation data, in nats.
+        losses: ``[R]``, mean negative log predictive probability of the validation data, in nats, or another loss.
+            Some may be infinite.
         link: Link approximation the losses were computed with.
+        tolerance: Losses that differ by less are equally good.
     """
 
     prior_precisions: Tensor
     losses: Tensor
     link: str
+    tolerance: float = AS_GOOD
+
+    @property
+    def best_index(self) -> int:
+        """Place of the smallest prior precision, the one with most uncertainty, that is as good as the best."""
+        return int(self.prior_precisions.where(self._as_good, math.inf).argmin())
 
     @property
     def best(self) -> float:
-        """The prior precision with the smallest loss."""
-        return float(self.prior_precisions[self.losses.argmin()])
+        """The prior precision there."""
+        return float(self.prior_precisions[self.best_index])
 
     @property
     def at_edge(self) -> bool:
-        """Whether the best value is the first or the last of the grid."""
-        return int(self.losses.argmin()) in (0, len(self.losses) - 1)
+        """Whether the best value is the smallest or the largest of the grid."""
+        return self.best in (float(self.prior_precisions.min()), float(self.prior_precisions.max()))
+
+    @property
+    def is_flat(self) -> bool:
+        """Whether all from the best value to the end of the grid are equally good: less uncertainty does not help."""
+        from_best = self.prior_precisions >= self.best
+        return int(from_best.sum()) > 1 and bool(self._as_good[from_best].all())
+
+    def warn(self, *, stacklevel: int = 2) -> None:
+        """Say so if the best value is an end of the grid, or is not determined."""
+        if self.is_flat:
+            warn_undetermined("prior precision", self._why_flat, stacklevel=stacklevel + 1)
+        elif self.at_edge and len(self.losses) > 1:
+            smallest = self.best == float(self.prior_precisions.min())
+            warn_of_the_edge(self.best, smallest=smallest, stacklevel=stacklevel + 1)
+
+    @property
+    def _as_good(self) -> Tensor:
+        return self.losses <= self.losses.min() + self.tolerance
+
+    @property
+    def _why_flat(self) -> str:
+        return (
+            f"all from {self.best:.3g} to the end of the grid are equally good (within {self.tolerance:g}). The "
+            "smallest of them is used, the one with most uncertainty; set prior_precision yourself to have less"
+        )
 
 
 def grid_search(
@@ -69,7 +103,7 @@ def grid_search(
             (or is not one, for regression).
 
     Warns:
-        UserWarning: If the best value lies at the edge of the grid.
+        UserWarning: If the best value lies at the edge of the grid, or is not determined.
     """
     likelihood.check_link(link)
     tau = checked_temperature(likelihood, output_temperature)
@@ -94,17 +128,22 @@ def grid_search(
     if n == 0:
         raise ValueError(EMPTY)
     losses = (total / n).cpu()
-    _checks.finite(losses, "the validation losses", "Look for NaN in the validation data.")
+    check_losses(losses)
     curve = PriorCurve(torch.stack([p.prior_precision[0] for p in grid]).cpu(), losses, link)
-    if curve.at_edge and len(grid) > 1:
-        warn_of_the_edge(curve.best, smallest=int(losses.argmin()) == 0)
+    curve.warn(stacklevel=2)
     return curve
+
+
+def check_losses(losses: Tensor, remedy: str = "Look for NaN in the validation data.") -> None:
+    """Raise a :class:`NonFiniteError` for losses that are not defined, or all infinite."""
+    if bool(losses.isnan().any()) or not bool(losses.isfinite().any()):
+        _checks.finite(losses, "the validation losses", remedy)
 
 
 EMPTY = "Expected validation data, got an empty val_loader. A generator can be read only once."
 
 
-def warn_of_the_edge(best: float, *, smallest: bool, of: str = "") -> None:
+def warn_of_the_edge(best: float, *, smallest: bool, of: str = "", stacklevel: int = 2) -> None:
     """Say that the best prior precision is an end of the grid."""
     side, name = ("smallest", "log_prior_prec_min") if smallest else ("largest", "log_prior_prec_max")
     warnings.warn(
@@ -113,7 +152,7 @@ def warn_of_the_edge(best: float, *, smallest: bool, of: str = "") -> None:
             "." if smallest
             else ", unless the loss has levelled off (then the posterior has nothing to add on these data)."
         ),
-        stacklevel=3,
+        stacklevel=stacklevel + 1,
     )  # fmt: skip
 
 
@@ -131,7 +170,7 @@ class TunedNoise:
 
     Attributes:
         prior_precision: For all parameters.
-        noise_variance: Of the observations, the best for it.
+        noise_variance: Of the observations, the best for it; that of the posterior if all errors are zero.
         curve: The search; its prior precisions are meant at the best noise of each.
     """
 
@@ -157,7 +196,8 @@ def noise_search(
 
     Args:
         network: The model with its blocks.
-        posterior: Its prior precision and noise variance have no effect.
+        posterior: Its prior precision has no effect, and its noise variance only if all errors are zero: then the
+            smaller the noise, the smaller the loss, without end, and it stays as it is.
         likelihood: Of a regression.
         batches: Validation data.
         prior_precisions: ``[R]``, those at unit noise.
@@ -168,7 +208,7 @@ def noise_search(
         ValueError: If it is no regression, the loader is empty, or a target is invalid.
 
     Warns:
-        UserWarning: If the best value lies at the edge of the grid.
+        UserWarning: If the best value lies at the edge of the grid, or is not determined.
     """
     if not likelihood.is_regression:
         raise ValueError(f"Expected a regression to tune its noise, got {type(likelihood).__name__}.")
@@ -176,22 +216,46 @@ def noise_search(
         replace(posterior, prior_precision=p.reshape(1), noise_variance=1.0)
         for p in _checks.prior_precisions(prior_precisions)
     ]
-    found = []
+    found, rounding = [], 0.0
     stream = _data.labelled(batches, targets_key)
     for inputs, targets, _ in tqdm(stream, desc="Noise and prior", unit="batch", disable=not progress_bar, leave=False):
         likelihood.check_targets(targets, network.n_outputs)
         mean, variances = functional_moments(network, grid, inputs, covariance=False)
+        rounding = torch.finfo(mean.dtype).eps
         found.append((mean.double(), variances.double(), targets.to(mean).double()))
     if not found:
         raise ValueError(EMPTY)
     mean, targets = (torch.cat([own[i] for own in found]) for i in (0, 2))
-    noise, losses = (own.cpu() for own in best_noise(mean, torch.cat([own[1] for own in found], 1), targets))
-    _checks.finite(losses, "the validation losses", "Look for NaN in the validation data.")
-    best = int(losses.argmin())
+    variances = torch.cat([own[1] for own in found], 1)
+    if nothing_left(targets - mean, targets, rounding):
+        warn_undetermined("observation noise", ALL_ERRORS_ZERO.format("as it was"))
+        fixed = torch.as_tensor(posterior.noise_variance).to(mean)
+        noise = fixed.cpu().expand(len(grid))
+        losses = gaussian_nll(mean, fixed * variances, targets, fixed).mean(-1).cpu()
+    else:
+        noise, losses = (own.cpu() for own in best_noise(mean, variances, targets))
+    check_losses(losses)
     own = torch.stack([p.prior_precision[0].cpu() for p in grid]) / noise
-    if best in (0, len(grid) - 1) and len(grid) > 1:
-        warn_of_the_edge(float(own[best]), smallest=best == 0)
-    return TunedNoise(float(own[best]), float(noise[best]), PriorCurve(own, losses, "probit"))
+    curve = PriorCurve(own, losses, "probit")
+    curve.warn(stacklevel=2)
+    return TunedNoise(curve.best, float(noise[curve.best_index]), curve)
+
+
+ALL_ERRORS_ZERO = (
+    "all errors on them are zero up to rounding, and the smaller the noise, the smaller the loss. It is {}; use "
+    "validation data that the network was not trained on"
+)
+
+
+def nothing_left(errors: Tensor, targets: Tensor, rounding: float) -> bool:
+    """Whether errors are nothing but rounding of the targets.
+
+    Args:
+        errors: Targets minus outputs.
+        targets: Of the same shape.
+        rounding: Of the outputs' precision.
+    """
+    return float(errors.abs().max()) <= 4 * rounding * float(targets.abs().max())
 
 
 def best_noise(mean: Tensor, variances: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:

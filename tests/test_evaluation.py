@@ -352,14 +352,35 @@ def summary(two: list[dict[str, Any]]) -> dict[str, Any]:
 
 def test_cells_of_several_seeds() -> None:
     assert combine([[1.0, 0.1, 0.8, 1.2]], True) == [1.0, 0.1, 0.8, 1.2]
-    cells = [[1.0, 0.3, 0.4, 1.6], [2.0, 0.6, 0.8, 3.2], [6.0, 0.9, 4.2, 7.8]]
+    cells = [[1.0, 0.3, 0.4, 1.7], [2.0, 0.6, 0.8, 3.2], [6.0, 0.9, 4.2, 7.8]]
     spread = math.sqrt(7 / 3)  # variance (4 + 1 + 9) / 2, of the mean a third of it
-    quantile = 4.302652729911275  # of Student's t with two degrees of freedom, 97.5 %
-    assert combine(cells, False) == pytest.approx([3, spread, 3 - quantile * spread, 3 + quantile * spread])
+    half = 4.302652729911275 * spread  # of Student's t with two degrees of freedom, 97.5 %
+    assert combine(cells, False) == pytest.approx([3, spread, 3 - half, 3 + half])
     both = math.sqrt(7 / 3 + (0.09 + 0.36 + 0.81) / 3)
-    assert combine(cells, True) == pytest.approx([3, both, 3 - quantile * both, 3 + quantile * both])
+    below, above = (math.sqrt(half**2 + (first + 1.44 + 3.24) / 3) for first in (0.36, 0.49))
+    assert combine(cells, True) == pytest.approx([3, both, 3 - below, 3 + above])
     two = combine([[1.0, 0.0, 1.0, 1.0], [2.0, 0.0, 2.0, 2.0]], False)
     assert two == pytest.approx([1.5, 0.5, 1.5 - 12.7062047364 * 0.5, 1.5 + 12.7062047364 * 0.5])
+
+
+def test_seeds_that_agree_know_no_more_than_their_data() -> None:
+    right = [1.0, 0.05, 0.8, 1.0]
+    assert combine([right] * 4, True) == pytest.approx(right)
+    assert combine([right] * 4, False) == pytest.approx([1.0, 0.025, 0.9, 1.0])
+    exact = [[-0.5, 0.0, -0.5, -0.5]] * 2
+    assert combine(exact, True) == combine(exact, False) == exact[0]
+
+
+@pytest.mark.parametrize("same_data", [True, False])
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
+def test_seeds_with_a_score_that_is_not_finite(same_data: bool, value: float) -> None:
+    mean, *rest = combine([[1.0, 0.1, 0.8, 1.2], [value, math.inf, -math.inf, math.inf]], same_data)
+    assert mean == value or (math.isnan(mean) and math.isnan(value))
+    assert rest == [math.inf, -math.inf, math.inf]
+    few = combine([[0.5, 0.2, -math.inf, math.inf], [0.7, 0.2, -math.inf, math.inf]], same_data)
+    assert few[0] == pytest.approx(0.6)
+    assert few[2:] == [-math.inf, math.inf]
+    assert verdict("nll", [mean, *rest]) == verdict("nll", few) == "no difference shown"
 
 
 def test_a_summary_of_one_seed_has_its_cells(two: list[dict[str, Any]]) -> None:

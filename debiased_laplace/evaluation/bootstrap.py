@@ -12,96 +12,35 @@ paired (:meth:`Replicates.__sub__`). Source: Efron and Tibshirani 1993, chapters
 Calibration errors (those of regression too) are sums of absolute values, so that noise makes them too large,
 and resampling adds the same noise once more: near perfect calibration their percentile intervals lie too
 high and can miss the value of the data. In a difference this cancels as far as both predictors share it.
+
+Resamples know nothing but the data: where all predictions are right, or all foreign data score higher than all known
+ones, no resample differs. A share of at most :func:`~debiased_laplace.evaluation.intervals.unseen_share` could have
+been otherwise and not been seen; scores with such a share belong to the intervals there.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
 from scipy import sparse
 
-from debiased_laplace.evaluation import metrics, regression
+from debiased_laplace.evaluation import intervals, metrics, regression
 from debiased_laplace.evaluation.metrics import N_BINS, Array
+from debiased_laplace.evaluation.replicates import Kind, Replicates
 
 #: Entries of a block of resampling weights (12 MB); about eight arrays of that size live at once.
 BLOCK_ENTRIES = 1_500_000
-
-
-@dataclass(frozen=True, eq=False)
-class Replicates:
-    r"""A score of the data at hand, and of resamples of them.
-
-    Attributes:
-        value: The score of the data.
-        replicates: ``[B]``, the scores of B resamples.
-
-    Example:
-        >>> first, second = Replicates(0.5, np.array([0.25, 0.5, 0.75])), Replicates(0.25, np.array([0.0, 0.25, 0.5]))
-        >>> first.interval(0.5), (first - second).interval(0.5)
-        ((0.375, 0.625), (0.25, 0.25))
-    """
-
-    value: float
-    replicates: Array
-
-    @property
-    def standard_error(self) -> float:
-        """Standard deviation of the replicates (over B - 1); infinite if one of them is not finite.
-
-        Raises:
-            ValueError: For fewer than two resamples.
-        """
-        if len(self.replicates) < 2:
-            raise ValueError(f"Expected at least two resamples for a standard error, got {len(self.replicates)}.")
-        return float(self.replicates.std(ddof=1)) if np.isfinite(self.replicates).all() else float("inf")
-
-    def interval(self, confidence: float = 0.95) -> tuple[float, float]:
-        """Percentile interval, the central ``confidence`` of the replicates.
-
-        Between two replicates it is interpolated linearly. A bound may be infinite. Replicates that are not defined
-        (an infinite score minus an infinite one) could be anything, and count as minus infinity for the
-        lower bound and as infinity for the upper one.
-
-        Args:
-            confidence: Between zero and one.
-
-        Returns:
-            ``(lower, upper)``, in the unit of the score.
-
-        Raises:
-            ValueError: If ``confidence`` is not between zero and one.
-        """
-        if not 0 < confidence < 1:
-            raise ValueError(f"Expected a confidence between 0 and 1, got {confidence}. Write 95 % as 0.95.")
-        undefined = np.isnan(self.replicates)
-        lowest, highest = (np.where(undefined, bound, self.replicates) for bound in (-np.inf, np.inf))
-        return _quantile(lowest, (1 - confidence) / 2), _quantile(highest, (1 + confidence) / 2)
-
-    def __sub__(self, other: Replicates) -> Replicates:
-        """Difference of the scores of two predictors of the same data, resample by resample.
-
-        Args:
-            other: Replicates made with the same weights.
-
-        Returns:
-            Its interval is that of the paired difference. Infinite minus infinite is not defined: NaN.
-
-        Raises:
-            ValueError: If the numbers of resamples differ.
-        """
-        if not isinstance(other, Replicates):
-            return NotImplemented
-        if self.replicates.shape != other.replicates.shape:
-            raise ValueError(
-                f"Expected equally many resamples, got {len(self.replicates)} and {len(other.replicates)}. "
-                "Make both with the same weights."
-            )
-        with np.errstate(invalid="ignore"):
-            return Replicates(self.value - other.value, self.replicates - other.replicates)
+# Weight of each kind of data where shares of it are weights: far above one, see the precision of the AUPR.
+_WEIGHT = 1e9
+_FRACTIONS = ("accuracy", "ece", "adaptive_ece", "classwise_ece", "aurc", "auroc", "aupr", "fpr95", "calibration_error")
+_COVERAGES = tuple(f"coverage_{percent}" for percent in regression.INTERVALS)
+_BOUNDS = dict.fromkeys((*_FRACTIONS, *_COVERAGES), (0.0, 1.0)) | {"brier": (0.0, 2.0)}
+_POSITIVE = 0.0, math.inf
 
 
 def resample_weights(n: int, n_resamples: int = 1000, seed: int = 0) -> Array:
@@ -131,7 +70,9 @@ def resample_weights(n: int, n_resamples: int = 1000, seed: int = 0) -> Array:
     return weights
 
 
-def classification_replicates(probabilities: Any, targets: Any, weights: Any) -> dict[str, Replicates]:
+def classification_replicates(
+    probabilities: Any, targets: Any, weights: Any, others: Any = None
+) -> dict[str, Replicates]:
     """Scores of a classifier's probabilities, with resamples.
 
     The bins of the adaptive calibration error are those of the whole sample in all resamples.
@@ -140,6 +81,8 @@ def classification_replicates(probabilities: Any, targets: Any, weights: Any) ->
         probabilities: ``[N, C]``.
         targets: ``[N]``, class indices.
         weights: ``[B, N]``, from :func:`resample_weights`.
+        others: ``[N, C]``, how probable each class is in place of the target where all predictions, or none, are right;
+            give all predictors of the same data the same. By default the probabilities.
 
     Returns:
         ``accuracy``, ``nll``, ``brier``, ``ece``, ``adaptive_ece``, ``classwise_ece`` and ``aurc``, in the units of
@@ -151,24 +94,44 @@ def classification_replicates(probabilities: Any, targets: Any, weights: Any) ->
 
     Example:
         >>> scores = classification_replicates([[0.8, 0.2], [0.3, 0.7]], [0, 0], resample_weights(2, 100))
-        >>> scores["accuracy"].value, scores["accuracy"].interval()
-        (0.5, (0.0, 1.0))
+        >>> scores["accuracy"].value, [round(bound, 3) for bound in scores["accuracy"].interval()]
+        (0.5, [0.013, 0.987])
     """
     probabilities, targets = metrics.check_predictions(probabilities, targets)
-    weights = _check_weights(weights, len(targets))
-    confidence, correct = metrics.confidence_and_hits(probabilities, targets)
-    replicates = _means(weights, metrics.datum_scores(probabilities, targets))
-    gap = (confidence - correct)[:, None]
-    for name, bins in (("ece", metrics.equal_width_bins), ("adaptive_ece", metrics.equally_full_bins)):
-        replicates[name] = _binned_gaps(weights, bins(confidence, N_BINS)[:, None], gap)
-    replicates["classwise_ece"] = _classwise_gaps(weights, probabilities, targets)
-    replicates["aurc"] = _aurc(weights, confidence, ~correct)
+    weights, n = _check_weights(weights, len(targets)), len(targets)
+    data = metrics.datum_scores(probabilities, targets)
+    replicates = _classifier_scores(
+        weights, probabilities, data, lambda first, last: targets[:, None] == np.arange(first, last)
+    )
     values = metrics.classification_metrics(probabilities, targets)
-    return {name: Replicates(values[name], array) for name, array in replicates.items()}
+
+    @lru_cache(maxsize=1)
+    def with_other_labels(confidence: float) -> dict[str, Array]:
+        share = intervals.unseen_share(n, confidence)
+        labels = metrics.other_labels(probabilities if others is None else np.asarray(others), targets) * share
+        labels[np.arange(n), targets] += 1 - share
+        return _classifier_scores(
+            np.ones((1, n)), probabilities, metrics.expected_datum_scores(probabilities, labels),
+            lambda first, last: labels[:, first:last],
+        )  # fmt: skip
+
+    found = {}
+    alike = float(np.ptp(data["accuracy"])) == 0
+    kinds: dict[str, Kind] = {"accuracy": "proportion", "nll": "mean", "brier": "mean", "aurc": "statistic"}
+    for name, array in replicates.items():
+        bounds = _BOUNDS.get(name, _POSITIVE)
+        own = Replicates(values[name], array, n, kinds.get(name, "calibration"), data.get(name), bounds)
+        if alike or (own.is_finite and own.is_constant):
+            own = replace(own, unseen=partial(_scores_of, with_other_labels, name))
+        found[name] = own
+    return found
 
 
 def regression_replicates(mean: Any, variance: Any, targets: Any, weights: Any) -> dict[str, Replicates]:
     """Scores of Gaussian predictions, with resamples.
+
+    Where all errors are the same, nothing is known of others: RMSE, NLL and CRPS could be anything. Widths do not
+    depend on errors.
 
     Args:
         mean: ``[N, C]`` or ``[N]``.
@@ -182,17 +145,41 @@ def regression_replicates(mean: Any, variance: Any, targets: Any, weights: Any) 
     Raises:
         ValueError: For predictions that the scores refuse, or weights that are not counts of these data.
     """
-    contributions = regression.datum_scores(mean, variance, targets)
-    weights = _check_weights(weights, len(contributions["nll"]))
-    replicates = regression.combine(_means(weights, contributions))
+    data = regression.datum_scores(mean, variance, targets)
+    n, one_output = len(data["nll"]), np.ndim(mean) == 1 or np.shape(mean)[1] == 1
+    replicates = regression.combine(_means(_check_weights(weights, n), data))
     values = regression.regression_metrics(mean, variance, targets)
-    return {name: Replicates(values[name], array) for name, array in replicates.items()}
+    contributions = regression.contributions(data)
+
+    def with_other_errors(confidence: float) -> dict[str, Array]:
+        share = intervals.unseen_share(n, confidence)
+        means = {key: np.stack([value.mean(0)] * 2) for key, value in data.items()}
+        means["inside"] = (1 - share) * means["inside"] + np.array([[0.0], [share]])
+        unknown = {"rmse": np.array(_POSITIVE), "crps": np.array(_POSITIVE), "nll": np.array([-math.inf, math.inf])}
+        return regression.combine(means) | unknown
+
+    found = {}
+    for name, array in replicates.items():
+        kind: Kind = "calibration" if name == "calibration_error" else "mean"
+        if name == "rmse":
+            kind = "root"
+        elif name in _COVERAGES and one_output:
+            kind = "proportion"
+        bounds = (-math.inf, math.inf) if name == "nll" else _BOUNDS.get(name, _POSITIVE)
+        own = Replicates(values[name], array, n, kind, contributions.get(name), bounds)
+        if own.is_finite and own.is_constant and not name.startswith("width"):
+            own = replace(own, unseen=partial(_scores_of, with_other_errors, name))
+        found[name] = own
+    return found
 
 
 def detection_replicates(
     inside_score: Any, outside_score: Any, weights_inside: Any, weights_outside: Any
 ) -> dict[str, Replicates]:
     """Scores of telling foreign data from known ones, with resamples of each kind of data on its own.
+
+    FPR95 is a proportion of the known data at a threshold that the foreign data set: its interval holds the exact one
+    of that proportion, and reaches to one where the foreign data are too few for a lower bound of their 5 % quantile.
 
     Args:
         inside_score: ``[N]``, scores of known data.
@@ -215,21 +202,74 @@ def detection_replicates(
     weights = [_check_weights(weights_inside, len(known)), _check_weights(weights_outside, len(foreign))]
     if len(weights[0]) != len(weights[1]):
         raise ValueError(f"Expected equally many resamples of both kinds, got {len(weights[0])} and {len(weights[1])}.")
-    replicates = {name: np.empty(len(weights[0])) for name in values}
+    sizes = len(known), len(foreign)
+
+    @lru_cache(maxsize=1)
+    def with_other_scores(confidence: float) -> dict[str, Array]:
+        # Of either kind, a share could lie above or below all that was seen.
+        ranks = np.unique(score, return_inverse=True)[1].reshape(-1) + 1.0
+        ends, kinds = np.array([0.0, ranks.max() + 1]), np.repeat([False, True], 2)
+        rows = np.repeat(_WEIGHT / np.array(sizes), sizes)[None].repeat(4, 0)
+        tail = np.zeros((4, 4))
+        for index, (which, end) in enumerate(((0, 1), (0, 0), (1, 0), (1, 1))):
+            share = intervals.unseen_share(sizes[which], confidence)
+            rows[index, is_outside == bool(which)] *= 1 - share
+            tail[index, 2 * which + end] = _WEIGHT * share
+        return _detection_scores(
+            np.concatenate([ranks, ends, ends]), np.concatenate([is_outside, kinds]), np.concatenate([rows, tail], 1)
+        )
+
+    def of_the_rate(confidence: float) -> list[float]:
+        low, high = intervals.proportion(round(values["fpr95"] * sizes[0]), sizes[0], confidence)
+        return [low, 1.0 if intervals.unseen_share(sizes[1], confidence) > 0.05 else high]
+
+    found = {}
+    for name, array in _detection_scores(score.astype(np.float64), is_outside, np.concatenate(weights, 1)).items():
+        own = Replicates(values[name], array, min(sizes), bounds=_BOUNDS[name])
+        if name == "fpr95":
+            own = replace(own, unseen=of_the_rate)
+        elif own.is_constant:
+            own = replace(own, unseen=partial(_scores_of, with_other_scores, name))
+        found[name] = own
+    return found
+
+
+def _scores_of(scores: Callable[[float], dict[str, Array]], name: str, confidence: float) -> list[float]:
+    return scores(confidence)[name].tolist()
+
+
+# -- scores of weighted data -------------------------------------------------------------------
+
+
+def _classifier_scores(
+    weights: Array, probabilities: Array, data: dict[str, Array], columns: Callable[[int, int], Array]
+) -> dict[str, Array]:
+    # data: accuracy, nll and brier of each datum; columns: whether (or how probably) classes are the target, [N, k].
+    confidence, hits = probabilities.max(1).clip(max=1.0), data["accuracy"]
+    found, gap = _means(weights, data), (confidence - hits)[:, None]
+    for name, bins in (("ece", metrics.equal_width_bins), ("adaptive_ece", metrics.equally_full_bins)):
+        found[name] = _binned_gaps(weights, bins(confidence, N_BINS)[:, None], gap)
+    found["classwise_ece"] = _classwise_gaps(weights, probabilities, columns)
+    found["aurc"] = _aurc(weights, confidence, 1 - hits)
+    return found
+
+
+def _detection_scores(score: Array, is_outside: Array, weights: Array) -> dict[str, Array]:
+    found_scores = {name: np.empty(len(weights)) for name in ("auroc", "aupr", "fpr95")}
     # High scores first; each row is a threshold, and data of one score cross it together.
-    order, starts = _descending(score.astype(np.float64))
-    for rows, block in _blocks(np.concatenate(weights, 1), order):
+    order, starts = _descending(score)
+    for rows, block in _blocks(weights, order):
         positives = _sum_groups(block * is_outside[order, None], starts)
         false = _sum_groups(block, starts) - positives
         found, called = positives.cumsum(0), false.cumsum(0)
         n_positives, n_negatives = found[-1], called[-1]
         pairs = (false * (found - positives / 2)).sum(0)  # a tied foreign datum counts half
-        replicates["auroc"][rows] = pairs / (n_positives * n_negatives)
+        found_scores["auroc"][rows] = pairs / (n_positives * n_negatives)
         precision = found / np.maximum(found + called, 1)
-        replicates["aupr"][rows] = (positives * precision).sum(0) / n_positives
+        found_scores["aupr"][rows] = (positives * precision).sum(0) / n_positives
         threshold = (found / n_positives < 0.95).sum(0)
-        replicates["fpr95"][rows] = called[threshold, np.arange(len(threshold))] / n_negatives
-    return {name: Replicates(values[name], array) for name, array in replicates.items()}
+        found_scores["fpr95"][rows] = called[threshold, np.arange(len(threshold))] / n_negatives
+    return found_scores
 
 
 # -- weighted sums -----------------------------------------------------------------------------
@@ -274,12 +314,12 @@ def _binned_gaps(weights: Array, index: Array, gaps: Array) -> Array:
     return result
 
 
-def _classwise_gaps(weights: Array, probabilities: Array, targets: Array) -> Array:
+def _classwise_gaps(weights: Array, probabilities: Array, columns: Callable[[int, int], Array]) -> Array:
     n, classes = probabilities.shape
     total, step = np.zeros(len(weights)), max(1, BLOCK_ENTRIES // n)
     for first in range(0, classes, step):
         part = probabilities[:, first : first + step]
-        hits = targets[:, None] == np.arange(first, first + part.shape[1])
+        hits = columns(first, first + part.shape[1])
         total += _binned_gaps(weights, metrics.equal_width_bins(part, N_BINS), part - hits)
     return total / classes
 
@@ -310,16 +350,6 @@ def _descending(values: Array) -> tuple[Array, Array]:
 
 def _sum_groups(block: Array, starts: Array) -> Array:
     return block if len(starts) == len(block) else np.add.reduceat(block, starts, axis=0)
-
-
-def _quantile(values: Array, probability: float) -> float:
-    # Linear interpolation as numpy.quantile's, which makes NaN of two equal infinities.
-    ordered, place = np.sort(values), probability * (len(values) - 1)
-    low, high = float(ordered[math.floor(place)]), float(ordered[math.ceil(place)])
-    fraction = place - math.floor(place)
-    if low == high or (np.isinf(low) and np.isinf(high)):
-        return low if probability < 0.5 else high
-    return (1 - fraction) * low + fraction * high
 
 
 def _check_weights(weights: Any, n: int) -> Array:

@@ -25,6 +25,7 @@ from debiased_laplace import _data
 from debiased_laplace.evaluation import bootstrap, metrics, records, regression
 from debiased_laplace.evaluation.predictors import Prediction, Predictor, as_prediction, scores_of_foreignness
 from debiased_laplace.evaluation.provenance import data_digest
+from debiased_laplace.evaluation.replicates import Replicates
 
 Array = NDArray[Any]
 Loader = Iterable[Any]
@@ -33,8 +34,6 @@ N_SHOWN = 8
 #: Bins of the histograms of out-of-distribution scores.
 N_HISTOGRAM = 24
 Images = Callable[[Any], Tensor]
-#: Sums of absolute values: noise makes them too large, and resampling adds the same noise once more.
-ABSOLUTE = ("ece", "adaptive_ece", "classwise_ece", "calibration_error")
 
 
 @dataclass(frozen=True)
@@ -481,14 +480,9 @@ def _load(path: Path, names: Sequence[str]) -> dict[str, Any] | None:
 # -- scores ----------------------------------------------------------------------------------------
 
 
-def cell(found: bootstrap.Replicates, score: str = "", *, difference: bool = False) -> list[float]:
-    """Value, error, 95 % interval: of percentiles, but basic for sums of absolute values, which noise raises."""
-    low, high = found.interval()
-    if score in ABSOLUTE:
-        low, high = 2 * found.value - high, 2 * found.value - low
-        if not difference:
-            low, high = max(low, 0.0), max(high, 0.0)
-    return [float(value) for value in (found.value, found.standard_error, low, high)]
+def cell(found: Replicates) -> list[float]:
+    """Value, standard error, and 95 % interval."""
+    return [float(value) for value in (found.value, found.standard_error, *found.interval())]
 
 
 def _scores(
@@ -499,9 +493,10 @@ def _scores(
     weights = bootstrap.resample_weights(len(targets), n_resamples, seed)
     entry: dict[str, Any] = {"targets": records.digest({"targets": targets.ravel().tolist()})}
     found, entry["curves"] = {}, {}
+    others = _mean([own["probabilities"] for own in arrays.values() if "probabilities" in own])
     for name, own in arrays.items():
         if "probabilities" in own:
-            found[name] = bootstrap.classification_replicates(own["probabilities"], targets, weights)
+            found[name] = bootstrap.classification_replicates(own["probabilities"], targets, weights, others)
             entry["curves"][name] = _classification_curves(own["probabilities"], targets, risk)
         else:
             # In the original units: a scale of the targets scales means and standard deviations.
@@ -514,14 +509,14 @@ def _scores(
     like = next(iter(found.values()))
     entry["curves"] |= {name: _empty(next(iter(entry["curves"].values()))) for name in failed}
     found = {name: found.get(name) or _undefined(like, n_resamples) for name in names}
-    entry["scores"] = {name: {key: cell(value, key) for key, value in own.items()} for name, own in found.items()}
-    entry["differences"] = _differences(found, against)
+    entry["scores"] = {name: {key: cell(value) for key, value in own.items()} for name, own in found.items()}
+    entry["differences"] = _differences(found, against, _twins(arrays))
     return entry
 
 
-def _undefined(like: Iterable[str], n_resamples: int) -> dict[str, bootstrap.Replicates]:
+def _undefined(like: Iterable[str], n_resamples: int) -> dict[str, Replicates]:
     """Scores of a predictor that failed."""
-    return {key: bootstrap.Replicates(float("nan"), np.full(n_resamples, np.nan)) for key in like}
+    return {key: Replicates(float("nan"), np.full(n_resamples, np.nan)) for key in like}
 
 
 def _empty(curves: Mapping[str, Any]) -> dict[str, Any]:
@@ -532,12 +527,36 @@ def _empty(curves: Mapping[str, Any]) -> dict[str, Any]:
     return empty
 
 
-def _differences(found: Mapping[str, Mapping[str, Any]], against: Sequence[str]) -> dict[str, dict[str, Any]]:
+def _mean(arrays: Sequence[Array]) -> Array | None:
+    """Of arrays of one shape; nothing of none."""
+    return sum(arrays[1:], arrays[0]) / len(arrays) if arrays else None
+
+
+def _twins(*conditions: Mapping[str, Mapping[str, Array]]) -> Callable[[str, str], bool]:
+    """Whether two predictors predict the same of all data: they do not differ, however few the data are."""
+
+    def same(first: str, second: str) -> bool:
+        return all(
+            first in arrays
+            and second in arrays
+            and arrays[first].keys() == arrays[second].keys()
+            and all(np.array_equal(own, arrays[second][key]) for key, own in arrays[first].items())
+            for arrays in conditions
+        )
+
+    return same
+
+
+def _differences(
+    found: Mapping[str, Mapping[str, Any]], against: Sequence[str], same: Callable[[str, str], bool]
+) -> dict[str, dict[str, Any]]:
     """For each predictor to compare with, all others minus it."""
     return {
         second: {
             first: {
-                key: cell(own[key] - found[second][key], key, difference=True) for key in own if key in found[second]
+                key: [0.0] * 4 if same(first, second) else cell(own[key] - found[second][key])
+                for key in own
+                if key in found[second]
             }
             for first, own in found.items()
             if first != second
@@ -579,8 +598,8 @@ def _detection(
             found[name] |= {f"{score}, {key}": value for key, value in replicates.items()}
             histograms[name][score] = _histogram(known[score], foreign[score])
     return {
-        "scores": {name: {key: cell(value, key) for key, value in own.items()} for name, own in found.items()},
-        "differences": _differences(found, against),
+        "scores": {name: {key: cell(value) for key, value in own.items()} for name, own in found.items()},
+        "differences": _differences(found, against, _twins(inside, outside)),
         "histograms": histograms,
     }
 

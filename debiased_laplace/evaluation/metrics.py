@@ -127,6 +127,28 @@ def datum_scores(probabilities: Array, targets: Array) -> dict[str, Array]:
     return {"accuracy": correct, "nll": nll, "brier": np.square(errors).sum(1)}
 
 
+def other_labels(probabilities: Array, targets: Array) -> Array:
+    """How probable each class is if it is not the target, ``[N, C]``: rows without the target that sum to one."""
+    labels = probabilities.copy()
+    labels[np.arange(len(targets)), targets] = 0
+    sums = labels.sum(1, keepdims=True)
+    uniform = np.ones_like(labels)
+    uniform[np.arange(len(targets)), targets] = 0
+    return np.where(sums > 0, labels / np.where(sums > 0, sums, 1), uniform / (labels.shape[1] - 1))
+
+
+def expected_datum_scores(probabilities: Array, labels: Array) -> dict[str, Array]:
+    """:func:`datum_scores` where the target is drawn from ``labels: [N, C]``, its mean over the draws."""
+    with np.errstate(divide="ignore"):
+        logarithms = np.log(probabilities)
+    losses = np.where(labels > 0, -labels * np.where(labels > 0, logarithms, 0), 0)
+    return {
+        "accuracy": labels[np.arange(len(labels)), probabilities.argmax(1)],
+        "nll": losses.sum(1),
+        "brier": 1 + np.square(probabilities).sum(1) - 2 * (labels * probabilities).sum(1),
+    }
+
+
 def expected_calibration_error(probabilities: Any, targets: Any, n_bins: int = N_BINS) -> float:
     r"""Expected calibration error of the most probable class, equal-width bins, by netcal.
 

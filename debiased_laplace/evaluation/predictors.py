@@ -24,10 +24,11 @@ from debiased_laplace import DebiasedLaplace, _data
 from debiased_laplace._guards import evaluation_mode
 from debiased_laplace.evaluation.metrics import ROW_SUM_TOLERANCE, entropy, foreignness
 from debiased_laplace.gradients import Network
-from debiased_laplace.likelihoods import Bernoulli, Likelihood
+from debiased_laplace.likelihoods import Bernoulli, Categorical, Likelihood
 from debiased_laplace.posterior import Posterior, standard_normals
 from debiased_laplace.predictive import functional_moments
-from debiased_laplace.tuning import gaussian_nll
+from debiased_laplace.temperature import temperature_scaling, warn_undetermined
+from debiased_laplace.tuning import ALL_ERRORS_ZERO, gaussian_nll, nothing_left
 
 #: Draws of the outputs for the mutual information.
 N_SAMPLES = 30
@@ -228,15 +229,23 @@ def ensemble_predictor(models: Sequence[nn.Module], noise_variance: float | None
 
 
 def tuned_noise(models: Sequence[nn.Module], validation: Iterable[Any]) -> float:
-    """The noise variance of an ensemble with the smallest validation loss; of one network, its mean squared error."""
+    """The noise variance of an ensemble with the smallest validation loss; of one network, its mean squared error.
+
+    Warns:
+        UserWarning: If all errors are zero up to rounding: then it is 1, as that of a posterior that is not tuned.
+    """
     batches = list(_data.labelled(validation))
     found = [outputs_of(model, [(inputs, targets) for inputs, targets, _ in batches]) for model in models]
     outputs = torch.stack([own for own, _ in found])
     mean, variance = outputs.mean(0), outputs.var(0, correction=0)
     targets = found[0][1].reshape(mean.shape).double()
+    dtypes = [p.dtype for model in models for p in model.parameters() if p.is_floating_point()] or [torch.float64]
+    if nothing_left(targets - outputs, targets, max(torch.finfo(dtype).eps for dtype in dtypes)):
+        warn_undetermined("observation noise", ALL_ERRORS_ZERO.format("1"))
+        return 1.0
     if len(models) == 1:
         return float((targets - mean).square().mean())
-    middle = float((targets - mean).square().mean().log())
+    middle = float((targets - outputs).square().mean().log())
 
     def loss(logarithm: float) -> float:
         return float(gaussian_nll(mean, variance, targets, math.exp(logarithm)).mean())
@@ -246,20 +255,20 @@ def tuned_noise(models: Sequence[nn.Module], validation: Iterable[Any]) -> float
 
 
 def tuned_temperature(model: nn.Module, validation: Iterable[Any]) -> tuple[float, float]:
-    """The temperature with the smallest validation loss (Guo et al., arXiv 1706.04599), by Brent's method.
+    """The temperature with the smallest validation loss, see :func:`~debiased_laplace.temperature.temperature_scaling`.
 
     On the outputs themselves: probabilities of a confident network have lost what a temperature needs.
 
     Returns:
         The temperature, and the mean negative log-likelihood there, in nats.
+
+    Warns:
+        UserWarning: If the data determine none.
     """
-    outputs, targets = outputs_of(model, validation)
-
-    def loss(logarithm: float) -> float:
-        return float(nn.functional.cross_entropy(outputs / math.exp(logarithm), targets.long()))
-
-    best = minimize_scalar(loss, bounds=(-3, 5), method="bounded", options={"xatol": 1e-8})
-    return math.exp(best.x), float(best.fun)
+    found = temperature_scaling(Categorical(), *outputs_of(model, validation))
+    if found.undetermined:
+        warn_undetermined("temperature", found.undetermined)
+    return found.value, found.loss
 
 
 def outputs_of(model: nn.Module, batches: Iterable[Any]) -> tuple[Tensor, Tensor]:

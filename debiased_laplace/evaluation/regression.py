@@ -105,6 +105,16 @@ def combine(means: dict[str, Array]) -> dict[str, Array]:
     return result | {"calibration_error": np.abs(means["inside"] - LEVELS).mean(-1)}
 
 
+def contributions(data: dict[str, Array]) -> dict[str, Array]:
+    """Numbers ``[N]`` whose means are the scores, from :func:`datum_scores`; of the RMSE its square."""
+    found = {"rmse": data["squared_error"], "nll": data["nll"], "crps": data["crps"]}
+    for percent in INTERVALS:
+        place = int(np.abs(LEVELS - percent / 100).argmin())
+        found[f"coverage_{percent}"] = data["inside"][:, place]
+        found[f"width_{percent}"] = 2 * _HALF_WIDTHS[place] * data["deviation"]
+    return found
+
+
 def check_gaussian(mean: Any, variance: Any, targets: Any) -> tuple[Array, Array, Array]:
     """Mean, variance and targets as float64 arrays ``[N, C]``, or a ``ValueError`` that says what is wrong."""
     named = {"mean": mean, "variance": variance, "targets": targets}

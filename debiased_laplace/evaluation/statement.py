@@ -226,6 +226,15 @@ def _tuning(summary: Summary) -> list[str]:
             counts = ", ".join(f"{name} for {count}" if several else name for name, count in at_edge.items())
             where = f" in some of {seeds(summary)}" * several
             sentences.append(f"The tuned prior precision was the {side} of the grid{where} ({counts}): {meaning}.")
+    free: dict[str, list[str]] = {}
+    for name, about in summary["predictors"].items():
+        for what in about.get("undetermined", ()):
+            free.setdefault(what, []).append(name)
+    for what, names in free.items():
+        sentences.append(
+            f"The validation data do not determine the {what} of {', '.join(names)}: it is a choice, not a result (see "
+            "the warnings)."
+        )
     return sentences
 
 

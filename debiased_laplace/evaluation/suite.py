@@ -45,9 +45,11 @@ from debiased_laplace.evaluation.predictors import (
 )
 from debiased_laplace.evaluation.processes import spread
 from debiased_laplace.evaluation.provenance import data_digest, network_digest, seeded
+from debiased_laplace.evaluation.replicates import Replicates
 from debiased_laplace.evaluation.tasks import Context, Task, TaskError
 from debiased_laplace.likelihoods import Categorical, Gaussian
 from debiased_laplace.predictive import functional_moments
+from debiased_laplace.temperature import undetermined_in
 
 _T = TypeVar("_T")
 
@@ -339,6 +341,7 @@ class _Bench:
             progress(f"fit: {method.name}")
             (predictor, result), told = _heard(partial(self._prepared, method))
             result["warnings"] = sorted({*told, *result.get("warnings", ())})
+            result["undetermined"] = undetermined_in(result["warnings"])
             about[method.name] = {"kind": method.kind, "role": method.role, "description": method.description} | result
             if predictor is not None:
                 predictors[method.name] = predictor
@@ -602,4 +605,4 @@ def _mean_cell(values: Tensor, weights: Any) -> list[float]:
     replicates[above], replicates[below] = np.inf, -np.inf
     replicates[undefined | (above & below)] = np.nan
     with np.errstate(invalid="ignore"):
-        return cell(bootstrap.Replicates(float(array.mean()), replicates))
+        return cell(Replicates(float(array.mean()), replicates, len(array), "mean", array))

@@ -1,9 +1,9 @@
 r"""Records of several seeds become one summary of the same layout; a cell is ``[value, standard error, lower, upper]``.
 
-Of one record the cells stay: bootstrap over the data. Of several, the value is the mean and the standard error that of
-the mean over seeds. Where all seeds were judged on the same data, these are resampled by no seed, and the mean square
-of the bootstrap errors is added to the variance. Intervals are Student's t. A difference counts as shown only if its
-95 % interval leaves out zero, and as negligible if all of the interval is within :data:`MARGIN`.
+Of one record the cells stay. Of several, see :func:`combine`. A difference counts as shown only if its 95 % interval
+leaves out zero, and as negligible if all of the interval is within :data:`MARGIN`. Differences on fewer than
+:data:`~debiased_laplace.evaluation.intervals.MIN_DATA` data have the whole range of the score as their interval, so
+that nothing is said of them.
 
 Scores may be infinite, or undefined (NaN: an infinite one minus an infinite one, or of a method that failed there).
 """
@@ -16,12 +16,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from scipy.stats import t as student
 
 from debiased_laplace.evaluation import records as storage
+from debiased_laplace.evaluation.intervals import CONFIDENCE, student_quantile
+from debiased_laplace.evaluation.metrics import Array
 
 Cell = list[float]
-CONFIDENCE = 0.95
 #: Scores of which a larger value is better; of all others a smaller one is, or neither (coverage).
 LARGER_IS_BETTER = ("accuracy", "auroc", "aupr")
 #: Differences within it, interval and all, are called negligible: a thousandth of a nat, a tenth of a per cent.
@@ -33,24 +33,40 @@ STRONG = 3
 
 
 def combine(cells: Sequence[Cell], same_data: bool) -> Cell:
-    """The cell of several seeds.
+    r"""The cell of several seeds.
+
+    With S seeds, :math:`h` the quantile of Student's t times the standard error of the mean over seeds, and
+    :math:`d_s` how far the interval of a seed's data reaches below (or above) its value:
+
+    * Seeds judged on the same data know nothing of these, however well they agree. The two errors are independent, and
+      their reaches are added in squares, :math:`\sqrt{h^2 + \overline{d^2}}`.
+    * Seeds with data of their own spread by the data too. Few that agree by chance do not know more than their data:
+      :math:`\max\big(h, \sqrt{\overline{d^2} / S}\big)`.
 
     Args:
         cells: One for each seed.
-        same_data: Whether all seeds were judged on the same data, so that their spread knows nothing of these.
+        same_data: Whether all seeds were judged on the same data.
+
+    Returns:
+        Mean, standard error, lower and upper bound. With a value that is not finite the interval is unbounded.
+
+    Source: Zou and Donner, Statistics in Medicine 27 (2008), 1693-1702, for sums of variables with skewed intervals.
     """
     if len(cells) == 1:
         return cells[0]
-    values = [cell[0] for cell in cells]
-    if not all(map(math.isfinite, values)):  # no variance: the interval is what holds those of all seeds
-        low, high = (np.array([cell[i] for cell in cells]) for i in (2, 3))
-        return [_mean(values), math.inf, float(low.min()), float(high.max())]
-    variance = statistics.variance(values) / len(values)
-    if same_data:
-        variance += statistics.fmean(cell[1] ** 2 for cell in cells)
-    mean, error = statistics.fmean(values), math.sqrt(variance)
-    half = float(student.ppf(0.5 + CONFIDENCE / 2, len(values) - 1)) * error
-    return [mean, error, mean - half, mean + half]
+    values, errors, low, high = np.array(cells, dtype=np.float64).T
+    if not np.isfinite(values).all():  # no variance: the interval is what holds those of all seeds
+        return [_mean(values.tolist()), math.inf, float(low.min()), float(high.max())]
+    mean, n = float(values.mean()), len(values)
+    spread = float(values.std(ddof=1)) / math.sqrt(n)
+    quantile = student_quantile(n, CONFIDENCE)
+
+    def joined(seeds: float, data: Array) -> float:
+        squares = float(np.square(data).mean())
+        return math.sqrt(seeds**2 + squares) if same_data else max(seeds, math.sqrt(squares / n))
+
+    reach = [joined(quantile * spread, own) for own in (values - low, high - values)]
+    return [mean, joined(spread, errors), mean - reach[0], mean + reach[1]]
 
 
 def summarise(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -165,6 +181,7 @@ def _about(entries: Sequence[dict[str, Any]]) -> dict[str, Any]:
         for step in first["seconds"]
         if all(step in entry["seconds"] for entry in entries)
     }
+    found["undetermined"] = _unique([what for entry in entries for what in entry.get("undetermined", ())])
     for key in ("prior_precision", "temperature", "noise", "validation_nll", "edge", "prior_precisions"):
         if key in first:
             found[key] = [entry[key] for entry in entries]

@@ -247,7 +247,7 @@ def _cost(summary: Mapping[str, Any]) -> Table:
     for name, about in summary["predictors"].items():
         if name not in summary["test"]["scores"]:
             continue
-        tuned = []
+        tuned, free = [], about.get("undetermined", ())
         if len(about.get("prior_precisions", [[]])[0]) > 1:
             values = [value for own in about["prior_precisions"] for value in own]
             tuned.append(f"prior {min(values):.2g} to {max(values):.2g}")
@@ -258,6 +258,8 @@ def _cost(summary: Mapping[str, Any]) -> Table:
         if "noise" in about:
             tuned.append(f"noise {statistics.fmean(about['noise']):.3g}")
         seconds = [f"{about['seconds'][s]:.2f}" if s in about["seconds"] else "" for s in ("fit", "tune", "predict")]
+        if free:
+            tuned.append(f"not determined: {', '.join(free)}")
         rows.append([name, ", ".join(tuned), *seconds])
     return Table(
         "Tuning and cost",

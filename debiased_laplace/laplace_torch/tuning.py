@@ -20,7 +20,15 @@ from debiased_laplace.laplace_torch.settings import plain
 from debiased_laplace.likelihoods import Likelihood
 from debiased_laplace.posterior import Posterior, standard_normals
 from debiased_laplace.predictive import functional_moments, linearized_samples, weight_samples
-from debiased_laplace.tuning import PriorCurve, gaussian_nll, grid_search, maximise_marginal_likelihood, noise_search
+from debiased_laplace.temperature import AS_GOOD
+from debiased_laplace.tuning import (
+    PriorCurve,
+    check_losses,
+    gaussian_nll,
+    grid_search,
+    maximise_marginal_likelihood,
+    noise_search,
+)
 
 METHODS = ("marglik", "gridsearch")
 PRIOR_STRUCTURES = ("scalar", "layerwise", "diag")
@@ -97,7 +105,9 @@ class TuningLayer(PredictiveLayer):
             ValueError: If an argument has no meaning; the prior precision stays.
 
         Warns:
-            UserWarning: If the best value lies at an edge of the grid (with several, any of them at the lower edge).
+            UserWarning: If the best value lies at an edge of the grid (with several, any of them at the lower edge), or
+                the validation data do not determine it: then the temperature is the one nearest to 1, and a prior
+                precision the smallest, of those that are equally good (within 1e-6 nats).
         """
         self._require_fit()
         pred_type, method, link = self._check_pred_type(pred_type), plain(method), plain(link_approx)
@@ -279,16 +289,9 @@ class TuningLayer(PredictiveLayer):
         if scores[0].empty:
             raise ValueError("Expected validation data, got an empty val_loader. A generator can be read only once.")
         losses = torch.tensor([score.compute() for score in scores], dtype=torch.float64)
-        if bool(losses.isnan().any()) or not bool(losses.isfinite().any()):
-            _checks.finite(losses, "the validation losses", "Look for NaN in the validation data, or in the loss.")
-        curve = PriorCurve(grid, losses, link)
-        if curve.at_edge and len(grid) > 1:
-            end = ("smallest", "log_prior_prec_min") if int(losses.argmin()) == 0 else ("largest", "log_prior_prec_max")
-            warnings.warn(
-                f"The best prior precision, {curve.best:.3g}, is the {end[0]} of the grid: the optimum may lie beyond. "
-                f"Change {end[1]}.",
-                stacklevel=4,
-            )
+        check_losses(losses, "Look for NaN in the validation data, or in the loss.")
+        curve = PriorCurve(grid, losses, link, AS_GOOD if loss is None else 0.0)  # the scale of another is not known
+        curve.warn(stacklevel=3)
         return curve
 
     def _glm_predictions(
