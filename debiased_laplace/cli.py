@@ -212,7 +212,7 @@ def fit(
             f"Expected one out of {list(STRUCTURES)}, got {structure!r}.", param_hint="--structure"
         )
     loaded, context = _task(task, device, data_dir, cache, quick, seed)
-    with _clear_errors(), seeded(seed):
+    with _clear_errors(), _told_warnings(), seeded(seed):
         model = loaded.model(context)
         la = DebiasedLaplace(model, loaded.likelihood, hessian_structure=structure, seed=seed)
         budget = loaded.budget if budget is None else budget or None
@@ -326,6 +326,19 @@ def _clear_errors() -> Iterator[None]:
     except (TaskError, ValueError, TypeError) as error:
         typer.echo(f"Error: {error}", err=True)
         raise typer.Exit(1) from error
+
+
+@contextmanager
+def _told_warnings() -> Iterator[None]:
+    """What the user is warned of, as lines of its own; a place in the source would be of this program."""
+    caught: list[warnings.WarningMessage] = []
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", UserWarning)
+            yield
+    finally:
+        for text in dict.fromkeys(str(own.message) for own in caught if issubclass(own.category, UserWarning)):
+            typer.echo(f"Warning: {text}", err=True)
 
 
 def _checkpoint(out: Path, task: Task, context: Context, model: Any, settings: Mapping[str, Any]) -> Path:

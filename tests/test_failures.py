@@ -134,7 +134,7 @@ def test_a_method_that_fails_on_some_data_keeps_the_rest(tmp_path: Path, monkeyp
 
 
 def test_distances_that_fail_take_nothing_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(suite._Bench, "_variances", fails)
+    monkeypatch.setattr(suite, "functional_moments", fails)
     methods = (*DEBIASED, Method("all", fit={"budget": None}, role="reference"))
     record = judged_blobs(tmp_path, methods)
     assert record["distances"] == {}

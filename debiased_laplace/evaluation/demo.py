@@ -25,8 +25,8 @@ CONDITIONS = (
     *(f"{name} {severity}" for name in ("noise", "rotation", "blur", "contrast") for severity in (1, 3, 5)),
     "shuffled digits",
 )
-#: Shifted and foreign images of a seed, and of a quick one. Seeds differ by far more than more images would average: with
-#: three times as many, standard errors of the strong shifts were at most 12 % smaller, but for slight blur.
+#: Shifted and foreign images of a seed, and of a quick one. Seeds differ by far more than more images would average:
+#: three times as many made standard errors of the strong shifts at most 12 % smaller, but for slight blur.
 N_SHIFTED, N_SHIFTED_QUICK = 180, 90
 #: Prior precisions tried: three a decade.
 GRID_SIZE, GRID_SIZE_QUICK = 28, 16

@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -554,7 +555,9 @@ def _differences(
     return {
         second: {
             first: {
-                key: [0.0] * 4 if same(first, second) else cell(own[key] - found[second][key])
+                key: [0.0] * 4
+                if math.isfinite(own[key].value) and same(first, second)
+                else cell(own[key] - found[second][key])
                 for key in own
                 if key in found[second]
             }
