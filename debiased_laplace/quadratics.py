@@ -228,15 +228,18 @@ class Quadratic:
     def eigenpairs(self, k: int) -> tuple[Tensor, Tensor]:
         """The k largest eigenvalues ``[k]``, descending, and orthonormal eigenvectors ``[k, D]``, as rows.
 
-        Those of the Gauss-Newton matrix come from its Gram matrix, exactly, as long as that has at most
-        :data:`GRAM_SIZE` rows; others from Lanczos' method, or from the dense matrix of a small network.
+        A repeated eigenvalue comes as often as it is one (with regression every one comes at least C times for a
+        linear last layer); of its eigenvectors only their span is determined, and if k cuts it, not even that. Those
+        of the Gauss-Newton matrix come from its Gram matrix, exactly, as long as that has at most :data:`GRAM_SIZE`
+        rows; others from products, in the precision of the model's dtype (:func:`.largest_eigenpairs`).
 
         Args:
-            k: How many.
+            k: How many; the largest in value, not in magnitude, so that a Hessian's negative ones come last.
 
         Raises:
             ValueError: If there are fewer: the Gauss-Newton matrix of N data has at most N C eigenvalues that are not
                 zero (without the regulariser).
+            ConvergenceError: If products cannot tell the last ones from those that follow.
         """
         if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= self.n_params:
             raise ValueError(

@@ -40,10 +40,10 @@ def largest_eigenpairs(
 ) -> tuple[Tensor, Tensor]:
     r"""The k largest eigenvalues of a symmetric matrix, each as often as it is repeated, and their eigenvectors.
 
-    Residuals :math:`\|A u - \lambda u\|` end below :math:`\tau \max |\lambda|`, :math:`\tau` the precision of the
-    products but at least 1e-13, apart from the rounding of these. Eigenvalues that differ by less are one to this
-    precision, and any orthonormal vectors of their common eigenspace are eigenvectors; where a last cluster is wider
-    but cannot be told apart, below :math:`\tau^{2/3}`.
+    Residuals :math:`\|A u - \lambda u\|` end below :math:`\tau \max |\lambda|`, with :math:`\tau` four times the
+    precision of the products and at least 2e-13, apart from the rounding of these. Eigenvalues that differ by less are
+    one to this precision, and any orthonormal vectors of their common eigenspace are eigenvectors. Where the last
+    eigenvalue is in a wider cluster that cannot be told apart, residuals end below :math:`\tau^{2/3} \max |\lambda|`.
 
     Cost: for single eigenvalues that of Lanczos' method, with products of two vectors at a time; some times that where
     they have copies. Memory: ``2 k + 4`` vectors (twice as many with copies), at least 20. Small matrices are formed.
@@ -72,7 +72,7 @@ def largest_eigenpairs(
         block = min(FIRST, widest)
         while True:
             limit = 10 * (k + 10) if block < widest else RESTARTS * _basis_size(k, block)
-            lanczos = _BlockLanczos(products, size, k, block, max(precision, 1e-13), generator, device)
+            lanczos = _BlockLanczos(products, size, k, block, max(4 * precision, 2e-13), generator, device)
             if lanczos.run(min(limit, size - spent) if can_form else limit, last=block == widest):
                 return lanczos.values[:k], lanczos.combined(k)
             spent += lanczos.n_products
@@ -82,9 +82,8 @@ def largest_eigenpairs(
         if not can_form:
             raise ConvergenceError(
                 f"Expected residuals of the {k} largest eigenvalues of {name} below {lanczos.tolerance:.0e} of the "
-                f"largest, got {lanczos.worst:.0e} after {spent} products: the eigenvalues around "
-                f"{float(lanczos.values[k - 1]):.6g} are too close to each other. Ask for fewer, or for more, so that "
-                "the last one has a gap below it."
+                f"largest in magnitude, got {lanczos.worst:.0e} after {spent} products: too many eigenvalues are close "
+                f"to {float(lanczos.values[k - 1]):.3g}. Ask for fewer or more, so that the last has a gap below it."
             )
     dense = matrix if isinstance(matrix, Tensor) else matrix(torch.eye(size, dtype=torch.float64, device=device))
     values, vectors = eigh(dense, name)

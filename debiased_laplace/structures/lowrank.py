@@ -25,7 +25,7 @@ from debiased_laplace.gradients import CurvatureData, Network
 from debiased_laplace.structures.base import Structure, eigh, group_blocks
 from debiased_laplace.structures.lanczos import largest_eigenpairs
 
-#: Size above which a few eigenpairs come from Lanczos' method instead of a whole decomposition (on the CPU).
+#: Size above which a few eigenpairs come from :func:`.largest_eigenpairs` instead of a whole decomposition (CPU).
 LANCZOS_SIZE = 1000
 
 #: Size above which the Gram matrix is not formed either: its products with vectors are those of the factors.
@@ -123,6 +123,9 @@ class LowRank(Structure):
     Time: with n directions' data and V vectors, the Gram matrix of every block, and the eigenvectors of an
     ``n V`` matrix. ``mc_samples=1`` makes it V times smaller; ``TwoBatch(folds=8, directions=1)`` chooses the
     directions from an eighth of the data and measures the curvature on the rest (curvature sub-sampling).
+
+    If the rank cuts the space of a repeated eigenvalue (with C outputs, regression repeats every one that a linear
+    last layer has C times), which of its directions are kept is not determined, and variances along it depend on that.
 
     Attributes:
         rank: Number of directions of every part, or the fraction, in (0, 1), of the trace of the *first* data's
