@@ -24,6 +24,10 @@ class NonFiniteError(ValueError):
     """NaN or infinity where only finite numbers make sense."""
 
 
+class ConvergenceError(RuntimeError):
+    """An iteration that ended before its result was as precise as it has to be."""
+
+
 def positive(value: Any, name: str) -> float:
     """A positive, finite number as a float, or an error that names it."""
     try:

@@ -19,8 +19,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
-import scipy.sparse.linalg
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
@@ -31,7 +29,7 @@ from debiased_laplace.blocks import flatten
 from debiased_laplace.gradients import Network, match_parameters
 from debiased_laplace.likelihoods import Likelihood, resolve_likelihood
 from debiased_laplace.spectrum import GGN, DirectionalDerivatives
-from debiased_laplace.structures.base import eigh
+from debiased_laplace.structures.lanczos import largest_eigenpairs
 from debiased_laplace.structures.lowrank import is_nonzero
 
 __all__ = ["Quadratic"]
@@ -41,9 +39,6 @@ CURVATURES = ("ggn", "hessian")
 #: Most columns N C of the Gauss-Newton matrix's factor with which eigenpairs come from its Gram matrix: up to there
 #: that is faster.
 GRAM_SIZE = 500
-
-#: Number of parameters up to which eigenpairs without a Gram matrix come from the dense matrix.
-DENSE_SIZE = 100
 
 Products = Callable[[Tensor], Tensor]
 
@@ -175,15 +170,18 @@ class Quadratic:
         :meth:`projected` need) and a backward pass; with the Hessian a pass back through a backward pass.
         """
         rows = self._vectors(u)
+        return (self._curvature_products(rows) + self.l2 * rows).reshape(u.shape)
+
+    def _curvature_products(self, rows: Tensor) -> Tensor:
+        """Products with the curvature of the batch alone, without the regulariser's, ``[K, D]``."""
         total = torch.zeros_like(rows)
         for inputs, targets in self._chunks():
             with self._graph(inputs) as (leaves, outputs):
                 product = self._products(inputs, leaves, outputs, targets)
                 for part in self._parts(rows):
                     total[part] += product(rows[part])
-        total = total / self.n_data + self.l2 * rows
         _checks.finite(total, "a product with the curvature", "Look for NaN in the vector, or for an overflow.")
-        return total.reshape(u.shape)
+        return total / self.n_data
 
     def value(self, point: Tensor) -> Tensor:
         r""":math:`q(\theta)` at parameters ``[D]`` or ``[K, D]``."""
@@ -230,15 +228,18 @@ class Quadratic:
     def eigenpairs(self, k: int) -> tuple[Tensor, Tensor]:
         """The k largest eigenvalues ``[k]``, descending, and orthonormal eigenvectors ``[k, D]``, as rows.
 
-        Those of the Gauss-Newton matrix come from its Gram matrix, exactly, as long as that has at most
-        :data:`GRAM_SIZE` rows; others from Lanczos' method, or from the dense matrix of a small network.
+        A repeated eigenvalue comes as often as it is one (with regression every one comes at least C times for a
+        linear last layer); of its eigenvectors only their span is determined, and if k cuts it, not even that. Those
+        of the Gauss-Newton matrix come from its Gram matrix, exactly, as long as that has at most :data:`GRAM_SIZE`
+        rows; others from products, in the precision of the model's dtype (:func:`.largest_eigenpairs`).
 
         Args:
-            k: How many.
+            k: How many; the largest in value, not in magnitude, so that a Hessian's negative ones come last.
 
         Raises:
             ValueError: If there are fewer: the Gauss-Newton matrix of N data has at most N C eigenvalues that are not
                 zero (without the regulariser).
+            ConvergenceError: If products cannot tell the last ones from those that follow.
         """
         if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= self.n_params:
             raise ValueError(
@@ -287,27 +288,10 @@ class Quadratic:
         return values.double()[order], lifted[order]
 
     def _by_products(self, k: int) -> tuple[Tensor, Tensor]:
-        d, device = self.n_params, self.center.device
-
-        def product(vector: Any) -> Any:
-            own = torch.as_tensor(np.asarray(vector), dtype=torch.float64, device=device).reshape(d)
-            return (self.matvec(own) - self.l2 * own).cpu().numpy()
-
-        if d <= max(DENSE_SIZE, 4 * k):
-            matrix = self.matvec(torch.eye(d, dtype=torch.float64, device=device))
-            matrix.diagonal().sub_(self.l2)
-            values, vectors = eigh((matrix + matrix.mT) / 2, "the batch")
-            return values[:k], vectors[:, :k].mT.contiguous()
-        precision = torch.finfo(self._network.dtype).eps
-        operator = scipy.sparse.linalg.LinearOperator((d, d), matvec=product, dtype=np.float64)
-        with global_random_state():  # an exhausted subspace may be continued with random vectors
-            start = np.random.default_rng(0).standard_normal(d)
-            found, columns = scipy.sparse.linalg.eigsh(
-                operator, k=k, which="LA", v0=start, tol=0 if precision < 1e-12 else precision
-            )
-        order = np.argsort(found)[::-1]
-        values, rows = torch.tensor(found[order]), torch.tensor(columns[:, order].T.copy())
-        return values.to(device), rows.to(device)
+        return largest_eigenpairs(
+            self._curvature_products, self.n_params, k, precision=torch.finfo(self._network.dtype).eps,
+            name="the curvature of the batch", device=self.center.device,
+        )  # fmt: skip
 
     def _at_center(self) -> bool:
         """Whether the model still has the parameters and buffers that the quadratic was made with."""

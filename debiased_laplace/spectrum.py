@@ -206,7 +206,10 @@ class GGN:
         return values.clamp_min(0).sort(descending=True).values
 
     def eigenpairs(self, rank: int | float) -> tuple[Tensor, Basis]:
-        """Leading eigenvalues ``[K]`` and eigenvectors (of every part).
+        """Leading eigenvalues ``[K]`` and eigenvectors (of every part); fewer if the curvature has lower rank.
+
+        A repeated eigenvalue comes as often as it is one; of its eigenvectors only their span is determined, and if K
+        cuts it, not even that.
 
         Args:
             rank: Number of them, or the fraction of the trace, in (0, 1), that they explain.

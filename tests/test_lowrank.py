@@ -16,7 +16,7 @@ from debiased_laplace.likelihoods import Bernoulli, Categorical, Gaussian
 from debiased_laplace.posterior import Posterior
 from debiased_laplace.predictive import functional_moments, joint_covariance
 from debiased_laplace.sampling import WeightedData
-from debiased_laplace.structures import Full, Kronecker, LowRank, lowrank
+from debiased_laplace.structures import Full, Kronecker, LowRank, lanczos, lowrank
 from debiased_laplace.testing import dense_basis, dense_ggn, dense_jacobian
 from tests.datasets import LIKELIHOODS, example, measure, targets, valid, weighted
 from tests.networks import ZOO
@@ -103,10 +103,11 @@ def test_few_eigenpairs_of_large_matrices_come_from_lanczos_method(monkeypatch):
     model, network, data = example(ZOO["cnn"], Gaussian(), n=30)
     dense = LowRank(4).eigenbasis(network, measure(LowRank(4), network, data, Gaussian()))
     calls = []
-    original = lowrank.scipy.sparse.linalg.eigsh
+    original = lowrank.largest_eigenpairs
     monkeypatch.setattr(lowrank, "LANCZOS_SIZE", 10)
+    monkeypatch.setattr(lanczos, "DENSE_SIZE", 0)
     monkeypatch.setattr(
-        lowrank.scipy.sparse.linalg, "eigsh", lambda *args, **kwargs: calls.append(kwargs) or original(*args, **kwargs)
+        lowrank, "largest_eigenpairs", lambda *args, **kwargs: calls.append(kwargs) or original(*args, **kwargs)
     )
     found = LowRank(4).eigenbasis(network, measure(LowRank(4), network, data, Gaussian()))
     assert len(calls) == 1

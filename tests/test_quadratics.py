@@ -18,6 +18,7 @@ from debiased_laplace._checks import NonFiniteError
 from debiased_laplace.gradients import Network
 from debiased_laplace.likelihoods import Bernoulli, Categorical, Gaussian
 from debiased_laplace.spectrum import GGN
+from debiased_laplace.structures import lanczos
 from tests.datasets import LIKELIHOODS, targets, valid
 from tests.networks import ZOO, Case
 from tests.tolerances import assert_equal
@@ -287,10 +288,11 @@ def test_no_vectors_at_all():
 @pytest.mark.parametrize("path", ["as it comes", "dense", "lanczos"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_eigenpairs_are_those_of_the_dense_matrix(monkeypatch, kind, path, l2):
-    model, batch, likelihood = example("mlp", n=7)
+    model, batch, likelihood = example("cnn", n=7)
     if path != "as it comes":
         monkeypatch.setattr(module, "GRAM_SIZE", 0)
-        monkeypatch.setattr(module, "DENSE_SIZE", 1000 if path == "dense" else 0)
+        monkeypatch.setattr(lanczos, "DENSE_SIZE", 1000 if path == "dense" else 0)
+        monkeypatch.setattr(lanczos, "FALLBACK_SIZE", 0)
     matrix = dense(model, batch, likelihood, kind, l2)
     expected = torch.linalg.eigvalsh(matrix).flip(0)[:4]
     values, directions = Quadratic(model, batch, likelihood, kind, l2=l2).eigenpairs(4)

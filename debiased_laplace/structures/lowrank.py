@@ -11,13 +11,10 @@ Source: Dangel, Tatzel, Hennig (arXiv 2106.02624), section 3.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
-import numpy as np
-import scipy.sparse.linalg
 import torch
 from torch import Tensor
 
@@ -26,8 +23,9 @@ from debiased_laplace.basis import Basis, DenseBasis
 from debiased_laplace.contractions import Gradients
 from debiased_laplace.gradients import CurvatureData, Network
 from debiased_laplace.structures.base import Structure, eigh, group_blocks
+from debiased_laplace.structures.lanczos import largest_eigenpairs
 
-#: Size above which a few eigenpairs come from Lanczos' method instead of a whole decomposition (on the CPU).
+#: Size above which a few eigenpairs come from :func:`.largest_eigenpairs` instead of a whole decomposition (CPU).
 LANCZOS_SIZE = 1000
 
 #: Size above which the Gram matrix is not formed either: its products with vectors are those of the factors.
@@ -126,6 +124,9 @@ class LowRank(Structure):
     ``n V`` matrix. ``mc_samples=1`` makes it V times smaller; ``TwoBatch(folds=8, directions=1)`` chooses the
     directions from an eighth of the data and measures the curvature on the rest (curvature sub-sampling).
 
+    If the rank cuts the space of a repeated eigenvalue (with C outputs, regression repeats every one that a linear
+    last layer has C times), which of its directions are kept is not determined, and variances along it depend on that.
+
     Attributes:
         rank: Number of directions of every part, or the fraction, in (0, 1), of the trace of the *first* data's
             curvature that they have to explain.
@@ -190,9 +191,8 @@ def leading_eigenpairs(gram: Tensor, rank: int | float, name: str, precision: fl
     """
     size = len(gram)
     if isinstance(rank, int) and size > LANCZOS_SIZE and rank <= size // 10 and gram.device.type == "cpu":
-        start = torch.linspace(1, 2, size, dtype=torch.float64).numpy()
-        found_values, found = scipy.sparse.linalg.eigsh(gram.numpy(), k=rank, which="LA", v0=start, **_restarts())
-        values, vectors = torch.from_numpy(found_values).flip(0), torch.from_numpy(found).flip(1)
+        values, rows = largest_eigenpairs(gram, size, rank, precision=precision, name=name)
+        vectors = rows.mT
     else:
         values, vectors = eigh(gram, name)
     keep = _worth_keeping(values, size, name, precision)
@@ -207,33 +207,19 @@ def leading_eigenpairs(gram: Tensor, rank: int | float, name: str, precision: fl
 def matrix_free_eigenpairs(
     statistics: LowRankStatistics, group: tuple[int, ...], rank: int, name: str, precision: float
 ) -> tuple[Tensor, Tensor]:
-    """The same by Lanczos' method with products of the factors; memory for the vectors alone, ``[N V, 2 K]``."""
+    """The same with products of the factors; memory for the vectors alone (:func:`.largest_eigenpairs`)."""
     size, device = statistics.size, statistics.columns[0][0].inputs.device
 
-    def product(vector: Any) -> Any:
-        own = torch.as_tensor(vector, dtype=torch.float64, device=device).reshape(1, -1)
-        total = torch.zeros(size, dtype=torch.float64, device=device)
+    def products(rows: Tensor) -> Tensor:
+        total = torch.zeros_like(rows)
         for index in group:
-            total += statistics.multiply(index, statistics.combine(index, own))[0]
+            total += statistics.multiply(index, statistics.combine(index, rows))
         _checks.finite(total, f"the curvature of {name}", _REMEDY)
-        return total.cpu().numpy()
+        return total
 
-    start = np.linspace(1, 2, size)
-    if not product(start).any():
-        raise ValueError(_NO_CURVATURE.format(name=name))
-    operator = scipy.sparse.linalg.LinearOperator((size, size), matvec=product, dtype=np.float64)
-    found_values, found = scipy.sparse.linalg.eigsh(
-        operator, k=rank, which="LA", v0=start, tol=0 if precision < 1e-12 else precision, **_restarts()
-    )
-    values, vectors = torch.tensor(found_values[::-1].copy()), torch.tensor(found[:, ::-1].copy())
+    values, rows = largest_eigenpairs(products, size, rank, precision=precision, name=name, device=device)
     keep = _worth_keeping(values, size, name, precision)
-    return values[keep].to(device), vectors[:, keep].to(device)
-
-
-def _restarts() -> dict[str, Any]:
-    """What an exhausted subspace is continued with must not come from the global random state (SciPy 1.17 or later)."""
-    takes = "rng" in inspect.signature(scipy.sparse.linalg.eigsh).parameters
-    return {"rng": np.random.default_rng(0)} if takes else {}
+    return values[keep], rows[keep].mT
 
 
 _NO_CURVATURE = (
