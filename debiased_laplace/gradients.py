@@ -203,6 +203,8 @@ class Network:
         first = next(iter(trainable.values()))
         self.device = first.device
         self.dtype = first.dtype if first.dtype in (torch.float32, torch.float64) else torch.float32
+        #: Relative rounding error of what the model computes: that of the coarsest dtype of its parameters.
+        self.precision = max(torch.finfo(p.dtype).eps for p in trainable.values())
         #: Vectors to back-propagate at a time: one by one is faster on the CPU, batched on an accelerator.
         self.vector_chunk = 1 if self.device.type == "cpu" else 16
         self.n_params = sum(p.numel() for p in trainable.values())

@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -130,6 +131,7 @@ class Quadratic:
         }
         self._found: tuple[Tensor, Tensor] | None = None
         self._forward_mode: bool | None = None  # whether the model's operations have it; not known yet
+        self._rounding: Tensor | None = None
         with torch.inference_mode(False):
             self.loss, self.gradient = self._loss_and_gradient()
 
@@ -138,6 +140,42 @@ class Quadratic:
             f"Quadratic({self.kind}, {self.n_data} data, {self.n_params} parameters, loss={self.loss:.4g}, "
             f"l2={self.l2:g})"
         )
+
+    # -- precision -----------------------------------------------------------------------------
+
+    @cached_property
+    def precision(self) -> float:
+        """Relative rounding error of products: that of the coarsest dtype among the parameters and the outputs.
+
+        An accelerator may multiply in fewer bits than its dtype has (TF32), so there it is measured, from the
+        difference between two products that are equal but for rounding; that costs two of them.
+        """
+        known = max(self._network.precision, torch.finfo(self._outputs_dtype).eps)
+        if self._network.device.type == "cpu" or not bool(self.gradient.any()):
+            return known
+        u = self.gradient / self.gradient.norm()
+        once, thrice = self.matvec(torch.stack([u, 3 * u]))
+        norm = float(once.norm())
+        return max(known, 4 * float((thrice / 3 - once).norm()) / norm) if norm else known
+
+    @torch.inference_mode(False)
+    def gradient_rounding(self) -> Tensor:
+        r"""What rounding makes of the gradient, in its size, ``[D]``.
+
+        Where the gradients of data cancel, as near a minimum, the rounding of each of them stays. So this is the
+        precision times :math:`\frac1N \sum_n J_n^\top \varepsilon_n r_n`, with random signs for the gradients r in the
+        outputs. Cost: one gradient; kept.
+        """
+        if self._rounding is None:
+            total = torch.zeros_like(self.center)
+            generator = torch.Generator().manual_seed(0)
+            for inputs, targets in self._chunks():
+                with self._graph(inputs) as (leaves, outputs):
+                    residual = self._residual(outputs, targets)
+                    signs = 2 * torch.randint(2, residual.shape, generator=generator).to(residual) - 1
+                    total += self._pulled(outputs, leaves, (signs * residual)[None])[0]
+            self._rounding = self.precision * total / self.n_data
+        return self._rounding
 
     # -- the quadratic -------------------------------------------------------------------------
 
@@ -174,14 +212,14 @@ class Quadratic:
         Cost for each vector: with the Gauss-Newton matrix a pass in forward mode (all that :meth:`curvature` and
         :meth:`projected` need) and a backward pass; with the Hessian a pass back through a backward pass.
         """
-        rows = self._vectors(u)
+        rows, scales = _unit(self._vectors(u))
         total = torch.zeros_like(rows)
         for inputs, targets in self._chunks():
             with self._graph(inputs) as (leaves, outputs):
                 product = self._products(inputs, leaves, outputs, targets)
                 for part in self._parts(rows):
                     total[part] += product(rows[part])
-        total = total / self.n_data + self.l2 * rows
+        total = (total / self.n_data + self.l2 * rows) * scales
         _checks.finite(total, "a product with the curvature", "Look for NaN in the vector, or for an overflow.")
         return total.reshape(u.shape)
 
@@ -210,13 +248,14 @@ class Quadratic:
         The means over data are :meth:`slope` and :meth:`curvature`: the regulariser is part of every datum's loss.
         """
         rows = self._vectors(u)
+        unit, scales = _unit(rows)
         slopes, curvatures = [], []
         for inputs, targets in self._chunks():
             with self._graph(inputs) as (leaves, outputs):
                 along = self._derivatives(inputs, leaves, outputs, targets)
-                first, second = zip(*[along(row) for row in rows], strict=True)
-            slopes.append(torch.stack(first, 1))
-            curvatures.append(torch.stack(second, 1))
+                first, second = zip(*[along(row) for row in unit], strict=True)
+            slopes.append(torch.stack(first, 1) * scales[:, 0])
+            curvatures.append(torch.stack(second, 1) * scales[:, 0].square())
         weights = torch.full((self.n_data,), 1 / self.n_data, dtype=torch.float64, device=rows.device)
         return DirectionalDerivatives(
             torch.cat(slopes) + self.l2 * (rows @ self.center),
@@ -360,14 +399,12 @@ class Quadratic:
         loss, gradient = 0.0, torch.zeros_like(self.center)
         for index, (inputs, targets) in enumerate(self._chunks()):
             with self._graph(inputs) as (leaves, outputs):
-                self.n_outputs = outputs.shape[1]
+                self.n_outputs, self._outputs_dtype = outputs.shape[1], outputs.dtype
                 if not index:
                     for _, own in self._batches:
                         self.likelihood.check_targets(own, self.n_outputs)
-                total = self._losses(outputs, targets).double().sum()
-                found = torch.autograd.grad(total, list(leaves.values()), materialize_grads=True)
-            loss += float(total.detach())
-            gradient += self._flat(found, leaves)
+                loss += float(self._losses(outputs.detach(), targets).double().sum())
+                gradient += self._pulled(outputs, leaves, self._residual(outputs, targets)[None])[0]
         loss = loss / self.n_data + 0.5 * self.l2 * float(self.center.square().sum())
         gradient = gradient / self.n_data + self.l2 * self.center
         if not math.isfinite(loss):
@@ -377,6 +414,15 @@ class Quadratic:
         _checks.finite(gradient, "the gradient of the batch", "Look for an operation with an infinite derivative.")
         return loss, gradient
 
+    def _residual(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Gradients of every datum's loss in its outputs, ``[N, C]``."""
+        return self.likelihood.gradient(outputs.detach().to(self._network.dtype), targets)
+
+    def _pulled(self, outputs: Tensor, leaves: dict[str, Tensor], vectors: Tensor) -> Tensor:
+        r""":math:`J^\top w`, ``[k, N, C] -> [k, D]``."""
+        unit, scales = _unit(vectors.flatten(1))
+        return self._flat(_pull([outputs], list(leaves.values()), [unit.view_as(vectors)]), leaves) * scales
+
     def _flat(self, gradients: Sequence[Tensor], leaves: dict[str, Tensor]) -> Tensor:
         return flatten(dict(zip(leaves, gradients, strict=True)), self._network.shapes).double()
 
@@ -384,12 +430,13 @@ class Quadratic:
     def _outer(self, rows: Tensor, contraction: str) -> Tensor:
         r"""Mean over data of the contraction of :math:`J_n u_k` and :math:`\nabla^2_f \ell_n J_n u_l`."""
         total: Tensor | None = None
+        rows, scales = _unit(rows)
         for inputs, targets in self._chunks():
             with self._graph(inputs) as (leaves, outputs):
                 jacobian, loss_hessian = self._jacobian(inputs, leaves, outputs), self._loss_hessian(outputs, targets)
                 change = torch.cat([jacobian(rows[part]) for part in self._parts(rows)])
                 bent = loss_hessian(change)
-            found = torch.einsum(contraction, change.double(), bent.double())
+            found = torch.einsum(contraction, *(own.double() * scales[:, :, None] for own in (change, bent)))
             total = found if total is None else total + found
         assert total is not None  # there are data
         _checks.finite(total, "curvatures along the vectors", "Look for NaN in the vectors, or for an overflow.")
@@ -397,15 +444,15 @@ class Quadratic:
 
     def _products(self, inputs: _data.Inputs, leaves: dict[str, Tensor], outputs: Tensor, targets: Tensor) -> Products:
         """Products with the sum of the curvatures of some data, ``[k, D] -> [k, D]``."""
-        parameters = list(leaves.values())
         if self.kind == "hessian":
+            parameters = list(leaves.values())
             total = self._losses(outputs, targets).sum()
             gradients = torch.autograd.grad(total, parameters, create_graph=True, materialize_grads=True)
             return lambda rows: self._flat(_pull(gradients, parameters, self._shaped(rows)), leaves)
         jacobian, loss_hessian = self._jacobian(inputs, leaves, outputs), self._loss_hessian(outputs, targets)
 
         def product(rows: Tensor) -> Tensor:
-            return self._flat(_pull([outputs], parameters, [loss_hessian(jacobian(rows))]), leaves)
+            return self._pulled(outputs, leaves, loss_hessian(jacobian(rows)))
 
         return product
 
@@ -440,7 +487,7 @@ class Quadratic:
         reverse = sum(
             float((g.double() * v.double()).sum()) for g, v in zip(back, self._shaped(row[None]), strict=True)
         )
-        tolerance = 1e3 * torch.finfo(outputs.dtype).eps
+        tolerance = min(1e3 * self.precision, 0.1)  # one stopped gradient among many is more than a tenth
         return abs(forward - reverse) <= tolerance * float(w.double().norm() * change.double().norm())
 
     def _tangent(self, inputs: _data.Inputs, leaves: dict[str, Tensor], row: Tensor) -> Tensor:
@@ -469,7 +516,7 @@ class Quadratic:
         """First and second derivatives of every datum's loss along a direction, ``[D]`` to two ``[N]``."""
         parameters = list(leaves.values())
         jacobian, loss_hessian = self._jacobian(inputs, leaves, outputs), self._loss_hessian(outputs, targets)
-        residual = self.likelihood.gradient(outputs.detach().to(self._network.dtype), targets).double()
+        residual = self._residual(outputs, targets).double()
 
         def along(row: Tensor) -> tuple[Tensor, Tensor]:
             change = jacobian(row[None])
@@ -495,6 +542,16 @@ class Quadratic:
     def _shaped(self, rows: Tensor) -> list[Tensor]:
         """Vectors as tensors ``[k, *shape]`` of every parameter, in the dtypes of the model."""
         return list(self._network.from_vector(rows).values())
+
+
+def _unit(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows times the powers of two that bring their largest entries to one, and the inverse powers, ``[K, 1]``.
+
+    What a model computes with them then neither under- nor overflows for their size.
+    """
+    exponents = torch.frexp(rows.detach().abs().amax(-1, keepdim=True).double()).exponent
+    ones = torch.ones_like(exponents, dtype=torch.float64)
+    return torch.ldexp(rows.double(), -exponents).to(rows), torch.ldexp(ones, exponents)
 
 
 def _pull(outputs: Sequence[Tensor], inputs: list[Tensor], vectors: Sequence[Tensor]) -> list[Tensor]:
