@@ -17,7 +17,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -27,7 +26,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from debiased_laplace import _checks, _data
-from debiased_laplace._guards import evaluation_mode, global_random_state, gradients_enabled
+from debiased_laplace._guards import evaluation_mode, global_random_state, gradients_enabled, load_forward_mode
 from debiased_laplace.blocks import flatten
 from debiased_laplace.gradients import Network, match_parameters
 from debiased_laplace.likelihoods import Likelihood, resolve_likelihood
@@ -143,38 +142,20 @@ class Quadratic:
 
     # -- precision -----------------------------------------------------------------------------
 
-    @cached_property
+    @property
     def precision(self) -> float:
-        """Relative rounding error of products: that of the coarsest dtype among the parameters and the outputs.
-
-        An accelerator may multiply in fewer bits than its dtype has (TF32), so there it is measured, from the
-        difference between two products that are equal but for rounding; that costs two of them.
-        """
-        known = max(self._network.precision, torch.finfo(self._outputs_dtype).eps)
-        if self._network.device.type == "cpu" or not bool(self.gradient.any()):
-            return known
-        u = self.gradient / self.gradient.norm()
-        once, thrice = self.matvec(torch.stack([u, 3 * u]))
-        norm = float(once.norm())
-        return max(known, 4 * float((thrice / 3 - once).norm()) / norm) if norm else known
+        """Relative rounding error of products at best: that of the coarsest dtype among parameters and outputs."""
+        return max(self._network.precision, torch.finfo(self._outputs_dtype).eps)
 
     @torch.inference_mode(False)
     def gradient_rounding(self) -> Tensor:
-        r"""What rounding makes of the gradient, in its size, ``[D]``.
+        """What rounding makes of the gradient, ``[D]``: what is left of the difference of two that are mathematically one.
 
-        Where the gradients of data cancel, as near a minimum, the rounding of each of them stays. So this is the
-        precision times :math:`\frac1N \sum_n J_n^\top \varepsilon_n r_n`, with random signs for the gradients r in the
-        outputs. Cost: one gradient; kept.
+        Where the gradients of data cancel, as near a minimum, the rounding errors of each of them stay, and nothing in
+        the gradient itself tells. Cost: one gradient, once.
         """
         if self._rounding is None:
-            total = torch.zeros_like(self.center)
-            generator = torch.Generator().manual_seed(0)
-            for inputs, targets in self._chunks():
-                with self._graph(inputs) as (leaves, outputs):
-                    residual = self._residual(outputs, targets)
-                    signs = 2 * torch.randint(2, residual.shape, generator=generator).to(residual) - 1
-                    total += self._pulled(outputs, leaves, (signs * residual)[None])[0]
-            self._rounding = self.precision * total / self.n_data
+            self._rounding = self._loss_and_gradient(scale=3.0)[1] - self.gradient
         return self._rounding
 
     # -- the quadratic -------------------------------------------------------------------------
@@ -395,7 +376,8 @@ class Quadratic:
             leaves = {name: p.detach().clone().requires_grad_() for name, p in own.items()}
             yield leaves, self._call(leaves, inputs)
 
-    def _loss_and_gradient(self) -> tuple[float, Tensor]:
+    def _loss_and_gradient(self, scale: float = 1.0) -> tuple[float, Tensor]:
+        """Both, by way of the gradient in the outputs times a scale, which changes no more than the rounding."""
         loss, gradient = 0.0, torch.zeros_like(self.center)
         for index, (inputs, targets) in enumerate(self._chunks()):
             with self._graph(inputs) as (leaves, outputs):
@@ -404,7 +386,7 @@ class Quadratic:
                     for _, own in self._batches:
                         self.likelihood.check_targets(own, self.n_outputs)
                 loss += float(self._losses(outputs.detach(), targets).double().sum())
-                gradient += self._pulled(outputs, leaves, self._residual(outputs, targets)[None])[0]
+                gradient += self._pulled(outputs, leaves, scale * self._residual(outputs, targets)[None])[0] / scale
         loss = loss / self.n_data + 0.5 * self.l2 * float(self.center.square().sum())
         gradient = gradient / self.n_data + self.l2 * self.center
         if not math.isfinite(loss):
@@ -484,14 +466,16 @@ class Quadratic:
         w = torch.randn(outputs.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(outputs)
         back = _pull([outputs], parameters, [w[None]])
         forward = float((w.double() * change.double()).sum())
-        reverse = sum(
-            float((g.double() * v.double()).sum()) for g, v in zip(back, self._shaped(row[None]), strict=True)
-        )
-        tolerance = min(1e3 * self.precision, 0.1)  # one stopped gradient among many is more than a tenth
-        return abs(forward - reverse) <= tolerance * float(w.double().norm() * change.double().norm())
+        terms = [(g.double() * v.double()).flatten() for g, v in zip(back, self._shaped(row[None]), strict=True)]
+        reverse = float(sum(own.sum() for own in terms))
+        # Some hundred roundings, but less than what a stopped gradient takes away. An accelerator may multiply in
+        # fewer bits than its dtype has.
+        tolerance = min(1e3 * self.precision, 0.1) if row.device.type == "cpu" else 0.1
+        return abs(forward - reverse) <= tolerance * float(change.double().norm() + torch.cat(terms).norm())
 
     def _tangent(self, inputs: _data.Inputs, leaves: dict[str, Tensor], row: Tensor) -> Tensor:
         """:math:`J u`, ``[N, C]``, for one vector."""
+        load_forward_mode()
         with torch.no_grad(), forward_ad.dual_level():
             moving = self._network.from_vector(row)
             duals = {name: forward_ad.make_dual(leaf.detach(), moving[name].to(leaf)) for name, leaf in leaves.items()}

@@ -28,7 +28,7 @@ __all__ = ["CGResult", "QuadraticModel", "Stop", "conjugate_gradients"]
 
 
 #: How many units of rounding are told from nothing: of a gradient, and of a curvature.
-MARGIN = 8
+MARGIN = 2
 
 #: The default tolerance where rounding allows it.
 TOLERANCE = 1e-8
@@ -43,9 +43,9 @@ _REMEDIES = {
 class QuadraticModel(Protocol):
     """What CG asks of a quadratic; :class:`~debiased_laplace.quadratics.Quadratic` has it.
 
-    Two more members are used where there are any: ``precision``, the relative rounding error of products (otherwise
-    that of the dtype of gradient and products), and ``gradient_rounding()``, rounding errors of the gradient in their
-    size, ``[D]`` (otherwise the precision times the gradient, which is too small where its terms cancel).
+    Two more members are used where there are any: ``precision``, the relative rounding error of products at best
+    (otherwise that of the dtype of gradient and products), and ``gradient_rounding()``, what rounding makes of the
+    gradient, ``[D]`` (otherwise the precision times the gradient, which is too small where its terms cancel).
     """
 
     @property
@@ -157,14 +157,12 @@ class _Descent:
         self.precision: float = getattr(quadratic, "precision", torch.finfo(self._dtype).eps)
         self._product = torch.zeros_like(self.gradient)
         self._norm = 0.0  # of the curvature matrix: the largest that a product has shown
+        self._error: float | None = None  # of a product with a vector of length one
 
     def look(self, direction: Tensor, length: float) -> tuple[float, float]:
         """Slope and curvature along a direction, from here; a curvature of nothing but rounding is zero."""
-        unit = math.ldexp(1.0, -math.frexp(float(direction.abs().max()))[1])  # products neither under- nor overflow
-        product = self.quadratic.matvec((unit * direction).to(self._dtype))
-        if not hasattr(self.quadratic, "precision"):
-            self.precision = max(self.precision, torch.finfo(product.dtype).eps)
-        self._product = product.double() / unit + self.damping * direction
+        undamped = self._multiply(direction)
+        self._product = undamped + self.damping * direction
         slope, curvature = _dot(direction, self.gradient), _dot(direction, self._product)
         if not (math.isfinite(slope) and math.isfinite(curvature)):
             raise _checks.NonFiniteError(
@@ -172,19 +170,35 @@ class _Descent:
                 "Look for an overflow in products with the curvature matrix."
             )
         if length:
-            self._norm = max(self._norm, self.precondition(self._product)[1] ** 0.5 / length)
-        rounding = MARGIN * self.precision * self._norm * length**2
-        return slope, curvature if curvature > rounding else min(curvature, 0.0)
+            if self._error is None:  # a factor of three changes nothing but the rounding
+                self._error = self._length(self._multiply(3 * direction) / 3 - undamped) / length
+            self._norm = max(self._norm, self._length(undamped) / length)
+        return slope, curvature if curvature > MARGIN * self._rounding * length**2 else min(curvature, 0.0)
+
+    def _multiply(self, direction: Tensor) -> Tensor:
+        unit = math.ldexp(1.0, -math.frexp(float(direction.abs().max()))[1])  # products neither under- nor overflow
+        product = self.quadratic.matvec((unit * direction).to(self._dtype))
+        if not hasattr(self.quadratic, "precision"):
+            self.precision = max(self.precision, torch.finfo(product.dtype).eps)
+        return product.double() / unit
+
+    def _length(self, gradient: Tensor) -> float:
+        return self.precondition(gradient)[1] ** 0.5
+
+    @property
+    def _rounding(self) -> float:
+        """Of a product with a vector of length one: measured, and not less than the dtype says."""
+        return max(self.precision * self._norm, self._error or 0.0)
 
     def rounding(self, distance: float) -> float:
-        """The size of a gradient, at a distance from the center, that is nothing but rounding."""
-        return MARGIN * (self._at_center + self.precision * self._norm * distance)
+        """The length of a gradient, at a distance from the center, that is nothing but rounding."""
+        return MARGIN * (self._rounding_at_center + self._rounding * distance)
 
     @cached_property
-    def _at_center(self) -> float:
-        own = self.precision * self.precondition(self.quadratic.gradient.double())[1] ** 0.5
+    def _rounding_at_center(self) -> float:
         known = getattr(self.quadratic, "gradient_rounding", None)
-        return own if known is None else max(own, self.precondition(known().double())[1] ** 0.5)
+        own = self.precision * self._length(self.quadratic.gradient.double())
+        return own if known is None else max(own, self._length(known().double()))
 
     def move(self, size: float) -> None:
         """Go along the direction that was looked at last."""
@@ -214,12 +228,13 @@ def conjugate_gradients(
         \tau_k = -\frac{d_k^\top (g' + (H' + \delta I) \tilde x_k)}{d_k^\top (H' + \delta I) d_k}.
 
     Each is an exact line search on the second quadratic, so that this one never increases. With the same data for both,
-    the two are the same. Cost: a product with H for each step, and one with H'.
+    the two are the same. Cost: a product with H for each step, and one with H';
+    one more of both, which measures their rounding, and as much as a gradient.
 
-    Products are as precise as the model's dtype, and so is the result: where the curvature is singular, the solution of
-    least norm. Before every step, the slope has to be more than what rounding makes of the gradient there, and the
-    curvature more than what it makes of products, or the path ends: so no step raises the quadratic that chose it, and
-    none follows rounding out into the null space.
+    The result is as precise as the products, which have the model's dtype: where the curvature is singular, the
+    solution of least norm. Before every step, the slope has to be more than what rounding makes of the gradient there,
+    and the curvature more than what it makes of products, or the path ends. So no step raises the quadratic that chose
+    it, and none follows rounding out into the null space.
 
     Args:
         directions: The quadratic of the batch that chooses the directions.
@@ -228,7 +243,7 @@ def conjugate_gradients(
         damping: :math:`\delta`, added to the diagonal of both matrices.
         preconditioner: A symmetric positive definite map ``[D] -> [D]``, roughly the inverse of the matrix.
         tolerance: Stop when the first gradient's norm is below so much of what it was at the center. By default 1e-8,
-            or eight times the precision of products where that is more (1e-6 for a model in single precision).
+            or twice the precision of products where that is more (2e-7 for a model in single precision).
 
     Returns:
         The path, and why it ended.
