@@ -149,7 +149,7 @@ class Quadratic:
 
     @torch.inference_mode(False)
     def gradient_rounding(self) -> Tensor:
-        """What rounding makes of the gradient, ``[D]``: what is left of the difference of two that are mathematically one.
+        """What rounding makes of the gradient, ``[D]``: the difference of two that are equal but for rounding.
 
         Where the gradients of data cancel, as near a minimum, the rounding errors of each of them stay, and nothing in
         the gradient itself tells. Cost: one gradient, once.
@@ -242,6 +242,7 @@ class Quadratic:
             torch.cat(slopes) + self.l2 * (rows @ self.center),
             torch.cat(curvatures) + self.l2 * rows.square().sum(-1),
             weights,
+            self.precision,
         )
 
     # -- eigenpairs ----------------------------------------------------------------------------

@@ -38,11 +38,13 @@ class DirectionalDerivatives:
         slopes: :math:`\gamma_{nk} = e_k^\top \nabla \ell_n`, ``[N, K]``.
         curvatures: :math:`\lambda_{nk} = e_k^\top G_n e_k`, ``[N, K]``.
         weights: ``[N]``, with which they average; 1 / N for the mean.
+        precision: Relative rounding error of what the model computes.
     """
 
     slopes: Tensor
     curvatures: Tensor
     weights: Tensor
+    precision: float = torch.finfo(torch.float64).eps
 
     @property
     def slope(self) -> Tensor:
@@ -112,7 +114,9 @@ def directional_derivatives(
             found.append(total)
         return torch.cat(found)  # type: ignore[arg-type]
 
-    return DirectionalDerivatives(along(slope, 1), along(curvature, 2), data.weights.to(network.device))
+    return DirectionalDerivatives(
+        along(slope, 1), along(curvature, 2), data.weights.to(network.device), network.precision
+    )
 
 
 class GGN:
@@ -234,7 +238,8 @@ class GGN:
     def matvec(self, vector: Tensor, damping: float = 0.0) -> Tensor:
         r""":math:`(G + \delta I) v`, ``[..., D] -> [..., D]``, float64."""
         damping = _checks.nonnegative(damping, "damping")
-        return self._apply(vector, lambda gram, values, vectors, c: c) + damping * vector.to(self.network.device).double()
+        product = self._apply(vector, lambda gram, values, vectors, c: c)
+        return product + damping * vector.to(product)
 
     def inverse_matvec(self, vector: Tensor, damping: float = 0.0) -> Tensor:
         r""":math:`(G + \delta I)^{-1} v`, ``[..., D] -> [..., D]``, float64; the pseudo-inverse if the damping is zero.
@@ -247,7 +252,7 @@ class GGN:
             if damping:
                 scales = (values.clamp_min(0) + damping).reciprocal()
             else:
-                nonzero = is_nonzero(values, len(values), torch.finfo(self.network.dtype).eps)
+                nonzero = is_nonzero(values, len(values), self.network.gram_precision)
                 scales = torch.where(nonzero, values, torch.inf).square().reciprocal()
             return ((coefficients @ vectors) * scales) @ vectors.mT
 

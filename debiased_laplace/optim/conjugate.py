@@ -35,7 +35,7 @@ TOLERANCE = 1e-8
 
 _REMEDIES = {
     "ggn": "More damping lets them go on.",
-    "hessian": 'More damping, or the Gauss-Newton matrix (curvature="ggn"), which has none below zero, lets them go on.',
+    "hessian": 'More damping, or the Gauss-Newton matrix (curvature="ggn"), never negative, lets them go on.',
     None: "More damping, or a curvature that is never negative, lets them go on.",
 }
 
@@ -68,7 +68,7 @@ class Stop(enum.Enum):
 
     STEPS = "all the steps asked for were taken"
     TOLERANCE = "the gradient on the batch of the directions fell below the tolerance"
-    PRECISION = "nothing but rounding is left of the gradient on the batch of the directions"
+    PRECISION = "nothing but rounding is left of gradient or curvature on the batch of the directions"
     CURVATURE = "negative or zero curvature on the batch of the directions"
     SECOND_CURVATURE = "negative or zero curvature on the batch of the magnitudes"
 
@@ -156,11 +156,12 @@ class _Descent:
         self._dtype = quadratic.gradient.dtype
         self.precision: float = getattr(quadratic, "precision", torch.finfo(self._dtype).eps)
         self._product = torch.zeros_like(self.gradient)
+        self.curvature_rounding = 0.0
         self._norm = 0.0  # of the curvature matrix: the largest that a product has shown
         self._error: float | None = None  # of a product with a vector of length one
 
     def look(self, direction: Tensor, length: float) -> tuple[float, float]:
-        """Slope and curvature along a direction, from here; a curvature of nothing but rounding is zero."""
+        """Slope and curvature along a direction, from here."""
         undamped = self._multiply(direction)
         self._product = undamped + self.damping * direction
         slope, curvature = _dot(direction, self.gradient), _dot(direction, self._product)
@@ -173,7 +174,8 @@ class _Descent:
             if self._error is None:  # a factor of three changes nothing but the rounding
                 self._error = self._length(self._multiply(3 * direction) / 3 - undamped) / length
             self._norm = max(self._norm, self._length(undamped) / length)
-        return slope, curvature if curvature > MARGIN * self._rounding * length**2 else min(curvature, 0.0)
+        self.curvature_rounding = MARGIN * self._rounding * length**2
+        return slope, curvature
 
     def _multiply(self, direction: Tensor) -> Tensor:
         unit = math.ldexp(1.0, -math.frexp(float(direction.abs().max()))[1])  # products neither under- nor overflow
@@ -253,8 +255,7 @@ def conjugate_gradients(
         ValueError: For quadratics of different sizes, or a preconditioner that is not positive definite.
 
     Warns:
-        RuntimeWarning: If it stopped at negative curvature, or at none above rounding. What was found up to there is
-            returned.
+        RuntimeWarning: If it stopped at negative or zero curvature. What was found up to there is returned.
 
     Example:
         >>> import torch
@@ -301,11 +302,12 @@ def conjugate_gradients(
         if abs(first_slope) <= length**0.5 * first.rounding(distance**0.5):
             stopped = Stop.PRECISION
             break
-        if first_curvature <= 0:
-            stopped = Stop.CURVATURE
+        if first_curvature <= first.curvature_rounding:
+            nothing = first_curvature and first_curvature >= -first.curvature_rounding
+            stopped = Stop.PRECISION if nothing else Stop.CURVATURE
             break
         slope, curvature = (first_slope, first_curvature) if second is None else second.look(direction, length**0.5)
-        if curvature <= 0:
+        if curvature <= (second or first).curvature_rounding:
             stopped = Stop.SECOND_CURVATURE
             break
         size = -first_slope / first_curvature
