@@ -39,6 +39,17 @@ def positive(value: Any, name: str) -> float:
     return number
 
 
+def nonnegative(value: Any, name: str) -> float:
+    """A finite number of at least zero as a float, or an error that names it."""
+    try:
+        number = float(value.detach() if isinstance(value, Tensor) else value)
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(f"Expected a number of at least zero for {name}, got {value!r}.") from None
+    if not (number >= 0 and math.isfinite(number)):
+        raise ValueError(f"Expected a finite {name} of at least zero, got {number:g}.")
+    return number
+
+
 def chunk_size(value: int | None) -> None:
     """Raise a ``ValueError`` for a number of data at a time below one."""
     if value is not None and value < 1:

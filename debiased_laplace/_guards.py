@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import random
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 
 import numpy as np
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 
 
 @contextmanager
@@ -50,3 +53,15 @@ def gradients_enabled() -> Iterator[None]:
     """Record gradients, whatever ``no_grad`` or ``inference_mode`` the caller is in."""
     with torch.inference_mode(False), torch.enable_grad():
         yield
+
+
+@cache
+def load_forward_mode() -> None:
+    """Let torch load what its first forward-mode derivative needs, without the warning about how it does that.
+
+    It scripts decompositions, which its own newer releases deprecate: nothing a user could change.
+    """
+    with warnings.catch_warnings(), torch.inference_mode(False), forward_ad.dual_level():
+        warnings.filterwarnings("ignore", message="`torch.jit", category=FutureWarning)
+        warnings.filterwarnings("ignore", message="`torch.jit", category=DeprecationWarning)
+        forward_ad.make_dual(torch.zeros(1), torch.zeros(1))

@@ -203,6 +203,11 @@ class Network:
         first = next(iter(trainable.values()))
         self.device = first.device
         self.dtype = first.dtype if first.dtype in (torch.float32, torch.float64) else torch.float32
+        #: Relative rounding error of what the model computes: that of the coarsest dtype of its parameters.
+        self.precision = max(torch.finfo(p.dtype).eps for p in trainable.values())
+        #: The same for inner products of gradients: their sums have the precision of :attr:`dtype`, and the rounding of
+        #: the gradients themselves, being of both factors, enters squared.
+        self.gram_precision = max(torch.finfo(self.dtype).eps, self.precision**2)
         #: Vectors to back-propagate at a time: one by one is faster on the CPU, batched on an accelerator.
         self.vector_chunk = 1 if self.device.type == "cpu" else 16
         self.n_params = sum(p.numel() for p in trainable.values())

@@ -23,7 +23,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import BaseTorchFunctionMode
 
 from debiased_laplace import _checks, _data
-from debiased_laplace._guards import evaluation_mode
+from debiased_laplace._guards import evaluation_mode, load_forward_mode
 from debiased_laplace.basis import Basis, DenseBasis, DenseProjection, Projected
 from debiased_laplace.blocks import unflatten
 from debiased_laplace.contractions import Gradients
@@ -202,6 +202,7 @@ def linearized_samples(network: Network, mean: Tensor, deviations: Tensor, input
         return network.call(parameters, inputs)
 
     samples = []
+    load_forward_mode()
     # Fused attention has no forward-mode derivative: the plain kernels have, and any mode turns off the fused layers.
     plain_attention = sdpa_kernel(SDPBackend.MATH), BaseTorchFunctionMode()
     with ExitStack() as stack:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from debiased_laplace import _checks, _data
-from debiased_laplace._guards import evaluation_mode, global_random_state, gradients_enabled
+from debiased_laplace._guards import evaluation_mode, global_random_state, gradients_enabled, load_forward_mode
 from debiased_laplace.blocks import flatten
 from debiased_laplace.gradients import Network, match_parameters
 from debiased_laplace.likelihoods import Likelihood, resolve_likelihood
@@ -125,6 +125,7 @@ class Quadratic:
         }
         self._found: tuple[Tensor, Tensor] | None = None
         self._forward_mode: bool | None = None  # whether the model's operations have it; not known yet
+        self._rounding: Tensor | None = None
         with torch.inference_mode(False):
             self.loss, self.gradient = self._loss_and_gradient()
 
@@ -133,6 +134,24 @@ class Quadratic:
             f"Quadratic({self.kind}, {self.n_data} data, {self.n_params} parameters, loss={self.loss:.4g}, "
             f"l2={self.l2:g})"
         )
+
+    # -- precision -----------------------------------------------------------------------------
+
+    @property
+    def precision(self) -> float:
+        """Relative rounding error of products at best: that of the coarsest dtype among parameters and outputs."""
+        return max(self._network.precision, torch.finfo(self._outputs_dtype).eps)
+
+    @torch.inference_mode(False)
+    def gradient_rounding(self) -> Tensor:
+        """What rounding makes of the gradient, ``[D]``: the difference of two that are equal but for rounding.
+
+        Where the gradients of data cancel, as near a minimum, the rounding errors of each of them stay, and nothing in
+        the gradient itself tells. Cost: one gradient, once.
+        """
+        if self._rounding is None:
+            self._rounding = self._loss_and_gradient(scale=3.0)[1] - self.gradient
+        return self._rounding
 
     # -- the quadratic -------------------------------------------------------------------------
 
@@ -169,8 +188,10 @@ class Quadratic:
         Cost for each vector: with the Gauss-Newton matrix a pass in forward mode (all that :meth:`curvature` and
         :meth:`projected` need) and a backward pass; with the Hessian a pass back through a backward pass.
         """
-        rows = self._vectors(u)
-        return (self._curvature_products(rows) + self.l2 * rows).reshape(u.shape)
+        rows, scales = _unit(self._vectors(u))
+        total = (self._curvature_products(rows) + self.l2 * rows) * scales
+        _checks.finite(total, "a product with the curvature", "Look for NaN in the vector, or for an overflow.")
+        return total.reshape(u.shape)
 
     def _curvature_products(self, rows: Tensor) -> Tensor:
         """Products with the curvature of the batch alone, without the regulariser's, ``[K, D]``."""
@@ -208,18 +229,20 @@ class Quadratic:
         The means over data are :meth:`slope` and :meth:`curvature`: the regulariser is part of every datum's loss.
         """
         rows = self._vectors(u)
+        unit, scales = _unit(rows)
         slopes, curvatures = [], []
         for inputs, targets in self._chunks():
             with self._graph(inputs) as (leaves, outputs):
                 along = self._derivatives(inputs, leaves, outputs, targets)
-                first, second = zip(*[along(row) for row in rows], strict=True)
-            slopes.append(torch.stack(first, 1))
-            curvatures.append(torch.stack(second, 1))
+                first, second = zip(*[along(row) for row in unit], strict=True)
+            slopes.append(torch.stack(first, 1) * scales[:, 0])
+            curvatures.append(torch.stack(second, 1) * scales[:, 0].square())
         weights = torch.full((self.n_data,), 1 / self.n_data, dtype=torch.float64, device=rows.device)
         return DirectionalDerivatives(
             torch.cat(slopes) + self.l2 * (rows @ self.center),
             torch.cat(curvatures) + self.l2 * rows.square().sum(-1),
             weights,
+            self.precision,
         )
 
     # -- eigenpairs ----------------------------------------------------------------------------
@@ -340,18 +363,17 @@ class Quadratic:
             leaves = {name: p.detach().clone().requires_grad_() for name, p in own.items()}
             yield leaves, self._call(leaves, inputs)
 
-    def _loss_and_gradient(self) -> tuple[float, Tensor]:
+    def _loss_and_gradient(self, scale: float = 1.0) -> tuple[float, Tensor]:
+        """Both, by way of the gradient in the outputs times a scale, which changes no more than the rounding."""
         loss, gradient = 0.0, torch.zeros_like(self.center)
         for index, (inputs, targets) in enumerate(self._chunks()):
             with self._graph(inputs) as (leaves, outputs):
-                self.n_outputs = outputs.shape[1]
+                self.n_outputs, self._outputs_dtype = outputs.shape[1], outputs.dtype
                 if not index:
                     for _, own in self._batches:
                         self.likelihood.check_targets(own, self.n_outputs)
-                total = self._losses(outputs, targets).double().sum()
-                found = torch.autograd.grad(total, list(leaves.values()), materialize_grads=True)
-            loss += float(total.detach())
-            gradient += self._flat(found, leaves)
+                loss += float(self._losses(outputs.detach(), targets).double().sum())
+                gradient += self._pulled(outputs, leaves, scale * self._residual(outputs, targets)[None])[0] / scale
         loss = loss / self.n_data + 0.5 * self.l2 * float(self.center.square().sum())
         gradient = gradient / self.n_data + self.l2 * self.center
         if not math.isfinite(loss):
@@ -361,6 +383,15 @@ class Quadratic:
         _checks.finite(gradient, "the gradient of the batch", "Look for an operation with an infinite derivative.")
         return loss, gradient
 
+    def _residual(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Gradients of every datum's loss in its outputs, ``[N, C]``."""
+        return self.likelihood.gradient(outputs.detach().to(self._network.dtype), targets)
+
+    def _pulled(self, outputs: Tensor, leaves: dict[str, Tensor], vectors: Tensor) -> Tensor:
+        r""":math:`J^\top w`, ``[k, N, C] -> [k, D]``."""
+        unit, scales = _unit(vectors.flatten(1))
+        return self._flat(_pull([outputs], list(leaves.values()), [unit.view_as(vectors)]), leaves) * scales
+
     def _flat(self, gradients: Sequence[Tensor], leaves: dict[str, Tensor]) -> Tensor:
         return flatten(dict(zip(leaves, gradients, strict=True)), self._network.shapes).double()
 
@@ -368,12 +399,13 @@ class Quadratic:
     def _outer(self, rows: Tensor, contraction: str) -> Tensor:
         r"""Mean over data of the contraction of :math:`J_n u_k` and :math:`\nabla^2_f \ell_n J_n u_l`."""
         total: Tensor | None = None
+        rows, scales = _unit(rows)
         for inputs, targets in self._chunks():
             with self._graph(inputs) as (leaves, outputs):
                 jacobian, loss_hessian = self._jacobian(inputs, leaves, outputs), self._loss_hessian(outputs, targets)
                 change = torch.cat([jacobian(rows[part]) for part in self._parts(rows)])
                 bent = loss_hessian(change)
-            found = torch.einsum(contraction, change.double(), bent.double())
+            found = torch.einsum(contraction, *(own.double() * scales[:, :, None] for own in (change, bent)))
             total = found if total is None else total + found
         assert total is not None  # there are data
         _checks.finite(total, "curvatures along the vectors", "Look for NaN in the vectors, or for an overflow.")
@@ -381,15 +413,15 @@ class Quadratic:
 
     def _products(self, inputs: _data.Inputs, leaves: dict[str, Tensor], outputs: Tensor, targets: Tensor) -> Products:
         """Products with the sum of the curvatures of some data, ``[k, D] -> [k, D]``."""
-        parameters = list(leaves.values())
         if self.kind == "hessian":
+            parameters = list(leaves.values())
             total = self._losses(outputs, targets).sum()
             gradients = torch.autograd.grad(total, parameters, create_graph=True, materialize_grads=True)
             return lambda rows: self._flat(_pull(gradients, parameters, self._shaped(rows)), leaves)
         jacobian, loss_hessian = self._jacobian(inputs, leaves, outputs), self._loss_hessian(outputs, targets)
 
         def product(rows: Tensor) -> Tensor:
-            return self._flat(_pull([outputs], parameters, [loss_hessian(jacobian(rows))]), leaves)
+            return self._pulled(outputs, leaves, loss_hessian(jacobian(rows)))
 
         return product
 
@@ -421,14 +453,16 @@ class Quadratic:
         w = torch.randn(outputs.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(outputs)
         back = _pull([outputs], parameters, [w[None]])
         forward = float((w.double() * change.double()).sum())
-        reverse = sum(
-            float((g.double() * v.double()).sum()) for g, v in zip(back, self._shaped(row[None]), strict=True)
-        )
-        tolerance = 1e3 * torch.finfo(outputs.dtype).eps
-        return abs(forward - reverse) <= tolerance * float(w.double().norm() * change.double().norm())
+        terms = [(g.double() * v.double()).flatten() for g, v in zip(back, self._shaped(row[None]), strict=True)]
+        reverse = float(sum(own.sum() for own in terms))
+        # Some hundred roundings, but less than what a stopped gradient takes away. An accelerator may multiply in
+        # fewer bits than its dtype has.
+        tolerance = min(1e3 * self.precision, 0.1) if row.device.type == "cpu" else 0.1
+        return abs(forward - reverse) <= tolerance * float(change.double().norm() + torch.cat(terms).norm())
 
     def _tangent(self, inputs: _data.Inputs, leaves: dict[str, Tensor], row: Tensor) -> Tensor:
         """:math:`J u`, ``[N, C]``, for one vector."""
+        load_forward_mode()
         with torch.no_grad(), forward_ad.dual_level():
             moving = self._network.from_vector(row)
             duals = {name: forward_ad.make_dual(leaf.detach(), moving[name].to(leaf)) for name, leaf in leaves.items()}
@@ -453,7 +487,7 @@ class Quadratic:
         """First and second derivatives of every datum's loss along a direction, ``[D]`` to two ``[N]``."""
         parameters = list(leaves.values())
         jacobian, loss_hessian = self._jacobian(inputs, leaves, outputs), self._loss_hessian(outputs, targets)
-        residual = self.likelihood.gradient(outputs.detach().to(self._network.dtype), targets).double()
+        residual = self._residual(outputs, targets).double()
 
         def along(row: Tensor) -> tuple[Tensor, Tensor]:
             change = jacobian(row[None])
@@ -479,6 +513,16 @@ class Quadratic:
     def _shaped(self, rows: Tensor) -> list[Tensor]:
         """Vectors as tensors ``[k, *shape]`` of every parameter, in the dtypes of the model."""
         return list(self._network.from_vector(rows).values())
+
+
+def _unit(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows times the powers of two that bring their largest entries to one, and the inverse powers, ``[K, 1]``.
+
+    What a model computes with them then neither under- nor overflows for their size.
+    """
+    exponents = torch.frexp(rows.detach().abs().amax(-1, keepdim=True).double()).exponent
+    ones = torch.ones_like(exponents, dtype=torch.float64)
+    return torch.ldexp(rows.double(), -exponents).to(rows), torch.ldexp(ones, exponents)
 
 
 def _pull(outputs: Sequence[Tensor], inputs: list[Tensor], vectors: Sequence[Tensor]) -> list[Tensor]:

@@ -38,11 +38,13 @@ class DirectionalDerivatives:
         slopes: :math:`\gamma_{nk} = e_k^\top \nabla \ell_n`, ``[N, K]``.
         curvatures: :math:`\lambda_{nk} = e_k^\top G_n e_k`, ``[N, K]``.
         weights: ``[N]``, with which they average; 1 / N for the mean.
+        precision: Relative rounding error of what the model computes.
     """
 
     slopes: Tensor
     curvatures: Tensor
     weights: Tensor
+    precision: float = torch.finfo(torch.float64).eps
 
     @property
     def slope(self) -> Tensor:
@@ -112,7 +114,9 @@ def directional_derivatives(
             found.append(total)
         return torch.cat(found)  # type: ignore[arg-type]
 
-    return DirectionalDerivatives(along(slope, 1), along(curvature, 2), data.weights.to(network.device))
+    return DirectionalDerivatives(
+        along(slope, 1), along(curvature, 2), data.weights.to(network.device), network.precision
+    )
 
 
 class GGN:
@@ -176,6 +180,7 @@ class GGN:
                 raise ValueError(f"Expected to subsample between 1 and all {n} data, got {subsample}.")
             chosen = self.data.take(torch.randperm(n, generator=self.generator)[:subsample].sort().values)
             used = WeightedData(chosen.inputs, chosen.targets, chosen.weights * (n / subsample), chosen.indices)
+        self._random_state = self.generator.get_state()  # every call has the same random vectors
         self._structure = LowRank(1, blocks)
         self.statistics: LowRankStatistics = self._structure.measure(
             self.network,
@@ -222,34 +227,40 @@ class GGN:
         return self.statistics.curvatures(basis), basis
 
     def directional_derivatives(self, basis: Basis, data: WeightedData | None = None) -> DirectionalDerivatives:
-        """Slopes and curvatures of every datum along directions, on this batch or on other data."""
+        """Slopes and curvatures of every datum along directions, on this batch or on other data.
+
+        With ``mc_samples`` the random vectors are those of the matrix itself (unless that is of a subsample).
+        """
+        generator = torch.Generator()
+        generator.set_state(self._random_state)
         return directional_derivatives(
             self.network, basis, data if data is not None else self.data, self.likelihood, mc_samples=self.mc_samples,
-            generator=self.generator, chunk_size=self.chunk_size,
+            generator=generator, chunk_size=self.chunk_size,
         )  # fmt: skip
 
     def matvec(self, vector: Tensor, damping: float = 0.0) -> Tensor:
         r""":math:`(G + \delta I) v`, ``[..., D] -> [..., D]``, float64."""
-        return self._apply(vector, lambda gram, values, vectors, c: c) + damping * vector.double()
+        damping = _checks.nonnegative(damping, "damping")
+        product = self._apply(vector, lambda gram, values, vectors, c: c)
+        return product + damping * vector.to(product)
 
     def inverse_matvec(self, vector: Tensor, damping: float = 0.0) -> Tensor:
         r""":math:`(G + \delta I)^{-1} v`, ``[..., D] -> [..., D]``, float64; the pseudo-inverse if the damping is zero.
 
         By the matrix inversion lemma, :math:`\frac1\delta (v - V (\delta I + V^\top V)^{-1} V^\top v)`.
         """
-        if damping < 0:
-            raise ValueError(f"Expected a damping of at least zero, got {damping}.")
+        damping = _checks.nonnegative(damping, "damping")
 
         def solve(gram: Tensor, values: Tensor, vectors: Tensor, coefficients: Tensor) -> Tensor:
             if damping:
                 scales = (values.clamp_min(0) + damping).reciprocal()
             else:
-                nonzero = is_nonzero(values, len(values), torch.finfo(self.network.dtype).eps)
+                nonzero = is_nonzero(values, len(values), self.network.gram_precision)
                 scales = torch.where(nonzero, values, torch.inf).square().reciprocal()
             return ((coefficients @ vectors) * scales) @ vectors.mT
 
         applied = self._apply(vector, solve)
-        return (vector.double() - applied) / damping if damping else applied
+        return (vector.to(applied) - applied) / damping if damping else applied
 
     def _apply(self, vector: Tensor, inner: Any) -> Tensor:
         r""":math:`V M V^\top v` for every part, with a map M of coefficients ``[m, N V]``."""

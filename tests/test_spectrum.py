@@ -72,7 +72,7 @@ def test_without_damping_it_is_the_pseudo_inverse():
     inverse = torch.linalg.pinv(matrix, hermitian=True, rtol=1e-12)
     assert_equal(matrix @ ggn.inverse_matvec(vector).mT, matrix @ inverse @ vector.mT)
     assert_equal(ggn.inverse_matvec(ggn.matvec(vector)), vector @ matrix @ inverse)
-    with pytest.raises(ValueError, match=r"a damping of at least zero, got -0.1"):
+    with pytest.raises(ValueError, match=r"a finite damping of at least zero, got -0.1"):
         ggn.inverse_matvec(vector, damping=-0.1)
 
 

@@ -20,7 +20,7 @@ Array = NDArray[Any]
 N_BINS = 15
 #: Points of a risk-coverage curve.
 CURVE_POINTS = 200
-#: How far a row of probabilities may be from one; generous enough for float16.
+#: How far the sum of a row of probabilities may be from one: what float16 leaves, which may have been before.
 ROW_SUM_TOLERANCE = 2e-3
 
 
@@ -354,7 +354,7 @@ def _risks(probabilities: Any, targets: Any) -> Array:
 
 
 def check_probabilities(probabilities: Any) -> Array:
-    """Probabilities as a float64 array ``[N, C]``, or a ``ValueError`` that says what is wrong."""
+    """Probabilities as a float64 array ``[N, C]``, rows divided by their sums, or an error that says what is wrong."""
     values = as_array(probabilities, "probabilities").astype(np.float64)
     if values.ndim != 2 or values.shape[0] < 1 or values.shape[1] < 2:
         raise ValueError(
@@ -369,12 +369,19 @@ def check_probabilities(probabilities: Any) -> Array:
         )
     sums = values.sum(1)
     worst = int(np.abs(sums - 1).argmax())
-    if values.min() < 0 or abs(sums[worst] - 1) > ROW_SUM_TOLERANCE:
+    if values.min() < 0 or abs(sums[worst] - 1) > row_sum_tolerance(probabilities):
         raise ValueError(
             f"Expected non-negative probabilities whose rows sum to one, got a smallest value of {values.min():.3g} "
             f"and a sum of {sums[worst]:.6g} in row {worst}. Apply softmax first: this looks like logits."
         )
-    return values
+    return values / sums[:, None]
+
+
+def row_sum_tolerance(probabilities: Any) -> float:
+    """How far the sum of a row may be from one: as its dtype rounds, or float16."""
+    if isinstance(probabilities, torch.Tensor) and probabilities.is_floating_point():
+        return max(ROW_SUM_TOLERANCE, torch.finfo(probabilities.dtype).eps)
+    return ROW_SUM_TOLERANCE
 
 
 def check_predictions(probabilities: Any, targets: Any) -> tuple[Array, Array]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from debiased_laplace import DebiasedLaplace, _data
 from debiased_laplace._guards import evaluation_mode
-from debiased_laplace.evaluation.metrics import ROW_SUM_TOLERANCE, entropy, foreignness
+from debiased_laplace.evaluation.metrics import entropy, foreignness, row_sum_tolerance
 from debiased_laplace.gradients import Network
 from debiased_laplace.likelihoods import Bernoulli, Categorical, Likelihood
 from debiased_laplace.posterior import Posterior, standard_normals
@@ -106,7 +106,7 @@ def as_prediction(value: Any, n: int, name: str) -> Prediction:
             f"Expected a mean of shape [N] or [N, C] from predictor {name!r}, got {tuple(value.mean.shape)}."
         )
     if value.probabilities is not None:
-        _check_probabilities(value.probabilities.detach(), name)
+        value = replace(value, probabilities=_checked_rows(value.probabilities.detach(), name))
     elif value.variance is None or value.mean is None or value.mean.shape != value.variance.shape:
         got = None if value.variance is None else tuple(value.variance.shape)
         raise ValueError(
@@ -121,7 +121,8 @@ def as_prediction(value: Any, n: int, name: str) -> Prediction:
     return value
 
 
-def _check_probabilities(probabilities: Tensor, name: str) -> None:
+def _checked_rows(probabilities: Tensor, name: str) -> Tensor:
+    """Probabilities in float64, rows divided by their sums."""
     if probabilities.ndim != 2 or probabilities.shape[1] < 2:
         raise ValueError(
             f"Expected probabilities of shape [N, C] with at least two classes from predictor {name!r}, got "
@@ -130,12 +131,13 @@ def _check_probabilities(probabilities: Tensor, name: str) -> None:
         )
     sums = probabilities.double().sum(1)
     worst = int((sums - 1).abs().argmax())
-    if bool((probabilities < 0).any()) or abs(float(sums[worst]) - 1) > ROW_SUM_TOLERANCE:
+    if bool((probabilities < 0).any()) or abs(float(sums[worst]) - 1) > row_sum_tolerance(probabilities):
         raise ValueError(
             f"Expected non-negative probabilities whose rows sum to one from predictor {name!r}, got a smallest value "
             f"of {float(probabilities.min()):.3g} and a sum of {float(sums[worst]):.6g}: these look like logits. "
             "Apply softmax to them."
         )
+    return probabilities.double() / sums[:, None]
 
 
 class TwoClasses(nn.Module):
@@ -196,7 +198,7 @@ def gaussian_predictor(model: nn.Module, noise_variance: float) -> Predictor:
     """The network's outputs as means, with one variance for all."""
 
     def predict(inputs: _data.Inputs) -> Prediction:
-        mean = _outputs(model, inputs)
+        mean = _outputs(model, inputs).double()
         return Prediction(mean=mean, variance=torch.full_like(mean, noise_variance))
 
     return predict

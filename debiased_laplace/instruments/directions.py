@@ -260,7 +260,7 @@ def alignment(first_vectors: Tensor, second_vectors: Tensor) -> Alignment:
                 f"{tuple(second_vectors.shape)}."
             )
         norms = vectors.double().norm(dim=1)
-        if not bool(((norms - 1).abs() < 1e-3).all()):
+        if not bool(((norms - 1).abs() < max(1e-3, torch.finfo(vectors.dtype).eps)).all()):
             raise ValueError(
                 f"Expected directions of length one, got lengths from {float(norms.min()):g} to {float(norms.max()):g}."
             )

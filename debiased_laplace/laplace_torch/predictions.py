@@ -12,7 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import BaseTorchFunctionMode
 
 from debiased_laplace import _data
-from debiased_laplace._guards import evaluation_mode
+from debiased_laplace._guards import evaluation_mode, load_forward_mode
 from debiased_laplace.gradients import Network
 from debiased_laplace.laplace_torch.gaussian import GaussianLayer
 from debiased_laplace.laplace_torch.settings import REWARD_MODELING, plain, restrict
@@ -242,6 +242,7 @@ def output_samples(
         return _call(network, parameters, inputs, model_kwargs)
 
     samples = []
+    load_forward_mode()
     with evaluation_mode(network.model), _plain_attention() if linearized else ExitStack():
         for deviation in deviations:
             if linearized:

@@ -16,6 +16,7 @@ import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -26,8 +27,26 @@ from debiased_laplace import _checks
 __all__ = ["CGResult", "QuadraticModel", "Stop", "conjugate_gradients"]
 
 
+#: How many units of rounding are told from nothing: of a gradient, and of a curvature.
+MARGIN = 2
+
+#: The default tolerance where rounding allows it.
+TOLERANCE = 1e-8
+
+_REMEDIES = {
+    "ggn": "More damping lets them go on.",
+    "hessian": 'More damping, or the Gauss-Newton matrix (curvature="ggn"), never negative, lets them go on.',
+    None: "More damping, or a curvature that is never negative, lets them go on.",
+}
+
+
 class QuadraticModel(Protocol):
-    """What CG asks of a quadratic; :class:`~debiased_laplace.quadratics.Quadratic` has it."""
+    """What CG asks of a quadratic; :class:`~debiased_laplace.quadratics.Quadratic` has it.
+
+    Two more members are used where there are any: ``precision``, the relative rounding error of products at best
+    (otherwise that of the dtype of gradient and products), and ``gradient_rounding()``, what rounding makes of the
+    gradient, ``[D]`` (otherwise the precision times the gradient, which is too small where its terms cancel).
+    """
 
     @property
     def loss(self) -> float:
@@ -49,6 +68,7 @@ class Stop(enum.Enum):
 
     STEPS = "all the steps asked for were taken"
     TOLERANCE = "the gradient on the batch of the directions fell below the tolerance"
+    PRECISION = "nothing but rounding is left of gradient or curvature on the batch of the directions"
     CURVATURE = "negative or zero curvature on the batch of the directions"
     SECOND_CURVATURE = "negative or zero curvature on the batch of the magnitudes"
 
@@ -118,30 +138,69 @@ class CGResult:
 
 
 class _Descent:
-    """The gradient of one quadratic while a path goes on."""
+    r"""The gradient of one quadratic while a path goes on, and how much of it is rounding.
 
-    def __init__(self, quadratic: QuadraticModel, damping: float, name: str) -> None:
+    With a preconditioner P, lengths are those of :math:`P^{-1/2} x`, and of :math:`P^{1/2} g` for gradients, in which
+    it is the identity.
+    """
+
+    def __init__(self, quadratic: QuadraticModel, damping: float, name: str, precondition: _Preconditioner) -> None:
         if not math.isfinite(quadratic.loss):
             raise _checks.NonFiniteError(
                 f"Expected a finite loss on {name}, got {quadratic.loss}. "
                 "Look for NaN in the data and the parameters; after a step, take a smaller one or more damping."
             )
         _checks.finite(quadratic.gradient, f"the gradient on {name}", "Look for NaN in the data and the parameters.")
-        self.quadratic, self.damping, self.name = quadratic, damping, name
-        self.gradient = quadratic.gradient.clone()
+        self.quadratic, self.damping, self.name, self.precondition = quadratic, damping, name, precondition
+        self.gradient = quadratic.gradient.double()
+        self._dtype = quadratic.gradient.dtype
+        self.precision: float = getattr(quadratic, "precision", torch.finfo(self._dtype).eps)
         self._product = torch.zeros_like(self.gradient)
+        self.curvature_rounding = 0.0
+        self._norm = 0.0  # of the curvature matrix: the largest that a product has shown
+        self._error: float | None = None  # of a product with a vector of length one
 
-    def look(self, direction: Tensor) -> tuple[float, float]:
+    def look(self, direction: Tensor, length: float) -> tuple[float, float]:
         """Slope and curvature along a direction, from here."""
-        self._product = self.quadratic.matvec(direction) + self.damping * direction
+        undamped = self._multiply(direction)
+        self._product = undamped + self.damping * direction
         slope, curvature = _dot(direction, self.gradient), _dot(direction, self._product)
         if not (math.isfinite(slope) and math.isfinite(curvature)):
             raise _checks.NonFiniteError(
                 f"Expected a finite slope and curvature on {self.name}, got {slope} and {curvature}. "
                 "Look for an overflow in products with the curvature matrix."
             )
-        rounding = torch.finfo(direction.dtype).eps * float(direction.norm()) * float(self._product.norm())
-        return slope, curvature if curvature > rounding else min(curvature, 0.0)
+        if length:
+            if self._error is None:  # a factor of three changes nothing but the rounding
+                self._error = self._length(self._multiply(3 * direction) / 3 - undamped) / length
+            self._norm = max(self._norm, self._length(undamped) / length)
+        self.curvature_rounding = MARGIN * self._rounding * length**2
+        return slope, curvature
+
+    def _multiply(self, direction: Tensor) -> Tensor:
+        unit = math.ldexp(1.0, -math.frexp(float(direction.abs().max()))[1])  # products neither under- nor overflow
+        product = self.quadratic.matvec((unit * direction).to(self._dtype))
+        if not hasattr(self.quadratic, "precision"):
+            self.precision = max(self.precision, torch.finfo(product.dtype).eps)
+        return product.double() / unit
+
+    def _length(self, gradient: Tensor) -> float:
+        return self.precondition(gradient)[1] ** 0.5
+
+    @property
+    def _rounding(self) -> float:
+        """Of a product with a vector of length one: measured, and not less than the dtype says."""
+        return max(self.precision * self._norm, self._error or 0.0)
+
+    def rounding(self, distance: float) -> float:
+        """The length of a gradient, at a distance from the center, that is nothing but rounding."""
+        return MARGIN * (self._rounding_at_center + self._rounding * distance)
+
+    @cached_property
+    def _rounding_at_center(self) -> float:
+        known = getattr(self.quadratic, "gradient_rounding", None)
+        own = self.precision * self._length(self.quadratic.gradient.double())
+        return own if known is None else max(own, self._length(known().double()))
 
     def move(self, size: float) -> None:
         """Go along the direction that was looked at last."""
@@ -159,7 +218,7 @@ def conjugate_gradients(
     n_steps: int,
     damping: float = 0.0,
     preconditioner: Callable[[Tensor], Tensor] | None = None,
-    tolerance: float = 1e-8,
+    tolerance: float | None = None,
 ) -> CGResult:
     r"""Minimise a quadratic by conjugate gradients; with ``magnitudes``, the paper's algorithm 1 (debiased CG).
 
@@ -171,7 +230,13 @@ def conjugate_gradients(
         \tau_k = -\frac{d_k^\top (g' + (H' + \delta I) \tilde x_k)}{d_k^\top (H' + \delta I) d_k}.
 
     Each is an exact line search on the second quadratic, so that this one never increases. With the same data for both,
-    the two are the same. Cost: a product with H for each step, and one with H'.
+    the two are the same. Cost: a product with H for each step, and one with H';
+    one more of both, which measures their rounding, and as much as a gradient.
+
+    The result is as precise as the products, which have the model's dtype: where the curvature is singular, the
+    solution of least norm. Before every step, the slope has to be more than what rounding makes of the gradient there,
+    and the curvature more than what it makes of products, or the path ends. So no step raises the quadratic that chose
+    it, and none follows rounding out into the null space.
 
     Args:
         directions: The quadratic of the batch that chooses the directions.
@@ -179,7 +244,8 @@ def conjugate_gradients(
         n_steps: At most so many.
         damping: :math:`\delta`, added to the diagonal of both matrices.
         preconditioner: A symmetric positive definite map ``[D] -> [D]``, roughly the inverse of the matrix.
-        tolerance: Stop when the first gradient's norm is below so much of what it was at the center.
+        tolerance: Stop when the first gradient's norm is below so much of what it was at the center. By default 1e-8,
+            or twice the precision of products where that is more (2e-7 for a model in single precision).
 
     Returns:
         The path, and why it ended.
@@ -204,11 +270,14 @@ def conjugate_gradients(
     """
     if n_steps < 1:
         raise ValueError(f"Expected at least one step for n_steps, got {n_steps}.")
-    for name, value in (("damping", damping), ("tolerance", tolerance)):
-        if not (value >= 0 and math.isfinite(value)):
-            raise ValueError(f"Expected a finite {name} of at least zero, got {value}.")
-    first = _Descent(directions, damping, "the batch of the directions")
-    second = None if magnitudes is None else _Descent(magnitudes, damping, "the batch of the magnitudes")
+    _checks.nonnegative(damping, "damping")
+    if tolerance is not None:
+        _checks.nonnegative(tolerance, "tolerance")
+    precondition = _Preconditioner(preconditioner)
+    first = _Descent(directions, damping, "the batch of the directions", precondition)
+    second = None
+    if magnitudes is not None:
+        second = _Descent(magnitudes, damping, "the batch of the magnitudes", precondition)
     if second is not None and second.gradient.shape != first.gradient.shape:
         raise ValueError(
             f"Expected two quadratics of one model, got {first.gradient.numel()} parameters for the directions and "
@@ -218,36 +287,47 @@ def conjugate_gradients(
     found: list[Tensor] = []
     numbers: list[tuple[float, float, float, float, float]] = []
     norms = [float(first.gradient.norm())]
-    steepest, squared = _preconditioned(first.gradient, preconditioner)
+    steepest, squared = precondition(first.gradient)
     direction = -steepest
+    # Squared lengths of the direction and of the path, and their inner product, with the preconditioner's inverse.
+    length, distance, inner = squared, 0.0, 0.0
     while True:
-        if norms[-1] <= tolerance * norms[0]:
+        if norms[-1] <= norms[0] * (max(TOLERANCE, MARGIN * first.precision) if tolerance is None else tolerance):
             stopped = Stop.TOLERANCE
             break
         if len(found) == n_steps:
             stopped = Stop.STEPS
             break
-        first_slope, first_curvature = first.look(direction)
-        if first_curvature <= 0:
-            stopped = Stop.CURVATURE
+        first_slope, first_curvature = first.look(direction, length**0.5)
+        if abs(first_slope) <= length**0.5 * first.rounding(distance**0.5):
+            stopped = Stop.PRECISION
             break
-        slope, curvature = (first_slope, first_curvature) if second is None else second.look(direction)
-        if curvature <= 0:
+        if first_curvature <= first.curvature_rounding:
+            nothing = first_curvature and first_curvature >= -first.curvature_rounding
+            stopped = Stop.PRECISION if nothing else Stop.CURVATURE
+            break
+        slope, curvature = (first_slope, first_curvature) if second is None else second.look(direction, length**0.5)
+        if curvature <= (second or first).curvature_rounding:
             stopped = Stop.SECOND_CURVATURE
             break
-        first.move(-first_slope / first_curvature)
+        size = -first_slope / first_curvature
+        first.move(size)
         if second is not None:
             second.move(-slope / curvature)
         found.append(direction)
         numbers.append((-slope / curvature, slope, curvature, first_slope, first_curvature))
         norms.append(float(first.gradient.norm()))
         before = squared
-        steepest, squared = _preconditioned(first.gradient, preconditioner)
-        direction = -steepest + squared / before * direction
+        steepest, squared = precondition(first.gradient)
+        ratio = squared / before
+        direction = -steepest + ratio * direction
+        distance += size * (2 * inner + size * length)
+        inner, length = ratio * (inner + size * length), squared + ratio**2 * length
     if stopped in (Stop.CURVATURE, Stop.SECOND_CURVATURE):
+        source = magnitudes if stopped is Stop.SECOND_CURVATURE else directions
         warnings.warn(
-            f"Conjugate gradients stopped after {len(found)} steps: {stopped.value}. More damping, or curvature "
-            "that is never negative (the GGN), lets them go on.",
+            f"Conjugate gradients stopped after {len(found)} steps: {stopped.value}. "
+            f"{_REMEDIES.get(getattr(source, 'kind', None), _REMEDIES[None])}",
             RuntimeWarning,
             stacklevel=2,
         )
@@ -268,19 +348,24 @@ def conjugate_gradients(
     )
 
 
-def _preconditioned(gradient: Tensor, preconditioner: Callable[[Tensor], Tensor] | None) -> tuple[Tensor, float]:
-    """The preconditioned gradient, and its inner product with the gradient."""
-    if preconditioner is None:
-        return gradient, _dot(gradient, gradient)
-    steepest = preconditioner(gradient)
-    if steepest.shape != gradient.shape:
-        raise ValueError(
-            f"Expected a preconditioner that keeps the shape {tuple(gradient.shape)}, got {tuple(steepest.shape)}."
-        )
-    squared = _dot(gradient, steepest)
-    if not squared > 0 and bool(gradient.any()):
-        raise ValueError(
-            f"Expected a positive definite preconditioner, got one with g^T P g = {squared:g} for a gradient g. "
-            "Give the inverse of a damped curvature, for instance one over a positive diagonal."
-        )
-    return steepest, squared
+class _Preconditioner:
+    """From a gradient to the preconditioned one, and their inner product; the identity without a map."""
+
+    def __init__(self, apply: Callable[[Tensor], Tensor] | None) -> None:
+        self.apply = apply
+
+    def __call__(self, gradient: Tensor) -> tuple[Tensor, float]:
+        if self.apply is None:
+            return gradient, _dot(gradient, gradient)
+        steepest = self.apply(gradient).double()
+        if steepest.shape != gradient.shape:
+            raise ValueError(
+                f"Expected a preconditioner that keeps the shape {tuple(gradient.shape)}, got {tuple(steepest.shape)}."
+            )
+        squared = _dot(gradient, steepest)
+        if not squared > 0 and bool(gradient.any()):
+            raise ValueError(
+                f"Expected a positive definite preconditioner, got one with g^T P g = {squared:g} for a gradient g. "
+                "Give the inverse of a damped curvature, for instance one over a positive diagonal."
+            )
+        return steepest, squared

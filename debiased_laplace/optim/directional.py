@@ -22,6 +22,7 @@ from torch import Tensor
 
 from debiased_laplace import _checks
 from debiased_laplace.basis import Basis
+from debiased_laplace.optim.conjugate import MARGIN
 from debiased_laplace.spectrum import DirectionalDerivatives
 
 __all__ = ["DirectionalStep", "damped_step", "directionally_damped_step", "second_batch_damped_step"]
@@ -34,7 +35,8 @@ class DirectionalStep:
     r"""A step along K directions.
 
     Attributes:
-        coefficients: :math:`s_k`, ``[K]``.
+        coefficients: :math:`s_k`, ``[K]``. A curvature that is nothing but rounding beside the largest is none, and
+            there is no step without any.
         dampings: :math:`\delta_k`, ``[K]``; infinite where no damping of the grid promised a reduction, and no step is
             taken.
         reductions: What each direction's step promised to take off the loss, as its damping was chosen, ``[K]``.
@@ -63,7 +65,7 @@ def damped_step(derivatives: DirectionalDerivatives, damping: float | Tensor = 0
     dampings = torch.as_tensor(damping, dtype=slopes.dtype, device=slopes.device).expand_as(slopes)
     if not bool((dampings >= 0).all()):
         raise ValueError(f"Expected a damping of at least zero, got {float(dampings.min())}.")
-    coefficients = _steps(slopes, curvatures, dampings)
+    coefficients = _steps(derivatives, dampings)
     return DirectionalStep(coefficients, dampings, _reduction(coefficients, slopes, curvatures))
 
 
@@ -116,7 +118,7 @@ def directionally_damped_step(
     weights = counts * derivatives.weights.to(counts)
     slopes, curvatures = weights @ derivatives.slopes, weights @ derivatives.curvatures  # [n_resamples, K]
     candidates = _candidates(grid, derivatives)
-    steps = _steps(derivatives.slope, derivatives.curvature, candidates)
+    steps = _steps(derivatives, candidates)
     bounds = []
     at_a_time = max(1, _CHUNK // (n_resamples * len(steps)))
     for at in torch.arange(steps.shape[1], device=drawn.device).split(at_a_time):
@@ -146,13 +148,21 @@ def second_batch_damped_step(
             f"{second.slopes.shape[1]} of them."
         )
     candidates = _candidates(grid, derivatives)
-    steps = _steps(derivatives.slope, derivatives.curvature, candidates)
+    steps = _steps(derivatives, candidates)
     return _best(candidates, steps, _reduction(steps, second.slope, second.curvature))
 
 
-def _steps(slopes: Tensor, curvatures: Tensor, dampings: Tensor) -> Tensor:
-    denominators = curvatures + dampings
-    return torch.where(denominators > 0, -slopes / denominators, torch.zeros_like(denominators))
+def _steps(derivatives: DirectionalDerivatives, dampings: Tensor) -> Tensor:
+    """The steps with dampings ``[..., K]``; none without curvature."""
+    denominators = _curvature(derivatives) + dampings
+    return torch.where(denominators > 0, -derivatives.slope / denominators, torch.zeros_like(denominators))
+
+
+def _curvature(derivatives: DirectionalDerivatives) -> Tensor:
+    """Curvatures ``[K]``, those that are nothing but rounding beside the largest being zero."""
+    curvatures = derivatives.curvature
+    rounding = MARGIN * derivatives.precision * curvatures.abs().amax() if len(curvatures) else 0.0
+    return torch.where(curvatures.abs() > rounding, curvatures, torch.zeros_like(curvatures))
 
 
 def _reduction(steps: Tensor, slopes: Tensor, curvatures: Tensor) -> Tensor:
@@ -160,7 +170,7 @@ def _reduction(steps: Tensor, slopes: Tensor, curvatures: Tensor) -> Tensor:
 
 
 def _candidates(grid: Tensor | None, derivatives: DirectionalDerivatives) -> Tensor:
-    curvature = derivatives.curvature
+    curvature = _curvature(derivatives)
     if grid is None:
         multiples = torch.cat([torch.zeros(1), torch.logspace(-3, 3, 60)]).to(curvature)
         return multiples[:, None] * curvature.abs()

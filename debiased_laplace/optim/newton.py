@@ -5,7 +5,6 @@ Parameters are flattened to ``[D]`` in the order of ``model.named_parameters()``
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -34,7 +33,7 @@ def jacobi_preconditioner(diagonal: Tensor, damping: float = 0.0, exponent: floa
     Raises:
         ValueError: If an entry is not positive and finite with the damping.
     """
-    scale = diagonal.double() + damping
+    scale = diagonal.double() + _checks.nonnegative(damping, "damping")
     if not bool(((scale > 0) & scale.isfinite()).all()):
         raise ValueError(
             f"Expected a diagonal that is positive and finite with the damping, got a smallest entry of "
@@ -53,7 +52,7 @@ def newton_step(
     lr: float = 1.0,
     n_steps: int = 10,
     damping: float = 0.0,
-    tolerance: float = 1e-8,
+    tolerance: float | None = None,
     curvature: str = "ggn",
     l2: float = 0.0,
     parameters: str | Sequence[str] | None = None,
@@ -166,7 +165,7 @@ class DebiasedNewtonCG(torch.optim.Optimizer):
         *,
         n_steps: int = 10,
         damping: float = 0.0,
-        tolerance: float = 1e-8,
+        tolerance: float | None = None,
         debiased: bool = True,
         curvature: str = "ggn",
         l2: float = 0.0,
@@ -179,8 +178,7 @@ class DebiasedNewtonCG(torch.optim.Optimizer):
                 f"Expected a model (a torch.nn.Module), got {type(model).__name__}. Newton's method calls the model "
                 "itself; choose among its parameters by their names with parameters=[...]."
             )
-        if not (float(lr) >= 0 and math.isfinite(lr)):
-            raise ValueError(f"Expected a finite lr of at least zero, got {lr}.")
+        _checks.nonnegative(lr, "lr")
         self.model, self.likelihood = model, likelihood
         self.debiased, self.curvature, self.l2, self.preconditioner = debiased, curvature, l2, preconditioner
         self.chunk_size = chunk_size
@@ -268,7 +266,7 @@ def _move(
     lr: float,
     n_steps: int,
     damping: float,
-    tolerance: float,
+    tolerance: float | None,
     preconditioner: Preconditioner | None,
 ) -> CGResult:
     with global_random_state():
@@ -282,7 +280,8 @@ def _move(
         )
     parameters = [dict(model.named_parameters())[name] for name in names]
     parts = (lr * result.delta).split([p.numel() for p in parameters])
-    _assign(parameters, [p.detach() + part.view_as(p).to(p) for p, part in zip(parameters, parts, strict=True)])
+    moved = [(p.detach().double() + part.view_as(p)).to(p) for p, part in zip(parameters, parts, strict=True)]
+    _assign(parameters, moved)  # rounded once
     return result
 
 
