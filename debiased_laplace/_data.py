@@ -338,6 +338,14 @@ def head(batches: Iterable[Any], n: int, targets_key: str = "labels") -> Iterato
             return
 
 
+def length(iterable: Any) -> int | None:
+    """Of a loader or a data set; None if it has none, also where it only finds out when asked (chained streams)."""
+    try:
+        return len(iterable)
+    except (TypeError, NotImplementedError):
+        return None
+
+
 def slices(n: int, size: int) -> Iterator[slice]:
     """Consecutive slices of at most ``size`` that cover ``range(n)``."""
     for start in range(0, n, size):

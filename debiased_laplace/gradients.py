@@ -287,7 +287,9 @@ class Network:
             ValueError: If there is no such way, or the network is no single linear layer that it could be of.
         """
         if feature_reduction not in FEATURE_REDUCTIONS:
-            raise ValueError(f"Expected feature_reduction out of {list(FEATURE_REDUCTIONS)}, got {feature_reduction!r}.")
+            raise ValueError(
+                f"Expected feature_reduction out of {list(FEATURE_REDUCTIONS)}, got {feature_reduction!r}."
+            )
         network = copy.copy(self)
         network.feature_reduction, network.reduction_error = feature_reduction, 0.0
         network.blocks = [replace(block, calls=(0,)) for block in self.blocks]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterable, Sized
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from debiased_laplace import _checks
+from debiased_laplace import _checks, _data
 from debiased_laplace.basis import DenseBasis, IdentityBasis
 from debiased_laplace.fit import Fit, default_sampler, fit
 from debiased_laplace.gradients import Network
@@ -107,7 +107,7 @@ class FittingLayer(SettingsLayer):
             fitted = replace(fitted, network=fitted.network.reduced(self.feature_reduction, few))
         self._adopt(fitted, noise.profile(self.sigma_noise))
         dataset = getattr(train_loader, "dataset", None)
-        dataset_size = len(dataset) if isinstance(dataset, Sized) else None
+        dataset_size = None if dataset is None else _data.length(dataset)
         if n_data is None and dataset_size is not None and dataset_size != added:
             logger.warning(
                 "The loader gave %d data, its dataset has %d: the posterior is that of %d data. "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -14,12 +15,14 @@ from torch.overrides import BaseTorchFunctionMode, TorchFunctionMode
 
 from debiased_laplace import _data
 from debiased_laplace._guards import evaluation_mode
+from debiased_laplace.fit import Fit
 from debiased_laplace.gradients import Network
 from debiased_laplace.laplace_torch.gaussian import GaussianLayer
 from debiased_laplace.laplace_torch.settings import REWARD_MODELING, plain, restrict
 from debiased_laplace.likelihoods import Bernoulli, square_root
 from debiased_laplace.posterior import Posterior, standard_normals
 from debiased_laplace.predictive import functional_moments, joint_covariance, linearized_samples, weight_samples
+from debiased_laplace.structures import Diagonal
 
 PRED_TYPES = ("glm", "nn", "linearized")
 
@@ -59,6 +62,15 @@ class PredictiveLayer(GaussianLayer):
             Class probabilities ``[N, C]``; for regression (and reward modelling) the mean and the epistemic
             (co)variance, without observation noise.
         """
+        if self._is_prior:
+            warnings.warn(
+                "There was no fit: this is the prediction of the prior. Call fit(train_loader) for the posterior's.",
+                stacklevel=2,
+            )
+            with self._fitted_to_nothing(x):
+                return self(
+                    x, pred_type, joint, link_approx, n_samples, diagonal_output, generator, fitting, **model_kwargs
+                )
         pred_type, link = self._check_pred_type(pred_type), plain(link_approx)
         posterior = self.posterior
         regression = self._is_regression(fitting)
@@ -83,6 +95,23 @@ class PredictiveLayer(GaussianLayer):
             if regression:
                 return samples.mean(0), samples.var(0)
             return self._link(samples).mean(0)
+
+    @contextmanager
+    def _fitted_to_nothing(self, x: Any) -> Iterator[None]:
+        """The posterior of no data, as long as the context lasts."""
+        network = Network.discover(
+            self.model, x, indices=self._indices, parameters=None if self._indices is not None else self._names,
+            feature_reduction=self.feature_reduction,
+        )  # fmt: skip
+        basis = Diagonal().eigenbasis(network)
+        zeros, one = torch.zeros(basis.rank, device=network.device), torch.ones(1, device=network.device)
+        fixed = None if network.free is None else ~network.free
+        posterior, nothing = Posterior(network.mean(), basis, zeros, 1, one.double(), fixed=fixed), torch.empty(0)
+        self.fitted = Fit(posterior, network, 0.0, 0, nothing, nothing, None)
+        try:
+            yield
+        finally:
+            self.fitted = self._posterior = self._draws = None
 
     @contextmanager
     def _gradient_mode(self) -> Iterator[None]:

@@ -86,6 +86,7 @@ class SettingsLayer(ParametricLaplace):
         self._generator = torch.Generator().manual_seed(seed)
         self._draws: tuple[Posterior, tuple[int, int], Tensor] | None = None
         self._sizes: dict[str, int] | None = {name: p.numel() for name, p in every.items()}
+        self._names: list[str] | None = None
         super().__init__(
             model, self.likelihood, 1.0, 1.0, 0.0, temperature, enable_backprop, dict_key_x, dict_key_y,
             backend if _is_known(backend) else None, backend_kwargs, asdl_fisher_kwargs,
