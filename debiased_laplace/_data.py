@@ -54,7 +54,7 @@ class Assorted:
         index = index.to(self.part_of.device) if isinstance(index, Tensor) else index
         part_of, row_of = self.part_of[index], self.row_of[index]
         batches, where = [], []
-        for number in part_of.unique().tolist():
+        for number in part_of.unique().tolist() or [0]:
             where.append((part_of == number).nonzero()[:, 0])
             batches.append(take(self.parts[number], row_of[where[-1]]))
         return _assort(batches, where)
@@ -163,7 +163,8 @@ def _assort(batches: Sequence[Inputs], where: Sequence[Tensor]) -> Inputs:
     """
     kinds: dict[Any, list[int]] = {}
     for number, batch in enumerate(batches):
-        kinds.setdefault(_kind(batch), []).append(number)
+        if len(where[number]) or not any(map(len, where)):  # none of a kind only where there is nothing else
+            kinds.setdefault(_kind(batch), []).append(number)
     parts = []
     part_of = torch.empty(sum(len(own) for own in where), dtype=torch.int64)
     row_of = part_of.clone()

@@ -185,7 +185,7 @@ def test_what_belongs_to_a_batch_stays_with_its_data(things):
     batches = [{"x": torch.ones(2, 2), "thing": thing} for thing in things]
     joined = _data.concatenate([*batches, batches[0]])
     assert isinstance(joined, _data.Assorted)
-    assert [part["thing"] is thing for part, thing in zip(joined.parts, things, strict=True)] == [True, True]
+    assert [repr(part["thing"]) for part in joined.parts] == [repr(thing) for thing in things]
     assert [len(where) for where in _data.chunks(joined, 10)] == [4, 2]
     assert type(_data.take(joined, torch.tensor([4, 0]))) is dict
 
@@ -245,11 +245,10 @@ def test_curvature_is_the_sum_over_the_data_drawn(structure, sampler, head_first
     directions = basis.lift(torch.eye(basis.rank, dtype=torch.float64))  # [rank, D]
     assert_equal(fitted.posterior.curvatures, ((directions @ expected) * directions).sum(1))
     losses = torch.cat([Categorical().loss(model(datum), datum["labels"]) for datum in singles()]).detach()
-    assert_equal(
-        torch.tensor(mean_loss(fitted.network, Categorical(), fitted.sample)), data.weights @ losses[data.indices]
-    )
+    estimate = mean_loss(fitted.network, Categorical(), fitted.sample)
+    assert_equal(torch.tensor(estimate, dtype=torch.float64), data.weights @ losses[data.indices])
     if fitted.observed is not None:
-        assert_equal(torch.tensor(fitted.mean_loss), losses.mean())
+        assert_equal(torch.tensor(fitted.mean_loss, dtype=torch.float64), losses.mean())
 
 
 def test_kronecker_factors_divide_by_the_positions_of_each_datum():
@@ -332,7 +331,13 @@ def test_fits_are_added_continued_copied_and_saved(structure, tmp_path):
     for other in (copy.deepcopy(la), DebiasedLaplace.load(tmp_path / "la", la.model)):
         assert_equal(other(loader()[3]), la(loader()[3]), 0.0)
     assert_equal(again(loader()[1]), whole(loader()[1]), 0.0)
-    la.optimize_prior_precision(method="gridsearch", val_loader=loader(), log_prior_prec_max=9, grid_size=30)
+    grid = {"log_prior_prec_min": 0.0, "log_prior_prec_max": 1.0, "grid_size": 2}
+    with pytest.warns(UserWarning, match="of the grid"):
+        la.optimize_prior_precision(method="gridsearch", val_loader=loader(), **grid)
+    for precision, loss in zip(la.curve.prior_precisions, la.curve.losses, strict=True):
+        la.prior_precision = precision
+        p = torch.cat([la(batch).log()[range(_data.count(batch)), batch["labels"]] for batch in loader()])
+        assert_equal(loss, -p.mean())
 
 
 def test_a_draw_is_kept_by_a_checkpoint(tmp_path, monkeypatch):
