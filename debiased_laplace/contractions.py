@@ -188,8 +188,10 @@ class Gradients:
         With one position, the elementwise product of two small Gram matrices; otherwise gradients are formed for
         a few outputs at a time.
         """
+        if len({part.shape for part in parts}) > 1:  # of data with more positions some were worth forming
+            parts = [part.formed() for part in parts]
         first = parts[0]
-        if first._factored:
+        if all(part._factored for part in parts):
             inputs = torch.cat([part.inputs[..., 0] for part in parts]).transpose(0, 1)  # [G, N, i]
             vectors = torch.cat([part._all_vectors() for part in parts]).transpose(0, 1)[..., 0]  # [G, N, V, o]
             n_vectors = vectors.shape[2]

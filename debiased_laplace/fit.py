@@ -131,6 +131,7 @@ def fit(
     n_data: int | None = None,
     prior_precision: Any = 1.0,
     separate_bias: bool = False,
+    feature_reduction: str | None = None,
     generator: torch.Generator | int = 0,
     chunk_size: int | None = None,
     targets_key: str = "labels",
@@ -160,6 +161,7 @@ def fit(
         n_data: Size of the training set, if the stream is not it; the number of data seen by default.
         prior_precision: One number, one for each part of the basis, or one for each parameter.
         separate_bias: Give biases blocks of their own.
+        feature_reduction: Of a last layer, :meth:`~debiased_laplace.gradients.Network.reduced`.
         generator: A CPU generator or a seed, source of all randomness.
         chunk_size: Data at a time; bounded by memory by default.
         targets_key: Where dictionary-like batches have their targets.
@@ -194,6 +196,8 @@ def fit(
         "likelihood": type(likelihood).__name__, "separate_bias": separate_bias, "seed": generator.initial_seed(),
         "chunk_size": repr(chunk_size), "adds_to": None if previous is None else previous.n_seen,
     }  # fmt: skip
+    if feature_reduction is not None:
+        settings["feature_reduction"] = feature_reduction
     kept: dict[str, Any] = {}
     if checkpoint is not None:
         fields_ = {"n_data": n_data, "prior_precision": prior_precision, **posterior}
@@ -209,7 +213,10 @@ def fit(
         return Fit.restore(model, progress.completed)
 
     def discover(inputs: _data.Inputs) -> Network:
-        return Network.discover(model, inputs, parameters=parameters, indices=indices, separate_bias=separate_bias)
+        return Network.discover(
+            model, inputs, parameters=parameters, indices=indices, separate_bias=separate_bias,
+            feature_reduction=feature_reduction,
+        )  # fmt: skip
 
     with torch.inference_mode(False), global_random_state():
 

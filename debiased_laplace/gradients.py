@@ -13,17 +13,18 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from debiased_laplace import _checks, _data
 from debiased_laplace._guards import evaluation_mode, gradients_enabled
 from debiased_laplace.blocks import Block, flatten, group_parameters, unflatten
-from debiased_laplace.layers import Call, Layout
+from debiased_laplace.layers import Call, Layout, LinearCall
 from debiased_laplace.likelihoods import Likelihood
 from debiased_laplace.sampling import WeightedData
 from debiased_laplace.tracing import Recorder, find_layouts
@@ -34,6 +35,13 @@ CHUNK_MEMORY = 2**28
 #: Bytes of layer inputs at a time on the CPU: larger ones fall out of the cache between two uses.
 CACHE_MEMORY = 2**23
 
+
+#: How features ``[N, ..., I]`` of a last layer become ``[N, I]``: those at the first position, at the last, their mean.
+FEATURE_REDUCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "pick_first": lambda features: features[:, 0],
+    "pick_last": lambda features: features[:, -1],
+    "average": lambda features: features.mean(1),
+}
 
 #: What the vectors of a datum are made of.
 CURVATURES = ("ggn", "empirical_fisher")
@@ -107,10 +115,10 @@ class Factors:
         Yields:
             The slice of vectors, and ``g: [N, G, v, O, S]`` for every block of the network.
         """
-        if self.network.is_head:
+        if self.network.is_head or self.network.feature_reduction is not None:
             for part in _data.slices(len(vectors), max(chunk, 16)):
                 own = vectors[part].to(self.network.dtype).transpose(0, 1)
-                yield part, [own[:, None, :, :, None].clone()]
+                yield part, [own[:, None, :, :, None].clone() for _ in self.network.blocks]
             return
         # Blocks of lone parameters get their gradients another way, and need no call.
         edges = [call.edge for call in self._calls]
@@ -219,6 +227,11 @@ class Network:
         #: Whether the only block is a linear layer whose outputs are the model's: then nothing is back-propagated.
         self.is_head = False
         self._activations = self._largest_inputs = self._largest_formed = 1
+        self._datum_size = 0
+        #: How the features of the last layer become those of the outputs (:meth:`reduced`); None as the model does it.
+        self.feature_reduction: str | None = None
+        #: By how much outputs differed from the last layer of reduced features, relative to the largest output.
+        self.reduction_error = 0.0
 
     @classmethod
     def discover(
@@ -229,16 +242,18 @@ class Network:
         parameters: str | Sequence[str] | None = None,
         indices: Tensor | None = None,
         separate_bias: bool = False,
+        feature_reduction: str | None = None,
     ) -> Network:
         """Find the blocks of a model by one forward and one backward pass over a few data.
 
         Args:
             model: Any module whose output is ``[N, C]`` (or ``[N]``), each row depending on one datum.
-            inputs: Some data; three of them are used.
+            inputs: Some data; three of them are used, of the longest if they differ.
             parameters: Which trainable parameters the posterior is about: all, ``"last_layer"``, or names and patterns
                 (:mod:`fnmatch`). The others are constants, as if they were frozen.
             indices: Instead, single entries of the vector of all trainable parameters, ``[n]``.
             separate_bias: Give weights and biases blocks of their own, as laplace-torch does.
+            feature_reduction: Of a last layer, :meth:`reduced`.
 
         Raises:
             ValueError: If no parameter is trainable, or outputs mix data, or have another shape.
@@ -246,7 +261,7 @@ class Network:
         """
         if parameters == "last_layer":
             whole = cls(model)
-            sample = _data.to_device(_data.take(inputs, slice(0, 2)), whole.device)
+            sample = _data.to_device(_data.some(inputs, 2), whole.device)
             parameters = whole._last_layer(sample)
         elif parameters is not None:
             parameters = match_parameters(model, parameters)
@@ -260,6 +275,32 @@ class Network:
         if indices is not None:
             mask = torch.cat([free[name].flatten() for name in network.shapes])
             network.free = None if bool(mask.all()) else mask.to(network.device)
+        return network if feature_reduction is None else network.reduced(feature_reduction, inputs)
+
+    def reduced(self, feature_reduction: str, inputs: _data.Inputs | None = None) -> Network:
+        """The same network with outputs that are taken for the last layer of reduced features.
+
+        Gradients of the outputs are then those of ``weight @ reduce(features) + bias``, whatever the model does with
+        the last layer's inputs ``[N, ..., I]``; inputs ``[N, I]`` are no matter of choice. They are the model's own if
+        it reduces in the same way; :attr:`reduction_error` tells.
+
+        Args:
+            feature_reduction: One of :data:`FEATURE_REDUCTIONS`, with laplace-torch's meanings.
+            inputs: Some data, to try it.
+
+        Raises:
+            ValueError: If there is no such way, or the network is no single linear layer that it could be of.
+        """
+        if feature_reduction not in FEATURE_REDUCTIONS:
+            raise ValueError(
+                f"Expected feature_reduction out of {list(FEATURE_REDUCTIONS)}, got {feature_reduction!r}."
+            )
+        network = copy.copy(self)
+        network.feature_reduction, network.reduction_error = feature_reduction, 0.0
+        network.blocks = [replace(block, calls=(0,)) for block in self.blocks]
+        network.layouts, network.is_head = [Layout()], len(self.blocks) == 1
+        if inputs is not None:
+            network.factors(_data.some(inputs, 3))
         return network
 
     @classmethod
@@ -281,8 +322,8 @@ class Network:
         ]
         network.layouts = [Layout(dim) for dim in description["layouts"]]
         network.n_outputs, network._activations, network._largest_inputs, network._largest_formed = description["sizes"]
-        network.is_head = description["is_head"]
-        network.free = description["free"]
+        network.is_head, network._datum_size = description["is_head"], description.get("datum_size", 0)
+        network.free, network.feature_reduction = description["free"], description.get("feature_reduction")
         return network
 
     def description(self) -> dict[str, Any]:
@@ -295,7 +336,9 @@ class Network:
             "layouts": [layout.batch_dimension for layout in self.layouts],
             "sizes": (self.n_outputs, self._activations, self._largest_inputs, self._largest_formed),
             "is_head": self.is_head,
+            "datum_size": self._datum_size,
             "free": self.free,
+            "feature_reduction": self.feature_reduction,
         }
 
     def free_entries(self, block: Block) -> Tensor | None:
@@ -362,13 +405,24 @@ class Network:
         parameters = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         lone = {name: parameters[name].detach() for block in self.lone_blocks for name in block.parameters}
 
-        def outputs_of_one(lone: dict[str, Tensor], datum: _data.Inputs) -> Tensor:
-            batch = _data.map_tensors(lambda leaf: leaf[None].clone(), datum)
-            return torch.func.functional_call(self.model, lone, (batch,)).reshape(-1)
+        def outputs_of(lone: dict[str, Tensor], batch: _data.Inputs) -> Tensor:
+            return torch.func.functional_call(self.model, lone, (_data.copy(batch),)).reshape(-1)
 
+        mapped = _data.columns(inputs)
         with evaluation_mode(self.model):
             try:
-                jacobians = torch.func.vmap(torch.func.jacrev(outputs_of_one), in_dims=(None, 0))(lone, inputs)
+                if mapped is None:  # something that cannot be mapped over: one datum after the other
+                    each = (_data.take(inputs, slice(i, i + 1)) for i in range(_data.count(inputs)))
+                    found = [torch.func.jacrev(outputs_of)(lone, datum) for datum in each]
+                    jacobians = {name: torch.stack([own[name] for own in found]) for name in lone}
+                else:
+                    tensors, rebuilt = mapped
+
+                    def outputs_of_one(lone: dict[str, Tensor], *datum: Tensor) -> Tensor:
+                        return outputs_of(lone, rebuilt([leaf[None] for leaf in datum]))
+
+                    dims = (None, *[0] * len(tensors))
+                    jacobians = torch.func.vmap(torch.func.jacrev(outputs_of_one), in_dims=dims)(lone, *tensors)
             except (RuntimeError, ValueError) as error:
                 names = [name for block in self.lone_blocks for name in block.parameters]
                 raise _checks.UnsupportedLayerError(
@@ -382,14 +436,19 @@ class Network:
             for block in self.lone_blocks
         ]
 
-    def chunk_size(self, memory: int, vectors: int = 1, *, formed: bool = False) -> int:
+    def chunk_size(
+        self, memory: int, vectors: int = 1, *, formed: bool = False, inputs: _data.Inputs | None = None
+    ) -> int:
         """Data at a time such that activations, inputs and back-propagated vectors stay within ``memory`` bytes.
 
         With ``formed``, also the gradients of one block with several positions, in float64 beside their own precision.
+        ``inputs`` that are longer than those that the network was found with need so many times more.
         """
         per_datum = (self._activations * (3 + vectors) + self._largest_inputs * 2) * torch.finfo(self.dtype).bits // 8
         if formed:
             per_datum += self._largest_formed * vectors * 16
+        if inputs is not None and self._datum_size:
+            per_datum = per_datum * max(self._datum_size, _data.size_of_datum(inputs)) // self._datum_size
         return max(1, memory // max(1, per_datum))
 
     def _forward(self, inputs: _data.Inputs) -> tuple[Factors, Recorder]:
@@ -402,7 +461,35 @@ class Network:
                 else:
                     outputs = self.model(_data.copy(inputs))
             outputs = self._check_outputs(outputs, _data.count(inputs))
+        if self.feature_reduction is not None:
+            recorder.calls = [self._of_reduced_features(recorder.calls, outputs.detach())]
         return Factors(self, outputs.detach(), inputs, outputs, recorder.calls), recorder
+
+    def _of_reduced_features(self, calls: list[Call], outputs: Tensor) -> Call:
+        """The last call, as if its input had been reduced before."""
+        *_, last = calls
+        shapes = [shape for name, shape in self.shapes.items() if self._identities[id(last.weight)] == name]
+        if not isinstance(last, LinearCall) or len(last.input) != len(outputs) or shapes[0][0] != outputs.shape[1]:
+            raise ValueError(
+                f"Expected a linear last layer with inputs [{len(outputs)}, ..., I] and {outputs.shape[1]} outputs for "
+                f"feature_reduction={self.feature_reduction!r}, got a {type(last).__name__} with an input of shape "
+                f"{tuple(last.input.shape)} and a weight of shape {tuple(shapes[0])}. Leave feature_reduction out: the "
+                "last layer is seen where the model calls it."
+            )
+        assert last.weight is not None
+        features = self.reduce(last.input, outputs, last.weight, last.bias)
+        return replace(last, input=features, output_shape=outputs.shape, version=features._version)
+
+    def reduce(self, features: Tensor, outputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Features ``[N, ..., I]`` of a last layer as ``[N, I]``; notes how far outputs are from what they give."""
+        if features.ndim > 2:
+            features = FEATURE_REDUCTIONS[self.feature_reduction or ""](features.flatten(1, -2))
+        with torch.no_grad():
+            difference = F.linear(features, weight, bias) - outputs
+        if len(outputs) and bool(difference.any()):
+            relative = float(difference.abs().max()) / float(outputs.detach().abs().max())
+            self.reduction_error = max(self.reduction_error, relative)
+        return features
 
     @staticmethod
     def _check_outputs(outputs: Any, n: int) -> Tensor:
@@ -423,7 +510,7 @@ class Network:
     # -- discovery -----------------------------------------------------------------------------
 
     def _discover(self, inputs: _data.Inputs, separate_bias: bool) -> None:
-        inputs = _data.to_device(_data.take(inputs, slice(0, 3)), self.device)
+        inputs = _data.to_device(_data.some(inputs, 3), self.device)
         if _data.count(inputs) == 1:  # two data at least, to see which dimension counts them
             inputs = _data.concatenate([inputs, inputs])
         factors, recorder = self._forward(inputs)
@@ -446,6 +533,7 @@ class Network:
             and calls[0].edge.node is factors._graph_outputs.grad_fn
         )
         self._activations = sum(math.prod(call.output_shape) for call in calls) // n + 1
+        self._datum_size = _data.size_of_datum(inputs)
         shapes = [factors.inputs(block).shape for block in self.blocks]
         self._largest_inputs = max((math.prod(shape[1:]) for shape in shapes), default=1)
         several = [block.size for block, shape in zip(self.blocks, shapes, strict=True) if shape[-1] > 1]
@@ -562,11 +650,13 @@ class WeightedFactors:
         weights: ``[N]``, on the CPU; they sum over chunks.
         vectors: ``sqrt(w_n) S_n: [V, N, C]``, the weighted square root of the loss Hessian to back-propagate;
             weighing it here saves weighing it in every layer.
+        positions: Of these among all data. Data that are alike come together, in another order than their own.
     """
 
     factors: Factors
     weights: Tensor
     vectors: Tensor
+    positions: slice | Tensor
 
 
 class CurvatureData:
@@ -604,16 +694,16 @@ class CurvatureData:
         self.curvature = curvature
         _checks.chunk_size(chunk_size)
         self._chosen = chunk_size
-        self.chunk_size = chunk_size or network.chunk_size(CHUNK_MEMORY, network.vector_chunk)
+        self.chunk_size = chunk_size or network.chunk_size(CHUNK_MEMORY, network.vector_chunk, inputs=data.inputs)
         self.uniforms: Tensor | None = None
         if mc_samples is not None and curvature == "ggn":
             shape = (len(data), mc_samples, network.n_outputs)
             # Open interval: the inverse normal distribution is infinite at zero.
             self.uniforms = torch.rand(shape, generator=generator, dtype=torch.float64).clamp_min_(1e-12)
 
-    def slices(self, chunks: int = 1) -> list[slice]:
-        """The data, so many chunks at a time."""
-        return list(_data.slices(len(self.data), chunks * self.chunk_size))
+    def slices(self, chunks: int = 1) -> list[slice | Tensor]:
+        """The data, so many chunks of data that are alike at a time."""
+        return list(_data.chunks(self.data.inputs, chunks * self.chunk_size))
 
     def take(self, part: Tensor | slice) -> CurvatureData:
         """Some of the data, with the same random vectors."""
@@ -628,7 +718,8 @@ class CurvatureData:
         n_vectors = 1 if self.curvature == "empirical_fisher" else self.network.n_outputs
         if self.uniforms is not None:
             n_vectors = self.uniforms.shape[1]
-        taken.chunk_size = self._chosen or self.network.chunk_size(CHUNK_MEMORY, n_vectors)
+        inputs = self.data.inputs
+        taken.chunk_size = self._chosen or self.network.chunk_size(CHUNK_MEMORY, n_vectors, inputs=inputs)
         return taken
 
     def __len__(self) -> int:
@@ -640,11 +731,11 @@ class CurvatureData:
             own = self.data.take(part)
             factors = self.network.factors(own.inputs)
             vectors = self._vectors(factors.outputs.to(self.network.dtype), own.targets, part)
-            yield WeightedFactors(factors, own.weights, vectors * own.weights.to(vectors).sqrt()[:, None])
+            yield WeightedFactors(factors, own.weights, vectors * own.weights.to(vectors).sqrt()[:, None], part)
             if self.progress is not None:
-                self.progress(part.stop - part.start)
+                self.progress(len(own))
 
-    def _vectors(self, outputs: Tensor, targets: Tensor, part: slice) -> Tensor:
+    def _vectors(self, outputs: Tensor, targets: Tensor, part: slice | Tensor) -> Tensor:
         """The vectors of a chunk before they are weighted, ``[V, N, C]``."""
         if self.curvature == "empirical_fisher":
             return self.likelihood.gradient(outputs, targets.to(outputs.device))[None]

@@ -54,6 +54,14 @@ def functional_moments(
         ``f: [N, C]`` and ``[N, C, C]`` or ``[N, C]``; for several posteriors with a leading ``[R]``.
         Epistemic variance alone, in squared units of the outputs: no observation noise.
     """
+    if isinstance(inputs, _data.Assorted):
+        moments = [
+            functional_moments(network, posteriors, part, covariance=covariance, chunk_size=chunk_size)
+            for part in inputs.parts
+        ]
+        dim = 0 if isinstance(posteriors, Posterior) else 1
+        means, spreads = zip(*moments, strict=True)
+        return inputs.in_order(torch.cat(means)), inputs.in_order(torch.cat(spreads, dim), dim)
     several = not isinstance(posteriors, Posterior)
     grid = [p.normal_form for p in ([posteriors] if isinstance(posteriors, Posterior) else posteriors)]
     groups: dict[int, list[int]] = {}
@@ -126,7 +134,7 @@ def _part_spreads(
     if chunk_size is None:
         shared = network.is_head and not covariance  # its unit vectors are the same for all data
         dense = any(isinstance(part, DenseBasis) for basis in bases for part in basis.parts)
-        chunk_size = network.chunk_size(CHUNK_MEMORY, 0 if shared else network.n_outputs, formed=dense)
+        chunk_size = network.chunk_size(CHUNK_MEMORY, 0 if shared else network.n_outputs, formed=dense, inputs=inputs)
 
     def contracted(which: int, projections: Iterator[tuple[Projected, list[Gradients]]]) -> Iterator[Tensor]:
         for index, (projected, raw) in enumerate(projections):

@@ -349,11 +349,7 @@ def calibrated_threshold(scores: Tensor, total: float) -> float:
 
 
 def _stream(batches: Iterable[Any], targets_key: str, progress_bar: bool) -> Iterable[tuple[_data.Inputs, Tensor, int]]:
-    try:
-        total = len(batches)  # type: ignore[arg-type]
-    except TypeError:  # a generator, or a loader of an iterable dataset
-        total = None
-    stream = _data.labelled(batches, targets_key)
+    stream, total = _data.labelled(batches, targets_key), _data.length(batches)
     return tqdm(stream, desc="Drawing data", unit="batch", total=total, disable=not progress_bar, leave=False)
 
 

@@ -103,7 +103,7 @@ def directional_derivatives(
     slope = CurvatureData(network, unweighted, likelihood, curvature="empirical_fisher", **common)
 
     def along(chunks: CurvatureData, power: int) -> Tensor:
-        found = []
+        found = torch.empty(0)
         for chunk in chunks:
             inputs = [chunk.factors.inputs(block) for block in network.blocks]
             prepared = basis.prepare_inputs(inputs, len(chunk.vectors))
@@ -111,8 +111,11 @@ def directional_derivatives(
             for _, vectors in chunk.factors.backpropagate(chunk.vectors, network.vector_chunk):
                 rows = [projected.rows() for projected in basis.project_gradients(prepared, vectors)]
                 total = total + torch.cat(rows, -1).double().pow(power).sum(1)
-            found.append(total)
-        return torch.cat(found)  # type: ignore[arg-type]
+            assert isinstance(total, Tensor)
+            if not len(found):
+                found = total.new_empty(len(chunks), basis.rank)
+            found[chunk.positions] = total
+        return found
 
     return DirectionalDerivatives(
         along(slope, 1), along(curvature, 2), data.weights.to(network.device), network.precision

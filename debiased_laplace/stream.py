@@ -85,7 +85,8 @@ class Stream:
         self._likelihood.check_targets(targets, network.n_outputs)
         memory = STREAM_MEMORY["cpu" if network.device.type == "cpu" else "accelerator"]
         outputs = []
-        for part in _data.slices(_data.count(inputs), self._chunk_size or network.chunk_size(memory, 0)):
+        size = self._chunk_size or network.chunk_size(memory, 0, inputs=inputs)
+        for part in _data.slices(_data.count(inputs), size):
             own, new = self._look(network, _data.take(inputs, part), targets[part])
             outputs.append(own)
             self.observed = new if self.observed is None else self.observed + new
@@ -112,7 +113,7 @@ def mean_loss(network: Network, likelihood: Likelihood, sample: Sample) -> float
     """Mean loss of the stream, estimated from a sample, in nats."""
     data = sample.data
     total = torch.zeros((), dtype=torch.float64, device=network.device)
-    for part in _data.slices(len(data), 512):
+    for part in _data.chunks(data.inputs, 512):
         outputs = network.outputs(_data.take(data.inputs, part))
         losses = likelihood.loss(outputs.to(network.dtype), data.targets[part].to(network.device))
         total += data.weights[part].to(network.device) @ losses.double()

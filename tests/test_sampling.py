@@ -174,12 +174,6 @@ def test_bad_streams():
             bad_draw(batches)
 
 
-def test_batches_of_different_shapes():
-    batches = [(torch.zeros(2, 3), torch.zeros(2)), (torch.zeros(2, 4), torch.zeros(2))]
-    with pytest.raises(ValueError, match=r"one shape in all batches.*got \[\(3,\), \(4,\)\].*Pad or crop"):
-        bad_draw(batches)
-
-
 def test_too_few_data_for_the_folds():
     x, y = torch.zeros(1, 1), torch.zeros(1)
     with pytest.raises(ValueError, match=r"at least 2 data, one for each fold, got 1.*Single\(\)"):

@@ -38,6 +38,10 @@ class DebiasedLaplace(StateLayer):
             are constants. With ``"all"`` vectors have the length of the chosen ones, as if the others were frozen; with
             ``"subnetwork"`` the mean and samples are of all parameters, as in laplace-torch.
         last_layer_name: Name of the last layer's module; found by a forward pass by default.
+        feature_reduction: How the model reduces features ``[N, ..., I]`` of its last layer to ``[N, I]``:
+            ``"pick_first"``, ``"pick_last"`` or ``"average"``. Not needed, since the last layer is seen where the model
+            calls it; what is said here is taken as laplace-torch takes it, and a warning tells if the outputs are
+            others.
         subnetwork_indices: Instead of ``params``, ascending indices in the vector of all trainable parameters; for
             ``"kron"`` those of whole tensors.
         separate_bias: Give biases blocks of their own, as laplace-torch does. By default they are joined to their
@@ -91,11 +95,12 @@ class DebiasedLaplace(StateLayer):
         subnetwork_indices: Tensor | None = None,
         separate_bias: bool | None = None,
         seed: int = 0,
+        feature_reduction: str | None = None,
     ) -> None:
         super().__init__(
             model, likelihood, subset_of_weights, hessian_structure, sigma_noise, prior_precision, prior_mean,
             temperature, enable_backprop, dict_key_x, dict_key_y, backend, backend_kwargs, asdl_fisher_kwargs, params,
-            last_layer_name, subnetwork_indices, separate_bias, seed,
+            last_layer_name, subnetwork_indices, separate_bias, seed, feature_reduction,
         )  # fmt: skip
 
     @staticmethod
@@ -256,14 +261,12 @@ class DebiasedLastLayerLaplace(DebiasedLaplace):
     """Posterior over the last layer, with the arguments of laplace-torch's last-layer classes.
 
     Also ``laplace.Laplace(model, likelihood, "last_layer", "debiased_kron", ...)``, and ``"debiased_lowrank"``,
-    ``"debiased_diag"``, ``"debiased_full"``. For the arguments see :class:`DebiasedLaplace`; ``feature_reduction`` has
-    no effect, since the last layer is seen where the model calls it.
+    ``"debiased_diag"``, ``"debiased_full"``. For the arguments see :class:`DebiasedLaplace`.
     """
 
     _key: ClassVar[tuple[str, str]] = ("last_layer", "debiased_kron")
     _default_structure: ClassVar[str] = "kron"
     damping: bool = False
-    feature_reduction: str | None = None
 
     def __init__(
         self,
@@ -287,11 +290,12 @@ class DebiasedLastLayerLaplace(DebiasedLaplace):
         separate_bias: bool | None = None,
         seed: int = 0,
     ) -> None:
-        self.damping, self.feature_reduction = damping, feature_reduction
+        self.damping = damping
         super().__init__(
             model, likelihood, "last_layer", hessian_structure or self._default_structure, sigma_noise, prior_precision,
             prior_mean, temperature, enable_backprop, dict_key_x, dict_key_y, backend, backend_kwargs,
             asdl_fisher_kwargs, last_layer_name=last_layer_name, separate_bias=separate_bias, seed=seed,
+            feature_reduction=feature_reduction,
         )  # fmt: skip
 
     def functional_variance_fast(self, X: Any) -> tuple[Tensor, Tensor]:

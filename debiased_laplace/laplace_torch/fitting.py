@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sized
+import warnings
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from debiased_laplace import _checks
+from debiased_laplace import _checks, _data
 from debiased_laplace.basis import DenseBasis, IdentityBasis
 from debiased_laplace.fit import Fit, default_sampler, fit
 from debiased_laplace.gradients import Network
@@ -86,28 +87,47 @@ class FittingLayer(SettingsLayer):
             mc_samples = self._backend_settings.get("mc_samples", "auto")
         curvature = curvature or self._backend_settings.get("curvature", "ggn")
         structure = self._structure(structure)
+        # As laplace-torch has it: the diagonal is that of the reduced features, other curvature that of the model.
+        reduction = self.feature_reduction if self.hessian_structure == "diag" else None
         sampler = sampler or default_sampler(budget, structure, curvature)
         fitted = fit(
             self.model, train_loader, noise.with_noise(self.output_likelihood, self.sigma_noise),
             structure=structure, indices=self._indices,
             parameters=None if self._indices is not None else self._names or "last_layer",
             sampler=sampler, split=split, estimator=estimator, mc_samples=mc_samples,
-            curvature=curvature, separate_bias=self._separates_bias,
+            curvature=curvature, separate_bias=self._separates_bias, feature_reduction=reduction,
             generator=self.seed if generator is None else generator, chunk_size=chunk_size,
             targets_key=self.dict_key_y, progress_bar=progress_bar, previous=previous, checkpoint=checkpoint,
         )  # fmt: skip
         added = fitted.n_seen - (0 if previous is None else previous.n_seen)
         total = (added if n_data is None else n_data) + (0 if previous is None else previous.posterior.n_data)
         fitted = replace(fitted, posterior=replace(fitted.posterior, n_data=total))
+        if self.feature_reduction is not None and reduction is None:
+            few = None if fitted.sample is None else fitted.sample.data.inputs
+            fitted = replace(fitted, network=fitted.network.reduced(self.feature_reduction, few))
         self._adopt(fitted, noise.profile(self.sigma_noise))
         dataset = getattr(train_loader, "dataset", None)
-        dataset_size = len(dataset) if isinstance(dataset, Sized) else None
+        dataset_size = None if dataset is None else _data.length(dataset)
         if n_data is None and dataset_size is not None and dataset_size != added:
             logger.warning(
                 "The loader gave %d data, its dataset has %d: the posterior is that of %d data. "
                 "Set n_data if the training set has another size.",
                 added, dataset_size, added,
             )  # fmt: skip
+        self._check_reduction()
+
+    def _check_reduction(self) -> None:
+        """Warn the caller of the caller if outputs were not those of the reduced features."""
+        network = self.network
+        if network.reduction_error > torch.finfo(network.dtype).eps ** 0.5:
+            warnings.warn(
+                f"The model's outputs are not its last layer of features reduced by {self.feature_reduction!r}: they "
+                f"differ by {network.reduction_error:.2g} of the largest. Variances are those of the reduced features, "
+                "as in laplace-torch. Leave feature_reduction out for those of the model itself (padded sequences "
+                "are the usual cause).",
+                stacklevel=3,
+            )
+            network.reduction_error = 0.0  # once for a fit, and once for a prediction
 
     def _structure(self, structure: Structure | None) -> Structure:
         kind = STRUCTURES[self.hessian_structure]

@@ -23,12 +23,16 @@ class GaussianLayer(FittingLayer):
 
     @property
     def H(self) -> Any:
-        """Curvature of the loss summed over the training set, without noise, temperature and prior; None before a fit.
+        """Curvature of the loss summed over the training set, without noise, temperature and prior.
 
-        In the form of :attr:`posterior_precision` without the prior.
+        In the form of :attr:`posterior_precision` without the prior. Before a fit zero for ``"diag"`` and ``"full"``,
+        as in laplace-torch, and otherwise None.
         """
         if self.fitted is None:
-            return None
+            if not self._is_prior:
+                return None
+            shape = (self._n_chosen or 0,) * (1 if self.hessian_structure == "diag" else 2)
+            return torch.zeros(shape, device=self._device, dtype=self._float_dtype)
         posterior = self.fitted.posterior
         return self._in_the_form_of_the_structure(posterior, posterior.n_data * posterior.curvatures.double())
 
@@ -50,8 +54,12 @@ class GaussianLayer(FittingLayer):
         Returns:
             ``"kron"``: a :class:`KroneckerPrecision`, with the methods of laplace-torch's ``KronDecomposed``;
             ``"diag"``: ``[D]``; ``"full"``: ``[D, D]``; ``"lowrank"``: ``((U: [D, K], eigenvalues: [K]), prior: [D])``,
-            of which it is ``U diag(eigenvalues) U^T + diag(prior)``.
+            of which it is ``U diag(eigenvalues) U^T + diag(prior)``. Before a fit the prior's for ``"diag"`` and
+            ``"full"``, as in laplace-torch.
         """
+        if self._is_prior:
+            prior = self.prior_precision_diag
+            return prior if self.hessian_structure == "diag" else torch.diag(prior)
         posterior = self.posterior
         if self.hessian_structure in ("kron", "diag"):
             return self._in_the_form_of_the_structure(posterior, posterior.precisions)
@@ -89,6 +97,11 @@ class GaussianLayer(FittingLayer):
                 f"{self.hessian_structure!r}. See posterior_precision."
             )
         self._require_fit()
+
+    @property
+    def _is_prior(self) -> bool:
+        """Whether there was no fit, and the posterior is one that laplace-torch has before a fit: the prior."""
+        return self.fitted is None and self._names is not None and self.hessian_structure in ("diag", "full")
 
     # -- the Gaussian --------------------------------------------------------------------------
 

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.overrides import BaseTorchFunctionMode
+from torch.overrides import BaseTorchFunctionMode, TorchFunctionMode
 
 from debiased_laplace import _data
 from debiased_laplace._guards import evaluation_mode, load_forward_mode
+from debiased_laplace.fit import Fit
 from debiased_laplace.gradients import Network
 from debiased_laplace.laplace_torch.gaussian import GaussianLayer
 from debiased_laplace.laplace_torch.settings import REWARD_MODELING, plain, restrict
 from debiased_laplace.likelihoods import Bernoulli, square_root
 from debiased_laplace.posterior import Posterior, standard_normals
 from debiased_laplace.predictive import functional_moments, joint_covariance, linearized_samples, weight_samples
+from debiased_laplace.structures import Diagonal
 
 PRED_TYPES = ("glm", "nn", "linearized")
 
@@ -58,6 +62,15 @@ class PredictiveLayer(GaussianLayer):
             Class probabilities ``[N, C]``; for regression (and reward modelling) the mean and the epistemic
             (co)variance, without observation noise.
         """
+        if self._is_prior:
+            warnings.warn(
+                "There was no fit: this is the prediction of the prior. Call fit(train_loader) for the posterior's.",
+                stacklevel=2,
+            )
+            with self._fitted_to_nothing(x):
+                return self(
+                    x, pred_type, joint, link_approx, n_samples, diagonal_output, generator, fitting, **model_kwargs
+                )
         pred_type, link = self._check_pred_type(pred_type), plain(link_approx)
         posterior = self.posterior
         regression = self._is_regression(fitting)
@@ -70,7 +83,9 @@ class PredictiveLayer(GaussianLayer):
                     )
                 draws = generator or torch.Generator().manual_seed(self.seed)
                 link = link or self.link or "probit"
-                return self._glm(x, posterior, regression, joint, link, n_samples, diagonal_output, draws)
+                predicted = self._glm(x, posterior, regression, joint, link, n_samples, diagonal_output, draws)
+                self._check_reduction()
+                return predicted
             if link not in (None, "mc"):
                 raise ValueError(
                     'Samples have no link approximation: expected link_approx="mc" or none with '
@@ -80,6 +95,23 @@ class PredictiveLayer(GaussianLayer):
             if regression:
                 return samples.mean(0), samples.var(0)
             return self._link(samples).mean(0)
+
+    @contextmanager
+    def _fitted_to_nothing(self, x: Any) -> Iterator[None]:
+        """The posterior of no data, as long as the context lasts."""
+        network = Network.discover(
+            self.model, x, indices=self._indices, parameters=None if self._indices is not None else self._names,
+            feature_reduction=self.feature_reduction,
+        )  # fmt: skip
+        basis = Diagonal().eigenbasis(network)
+        zeros, one = torch.zeros(basis.rank, device=network.device), torch.ones(1, device=network.device)
+        fixed = None if network.free is None else ~network.free
+        posterior, nothing = Posterior(network.mean(), basis, zeros, 1, one.double(), fixed=fixed), torch.empty(0)
+        self.fitted = Fit(posterior, network, 0.0, 0, nothing, nothing, None)
+        try:
+            yield
+        finally:
+            self.fitted = self._posterior = self._draws = None
 
     @contextmanager
     def _gradient_mode(self) -> Iterator[None]:
@@ -129,7 +161,13 @@ class PredictiveLayer(GaussianLayer):
             return found, found
 
         with evaluation_mode(network.model):
-            by_name, mean = torch.func.jacrev(outputs, has_aux=True)(network.from_vector(posterior.mean))
+            if network.feature_reduction is None:
+                by_name, mean = torch.func.jacrev(outputs, has_aux=True)(network.from_vector(posterior.mean))
+            else:
+                parameters = network.from_vector(posterior.mean)
+                with Features(parameters) as seen:
+                    mean, _ = outputs(parameters)
+                by_name = seen.jacobians(network, mean)
         jacobians = restrict(network.to_vector(by_name), network.free)  # [N, C, D]
         mean = mean.to(network.dtype)
         if joint:
@@ -258,6 +296,39 @@ def _call(network: Network, parameters: dict[str, Tensor], inputs: Any, model_kw
     constants = {name: p.detach() for name, p in network.model.named_parameters()}
     found = torch.func.functional_call(network.model, constants | parameters, (_data.copy(inputs),), model_kwargs)
     return found[:, None] if found.ndim == 1 else found
+
+
+class Features(TorchFunctionMode):
+    """Sees the inputs of a linear layer with given parameters, and its gradients, both with their graph.
+
+    Args:
+        parameters: Weight and bias of the layer by name.
+    """
+
+    def __init__(self, parameters: dict[str, Tensor]) -> None:
+        super().__init__()
+        self.parameters = parameters
+        self.features: Tensor | None = None
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is F.linear:
+            given = dict(zip(("input", "weight", "bias"), args, strict=False)) | kwargs
+            if any(p is given["weight"] for p in self.parameters.values()):
+                self.features = given["input"]
+        return func(*args, **kwargs)
+
+    def jacobians(self, network: Network, outputs: Tensor) -> dict[str, Tensor]:
+        """Jacobians ``[N, C, *shape]`` of the layer's outputs for reduced features."""
+        assert self.features is not None
+        features = network.reduce(self.features, outputs, *self.parameters.values())
+        found = {}
+        for name, p in self.parameters.items():
+            unit = torch.eye(len(p), dtype=features.dtype, device=features.device).expand(len(features), -1, -1)
+            found[name] = unit if p.ndim == 1 else unit[..., None] * features[:, None, None]
+        return found
 
 
 @contextmanager

@@ -35,7 +35,8 @@ class SettingsLayer(ParametricLaplace):
 
     #: What the last search saw, if it was one for several prior precisions or for a temperature.
     tuned: TunedPrior | None = None
-    _output_temperature: float = 1.0  # defaults of the class: what was pickled earlier has neither
+    _output_temperature: float = 1.0  # defaults of the class: what was pickled earlier has none of them
+    feature_reduction: str | None = None
 
     def __init__(
         self,
@@ -58,9 +59,11 @@ class SettingsLayer(ParametricLaplace):
         subnetwork_indices: Tensor | None,
         separate_bias: bool | None,
         seed: int,
+        feature_reduction: str | None,
     ) -> None:
         self.subset_of_weights = _choice(subset_of_weights, subset.SUBSETS, "subset_of_weights")
         self.hessian_structure = _choice(hessian_structure, list(STRUCTURES), "hessian_structure")
+        self.feature_reduction = subset.feature_reduction(self.subset_of_weights, plain(feature_reduction))
         every = subset.trainable(model)
         names, self._indices = subset.chosen_parameters(
             model, self.subset_of_weights, params, last_layer_name, subnetwork_indices
@@ -83,6 +86,7 @@ class SettingsLayer(ParametricLaplace):
         self._generator = torch.Generator().manual_seed(seed)
         self._draws: tuple[Posterior, tuple[int, int], Tensor] | None = None
         self._sizes: dict[str, int] | None = {name: p.numel() for name, p in every.items()}
+        self._names: list[str] | None = None
         super().__init__(
             model, self.likelihood, 1.0, 1.0, 0.0, temperature, enable_backprop, dict_key_x, dict_key_y,
             backend if _is_known(backend) else None, backend_kwargs, asdl_fisher_kwargs,

@@ -54,6 +54,7 @@ class StateLayer(TuningLayer):
             "dict_key_x": self.dict_key_x,
             "dict_key_y": self.dict_key_y,
             "separate_bias": self.separate_bias,
+            "feature_reduction": self.feature_reduction,
             "seed": self.seed,
             "link": self.link,
         }
@@ -96,7 +97,8 @@ class StateLayer(TuningLayer):
         for key in ("sigma_noise", "temperature", "enable_backprop", "dict_key_x", "dict_key_y", "separate_bias",
                     "seed", "link"):  # fmt: skip
             setattr(self, key, state_dict[key])
-        self.output_temperature = state_dict.get("output_temperature", 1.0)  # earlier states have none
+        self.output_temperature = state_dict.get("output_temperature", 1.0)  # earlier states have neither
+        self.feature_reduction = state_dict.get("feature_reduction")
 
     def _likelihood_name(self) -> str:
         return REWARD_MODELING if self.likelihood == REWARD_MODELING else type(self.output_likelihood).__name__

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from debiased_laplace.gradients import match_parameters
+from debiased_laplace.gradients import FEATURE_REDUCTIONS, match_parameters
 
 SUBSETS = ("all", "last_layer", "subnetwork")
 
@@ -68,6 +68,19 @@ def chosen_parameters(
             raise ValueError(f"Expected last_layer_name to be a module of the model, got {last_layer_name!r}.")
         return match_parameters(model, last_layer_name), None
     return (list(trainable(model)) if subset == "all" else None), None
+
+
+def feature_reduction(subset: str, way: Any) -> str | None:
+    """How the features of a last layer are reduced, if that was said.
+
+    Raises:
+        ValueError: If there is no such way, or no last layer.
+    """
+    if way is not None and way not in FEATURE_REDUCTIONS:
+        raise ValueError(f"Expected feature_reduction out of {list(FEATURE_REDUCTIONS)} or None, got {way!r}.")
+    if way is not None and subset != "last_layer":
+        raise ValueError(f'Expected feature_reduction only with subset_of_weights="last_layer", got {subset!r}.')
+    return way
 
 
 def covered_by(model: nn.Module, indices: Any) -> tuple[list[str], Tensor | None]:
