@@ -60,8 +60,8 @@ def functional_moments(
             for part in inputs.parts
         ]
         dim = 0 if isinstance(posteriors, Posterior) else 1
-        means, spreads = zip(*moments, strict=True)
-        return inputs.in_order(torch.cat(means)), inputs.in_order(torch.cat(spreads, dim), dim)
+        every = [torch.cat([own[index] for own in moments], index * dim) for index in (0, 1)]
+        return inputs.in_order(every[0]), inputs.in_order(every[1], dim)
     several = not isinstance(posteriors, Posterior)
     grid = [p.normal_form for p in ([posteriors] if isinstance(posteriors, Posterior) else posteriors)]
     groups: dict[int, list[int]] = {}
@@ -74,7 +74,9 @@ def functional_moments(
         chunk_size=chunk_size,
     ):  # fmt: skip
         means.append(mean)
-        spreads.append(torch.cat([sum(parts).to(network.dtype) for parts in found])[order])
+        spreads.append(
+            torch.cat([sum(parts, torch.zeros((), device=mean.device)).to(network.dtype) for parts in found])[order]
+        )
     mean, spread = torch.cat(means), torch.cat(spreads, 1)
     return mean, spread if several else spread[0]
 

@@ -11,7 +11,7 @@ import multiprocessing
 import signal
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection, wait
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -55,7 +55,9 @@ def spread(
     prepare()
     methods = multiprocessing.get_all_start_methods()
     context: Any = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
-    waiting, running, results = list(range(len(items))), {}, {}
+    waiting: list[int] = list(range(len(items)))
+    results: dict[int, Any] = {}
+    running: dict[Any, tuple[int, Any]] = {}
     try:
         while waiting or running:
             while waiting and len(running) < n_processes:
@@ -65,7 +67,7 @@ def spread(
                 running[receiver] = index, process
                 process.start()
                 sender.close()
-            for receiver in wait(list(running)):
+            for receiver in cast("list[Any]", wait(list(running))):
                 index, process = running[receiver]
                 try:
                     kind, value = receiver.recv()
