@@ -229,7 +229,7 @@ def noise_search(
     variances = torch.cat([own[1] for own in found], 1)
     if nothing_left(targets - mean, targets, rounding):
         warn_undetermined("observation noise", ALL_ERRORS_ZERO.format("as it was"))
-        fixed = torch.as_tensor(posterior.noise_variance).to(mean)
+        fixed = torch.as_tensor(posterior.noise_variance, dtype=torch.float64).to(mean)
         noise = fixed.cpu().expand(len(grid))
         losses = gaussian_nll(mean, fixed * variances, targets, fixed).mean(-1).cpu()
     else:

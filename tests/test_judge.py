@@ -678,6 +678,7 @@ def test_the_temperature_is_the_best_one(factor: float) -> None:
     assert temperature == pytest.approx(1 / float(np.ravel(reference.weights)[0]), rel=1e-3)
 
 
+@pytest.mark.filterwarnings("ignore:Validation data do not determine the temperature:UserWarning")
 def test_temperature_of_labels_of_other_integers_and_of_no_data() -> None:
     model, (inputs, targets) = network(), TEST
     expected = tuned_temperature(model, [TEST])

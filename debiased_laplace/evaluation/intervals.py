@@ -84,7 +84,7 @@ def paired_proportions(first_only: int, second_only: int, n: int, confidence: fl
     def distance(delta: float) -> float:
         # Square of the score statistic minus z^2, times its variance. second: largest likelihood at this difference.
         linear = (2 * n - first_only + second_only) * delta - first_only - second_only
-        root = math.sqrt(linear * linear + 8 * n * second_only * delta * (1 - delta))
+        root = math.sqrt(max(linear * linear + 8 * n * second_only * delta * (1 - delta), 0.0))
         second = max((root - linear) / (4 * n), 0.0, -delta)
         return n * (difference - delta) ** 2 - z * z * max(2 * second + delta * (1 - delta), 0.0)
 

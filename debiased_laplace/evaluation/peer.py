@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from debiased_laplace import _data
 from debiased_laplace.evaluation.predictors import Prediction
 from debiased_laplace.likelihoods import Categorical
-from debiased_laplace.tuning import best_noise
+from debiased_laplace.tuning import PriorCurve, best_noise
 
 #: All layers are asked for up to this many parameters: its predictions hold Jacobians of all outputs.
 PEER_PARAMETERS = 20_000
@@ -85,7 +85,7 @@ def tune_peer(la: Any, validation: Iterable[Any], grid: Tensor, regression: bool
     mean, spread, known = torch.cat(means), torch.cat(spreads, 1), torch.cat(labels)
     if regression:
         noise, losses = best_noise(mean, spread, known.reshape(mean.shape).double())
-        best = int(losses.argmin())
+        best = PriorCurve(grid, losses.cpu(), "probit").best_index
         la.sigma_noise, la.prior_precision = float(noise[best].sqrt()), float(grid[best] / noise[best])
         return {
             "prior_precision": float(la.prior_precision),
@@ -94,8 +94,8 @@ def tune_peer(la: Any, validation: Iterable[Any], grid: Tensor, regression: bool
         }
     likelihood = Categorical()
     losses = likelihood.log_loss(likelihood.predictive(mean, spread, "probit"), known.long()).mean(-1)
-    la.prior_precision = float(grid[losses.argmin()])
-    return {"prior_precision": float(grid[losses.argmin()]), "validation_nll": float(losses.min())}
+    la.prior_precision = prior = PriorCurve(grid, losses.cpu(), "probit").best  # by the rule of all methods
+    return {"prior_precision": prior, "validation_nll": float(losses.min())}
 
 
 class _Sized:

@@ -84,8 +84,9 @@ class Replicates:
         * A proportion has the exact one, a difference of two of the same data the score interval.
         * A mean, and a paired difference of means, has Student's or the skewness-corrected one. So has the square of a
           root, and a difference of two, :math:`a - b = (a^2 - b^2) / (a + b)`.
-        * A calibration error has the basic bootstrap interval, ``2 value - percentiles``: noise has made it too large,
-          and resampling does the same once more. In a difference this cancels: Student's, with the bootstrap's error.
+        * A calibration error has the basic bootstrap interval, ``2 value - percentiles`` (noise has made it too large,
+          and resampling does the same once more) or Student's with the bootstrap's error, whichever reaches further.
+          In a difference the noise cancels: Student's alone.
         * Other statistics have Student's interval and expanded percentiles, whichever reaches further.
 
         To these belong scores that were not ruled out (``unseen``). A difference without any spread is as uncertain as
@@ -113,7 +114,7 @@ class Replicates:
         low, high = self._from_data(self.n, confidence)
         if self.unseen is not None:
             low, high = intervals.hull((low, high), *((score, score) for score in self.unseen(confidence)))
-        if self.of is not None and self.is_constant and not self._is_the_same_score:
+        if self.of is not None and self.kind != "proportion" and self.is_constant and not self._is_the_same_score:
             (low_1, high_1), (low_2, high_2) = (part.interval(confidence) for part in self.of)
             low, high = intervals.hull((low, high), (low_1 - high_2, high_1 - low_2))
         return max(low, self.bounds[0]), min(high, self.bounds[1])
@@ -131,11 +132,12 @@ class Replicates:
             low, high = intervals.mean(self.contributions, confidence)
             return (math.sqrt(max(low, 0.0)), math.sqrt(max(high, 0.0))) if self.kind == "root" else (low, high)
         expanded = self._percentiles(intervals.expanded(confidence, n))
-        if self.kind == "calibration" and self.of is None:
-            return 2 * self.value - expanded[1], 2 * self.value - expanded[0]
         half = intervals.student_quantile(n, confidence) * float(self.replicates.std()) * math.sqrt(n / (n - 1))
         own = self.value - half, self.value + half
-        return own if self.kind == "calibration" else intervals.hull(own, expanded)
+        if self.kind == "calibration":
+            basic = 2 * self.value - expanded[1], 2 * self.value - expanded[0]
+            return intervals.hull(own, basic) if self.of is None else own
+        return intervals.hull(own, expanded)
 
     def _proportion(self, confidence: float) -> Interval:
         assert self.n is not None
