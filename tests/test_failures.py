@@ -438,7 +438,7 @@ def test_one_logit_is_judged_like_two_classes(tmp_path: Path) -> None:
 def test_probabilities_of_one_logit_keep_their_digits() -> None:
     torch.manual_seed(0)
     net = nn.Linear(2, 1).double()
-    x = torch.tensor([[50.0, 60.0], [-50.0, -60.0], [0.1, 0.2]]).double()
+    x = torch.tensor([[200.0, 240.0], [-200.0, -240.0], [0.1, 0.2]]).double()
     y = torch.tensor([1.0, 0.0, 1.0])
     la = DebiasedLaplace(net, "bernoulli")
     la.fit([(x, y)])

@@ -346,7 +346,7 @@ def test_predictions_of_others_are_not_used(tmp_path: Path) -> None:
     again = evaluate({"b": softmax(2)}, [TEST], folder=tmp_path, n_resamples=2)
     assert list(again["test"]["scores"]) == ["b"]
     # nor those of another predictor of the same name, or on other data
-    for predictor, data in ((softmax(3), TEST), (softmax(3), SHIFTED), (softmax(3), (TEST[0], 2 - TEST[1]))):
+    for predictor, data in ((softmax(3), TEST), (softmax(3), (TEST[0], 2 - TEST[1])), (softmax(3), SHIFTED)):
         expected = evaluate({"b": predictor}, [data], n_resamples=2)
         found = evaluate({"b": predictor}, [data], folder=tmp_path, n_resamples=2)
         assert without_seconds(found) == without_seconds(expected)
