@@ -124,7 +124,7 @@ def test_classification(case: str) -> None:
     weights = counts(len(targets))
     found = bootstrap.classification_replicates(probabilities, targets, weights)
     assert list(found) == ["accuracy", "nll", "brier", "ece", "adaptive_ece", "classwise_ece", "aurc"]
-    probabilities, targets = np.asarray(probabilities, dtype=float), np.asarray(targets)
+    probabilities, targets = metrics.check_predictions(probabilities, targets)
     whole = metrics.classification_metrics(probabilities, targets)
     for row, w in enumerate(weights):
         repeated = np.repeat(probabilities, w.astype(int), 0), np.repeat(targets, w.astype(int))

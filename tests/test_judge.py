@@ -162,7 +162,7 @@ def test_differences_are_paired() -> None:
     cells = result["test"]["differences"]["MAP"]["other"]
     for score in first:
         own = first[score] - second[score]
-        assert cells[score] == [own.value, own.standard_error, *own.interval()]
+        assert cells[score] == pytest.approx([own.value, own.standard_error, *own.interval()], rel=EXACT)
 
 
 def test_names_to_compare_with_that_are_not_there_are_left_out() -> None:

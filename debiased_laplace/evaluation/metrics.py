@@ -374,7 +374,9 @@ def check_probabilities(probabilities: Any) -> Array:
             f"Expected non-negative probabilities whose rows sum to one, got a smallest value of {values.min():.3g} "
             f"and a sum of {sums[worst]:.6g} in row {worst}. Apply softmax first: this looks like logits."
         )
-    return values / sums[:, None]
+    # Only what rounding of float64 does not explain: what was divided once is the same again, ties stay ties.
+    exact = np.abs(sums - 1) <= np.finfo(np.float64).eps * values.shape[1]
+    return values / np.where(exact, 1.0, sums)[:, None]
 
 
 def row_sum_tolerance(probabilities: Any) -> float:
