@@ -450,15 +450,20 @@ class Quadratic:
 
     def _consistent(self, parameters: list[Tensor], outputs: Tensor, row: Tensor, change: Tensor) -> bool:
         r"""Whether :math:`w^\top (J u) = (J^\top w)^\top u`: forward mode ignores stopped gradients."""
-        w = torch.randn(outputs.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(outputs)
+        # Along the change itself, of which a stopped gradient takes a share however many outputs there are, and along a
+        # random vector, for changes that cancel.
+        own = change.double()
+        w = torch.randn(own.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(own)
+        w = (w + own / own.square().mean().sqrt().clamp_min(torch.finfo(own.dtype).tiny)).to(outputs)
         back = _pull([outputs], parameters, [w[None]])
-        forward = float((w.double() * change.double()).sum())
-        terms = [(g.double() * v.double()).flatten() for g, v in zip(back, self._shaped(row[None]), strict=True)]
-        reverse = float(sum(own.sum() for own in terms))
-        # Some hundred roundings, but less than what a stopped gradient takes away. An accelerator may multiply in
-        # fewer bits than its dtype has.
+        forward = float((w.double() * own).sum())
+        reverse = sum(
+            float((g.double() * v.double()).sum()) for g, v in zip(back, self._shaped(row[None]), strict=True)
+        )
+        # Hundreds of rounding errors, but less than such a share. An accelerator may multiply in fewer bits than its
+        # dtype has.
         tolerance = min(1e3 * self.precision, 0.1) if row.device.type == "cpu" else 0.1
-        return abs(forward - reverse) <= tolerance * float(change.double().norm() + torch.cat(terms).norm())
+        return abs(forward - reverse) <= tolerance * float(w.double().norm() * own.norm())
 
     def _tangent(self, inputs: _data.Inputs, leaves: dict[str, Tensor], row: Tensor) -> Tensor:
         """:math:`J u`, ``[N, C]``, for one vector."""
