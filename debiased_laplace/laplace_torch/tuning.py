@@ -15,6 +15,8 @@ from tqdm import tqdm
 from debiased_laplace import _checks, _data
 from debiased_laplace._guards import global_random_state
 from debiased_laplace.joint import SELECTIONS, TunedPrior, joint_search
+from debiased_laplace.laplace_torch import noise
+from debiased_laplace.laplace_torch.certainty import certainty_on
 from debiased_laplace.laplace_torch.predictions import PredictiveLayer
 from debiased_laplace.laplace_torch.settings import plain
 from debiased_laplace.likelihoods import Likelihood
@@ -97,7 +99,9 @@ class TuningLayer(PredictiveLayer):
             ValueError: If an argument has no meaning; the prior precision stays.
 
         Warns:
-            UserWarning: If the best value lies at an edge of the grid (with several, any of them at the lower edge).
+            UserWarning: If the best value lies at an edge of the grid (with several, any of them at the lower edge); if
+                predictions with the maximum of the marginal likelihood are far less certain on training data than the
+                network is right about them (not after :meth:`load`, which brings no data).
         """
         self._require_fit()
         pred_type, method, link = self._check_pred_type(pred_type), plain(method), plain(link_approx)
@@ -118,6 +122,8 @@ class TuningLayer(PredictiveLayer):
                 )
             self._maximise_marginal_likelihood(init_prior_prec, structure, n_steps, lr, progress_bar)
             self.tuned = None
+            if (complaint := self._lack_of_certainty()) is not None:
+                warnings.warn(complaint, stacklevel=2)
         elif method == "gridsearch":
             if val_loader is None:
                 raise ValueError("Expected a val_loader with validation batches for method='gridsearch', got None.")
@@ -253,6 +259,21 @@ class TuningLayer(PredictiveLayer):
         except BaseException:
             self.prior_precision = before
             raise
+
+    def _lack_of_certainty(self) -> str | None:
+        """What is wrong with predictions on the training data, if anything is and there are data to tell."""
+        sample = self._require_fit().uniform
+        if sample is None:
+            return None
+        with torch.inference_mode(False), global_random_state():
+            found = certainty_on(
+                self.network, self.posterior, noise.with_noise(self.output_likelihood, self.sigma_noise), sample.data,
+                link=self.link or "probit", output_temperature=self.output_temperature,
+                noise_variance=self.sigma_noise.square(), seed=self.seed,
+            )  # fmt: skip
+        if found is None or not found.too_small:
+            return None
+        return found.message(self.prior_precision, self.sigma_noise)
 
     def _search(
         self, pred_type: str, grid: Tensor, batches: Iterable[Any], loss: Any, link: str | None, n_samples: int,
