@@ -15,7 +15,7 @@ import torch
 from scipy.stats import binomtest
 from torch import Tensor, nn
 
-from debiased_laplace import Bernoulli, Categorical, DebiasedLaplace, PrioritySampler, UniformSampler
+from debiased_laplace import Bernoulli, Categorical, DebiasedLaplace, Gaussian, PrioritySampler, UniformSampler
 from debiased_laplace.fit import UNIFORM_BUDGET, fit
 from debiased_laplace.laplace_torch.certainty import Certainty, certainty_on, wilson_lower
 from debiased_laplace.stream import UniformDraw
@@ -284,21 +284,28 @@ def fitted_line(sigma_noise: float | Tensor, **keywords) -> tuple[DebiasedLaplac
 
 
 def test_the_numbers_of_a_regression():
-    la, x, _ = fitted_line(1.0)
+    la, x, y = fitted_line(1.0)
+    x[0], y[0] = 9 * x[0], 9 * y[0] + 0.3  # of a larger leverage, and error
+    la.fit([(x, y)], budget=None)
     message = complaint(la)
     data = la.fitted.uniform.data
     residuals = la.model(data.inputs).detach() - data.targets
     precision = x.mT @ x + float(la.prior_precision) * torch.eye(2).double()
     variances = ((data.inputs @ precision.inverse()) * data.inputs).sum(-1, keepdim=True)
+    assert float(variances.max()) > 0.2
     left_out = (residuals / (1 - variances)).square() * (1 - variances)
-    expected = {
-        "network is ([0-9.]+)": residuals.square().mean(), "([0-9.]+) without": left_out.sum() / (1 - variances).sum(),
-        "predictions is ([0-9.]+)": (1 + variances).mean(),
-    }  # fmt: skip
-    for pattern, square in expected.items():
-        assert float(re.search(pattern, message)[1]) == pytest.approx(float(square) ** 0.5, rel=6e-3)
+    squares = residuals.square().mean(), left_out.sum() / (1 - variances).sum(), (1 + variances).mean()
+    expected = [float(square) ** 0.5 for square in squares]
+    found = certainty_on(la.network, la.posterior, Gaussian(), data)
+    assert [found.performance, found.left_out, found.certainty] == pytest.approx(expected, rel=EXACT)
+    assert found.part == pytest.approx(1 - float(variances.mean()), rel=EXACT)
+    patterns = ["network is ([0-9.]+)", "([0-9.]+) without", "predictions is ([0-9.]+)"]
+    shown = [float(re.search(pattern, message)[1]) for pattern in patterns]
+    assert shown == pytest.approx(expected, rel=6e-3)
     assert "and a sigma_noise of 1 predictions" in message
     assert 'method="gridsearch", val_loader=..., tune_sigma_noise=True)' in message
+    assert 'Without such data: method="marglik", tune_sigma_noise=True.' in message
+    silent(la, tune_sigma_noise=True)
 
 
 def test_a_regression_whose_noise_is_right():

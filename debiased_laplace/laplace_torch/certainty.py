@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from scipy.stats import chi2, norm
@@ -85,39 +86,28 @@ class Certainty:
                 f"the network is right about {right:.1f} % ({without:.1f} % without each datum's own part), but the "
                 f"mean probability of the answers is {certainty:.1f} %"
             )
-        more = ", tune_sigma_noise=True" if self.is_regression and not sigma_noise.ndim else ""
+        more, without = "", ""
+        if self.is_regression and not sigma_noise.ndim:
+            more, without = ", tune_sigma_noise=True", ' Without such data: method="marglik", tune_sigma_noise=True.'
         return (
             f"With {settings} predictions are far less certain than they need be: on a uniform sample of {self.n} "
             f"training data {numbers}. Tune on held-out data instead: "
-            f'optimize_prior_precision(method="gridsearch", val_loader=...{more}).'
+            f'optimize_prior_precision(method="gridsearch", val_loader=...{more}).{without}'
         )
 
 
 @torch.no_grad()
 def certainty_on(
-    network: Network,
-    posterior: Posterior,
-    likelihood: Likelihood,
-    data: WeightedData,
-    *,
-    link: str = "probit",
-    output_temperature: float = 1.0,
-    noise_variance: Tensor | float = 1.0,
-    n_samples: int = 100,
-    seed: int = 0,
+    network: Network, posterior: Posterior, likelihood: Likelihood, data: WeightedData, **settings: Any
 ) -> Certainty | None:
-    """Compare the linearised predictive with the network on data that the posterior was fitted on.
+    """:func:`compare` the linearised predictive with the network on data that the posterior was fitted on.
 
     Args:
         network: The model with its blocks.
         posterior: The posterior.
         likelihood: The one it was fitted with.
         data: A fair sample of the training data, with weights that sum to one.
-        link: Link of the predictions.
-        output_temperature: What outputs are divided by before the link.
-        noise_variance: Of a regression: one number, or one for each output.
-        n_samples: Draws for ``link="mc"``.
-        seed: Of these draws.
+        **settings: Of the predictions, for :func:`compare`.
 
     Returns:
         The numbers; None for a likelihood that has neither classes nor errors.
@@ -125,9 +115,41 @@ def certainty_on(
     if not (likelihood.is_regression or isinstance(likelihood, (Categorical, Bernoulli))):
         return None
     mean, covariances = functional_moments(network, posterior, data.inputs)
-    mean, covariances = mean.double(), covariances.double()
-    targets, weights = data.targets.to(mean.device), data.weights.to(mean.device)
     weight = 1 / (float(posterior.noise_variance) * posterior.temperature)
+    return compare(likelihood, mean, covariances, data.targets, data.weights, weight=weight, **settings)
+
+
+def compare(
+    likelihood: Likelihood,
+    mean: Tensor,
+    covariances: Tensor,
+    targets: Tensor,
+    weights: Tensor,
+    *,
+    weight: float = 1.0,
+    link: str = "probit",
+    output_temperature: float = 1.0,
+    noise_variance: Tensor | float = 1.0,
+    n_samples: int = 100,
+    seed: int = 0,
+) -> Certainty:
+    """How certain predictions are on training data, and how certain they could be.
+
+    Args:
+        likelihood: Of classes or of a regression.
+        mean: ``[N, C]``, outputs of the network.
+        covariances: ``[N, C, C]``, of the outputs.
+        targets: ``[N]`` or ``[N, C]``.
+        weights: ``[N]``, of the data as a sample.
+        weight: By what the loss of a datum enters the posterior.
+        link: Link of the predictions.
+        output_temperature: What outputs are divided by before the link.
+        noise_variance: Of a regression: one number, or one for each output.
+        n_samples: Draws for ``link="mc"``.
+        seed: Of these draws.
+    """
+    mean, covariances = mean.double(), covariances.double()
+    targets, weights = targets.to(mean.device), weights.to(mean)
     without = leave_one_out(likelihood, mean, covariances, targets, weight=weight)
     part = (1 - without.leverages).clamp_min(0)
     outputs = torch.where(part[:, None] > 0, without.outputs, mean)
@@ -142,13 +164,13 @@ def certainty_on(
         spread = covariances if likelihood.needs_covariance(link) else covariances.diagonal(dim1=1, dim2=2)
         normals = None
         if link == "mc":
-            normals = standard_normals((n_samples, network.n_outputs), mean, torch.Generator().manual_seed(seed))
+            normals = standard_normals((n_samples, mean.shape[1]), mean, torch.Generator().manual_seed(seed))
         probabilities = likelihood.predictive(mean / tau, spread / tau**2, link, normals)
         right, left_out = (_right(likelihood, own, targets) for own in (mean, outputs))
         values = [weights @ right, weights @ (part * left_out), weights @ _confidence(likelihood, probabilities)]
     performance, without_it, certainty = (float(value) for value in values)
     return Certainty(
-        len(data), performance, without_it, certainty, float(weights @ part), likelihood.is_regression,
+        len(targets), performance, without_it, certainty, float(weights @ part), likelihood.is_regression,
         float(1 / weights.square().sum()),
     )  # fmt: skip
 

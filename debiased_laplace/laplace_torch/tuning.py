@@ -22,7 +22,14 @@ from debiased_laplace.laplace_torch.settings import plain
 from debiased_laplace.likelihoods import Likelihood
 from debiased_laplace.posterior import Posterior, standard_normals
 from debiased_laplace.predictive import functional_moments, linearized_samples, weight_samples
-from debiased_laplace.tuning import PriorCurve, gaussian_nll, grid_search, maximise_marginal_likelihood, noise_search
+from debiased_laplace.tuning import (
+    PriorCurve,
+    gaussian_nll,
+    grid_search,
+    maximise_marginal_likelihood,
+    maximise_with_noise,
+    noise_search,
+)
 
 METHODS = ("marglik", "gridsearch")
 PRIOR_STRUCTURES = ("scalar", "layerwise", "diag")
@@ -87,9 +94,10 @@ class TuningLayer(PredictiveLayer):
             tune_temperature: For the grid search of a likelihood with a link, with ``"glm"`` and the default ``loss``:
                 choose :attr:`output_temperature` jointly with the prior. ``self.tuned.temperature_alone`` says how far
                 a temperature without a posterior would have come. Otherwise the present one is used, as predictions do.
-            tune_sigma_noise: For the grid search of a regression with one noise for all outputs, ``"glm"`` and the
-                default ``loss``: choose :attr:`sigma_noise` jointly with the prior. The grid is of prior precisions at
-                unit noise; those of ``self.curve`` are divided by the best noise variance of each.
+            tune_sigma_noise: For a regression with one noise for all outputs, one prior precision, ``"glm"`` and the
+                default ``loss``: choose :attr:`sigma_noise` jointly with the prior. ``"marglik"`` maximises over both.
+                The grid is of prior precisions at unit noise; those of ``self.curve`` are divided by the best noise
+                variance of each.
             selection: For the grid search with ``"glm"`` and the default ``loss``: ``"best"``, or
                 ``"one_standard_error"``, the smallest prior precision whose loss is within one standard error of the
                 best. Together with ``tune_temperature`` and ``link_approx="mean_field"`` it keeps uncertainty for data
@@ -120,7 +128,10 @@ class TuningLayer(PredictiveLayer):
                 warnings.warn(
                     "val_loader has no effect with method='marglik'. Did you mean 'gridsearch'?", stacklevel=2
                 )
-            self._maximise_marginal_likelihood(init_prior_prec, structure, n_steps, lr, progress_bar)
+            if tune_sigma_noise:
+                self.prior_precision, self.sigma_noise = self._maximise_with_noise(init_prior_prec)
+            else:
+                self._maximise_marginal_likelihood(init_prior_prec, structure, n_steps, lr, progress_bar)
             self.tuned = None
             if (complaint := self._lack_of_certainty()) is not None:
                 warnings.warn(complaint, stacklevel=2)
@@ -183,11 +194,12 @@ class TuningLayer(PredictiveLayer):
         if self.likelihood != "regression" or self.sigma_noise.ndim:
             got = self.likelihood if self.likelihood != "regression" else f"{self.sigma_noise.numel()} of them"
             raise ValueError(f"Expected a regression with one sigma_noise for tune_sigma_noise=True, got {got}.")
-        if (method, structure, pred_type, loss, selection) != ("gridsearch", "scalar", "glm", None, "best"):
+        if (structure, pred_type, loss, selection) != ("scalar", "glm", None, "best"):
             raise ValueError(
-                "tune_sigma_noise=True minimises the negative log predictive density of pred_type='glm' over one prior "
-                "precision: expected method='gridsearch', prior_structure='scalar', selection='best' and no loss, got "
-                f"{method!r}, {structure!r}, pred_type={pred_type!r}, selection={selection!r}, loss={loss!r}."
+                "tune_sigma_noise=True minimises the negative log predictive density of pred_type='glm', or maximises "
+                "the marginal likelihood, over one prior precision: expected prior_structure='scalar', "
+                f"selection='best' and no loss, got {method!r}, {structure!r}, pred_type={pred_type!r}, "
+                f"selection={selection!r}, loss={loss!r}."
             )
 
     @staticmethod
@@ -225,6 +237,13 @@ class TuningLayer(PredictiveLayer):
         # As many parts as parameter tensors, in another order perhaps: a vector of this length is meant for tensors.
         by_tensor = basis.per_parameter(priors).split([shape.numel() for shape in basis.shapes.values()])
         return torch.stack([own[0] for own in by_tensor])
+
+    def _maximise_with_noise(self, initial: Any) -> tuple[Tensor, float]:
+        """The best prior precision and standard deviation of the noise."""
+        if len(_checks.prior_precisions(initial)) > 1:
+            raise ValueError("Expected one init_prior_prec with tune_sigma_noise=True, got several.")
+        prior, noise_variance = maximise_with_noise(self.posterior, self._require_fit().mean_loss, self.n_outputs)
+        return prior, noise_variance**0.5
 
     def _maximise_marginal_likelihood(
         self, initial: Any, prior_structure: str, n_steps: int, lr: float, progress_bar: bool
