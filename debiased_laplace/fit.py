@@ -22,7 +22,7 @@ from debiased_laplace.measurement import Measurement
 from debiased_laplace.posterior import Posterior
 from debiased_laplace.sampling import PrioritySampler, Sample, Sampler, UniformSampler
 from debiased_laplace.splits import CrossFit, Single, Split
-from debiased_laplace.stream import Observed, Stream, mean_loss
+from debiased_laplace.stream import Observed, Stream, UniformDraw, mean_loss
 from debiased_laplace.structures import Kronecker, Structure
 
 logger = logging.getLogger(__name__)
@@ -30,6 +30,9 @@ logger = logging.getLogger(__name__)
 #: Outputs up to which the square root of the loss Hessian is exact by default.
 MAX_EXACT_OUTPUTS = 32
 ESTIMATORS = ("projected", "factored")
+
+#: Data of the stream that every fit keeps besides, to compare predictions with what the network does on them.
+UNIFORM_BUDGET = 64
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,8 @@ class Fit:
         settings: What the fit was called with, in words, and the seed.
         sample: The data drawn, to which a later fit can add; None for a fit that was loaded.
         observed: What the pass over the stream told, if the sampler made one; None for a fit that was loaded.
+        uniform: A few data of the stream, drawn uniformly and apart from ``sample``, that stand for its ordinary data;
+            None for a fit that was loaded.
     """
 
     posterior: Posterior
@@ -60,10 +65,12 @@ class Fit:
     settings: dict[str, Any] = field(default_factory=dict)
     sample: Sample | None = None
     observed: Observed | None = None
+    uniform: Sample | None = None
 
     def state(self) -> dict[str, Any]:
         """Everything but the model and the data, as tensors and plain Python objects."""
-        own = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("network", "sample", "observed")}
+        left_out = ("network", "sample", "observed", "uniform")
+        own = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in left_out}
         return _store.to_plain(own | {"network": self.network.description()})
 
     @classmethod
@@ -222,19 +229,24 @@ def fit(
 
         def draw() -> dict[str, Any]:
             stream = Stream(discover, likelihood, structure, chunk_size)
+            watched = _watched(batches, generator, previous, targets_key)
             drawn = sampler.draw(
-                batches, split.folds, generator, likelihood=likelihood, observe=stream, targets_key=targets_key,
+                watched, split.folds, generator, likelihood=likelihood, observe=stream, targets_key=targets_key,
                 progress_bar=progress_bar,
             )  # fmt: skip
             sample, observed = drawn, stream.observed
+            uniform = watched.sample if isinstance(watched, UniformDraw) else None
             if previous is not None:
                 now = discover(drawn.data.inputs)
                 same = previous.network.shapes == now.shapes and torch.equal(previous.posterior.mean, now.mean())
                 sample, observed = _added(previous, drawn, observed, same)
-            return {"sample": sample, "observed": observed, "generator": generator.get_state()}
+                known = previous.uniform is not None and uniform is not None  # half of the data are not all of them
+                uniform = previous.uniform + uniform if known else None  # type: ignore[operator]
+            return {"sample": sample, "observed": observed, "uniform": uniform, "generator": generator.get_state()}
 
         kept_draw = progress.once("drawn", draw)
         sample, observed = kept_draw["sample"], kept_draw["observed"]
+        uniform = kept_draw.get("uniform")  # earlier files have none
         generator.set_state(kept_draw["generator"])
         network = discover(sample.data.inputs)
         likelihood.check_targets(sample.data.targets, network.n_outputs)
@@ -253,7 +265,7 @@ def fit(
         Posterior(network.mean(), basis, curvatures, sample.n_seen if n_data is None else n_data, precision,
                   fixed=None if network.free is None else ~network.free, **posterior),
         network, loss, sample.n_seen, sample.fold(split.final).indices, sample.fold(measured).indices, mc_samples,
-        settings, sample, observed,
+        settings, sample, observed, uniform,
     )  # fmt: skip
     if checkpoint is not None:
         progress.complete(fitted.state())
@@ -271,6 +283,16 @@ def _check_previous(previous: Fit, n_folds: int) -> None:
         raise ValueError(
             f"Expected the split of the earlier fit, with {previous.sample.n_folds} folds, got one with {n_folds}."
         )
+
+
+def _watched(batches: Any, generator: torch.Generator, previous: Fit | None, targets_key: str) -> Any:
+    """The stream with a uniform draw on the way; what is no stream as it is, for the error that tells."""
+    if not isinstance(batches, Iterable):
+        return batches
+    n_before = 0 if previous is None else previous.n_seen
+    # Not the numbers that the sampler draws, which leave the data of the fit and of another stream independent of it.
+    seed = (generator.initial_seed() + 0x5EED + n_before) % 2**63
+    return UniformDraw(batches, UNIFORM_BUDGET, seed, targets_key)
 
 
 def _added(previous: Fit, drawn: Sample, observed: Observed | None, same_model: bool) -> tuple[Sample, Observed | None]:

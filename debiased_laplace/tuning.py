@@ -315,6 +315,53 @@ def maximise_marginal_likelihood(posterior: Posterior, *, per_block: bool = Fals
     )
 
 
+def maximise_with_noise(
+    posterior: Posterior, mean_loss: float, n_outputs: int, *, per_block: bool = False
+) -> tuple[Tensor, float]:
+    r"""Prior precision(s) and noise variance of a regression that maximise the Laplace marginal likelihood together.
+
+    The noise variance satisfies MacKay's other equation (1992), with :math:`\bar\ell` the mean loss at unit noise and
+    :math:`\gamma = \delta \|\theta^* - \mu_0\|^2` the effective number of parameters at the best prior precision,
+
+    .. math:: \sigma^2 (N C - \gamma) = 2 N \bar\ell / T.
+
+    The more noise, the fewer parameters: where the left side is positive it grows with :math:`\sigma^2`, and there is
+    exactly one solution.
+
+    Args:
+        posterior: Its prior precision and noise variance have no effect.
+        mean_loss: Of the training data, half the squared error of a datum.
+        n_outputs: C.
+        per_block: One prior precision for each block.
+
+    Returns:
+        Prior precisions ``[1]`` or ``[n_parts]``, float64, and the noise variance.
+
+    Raises:
+        ValueError: If there is no maximum: no error at all, or none in the prior precision.
+    """
+    if not mean_loss > 0:
+        raise ValueError(
+            "The marginal likelihood has no maximum in the noise of a network without any error on its training data, "
+            f"got a mean loss of {mean_loss:g}. Tune on held-out data, or set sigma_noise yourself."
+        )
+    total = 2 * posterior.n_data * mean_loss / posterior.temperature
+
+    def best_prior(log_noise: float) -> Tensor:
+        own = replace(posterior, noise_variance=math.exp(log_noise))
+        return maximise_marginal_likelihood(own, per_block=per_block)
+
+    def excess(log_noise: float) -> float:
+        n_effective = float(replace(posterior, prior_precision=best_prior(log_noise)).scatter())
+        return math.exp(log_noise) * (posterior.n_data * n_outputs - n_effective) - total
+
+    lower = upper = math.log(total / (posterior.n_data * n_outputs))  # without parameters, which need more noise
+    while excess(upper) < 0:
+        upper += 1
+    log_noise = lower if lower == upper else brentq(excess, lower, upper, xtol=1e-12, rtol=1e-14)
+    return best_prior(log_noise), math.exp(log_noise)
+
+
 def _stationary(curvatures: Tensor, square_norm: float, name: str) -> float:
     if square_norm == 0 or float(curvatures.sum()) == 0:
         what = "equal to the prior mean" if square_norm == 0 else "without any curvature"

@@ -15,6 +15,8 @@ from tqdm import tqdm
 from debiased_laplace import _checks, _data
 from debiased_laplace._guards import global_random_state
 from debiased_laplace.joint import SELECTIONS, TunedPrior, joint_search
+from debiased_laplace.laplace_torch import noise
+from debiased_laplace.laplace_torch.certainty import certainty_on
 from debiased_laplace.laplace_torch.predictions import PredictiveLayer
 from debiased_laplace.laplace_torch.settings import plain
 from debiased_laplace.likelihoods import Likelihood
@@ -27,6 +29,7 @@ from debiased_laplace.tuning import (
     gaussian_nll,
     grid_search,
     maximise_marginal_likelihood,
+    maximise_with_noise,
     noise_search,
 )
 
@@ -93,9 +96,10 @@ class TuningLayer(PredictiveLayer):
             tune_temperature: For the grid search of a likelihood with a link, with ``"glm"`` and the default ``loss``:
                 choose :attr:`output_temperature` jointly with the prior. ``self.tuned.temperature_alone`` says how far
                 a temperature without a posterior would have come. Otherwise the present one is used, as predictions do.
-            tune_sigma_noise: For the grid search of a regression with one noise for all outputs, ``"glm"`` and the
-                default ``loss``: choose :attr:`sigma_noise` jointly with the prior. The grid is of prior precisions at
-                unit noise; those of ``self.curve`` are divided by the best noise variance of each.
+            tune_sigma_noise: For a regression with one noise for all outputs, one prior precision, ``"glm"`` and the
+                default ``loss``: choose :attr:`sigma_noise` jointly with the prior. ``"marglik"`` maximises over both.
+                The grid is of prior precisions at unit noise; those of ``self.curve`` are divided by the best noise
+                variance of each.
             selection: For the grid search with ``"glm"`` and the default ``loss``: ``"best"``, or
                 ``"one_standard_error"``, the smallest prior precision whose loss is within one standard error of the
                 best. Together with ``tune_temperature`` and ``link_approx="mean_field"`` it keeps uncertainty for data
@@ -107,7 +111,9 @@ class TuningLayer(PredictiveLayer):
         Warns:
             UserWarning: If the best value lies at an edge of the grid (with several, any of them at the lower edge), or
                 the validation data do not determine it: then the temperature is the one nearest to 1, and a prior
-                precision the smallest, of those that are equally good (within 1e-6 nats).
+                precision the smallest, of those that are equally good (within 1e-6 nats); if predictions with the maximum of the
+                marginal likelihood are far less certain on training data than the network is right about them (not
+                after :meth:`load`, which brings no data).
         """
         self._require_fit()
         pred_type, method, link = self._check_pred_type(pred_type), plain(method), plain(link_approx)
@@ -126,8 +132,13 @@ class TuningLayer(PredictiveLayer):
                 warnings.warn(
                     "val_loader has no effect with method='marglik'. Did you mean 'gridsearch'?", stacklevel=2
                 )
-            self._maximise_marginal_likelihood(init_prior_prec, structure, n_steps, lr, progress_bar)
+            if tune_sigma_noise:
+                self.prior_precision, self.sigma_noise = self._maximise_with_noise(init_prior_prec)
+            else:
+                self._maximise_marginal_likelihood(init_prior_prec, structure, n_steps, lr, progress_bar)
             self.tuned = None
+            if (complaint := self._lack_of_certainty()) is not None:
+                warnings.warn(complaint, stacklevel=2)
         elif method == "gridsearch":
             if val_loader is None:
                 raise ValueError("Expected a val_loader with validation batches for method='gridsearch', got None.")
@@ -187,11 +198,12 @@ class TuningLayer(PredictiveLayer):
         if self.likelihood != "regression" or self.sigma_noise.ndim:
             got = self.likelihood if self.likelihood != "regression" else f"{self.sigma_noise.numel()} of them"
             raise ValueError(f"Expected a regression with one sigma_noise for tune_sigma_noise=True, got {got}.")
-        if (method, structure, pred_type, loss, selection) != ("gridsearch", "scalar", "glm", None, "best"):
+        if (structure, pred_type, loss, selection) != ("scalar", "glm", None, "best"):
             raise ValueError(
-                "tune_sigma_noise=True minimises the negative log predictive density of pred_type='glm' over one prior "
-                "precision: expected method='gridsearch', prior_structure='scalar', selection='best' and no loss, got "
-                f"{method!r}, {structure!r}, pred_type={pred_type!r}, selection={selection!r}, loss={loss!r}."
+                "tune_sigma_noise=True minimises the negative log predictive density of pred_type='glm', or maximises "
+                "the marginal likelihood, over one prior precision: expected prior_structure='scalar', "
+                f"selection='best' and no loss, got {method!r}, {structure!r}, pred_type={pred_type!r}, "
+                f"selection={selection!r}, loss={loss!r}."
             )
 
     @staticmethod
@@ -230,6 +242,13 @@ class TuningLayer(PredictiveLayer):
         by_tensor = basis.per_parameter(priors).split([shape.numel() for shape in basis.shapes.values()])
         return torch.stack([own[0] for own in by_tensor])
 
+    def _maximise_with_noise(self, initial: Any) -> tuple[Tensor, float]:
+        """The best prior precision and standard deviation of the noise."""
+        if len(_checks.prior_precisions(initial)) > 1:
+            raise ValueError("Expected one init_prior_prec with tune_sigma_noise=True, got several.")
+        prior, noise_variance = maximise_with_noise(self.posterior, self._require_fit().mean_loss, self.n_outputs)
+        return prior, noise_variance**0.5
+
     def _maximise_marginal_likelihood(
         self, initial: Any, prior_structure: str, n_steps: int, lr: float, progress_bar: bool
     ) -> None:
@@ -263,6 +282,21 @@ class TuningLayer(PredictiveLayer):
         except BaseException:
             self.prior_precision = before
             raise
+
+    def _lack_of_certainty(self) -> str | None:
+        """What is wrong with predictions on the training data, if anything is and there are data to tell."""
+        sample = self._require_fit().uniform
+        if sample is None:
+            return None
+        with torch.inference_mode(False), global_random_state():
+            found = certainty_on(
+                self.network, self.posterior, noise.with_noise(self.output_likelihood, self.sigma_noise), sample.data,
+                link=self.link or "probit", output_temperature=self.output_temperature,
+                noise_variance=self.sigma_noise.square(), seed=self.seed,
+            )  # fmt: skip
+        if found is None or not found.too_small:
+            return None
+        return found.message(self.prior_precision, self.sigma_noise)
 
     def _search(
         self, pred_type: str, grid: Tensor, batches: Iterable[Any], loss: Any, link: str | None, n_samples: int,

@@ -1,0 +1,202 @@
+r"""Whether predictions are far less certain than they need be, without validation data.
+
+The prior precision that maximises the marginal likelihood is that of a model of which a trained network is not the
+mode, and its predictions can be far less certain than the network is right (docs/evidence.md). A uniform sample of the
+training data shows it. Two numbers are compared: for classes, the share of data that the network is right about and the
+mean probability of the most probable class; for a regression, its root mean square error and the root mean square
+standard deviation.
+
+A network may have memorised its data, and then uncertainty is in place. So the network is judged without the datum
+(:func:`~debiased_laplace.leave_one_out.leave_one_out`), and a datum counts by the part :math:`1 - h` that the others
+determine, h its leverage: for classes it is right by that part at most, and in a regression it has that weight.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from scipy.stats import chi2, norm
+from torch import Tensor
+
+from debiased_laplace.gradients import Network
+from debiased_laplace.leave_one_out import leave_one_out
+from debiased_laplace.likelihoods import Bernoulli, Categorical, Likelihood
+from debiased_laplace.posterior import Posterior, standard_normals
+from debiased_laplace.predictive import functional_moments
+from debiased_laplace.sampling import WeightedData
+
+#: How far the mean confidence may be below the share of right answers, beyond the error of the sample.
+TOLERATED_GAP = 0.15
+#: By what factor a regression's standard deviation may exceed its error, likewise.
+TOLERATED_FACTOR = 3.0
+#: Below this part the data of a regression say little about one another.
+SMALLEST_PART = 0.5
+#: Of the errors of the sample.
+CONFIDENCE = 0.95
+
+
+@dataclass(frozen=True)
+class Certainty:
+    """How certain predictions are on some data, and how certain they could be.
+
+    Attributes:
+        n: Number of data.
+        performance: Of the network on them: the share it is right about, or its root mean square error.
+        left_out: The same of the network without the datum, each by the part that the others determine.
+        certainty: Mean probability of the most probable class, or root mean square standard deviation with noise.
+        part: Mean of these parts.
+        is_regression: Whether errors are compared.
+        effective_n: Number of equally weighted data that would be as good a sample.
+    """
+
+    n: int
+    performance: float
+    left_out: float
+    certainty: float
+    part: float
+    is_regression: bool
+    effective_n: float
+
+    @property
+    def too_small(self) -> bool:
+        """Whether predictions are far less certain than they could be, and not by chance."""
+        if not self.is_regression:
+            return self.certainty < wilson_lower(self.left_out, self.effective_n) - TOLERATED_GAP
+        if self.part < SMALLEST_PART:
+            return False
+        freedom = self.effective_n * self.part
+        largest = self.left_out * float(freedom / chi2.ppf((1 - CONFIDENCE) / 2, freedom)) ** 0.5
+        return self.certainty > TOLERATED_FACTOR * largest
+
+    def message(self, prior_precision: Tensor, sigma_noise: Tensor) -> str:
+        """What to say if it is too small."""
+        settings = f"the prior precision that maximises the marginal likelihood ({_few(prior_precision)})"
+        if self.is_regression:
+            settings += f" and a sigma_noise of {_few(sigma_noise)}"
+            numbers = (
+                f"the error of the network is {self.performance:.3g} ({self.left_out:.3g} without each datum's own "
+                f"part), but the standard deviation of the predictions is {self.certainty:.3g}, noise included"
+            )
+        else:
+            right, without, certainty = (100 * own for own in (self.performance, self.left_out, self.certainty))
+            numbers = (
+                f"the network is right about {right:.1f} % ({without:.1f} % without each datum's own part), but the "
+                f"mean probability of the answers is {certainty:.1f} %"
+            )
+        more, without = "", ""
+        if self.is_regression and not sigma_noise.ndim:
+            more, without = ", tune_sigma_noise=True", ' Without such data: method="marglik", tune_sigma_noise=True.'
+        return (
+            f"With {settings} predictions are far less certain than they need be: on a uniform sample of {self.n} "
+            f"training data {numbers}. Tune on held-out data instead: "
+            f'optimize_prior_precision(method="gridsearch", val_loader=...{more}).{without}'
+        )
+
+
+@torch.no_grad()
+def certainty_on(
+    network: Network, posterior: Posterior, likelihood: Likelihood, data: WeightedData, **settings: Any
+) -> Certainty | None:
+    """:func:`compare` the linearised predictive with the network on data that the posterior was fitted on.
+
+    Args:
+        network: The model with its blocks.
+        posterior: The posterior.
+        likelihood: The one it was fitted with.
+        data: A fair sample of the training data, with weights that sum to one.
+        **settings: Of the predictions, for :func:`compare`.
+
+    Returns:
+        The numbers; None for a likelihood that has neither classes nor errors.
+    """
+    if not (likelihood.is_regression or isinstance(likelihood, (Categorical, Bernoulli))):
+        return None
+    mean, covariances = functional_moments(network, posterior, data.inputs)
+    weight = 1 / (float(posterior.noise_variance) * posterior.temperature)
+    return compare(likelihood, mean, covariances, data.targets, data.weights, weight=weight, **settings)
+
+
+def compare(
+    likelihood: Likelihood,
+    mean: Tensor,
+    covariances: Tensor,
+    targets: Tensor,
+    weights: Tensor,
+    *,
+    weight: float = 1.0,
+    link: str = "probit",
+    output_temperature: float = 1.0,
+    noise_variance: Tensor | float = 1.0,
+    n_samples: int = 100,
+    seed: int = 0,
+) -> Certainty:
+    """How certain predictions are on training data, and how certain they could be.
+
+    Args:
+        likelihood: Of classes or of a regression.
+        mean: ``[N, C]``, outputs of the network.
+        covariances: ``[N, C, C]``, of the outputs.
+        targets: ``[N]`` or ``[N, C]``.
+        weights: ``[N]``, of the data as a sample.
+        weight: By what the loss of a datum enters the posterior.
+        link: Link of the predictions.
+        output_temperature: What outputs are divided by before the link.
+        noise_variance: Of a regression: one number, or one for each output.
+        n_samples: Draws for ``link="mc"``.
+        seed: Of these draws.
+    """
+    mean, covariances = mean.double(), covariances.double()
+    targets, weights = targets.to(mean.device), weights.to(mean)
+    without = leave_one_out(likelihood, mean, covariances, targets, weight=weight)
+    part = (1 - without.leverages).clamp_min(0)
+    outputs = torch.where(part[:, None] > 0, without.outputs, mean)
+    weights = weights / weights.sum()
+    if likelihood.is_regression:
+        errors, left_out = ((own - targets.to(mean)).square().mean(-1) for own in (mean, outputs))
+        variances = covariances.diagonal(dim1=1, dim2=2) + torch.as_tensor(noise_variance).to(mean)
+        values = [weights @ errors, (weights * part) @ left_out / (weights @ part), weights @ variances.mean(-1)]
+        values = [value.sqrt() for value in values]
+    else:
+        tau = output_temperature
+        spread = covariances if likelihood.needs_covariance(link) else covariances.diagonal(dim1=1, dim2=2)
+        normals = None
+        if link == "mc":
+            normals = standard_normals((n_samples, mean.shape[1]), mean, torch.Generator().manual_seed(seed))
+        probabilities = likelihood.predictive(mean / tau, spread / tau**2, link, normals)
+        right, left_out = (_right(likelihood, own, targets) for own in (mean, outputs))
+        values = [weights @ right, weights @ (part * left_out), weights @ _confidence(likelihood, probabilities)]
+    performance, without_it, certainty = (float(value) for value in values)
+    return Certainty(
+        len(targets), performance, without_it, certainty, float(weights @ part), likelihood.is_regression,
+        float(1 / weights.square().sum()),
+    )  # fmt: skip
+
+
+def _right(likelihood: Likelihood, outputs: Tensor, targets: Tensor) -> Tensor:
+    """Share of right answers to every datum, ``[N]``: a Bernoulli network answers a question with each output."""
+    if isinstance(likelihood, Bernoulli):
+        shares = targets.reshape(outputs.shape).to(outputs)
+        return torch.where(outputs > 0, shares, 1 - shares).mean(-1)
+    return (outputs.argmax(-1) == targets).to(outputs)
+
+
+def _confidence(likelihood: Likelihood, probabilities: Tensor) -> Tensor:
+    """Mean probability of the answers to every datum, ``[N]``."""
+    if isinstance(likelihood, Bernoulli):
+        return torch.maximum(probabilities, 1 - probabilities).mean(-1)
+    return probabilities.amax(-1)
+
+
+def wilson_lower(share: float, n: float) -> float:
+    """Lower end of Wilson's interval for a probability, from a share of ``n`` trials, which need not be whole."""
+    z = float(norm.ppf((1 + CONFIDENCE) / 2))
+    centre = share + z**2 / (2 * n)
+    return (centre - z * math.sqrt(share * (1 - share) / n + z**2 / (4 * n**2))) / (1 + z**2 / n)
+
+
+def _few(values: Tensor) -> str:
+    shown = [f"{float(value):.3g}" for value in values.flatten()[:3]]
+    return ", ".join(shown + ["..."] * (values.numel() > 3))
