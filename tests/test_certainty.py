@@ -344,7 +344,11 @@ def test_noise_for_every_output():
 @pytest.mark.filterwarnings("ignore:The best prior precision:UserWarning")
 def test_nothing_is_said_without_data_and_with_validation_data(tmp_path):
     la = sure()
-    silent(la, method="gridsearch", val_loader=[separated(seed=1)], log_prior_prec_min=-4, log_prior_prec_max=9)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", message="Validation data do not determine the prior precision")
+        tuning = {"method": "gridsearch", "log_prior_prec_min": -4, "log_prior_prec_max": 9}
+        la.optimize_prior_precision(val_loader=[separated(seed=1)], **tuning)
     la.save(tmp_path / "la")
     loaded = DebiasedLaplace.load(tmp_path / "la", la.model)
     silent(loaded)  # a file has no data in it

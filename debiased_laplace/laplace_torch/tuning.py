@@ -111,9 +111,9 @@ class TuningLayer(PredictiveLayer):
         Warns:
             UserWarning: If the best value lies at an edge of the grid (with several, any of them at the lower edge), or
                 the validation data do not determine it: then the temperature is the one nearest to 1, and a prior
-                precision the smallest, of those that are equally good (within 1e-6 nats); if predictions with the maximum of the
-                marginal likelihood are far less certain on training data than the network is right about them (not
-                after :meth:`load`, which brings no data).
+                precision the smallest, of those that are equally good (within 1e-6 nats); if predictions with the
+                maximum of the marginal likelihood are far less certain on training data than the network is right
+                about them (not after :meth:`load`, which brings no data).
         """
         self._require_fit()
         pred_type, method, link = self._check_pred_type(pred_type), plain(method), plain(link_approx)
