@@ -182,11 +182,19 @@ class Reward(nn.Module):
         return self.net(x.reshape(-1, 3)).reshape(len(x), 2) if x.ndim == 3 else self.net(x)
 
 
-def test_rewards():
+def reward_posterior(make: Any, structure: str) -> Any:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        model, pairs, chosen = Reward().eval(), torch.randn(9, 2, 3), torch.randint(2, (9,))
+    la = make(model, likelihood="reward_modeling", subset_of_weights="all", hessian_structure=structure)
+    la.fit(loader_of(pairs, chosen, batch_size=3))
+    return la
+
+
+@pytest.mark.parametrize("structure", ["full", "diag"])
+def test_rewards(structure):
     def example(make: Any) -> list[Tensor]:
-        model = Reward().eval()
-        la = make(model, likelihood="reward_modeling", subset_of_weights="all")
-        la.fit(loader_of(torch.randn(9, 2, 3), torch.randint(2, (9,)), batch_size=3))
+        la = reward_posterior(make, structure)
         tuned(la)
         mean, variance = la(torch.linspace(-1, 1, 15).reshape(5, 3))
         assert mean.shape == (5, 1)
@@ -194,6 +202,15 @@ def test_rewards():
         return [mean, variance, la.log_marginal_likelihood().detach()]
 
     same(example)
+
+
+def test_rewards_by_kronecker_factors():
+    """The example's default: where a model joins the options of a pair, theirs counts the inputs of a weight twice."""
+    theirs, ours = (reward_posterior(make, "kron") for make in (laplace.Laplace, full_data))
+    curvatures = [la.posterior_precision.to_matrix() - torch.eye(51) for la in (theirs, ours)]
+    weights = torch.arange(51).lt(30) | (torch.arange(51).ge(40) & torch.arange(51).lt(50))
+    for which, factor in ((weights, 2.0), (~weights, 1.0)):
+        assert_equal(curvatures[0][which][:, which], factor * curvatures[1][which][:, which])
 
 
 def test_calibration():

@@ -86,13 +86,13 @@ class Certainty:
                 f"the network is right about {right:.1f} % ({without:.1f} % without each datum's own part), but the "
                 f"mean probability of the answers is {certainty:.1f} %"
             )
-        more, else_ = "", ""
+        more, otherwise = "", ""
         if self.is_regression and not sigma_noise.ndim:
-            more, else_ = ", tune_sigma_noise=True", ' Without such data: method="marglik", tune_sigma_noise=True.'
+            more, otherwise = ", tune_sigma_noise=True", ' Without such data: method="marglik", tune_sigma_noise=True.'
         return (
             f"With {settings} predictions are far less certain than they need be: on a uniform sample of {self.n} "
             f"training data {numbers}. Tune on held-out data instead: "
-            f'optimize_prior_precision(method="gridsearch", val_loader=...{more}).{else_}'
+            f'optimize_prior_precision(method="gridsearch", val_loader=...{more}).{otherwise}'
         )
 
 
