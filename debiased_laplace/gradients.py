@@ -408,8 +408,9 @@ class Network:
         def outputs_of(lone: dict[str, Tensor], batch: _data.Inputs) -> Tensor:
             return torch.func.functional_call(self.model, lone, (_data.copy(batch),)).reshape(-1)
 
-        mapped = _data.columns(inputs)
-        with evaluation_mode(self.model):
+        # An inference tensor, or inference mode, would silently change what jacrev gives in some releases of torch.
+        with gradients_enabled(), evaluation_mode(self.model):
+            mapped = _data.columns(_data.copy(inputs))
             try:
                 if mapped is None:  # something that cannot be mapped over: one datum after the other
                     each = (_data.take(inputs, slice(i, i + 1)) for i in range(_data.count(inputs)))

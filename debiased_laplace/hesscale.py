@@ -250,7 +250,10 @@ def _pull_back(module: Any, x: Tensor, vector: Tensor, power: int) -> tuple[Tens
     elif kind in CONVOLUTIONS:
         output = module._conv_forward(leaf, weight, bias)
     elif kind in BATCH_NORMS:
-        output = F.batch_norm(leaf, torch.zeros_like(mean), variance.pow(power), weight, bias, eps=0.0)
+        shape = (-1, *[1] * (x.ndim - 2))
+        output = leaf / variance.pow(power).sqrt().reshape(shape)
+        output = output if weight is None else output * weight.reshape(shape)
+        output = output if bias is None else output + bias.reshape(shape)
     else:
         output = module.forward(leaf)
     if kind in AVERAGES:

@@ -542,7 +542,13 @@ def _pull(outputs: Sequence[Tensor], inputs: list[Tensor], vectors: Sequence[Ten
         found = torch.autograd.grad(outs, inputs, [v[0] for _, v in pairs], **common)
         found = tuple(None if g is None else g[None] for g in found)
     else:
-        found = torch.autograd.grad(outs, inputs, [v for _, v in pairs], is_grads_batched=True, **common)
+        try:
+            found = torch.autograd.grad(outs, inputs, [v for _, v in pairs], is_grads_batched=True, **common)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError:  # some release of torch cannot batch some layer's second derivative: one by one
+            rows = [torch.autograd.grad(outs, inputs, [v[i] for _, v in pairs], **common) for i in range(k)]
+            found = tuple(None if own[0] is None else torch.stack(own) for own in zip(*rows, strict=True))
     return [own.new_zeros((k, *own.shape)) if g is None else g for own, g in zip(inputs, found, strict=True)]
 
 

@@ -87,7 +87,7 @@ def dense_loss_hessian(likelihood: Likelihood, outputs: Tensor, targets: Tensor 
         outputs: ``[N, C]``.
         targets: Needed only where the Hessian depends on them; any valid ones by default.
     """
-    targets = _any_targets(likelihood, outputs) if targets is None else targets
+    targets = (_any_targets(likelihood, outputs) if targets is None else targets).to(outputs.device)
 
     def loss(output: Tensor, target: Tensor) -> Tensor:
         return likelihood.loss(output[None], target[None])[0]
@@ -288,8 +288,8 @@ def check_curvatures(
     Returns:
         The curvatures, ``[rank]``.
     """
-    columns = dense_basis(basis)
     ggn = dense_ggn(network.model, data.inputs, data.weights, likelihood, data.targets)
+    columns = dense_basis(basis).to(ggn.device)
     curvatures = projected_curvatures(network, basis, CurvatureData(network, data, likelihood))
     expected = torch.einsum("dr,de,er->r", columns, ggn, columns)
     _assert_equal("curvatures are diag(U^T G U), equation (2)", curvatures, expected, tolerance)

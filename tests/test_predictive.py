@@ -98,7 +98,7 @@ def test_variances_are_sums_over_the_parts(structure, indices, chunk_size):
     assert variances.shape == (3, n_parts, 5, 2)
     for prior, own in zip(priors, variances, strict=True):
         expected = functional_moments(network, replace(posterior, prior_precision=prior[None]), inputs)
-        assert_equal(mean, expected[0], 0.0)
+        assert_equal(mean, expected[0])  # chunks of other sizes may be rounded otherwise
         assert_equal(own.sum(0), expected[1].diagonal(dim1=1, dim2=2))
     positions, parts = torch.tensor([2, 0])[:n_parts], torch.arange(n_parts)
     mixed = replace(posterior, prior_precision=priors[positions])

@@ -25,6 +25,7 @@ class PeerPredictor:
 
     def __call__(self, inputs: _data.Inputs) -> Prediction:
         """Predict a batch."""
+        inputs = _data.to_device(inputs, self.la._device)
         if not self.regression:  # its own moments and link, in double precision: single rounds small ones to zero
             mean, covariance = self.la._glm_predictive_distribution(inputs)
             spread = covariance.detach().double().diagonal(dim1=1, dim2=2)
@@ -66,6 +67,7 @@ def fitted_peer(
 
 def _moments(la: Any, inputs: Any) -> tuple[Tensor, Tensor]:
     """Jacobians and outputs, by its own code."""
+    inputs = _data.to_device(inputs, la._device)
     last = type(la).__name__.endswith("LLLaplace")
     return la.backend.last_layer_jacobians(inputs) if last else la.backend.jacobians(inputs)
 
@@ -81,7 +83,7 @@ def tune_peer(la: Any, validation: Iterable[Any], grid: Tensor, regression: bool
             own.append(la.functional_variance(jacobians).detach().diagonal(dim1=-2, dim2=-1))
         means.append(mean.detach().double())
         spreads.append(torch.stack(own).double())
-        labels.append(targets)
+        labels.append(targets.to(mean.device))
     mean, spread, known = torch.cat(means), torch.cat(spreads, 1), torch.cat(labels)
     if regression:
         noise, losses = best_noise(mean, spread, known.reshape(mean.shape).double())
