@@ -130,7 +130,7 @@ def dense_posterior_precision(posterior: Posterior) -> Tensor:
     :math:`\Delta` of every parameter read off its block.
     """
     basis = posterior.basis
-    columns = dense_basis(basis).double()
+    columns = dense_basis(basis).to(posterior.curvatures.device, torch.float64)
     beta = posterior.n_data / (float(posterior.noise_variance) * posterior.temperature)
     curvature = columns @ torch.diag(posterior.curvatures.double()) @ columns.mT
     return beta * curvature + torch.diag(_dense_prior(posterior).to(curvature))

@@ -388,6 +388,26 @@ def test_other_likelihoods_have_nothing_to_compare():
     assert certainty_on(la.network, la.posterior, Foreign(), la.fitted.uniform.data) is None
 
 
+@pytest.mark.parametrize(("n_classes", "n"), [(32, 64), (100, 20), (128, 16), (129, None)])
+def test_few_data_of_many_outputs(n_classes, n):
+    """Bounded work, and not the first data of a stream that may be in the order of the classes."""
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.eye(n_classes).double().repeat(2, 1), torch.arange(n_classes).repeat(2)
+    x += 0.01 * torch.randn(x.shape, generator=generator).double()
+    model = nn.Linear(n_classes, n_classes).double()
+    model.weight.data, model.bias.data = 30 * torch.eye(n_classes).double(), torch.zeros(n_classes).double()
+    la = DebiasedLaplace(model, "classification", hessian_structure="diag")
+    la.fit([(x, y)], budget=None, mc_samples=None)
+    found = certainty_on(la.network, la.posterior, Categorical(), la.fitted.uniform.data)
+    if n is None:
+        assert found is None
+        silent(la)
+        return
+    assert found.n == n
+    assert found.effective_n == pytest.approx(n)
+    assert f"uniform sample of {n} training data" in complaint(la)
+
+
 def test_nothing_else_changes():
     torch.manual_seed(0), np.random.seed(0), random.seed(0)
     la = sure()

@@ -169,3 +169,27 @@ def test_the_noisy_quadratic(tmp_path):
     done = script("steps.py")
     assert done.returncode == 2
     assert "Expected at least one of --noisy-quadratic" in done.stderr
+
+
+def test_what_can_be_tuned_without_validation_data(tmp_path):
+    docs, out = tmp_path / "docs", tmp_path / "out"
+    docs.mkdir()
+    shutil.copy(ROOT / "docs" / "evidence.md", docs)
+    arguments = ("evidence.py", "--tasks", "digits", "--quick", "--seeds", "0", "--out", str(out), "--docs", str(docs))
+    done = script(*arguments, "--cache", str(out / "cache"))
+    assert done.returncode == 0, done.stderr
+    records = {own["posterior"]: own for own in json.loads((docs / "records" / "evidence.json").read_text())}
+    assert list(records) == ["debiased", "single batch", "full data"]
+    assert all(0 < records[kind]["scores"]["evidence, probit"]["nll"] < 3 for kind in records)
+    text = (docs / "evidence.md").read_text()
+    part = text.split("<!-- evidence digits -->")[1].split("<!-- end -->")[0]
+    row = next(line for line in part.splitlines() if line.startswith("| evidence, layers, probit |"))
+    for cell, own in zip(row.split("|")[2:5], records.values(), strict=True):
+        assert float(cell) == pytest.approx(own["scores"]["evidence, layers, probit"]["nll"], abs=6e-4)
+    paths = sorted((out / "evidence").glob("*.json"))
+    before = [path.read_bytes() for path in paths]
+    done = script(*arguments)  # what is there is used
+    assert done.returncode == 0, done.stderr
+    assert "fitted" not in done.stderr
+    assert [path.read_bytes() for path in paths] == before
+    assert (docs / "evidence.md").read_text() == text

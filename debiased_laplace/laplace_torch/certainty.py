@@ -36,6 +36,8 @@ TOLERATED_FACTOR = 3.0
 SMALLEST_PART = 0.5
 #: Of the errors of the sample.
 CONFIDENCE = 0.95
+#: Outputs of all data together that are looked at, each a back-propagation, and the fewest data that tell anything.
+MAX_OUTPUTS, FEWEST = 2048, 16
 
 
 @dataclass(frozen=True)
@@ -110,10 +112,16 @@ def certainty_on(
         **settings: Of the predictions, for :func:`compare`.
 
     Returns:
-        The numbers; None for a likelihood that has neither classes nor errors.
+        The numbers; None for a likelihood that has neither classes nor errors, and for more than 128 outputs, which
+        would take as long as the fit.
     """
     if not (likelihood.is_regression or isinstance(likelihood, (Categorical, Bernoulli))):
         return None
+    n = MAX_OUTPUTS // network.n_outputs
+    if n < FEWEST:
+        return None
+    if n < len(data):  # they are in the order of the stream
+        data = data.take(torch.randperm(len(data), generator=torch.Generator().manual_seed(0))[:n])
     mean, covariances = functional_moments(network, posterior, data.inputs)
     weight = 1 / (float(posterior.noise_variance) * posterior.temperature)
     return compare(likelihood, mean, covariances, data.targets, data.weights, weight=weight, **settings)
