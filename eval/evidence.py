@@ -17,7 +17,7 @@ import json
 import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,7 @@ from debiased_laplace.evaluation.regression import regression_metrics
 from debiased_laplace.evaluation.shipped import uci
 from debiased_laplace.evaluation.tasks import Context, Task, resolve_device
 from debiased_laplace.fit import Fit, fit
-from debiased_laplace.laplace_torch.certainty import compare
+from debiased_laplace.laplace_torch.certainty import Certainty, compare
 from debiased_laplace.leave_one_out import LeftOut, leave_one_out
 from debiased_laplace.likelihoods import Categorical, Gaussian, Likelihood
 from debiased_laplace.posterior import Posterior
@@ -50,8 +50,8 @@ TASKS = (
 )  # fmt: skip
 POSTERIORS = ("debiased", "single batch", "full data")
 #: Data: of the training set (all of it, if not named), held out for the reference, to test on, and left out.
-POOLS = {"cifar10": 3000, "cifar10-resnet56": 1000}
-SIZES = {"cifar10": (200, 300, 200), "cifar10-resnet56": (100, 200, 100)}
+POOLS = {"cifar10": 3000, "cifar10-resnet56": 500}
+SIZES = {"cifar10": (200, 300, 200), "cifar10-resnet56": (60, 150, 60)}
 DEFAULT_SIZES, QUICK_SIZES = (1000, 2000, 500), (100, 100, 50)
 #: Checkpoints of akamaster/pytorch_resnet_cifar10: SGD with this weight decay on 50,000 images.
 RESNET_DECAY = 1e-4
@@ -224,16 +224,9 @@ def classification(whole: Fit, last: Fit, priors: Mapping[str, Any], data: Mappi
     of = {"evidence": place["evidence"], "evidence, layers": place["evidence, layers"], "validation data": first + best}
     for name, index in of.items():
         own = compare(likelihood, outputs[:n], covariances[index, :n], targets[:n], torch.full((n,), 1 / n).double())
-        certainty[name] = certainty_record(own)
+        certainty[name] = asdict(own)
     above = {name: float((alone[index].leverages >= 1).double().mean()) for name, index in place.items()}
     return {"scores": rows, "certainty": certainty, "leverage_above_one": above}
-
-
-def certainty_record(own: Any) -> dict[str, Any]:
-    return {
-        "performance": own.performance, "left_out": own.left_out, "certainty": own.certainty, "part": own.part,
-        "warns": bool(own.too_small),
-    }  # fmt: skip
 
 
 def predictive(mean: Tensor, covariance: Tensor, link: str = "probit") -> Tensor:
@@ -312,7 +305,7 @@ def regression(whole: Fit, last: Fit, priors: Mapping[str, Any], data: Mapping[s
             Gaussian(), mean, covariance, few.targets, torch.full((n,), 1 / n).double(), weight=1 / noise,
             noise_variance=noise,
         )  # fmt: skip
-        certainty[title] = certainty_record(compared)
+        certainty[title] = asdict(compared)
     return {"scores": rows, "certainty": certainty}
 
 
@@ -434,7 +427,8 @@ def warned(by_task: Mapping[str, Seeds]) -> str:
             for key in ("performance", "left_out", "certainty"):
                 own = [scale * one[key] for one in found]
                 cells.append(f"{min(own):.{digits}f} to {max(own):.{digits}f}")
-            rows.append([name, method, *cells, f"{sum(own['warns'] for own in found)} of {len(found)}"])
+            n_warned = sum(Certainty(**own).too_small for own in found)
+            rows.append([name, method, *cells, f"{n_warned} of {len(found)}"])
     return markdown(["task", "way", "network", "without each datum's own part", "predictions", "warned"], rows)
 
 

@@ -433,9 +433,9 @@ def test_nothing_else_changes():
 
 
 @pytest.mark.parametrize(("right", "n"), [(0, 1), (1, 1), (5, 9), (64, 64), (63, 64)])
-def test_the_interval_is_wilsons(right, n):
-    expected = binomtest(right, n).proportion_ci(0.95, method="wilson").low
-    assert wilson_lower(right / n, n) == pytest.approx(expected, abs=1e-5)
+def test_the_bound_is_wilsons(right, n):
+    expected = binomtest(right, n).proportion_ci(0.9, method="wilson").low  # 5 % on either side
+    assert wilson_lower(right / n, n) == pytest.approx(expected, rel=EXACT, abs=1e-15)
 
 
 def test_few_data_prove_nothing():
@@ -443,6 +443,10 @@ def test_few_data_prove_nothing():
     assert not Certainty(n=4, effective_n=4.0, **values).too_small
     assert Certainty(n=64, effective_n=64.0, **values).too_small
     assert not Certainty(n=64, effective_n=4.0, **values).too_small  # of very different weights
+    values = {**values, "n": 64, "effective_n": 64.0}
+    assert not Certainty(**{**values, "certainty": 0.88}).too_small  # three times as much doubt, but little
+    assert not Certainty(**{**values, "left_out": 0.5, "certainty": 0.2}).too_small  # much, but not in proportion
+    assert Certainty(**{**values, "left_out": 0.5, "certainty": 0.05}).too_small
     values = {"performance": 0.1, "left_out": 0.1, "certainty": 0.5, "is_regression": True}
     assert not Certainty(n=4, effective_n=4.0, part=1.0, **values).too_small
     assert Certainty(n=64, effective_n=64.0, part=1.0, **values).too_small

@@ -28,13 +28,13 @@ from debiased_laplace.posterior import Posterior, standard_normals
 from debiased_laplace.predictive import functional_moments
 from debiased_laplace.sampling import WeightedData
 
-#: How far the mean confidence may be below the share of right answers, beyond the error of the sample.
-TOLERATED_GAP = 0.15
+#: By what factor and by how much the doubt may exceed the share of wrong answers, beyond the error of the sample.
+TOLERATED_DOUBT, TOLERATED_GAP = 1.5, 0.1
 #: By what factor a regression's standard deviation may exceed its error, likewise.
 TOLERATED_FACTOR = 3.0
 #: Below this part the data of a regression say little about one another.
 SMALLEST_PART = 0.5
-#: Of the errors of the sample.
+#: Of the error of the sample, on one side.
 CONFIDENCE = 0.95
 #: Outputs of all data together that are looked at, each a back-propagation, and the fewest data that tell anything.
 MAX_OUTPUTS, FEWEST = 2048, 16
@@ -66,11 +66,12 @@ class Certainty:
     def too_small(self) -> bool:
         """Whether predictions are far less certain than they could be, and not by chance."""
         if not self.is_regression:
-            return self.certainty < wilson_lower(self.left_out, self.effective_n) - TOLERATED_GAP
+            doubt, wrong = 1 - self.certainty, 1 - wilson_lower(self.left_out, self.effective_n)
+            return doubt > TOLERATED_DOUBT * wrong and doubt > wrong + TOLERATED_GAP
         if self.part < SMALLEST_PART:
             return False
         freedom = self.effective_n * self.part
-        largest = self.left_out * float(freedom / chi2.ppf((1 - CONFIDENCE) / 2, freedom)) ** 0.5
+        largest = self.left_out * float(freedom / chi2.ppf(1 - CONFIDENCE, freedom)) ** 0.5
         return self.certainty > TOLERATED_FACTOR * largest
 
     def message(self, prior_precision: Tensor, sigma_noise: Tensor) -> str:
@@ -199,8 +200,8 @@ def _confidence(likelihood: Likelihood, probabilities: Tensor) -> Tensor:
 
 
 def wilson_lower(share: float, n: float) -> float:
-    """Lower end of Wilson's interval for a probability, from a share of ``n`` trials, which need not be whole."""
-    z = float(norm.ppf((1 + CONFIDENCE) / 2))
+    """Lower bound of a probability (Wilson's score) from a share of ``n`` trials, which need not be whole."""
+    z = float(norm.ppf(CONFIDENCE))
     centre = share + z**2 / (2 * n)
     return (centre - z * math.sqrt(share * (1 - share) / n + z**2 / (4 * n**2))) / (1 + z**2 / n)
 
