@@ -547,8 +547,8 @@ def _pull(outputs: Sequence[Tensor], inputs: list[Tensor], vectors: Sequence[Ten
         except torch.OutOfMemoryError:
             raise
         except RuntimeError:  # some release of torch cannot batch some layer's second derivative: one by one
-            rows = [torch.autograd.grad(outs, inputs, [v[i] for _, v in pairs], **common) for i in range(k)]
-            found = tuple(None if own[0] is None else torch.stack(own) for own in zip(*rows, strict=True))
+            rows = [_pull(outs, inputs, [v[i : i + 1] for _, v in pairs]) for i in range(k)]
+            return [torch.cat(own) for own in zip(*rows, strict=True)]
     return [own.new_zeros((k, *own.shape)) if g is None else g for own, g in zip(inputs, found, strict=True)]
 
 
