@@ -106,6 +106,23 @@ def test_everything_equals_the_dense_quadratic(name, likelihood, kind):
     assert_equal(quadratic.value(center), loss(parameters))
 
 
+def test_layers_whose_second_derivative_torch_cannot_batch(monkeypatch):
+    """As group normalisation in torch 2.11; one vector after the other then."""
+    model, batch, likelihood = example("group-norm", n=4)
+    quadratic, original = Quadratic(model, batch, likelihood, "hessian"), torch.autograd.grad
+    quadratic._network.vector_chunk = 2
+    u = vectors(len(quadratic.gradient))
+    expected = quadratic.matvec(u)
+
+    def grad(*arguments, is_grads_batched=False, **keywords):
+        if is_grads_batched:
+            raise RuntimeError("Batching rule not implemented")
+        return original(*arguments, **keywords)
+
+    monkeypatch.setattr(torch.autograd, "grad", grad)
+    assert_equal(quadratic.matvec(u), expected)
+
+
 @pytest.mark.parametrize("vector_chunk", [1, 2])
 @pytest.mark.parametrize("name", ZOO)
 def test_products_with_every_network_of_the_zoo(name, vector_chunk):
