@@ -135,6 +135,7 @@ def training_prior(fitted: Fit, likelihood: Likelihood, pool: Sequence[Any]) -> 
     parameters = {name: p.requires_grad_() for name, p in network.from_vector(posterior.mean.clone()).items()}
     slope, n = 0.0, 0
     for inputs, targets in pool:
+        inputs, targets = _data.to_device(inputs, network.device), targets.to(network.device)
         loss = likelihood.loss(network.call(parameters, inputs), targets).sum()
         gradients = torch.autograd.grad(loss, list(parameters.values()))
         slope += sum(float((g * p).sum()) for g, p in zip(gradients, parameters.values(), strict=True))
@@ -150,7 +151,7 @@ def with_prior(posterior: Posterior, prior: Tensor | float, noise: float = 1.0) 
 
 def moments(fitted: Fit, posteriors: Sequence[Posterior], data: Data) -> Moments:
     mean, covariances = functional_moments(fitted.network, list(posteriors), data.inputs)
-    return mean.double(), covariances.double()
+    return mean.double().cpu(), covariances.double().cpu()
 
 
 # -- classification --------------------------------------------------------------------------------
