@@ -251,10 +251,11 @@ class Quadratic:
     def eigenpairs(self, k: int) -> tuple[Tensor, Tensor]:
         """The k largest eigenvalues ``[k]``, descending, and orthonormal eigenvectors ``[k, D]``, as rows.
 
-        A repeated eigenvalue comes as often as it is one (with regression every one comes at least C times for a
-        linear last layer); of its eigenvectors only their span is determined, and if k cuts it, not even that. Those
-        of the Gauss-Newton matrix come from its Gram matrix, exactly, as long as that has at most :data:`GRAM_SIZE`
-        rows; others from products, in the precision of the model's dtype (:func:`.largest_eigenpairs`).
+        A repeated eigenvalue comes as often as it is one (regression with C outputs has every one of a linear model,
+        or of the last layer alone, C times); of its eigenvectors only their span is determined, and if k cuts it, not
+        even that. Those of the Gauss-Newton matrix come from its Gram matrix, exactly, as long as that has at most
+        :data:`GRAM_SIZE` rows; others from products, in the precision of the model's dtype
+        (:func:`.largest_eigenpairs`).
 
         Args:
             k: How many; the largest in value, not in magnitude, so that a Hessian's negative ones come last.

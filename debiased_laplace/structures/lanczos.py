@@ -78,6 +78,7 @@ def largest_eigenpairs(
             spent += lanczos.n_products
             if block == widest or (can_form and spent >= size):
                 break
+            del lanczos  # its basis, before that of the next
             block = min(4 * block, widest)
         if not can_form:
             raise ConvergenceError(
