@@ -159,7 +159,7 @@ def test_the_numbers_of_a_classification(scale):
     hessians = torch.diag_embed(p) - p[:, :, None] * p[:, None, :]
     precision = (everything.mT @ hessians @ everything).sum(0) / 2.0
     precision += float(la.prior_precision) * torch.eye(len(precision)).double()
-    right, left_out, confidence, parts = [], [], [], []
+    right, left_out, confidence, parts, alone = [], [], [], [], []
     for own, output, target in zip(jacobians, outputs, data.targets, strict=True):
         covariance = own @ precision.inverse() @ own.mT
         probabilities = (output / (1 + math.pi / 8 * covariance.diagonal()).sqrt()).softmax(0)
@@ -171,9 +171,10 @@ def test_the_numbers_of_a_classification(scale):
         right.append(float(output.argmax() == target))
         left_out.append(parts[-1] * float((output + without @ gradient).argmax() == target))
         confidence.append(float(probabilities.max()))
+        alone.append(float(p.max()))
     found = certainty_on(la.network, la.posterior, Categorical(), data)
-    expected = [100 * sum(own) / len(data) for own in (right, left_out, confidence, parts)]
-    own = [100 * value for value in (found.performance, found.left_out, found.certainty, found.part)]
+    expected = [100 * sum(own) / len(data) for own in (right, left_out, confidence, parts, alone)]
+    own = [100 * v for v in (found.performance, found.left_out, found.certainty, found.part, found.alone)]
     assert own == pytest.approx(expected, rel=EXACT)
     assert expected[0] == 100 - 100 / UNIFORM_BUDGET
     assert_equal(la(data.inputs).amax(-1), torch.tensor(confidence, dtype=torch.float64))
@@ -214,6 +215,16 @@ def test_a_network_as_sure_as_it_should_be():
     la = DebiasedLaplace(model, "classification")
     la.fit([(x, y)])
     silent(la)
+
+
+def test_a_network_that_doubts_itself():
+    """Right about everything and unsure of it, as with smoothed labels: the posterior adds little."""
+    la = DebiasedLaplace(classifier(0.4), "classification")
+    la.fit([separated()])
+    silent(la)
+    found = certainty_on(la.network, la.posterior, Categorical(), la.fitted.uniform.data)
+    assert found.left_out > 0.9
+    assert found.certainty < found.alone < 0.8
 
 
 def test_a_network_that_has_memorised_labels_at_random():
@@ -439,7 +450,7 @@ def test_the_bound_is_wilsons(right, n):
 
 
 def test_few_data_prove_nothing():
-    values = {"performance": 1.0, "left_out": 1.0, "certainty": 0.5, "part": 1.0, "is_regression": False}
+    values = {"performance": 1.0, "left_out": 1.0, "certainty": 0.5, "alone": 1.0, "part": 1.0, "is_regression": False}
     assert not Certainty(n=4, effective_n=4.0, **values).too_small
     assert Certainty(n=64, effective_n=64.0, **values).too_small
     assert not Certainty(n=64, effective_n=4.0, **values).too_small  # of very different weights
@@ -447,7 +458,8 @@ def test_few_data_prove_nothing():
     assert not Certainty(**{**values, "certainty": 0.88}).too_small  # three times as much doubt, but little
     assert not Certainty(**{**values, "left_out": 0.5, "certainty": 0.2}).too_small  # much, but not in proportion
     assert Certainty(**{**values, "left_out": 0.5, "certainty": 0.05}).too_small
-    values = {"performance": 0.1, "left_out": 0.1, "certainty": 0.5, "is_regression": True}
+    assert not Certainty(**{**values, "alone": 0.6}).too_small  # the doubt is the network's own
+    values = {"performance": 0.1, "left_out": 0.1, "certainty": 0.5, "alone": 0.5, "is_regression": True}
     assert not Certainty(n=4, effective_n=4.0, part=1.0, **values).too_small
     assert Certainty(n=64, effective_n=64.0, part=1.0, **values).too_small
     assert not Certainty(n=64, effective_n=64.0, part=0.4, **values).too_small  # every datum speaks for itself

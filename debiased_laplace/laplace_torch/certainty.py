@@ -28,7 +28,8 @@ from debiased_laplace.posterior import Posterior, standard_normals
 from debiased_laplace.predictive import functional_moments
 from debiased_laplace.sampling import WeightedData
 
-#: By what factor and by how much the doubt may exceed the share of wrong answers, beyond the error of the sample.
+#: By what factor and by how much the doubt may exceed the share of wrong answers, beyond the error of the sample, and
+#: the doubt of the network itself.
 TOLERATED_DOUBT, TOLERATED_GAP = 1.5, 0.1
 #: By what factor a regression's standard deviation may exceed its error, likewise.
 TOLERATED_FACTOR = 3.0
@@ -49,7 +50,8 @@ class Certainty:
         performance: Of the network on them: the share it is right about, or its root mean square error.
         left_out: The same of the network without the datum, each by the part that the others determine.
         certainty: Mean probability of the most probable class, or root mean square standard deviation with noise.
-        part: Mean of these parts.
+        alone: The same of the network's own probabilities, or standard deviation of the noise.
+        part: Mean of the parts.
         is_regression: Whether errors are compared.
         effective_n: Number of equally weighted data that would be as good a sample.
     """
@@ -58,6 +60,7 @@ class Certainty:
     performance: float
     left_out: float
     certainty: float
+    alone: float
     part: float
     is_regression: bool
     effective_n: float
@@ -66,8 +69,9 @@ class Certainty:
     def too_small(self) -> bool:
         """Whether predictions are far less certain than they could be, and not by chance."""
         if not self.is_regression:
-            doubt, wrong = 1 - self.certainty, 1 - wilson_lower(self.left_out, self.effective_n)
-            return doubt > TOLERATED_DOUBT * wrong and doubt > wrong + TOLERATED_GAP
+            justified = 1 - min(self.alone, wilson_lower(self.left_out, self.effective_n))
+            doubt = 1 - self.certainty
+            return doubt > TOLERATED_DOUBT * justified and doubt > justified + TOLERATED_GAP
         if self.part < SMALLEST_PART:
             return False
         freedom = self.effective_n * self.part
@@ -165,8 +169,12 @@ def compare(
     weights = weights / weights.sum()
     if likelihood.is_regression:
         errors, left_out = ((own - targets.to(mean)).square().mean(-1) for own in (mean, outputs))
-        variances = covariances.diagonal(dim1=1, dim2=2) + torch.as_tensor(noise_variance).to(mean)
-        values = [weights @ errors, (weights * part) @ left_out / (weights @ part), weights @ variances.mean(-1)]
+        noise = torch.as_tensor(noise_variance).to(mean).expand_as(mean)
+        variances = covariances.diagonal(dim1=1, dim2=2) + noise
+        values = [
+            weights @ errors, (weights * part) @ left_out / (weights @ part), weights @ variances.mean(-1),
+            weights @ noise.mean(-1),
+        ]  # fmt: skip
         values = [value.sqrt() for value in values]
     else:
         tau = output_temperature
@@ -175,13 +183,13 @@ def compare(
         if link == "mc":
             normals = standard_normals((n_samples, mean.shape[1]), mean, torch.Generator().manual_seed(seed))
         probabilities = likelihood.predictive(mean / tau, spread / tau**2, link, normals)
+        network = likelihood.predictive(mean / tau, torch.zeros_like(mean), "probit")
         right, left_out = (_right(likelihood, own, targets) for own in (mean, outputs))
-        values = [weights @ right, weights @ (part * left_out), weights @ _confidence(likelihood, probabilities)]
-    performance, without_it, certainty = (float(value) for value in values)
-    return Certainty(
-        len(targets), performance, without_it, certainty, float(weights @ part), likelihood.is_regression,
-        float(1 / weights.square().sum()),
-    )  # fmt: skip
+        certainty, alone = (_confidence(likelihood, own) for own in (probabilities, network))
+        values = [weights @ right, weights @ (part * left_out), weights @ certainty, weights @ alone]
+    n_effective = float(1 / weights.square().sum())
+    found = [float(value) for value in (*values, weights @ part)]
+    return Certainty(len(targets), *found, likelihood.is_regression, n_effective)
 
 
 def _right(likelihood: Likelihood, outputs: Tensor, targets: Tensor) -> Tensor:
