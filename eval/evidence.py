@@ -31,8 +31,7 @@ from debiased_laplace import _data
 from debiased_laplace.evaluation.metrics import classification_metrics
 from debiased_laplace.evaluation.records import environment, write_json
 from debiased_laplace.evaluation.regression import regression_metrics
-from debiased_laplace.evaluation.shipped import digits, uci
-from debiased_laplace.evaluation.shipped._common import kept
+from debiased_laplace.evaluation.shipped import uci
 from debiased_laplace.evaluation.tasks import Context, Task, resolve_device
 from debiased_laplace.fit import Fit, fit
 from debiased_laplace.laplace_torch.certainty import Certainty, compare
@@ -45,18 +44,15 @@ from debiased_laplace.splits import Single
 from debiased_laplace.structures import Full, Kronecker
 from debiased_laplace.tuning import best_noise, maximise_marginal_likelihood, maximise_with_noise
 
-RANDOM_LABELS = "digits-random-labels"
 TASKS = (
-    "digits", RANDOM_LABELS, "fashion-mnist", "cifar10", "cifar10-resnet56", "uci-concrete", "uci-energy",
-    "uci-power-plant", "uci-wine-quality-red",
+    "digits", "fashion-mnist", "cifar10", "cifar10-resnet56", "uci-concrete", "uci-energy", "uci-power-plant",
+    "uci-wine-quality-red",
 )  # fmt: skip
 POSTERIORS = ("debiased", "single batch", "full data")
 #: Data: of the training set (all of it, if not named), held out for the reference, to test on, and left out.
 POOLS = {"cifar10": 3000, "cifar10-resnet56": 500}
 SIZES = {"cifar10": (200, 300, 200), "cifar10-resnet56": (60, 150, 60)}
 DEFAULT_SIZES, QUICK_SIZES = (1000, 2000, 500), (100, 100, 50)
-#: Of the labels of digits, all parts alike, and epochs enough to learn them by heart.
-SHARE_AT_RANDOM, EPOCHS = 0.3, 200
 #: Checkpoints of akamaster/pytorch_resnet_cifar10: SGD with this weight decay on 50,000 images.
 RESNET_DECAY = 1e-4
 GRID = torch.logspace(-2, 6, 33, dtype=torch.float64)
@@ -79,39 +75,9 @@ class Data:
         return cls(inputs, targets) if index is None else cls(_data.take(inputs, index), targets[index])
 
 
-class RandomLabels:
-    """The shipped task of digits with some labels at random: a network that has learnt them by heart."""
-
-    likelihood, budget, n_data = "classification", digits.BUDGET, None
-
-    def model(self, context: Context) -> torch.nn.Module:
-        """Trained for long on the labels as they are."""
-        epochs = EPOCHS // 20 if context.quick else EPOCHS
-        settings = {"seed": context.seed, "share": SHARE_AT_RANDOM, "epochs": epochs}
-
-        def make() -> torch.nn.Module:
-            return digits.trained(*self._part("train", context), context.seed, epochs=epochs)
-
-        name = f"{RANDOM_LABELS}-{context.seed}"
-        return kept(context.cache, name, settings, digits.network, make, context.device)
-
-    def call(self, loader: str, context: Context) -> list[tuple[Tensor, Tensor]]:
-        """One batch."""
-        part = {"train_loader": "train", "val_loader": "validation", "test_loader": "test"}[loader]
-        return [self._part(part, context)]
-
-    @staticmethod
-    def _part(name: str, context: Context) -> tuple[Tensor, Tensor]:
-        parts = digits.split(context.seed)
-        inputs, targets = getattr(parts, name)
-        generator = torch.Generator().manual_seed(100 * context.seed + parts._fields.index(name))
-        random = torch.rand(len(targets), generator=generator) < SHARE_AT_RANDOM
-        return inputs, torch.where(random, torch.randint(10, (len(targets),), generator=generator), targets)
-
-
 def measure(name: str, seed: int, kind: str, options: argparse.Namespace) -> dict[str, Any]:
     """All ways for one posterior of one seed."""
-    task = RandomLabels() if name == RANDOM_LABELS else Task.load(name)
+    task = Task.load(name)
     context = Context(seed, options.data_dir, options.cache, options.quick, resolve_device(options.device))
     model = task.model(context)
     pool = list(_data.head(task.call("train_loader", context), POOLS.get(name, 10**9)))
@@ -392,10 +358,10 @@ def document(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
     if classes:
         parts["posteriors"] = posteriors(classes)
     fill(path, parts | {"warnings": warned(complete)})
-    place = path.parent / "records" / "evidence.json"
-    place.parent.mkdir(parents=True, exist_ok=True)
+    kept = path.parent / "records" / "evidence.json"
+    kept.parent.mkdir(parents=True, exist_ok=True)
     used = [rounded(own[kind]) for seeds in complete.values() for own in seeds.values() for kind in POSTERIORS]
-    place.write_text(json.dumps(used, separators=(",", ":")) + "\n")
+    kept.write_text(json.dumps(used, separators=(",", ":")) + "\n")
 
 
 def rounded(value: Any) -> Any:

@@ -188,8 +188,11 @@ def compare(
         certainty, alone = (_confidence(likelihood, own) for own in (probabilities, network))
         values = [weights @ right, weights @ (part * left_out), weights @ certainty, weights @ alone]
     n_effective = float(1 / weights.square().sum())
-    found = [float(value) for value in (*values, weights @ part)]
-    return Certainty(len(targets), *found, likelihood.is_regression, n_effective)
+    performance, left_out_of, certain, by_itself = (float(value) for value in values)
+    return Certainty(
+        len(targets), performance, left_out_of, certain, by_itself, float(weights @ part), likelihood.is_regression,
+        n_effective,
+    )  # fmt: skip
 
 
 def _right(likelihood: Likelihood, outputs: Tensor, targets: Tensor) -> Tensor:
