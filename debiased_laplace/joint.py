@@ -430,16 +430,16 @@ def _warn_of_edges(
     if not per_part:
         if flat[0]:
             curve = PriorCurve(torch.stack([found[0], precisions[-1]]), torch.zeros(2), "")
-            curve.warn(stacklevel=3)
+            curve.warn()
         elif bool(lower | (found >= precisions[-1] / (1 + 1e-9))):
-            warn_of_the_edge(float(found), smallest=bool(lower), stacklevel=3)
+            warn_of_the_edge(float(found), smallest=bool(lower))
         return flat[0]
     names = [", ".join(posterior.basis.blocks[i].name for i in own) for own in posterior.basis.members]
     low = [name for name, at_end, free in zip(names, lower, flat, strict=True) if at_end and not free]
     free = [name for name, at_end, free in zip(names, lower, flat, strict=True) if at_end and free]
     if low:
-        warn_of_the_edge(float(precisions[0]), smallest=True, of=f" of {', '.join(low)}", stacklevel=3)
+        warn_of_the_edge(float(precisions[0]), smallest=True, of=f" of {', '.join(low)}")
     if free:
         why = "every value of the grid is as good. It is the smallest, with most uncertainty"
-        warn_undetermined(f"prior precision of {', '.join(free)}", why, stacklevel=3)
+        warn_undetermined(f"prior precision of {', '.join(free)}", why)
     return bool(free)

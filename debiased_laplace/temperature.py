@@ -19,6 +19,7 @@ uncertainty: it is searched in :data:`TEMPERATURES`. Of equally good values the 
 from __future__ import annotations
 
 import math
+import sys
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -37,6 +38,7 @@ TEMPERATURES = 1 / 20, 20.0
 AS_GOOD = 1e-6
 # Where the zero of the slope is looked for: outputs of any scale that single precision holds.
 _BRACKET = math.log(1e-38), math.log(1e38)
+_PACKAGE = __name__.partition(".")[0]
 _START = "Validation data do not determine the "
 # So many times the inverse of the largest output of a datum, probabilities are zero and one unless outputs are equal.
 _SATURATED = 1e20
@@ -132,9 +134,17 @@ def minimise(loss: Callable[[float], float], unit: float = 1.0) -> tuple[float, 
 # -- what the data do not determine ----------------------------------------------------------------
 
 
-def warn_undetermined(what: str, why: str, *, stacklevel: int = 2) -> None:
+def warn_undetermined(what: str, why: str) -> None:
     """Say that a quantity is a choice, not a result; :func:`undetermined_in` finds it in the text."""
-    warnings.warn(f"{_START}{what}: {why}.", stacklevel=stacklevel + 1)
+    warn_the_caller(f"{_START}{what}: {why}.")
+
+
+def warn_the_caller(text: str) -> None:
+    """Warn at the line outside this package that led here."""
+    frame, level = sys._getframe(1), 2
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] == _PACKAGE:
+        frame, level = frame.f_back, level + 1
+    warnings.warn(text, stacklevel=level)
 
 
 def undetermined_in(texts: Sequence[str]) -> list[str]:

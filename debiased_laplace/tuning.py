@@ -3,7 +3,6 @@ r"""Prior precision: a whole grid in one pass over validation data, or the margi
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,7 +17,7 @@ from debiased_laplace.gradients import Network
 from debiased_laplace.likelihoods import Likelihood
 from debiased_laplace.posterior import Posterior, standard_normals
 from debiased_laplace.predictive import functional_moments
-from debiased_laplace.temperature import AS_GOOD, warn_undetermined
+from debiased_laplace.temperature import AS_GOOD, warn_the_caller, warn_undetermined
 
 
 @dataclass(frozen=True)
@@ -59,13 +58,12 @@ class PriorCurve:
         from_best = self.prior_precisions >= self.best
         return int(from_best.sum()) > 1 and bool(self._as_good[from_best].all())
 
-    def warn(self, *, stacklevel: int = 2) -> None:
+    def warn(self) -> None:
         """Say so if the best value is an end of the grid, or is not determined."""
         if self.is_flat:
-            warn_undetermined("prior precision", self._why_flat, stacklevel=stacklevel + 1)
+            warn_undetermined("prior precision", self._why_flat)
         elif self.at_edge and len(self.losses) > 1:
-            smallest = self.best == float(self.prior_precisions.min())
-            warn_of_the_edge(self.best, smallest=smallest, stacklevel=stacklevel + 1)
+            warn_of_the_edge(self.best, smallest=self.best == float(self.prior_precisions.min()))
 
     @property
     def _as_good(self) -> Tensor:
@@ -130,7 +128,7 @@ def grid_search(
     losses = (total / n).cpu()
     check_losses(losses)
     curve = PriorCurve(torch.stack([p.prior_precision[0] for p in grid]).cpu(), losses, link)
-    curve.warn(stacklevel=2)
+    curve.warn()
     return curve
 
 
@@ -143,16 +141,15 @@ def check_losses(losses: Tensor, remedy: str = "Look for NaN in the validation d
 EMPTY = "Expected validation data, got an empty val_loader. A generator can be read only once."
 
 
-def warn_of_the_edge(best: float, *, smallest: bool, of: str = "", stacklevel: int = 2) -> None:
+def warn_of_the_edge(best: float, *, smallest: bool, of: str = "") -> None:
     """Say that the best prior precision is an end of the grid."""
     side, name = ("smallest", "log_prior_prec_min") if smallest else ("largest", "log_prior_prec_max")
-    warnings.warn(
+    warn_the_caller(
         f"The best prior precision{of}, {best:.3g}, is the {side} of the grid: the optimum may lie beyond. "
         f"Change {name}" + (
             "." if smallest
             else ", unless the loss has levelled off (then the posterior has nothing to add on these data)."
-        ),
-        stacklevel=stacklevel + 1,
+        )
     )  # fmt: skip
 
 
@@ -237,7 +234,7 @@ def noise_search(
     check_losses(losses)
     own = torch.stack([p.prior_precision[0].cpu() for p in grid]) / noise
     curve = PriorCurve(own, losses, "probit")
-    curve.warn(stacklevel=2)
+    curve.warn()
     return TunedNoise(curve.best, float(noise[curve.best_index]), curve)
 
 

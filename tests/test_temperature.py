@@ -321,3 +321,13 @@ def test_undetermined_quantities_are_found_in_warnings() -> None:
         "Validation data do not determine the a: b.",
     ]
     assert undetermined_in([*texts, texts[1]]) == ["noise", "a"]
+
+
+def test_the_warning_is_at_the_callers_line() -> None:
+    la = DebiasedLaplace(ZOO["mlp"].model(), "classification")
+    la.fit([data(Categorical(), 12)], budget=None)
+    inputs = ZOO["mlp"].inputs(10, seed=4)
+    batches = [(inputs, la.model(inputs).argmax(1))]
+    with pytest.warns(UserWarning, match="do not determine the temperature") as caught:
+        la.optimize_prior_precision(method="gridsearch", val_loader=batches, tune_temperature=True)
+    assert {warning.filename for warning in caught} == {__file__}

@@ -325,7 +325,7 @@ class TuningLayer(PredictiveLayer):
         losses = torch.tensor([score.compute() for score in scores], dtype=torch.float64)
         check_losses(losses, "Look for NaN in the validation data, or in the loss.")
         curve = PriorCurve(grid, losses, link, AS_GOOD if loss is None else 0.0)  # the scale of another is not known
-        curve.warn(stacklevel=3)
+        curve.warn()
         return curve
 
     def _glm_predictions(
