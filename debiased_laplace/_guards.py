@@ -49,6 +49,19 @@ def global_random_state() -> Iterator[None]:
 
 
 @contextmanager
+def user_warnings() -> Iterator[list[str]]:
+    """Collect what the user is warned of; the texts, each once and in their order, are in the list afterwards."""
+    told: list[str] = []
+    caught: list[warnings.WarningMessage] = []
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", UserWarning)
+            yield told
+    finally:
+        told += dict.fromkeys(str(own.message) for own in caught if issubclass(own.category, UserWarning))
+
+
+@contextmanager
 def gradients_enabled() -> Iterator[None]:
     """Record gradients, whatever ``no_grad`` or ``inference_mode`` the caller is in."""
     with torch.inference_mode(False), torch.enable_grad():

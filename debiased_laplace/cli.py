@@ -331,13 +331,14 @@ def _clear_errors() -> Iterator[None]:
 @contextmanager
 def _told_warnings() -> Iterator[None]:
     """What the user is warned of, as lines of its own; a place in the source would be of this program."""
-    caught: list[warnings.WarningMessage] = []
+    from debiased_laplace._guards import user_warnings
+
+    told: list[str] = []
     try:
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always", UserWarning)
+        with user_warnings() as told:
             yield
     finally:
-        for text in dict.fromkeys(str(own.message) for own in caught if issubclass(own.category, UserWarning)):
+        for text in told:
             typer.echo(f"Warning: {text}", err=True)
 
 

@@ -61,6 +61,20 @@ def silent(la: DebiasedLaplace, **keywords) -> None:
         la.optimize_prior_precision(**keywords)
 
 
+def train_to_the_mode(model: nn.Module, x: Tensor, y: Tensor, *, decay: float, steps: int) -> None:
+    """Minimise the summed cross entropy and ``decay`` times the squared norm of the weights."""
+    optimizer = torch.optim.LBFGS(model.parameters(), max_iter=steps)
+
+    def loss() -> Tensor:
+        optimizer.zero_grad()
+        value = nn.functional.cross_entropy(model(x), y, reduction="sum")
+        value = value + decay * sum(p.square().sum() for p in model.parameters())
+        value.backward()
+        return value
+
+    optimizer.step(loss)
+
+
 def numbers(message: str, before: str, after: str) -> float:
     return float(re.search(f"{before}([0-9.]+){after}", message)[1])
 
@@ -202,16 +216,7 @@ def test_a_network_as_sure_as_it_should_be():
     y = torch.arange(300) % CLASSES
     x = DIRECTIONS[y] + torch.randn(300, 2, generator=generator).double()
     model = classifier(1.0)
-    optimizer = torch.optim.LBFGS(model.parameters(), max_iter=100)
-
-    def loss() -> Tensor:
-        optimizer.zero_grad()
-        value = nn.functional.cross_entropy(model(x), y, reduction="sum")
-        value = value + 0.5 * sum(p.square().sum() for p in model.parameters())
-        value.backward()
-        return value
-
-    optimizer.step(loss)
+    train_to_the_mode(model, x, y, decay=0.5, steps=100)
     la = DebiasedLaplace(model, "classification")
     la.fit([(x, y)])
     silent(la)
@@ -236,16 +241,7 @@ def test_a_network_that_has_memorised_labels_at_random():
     with torch.no_grad():
         for p in model.parameters():
             p.copy_(0.1 * torch.randn(p.shape, generator=generator))
-    optimizer = torch.optim.LBFGS(model.parameters(), max_iter=200)
-
-    def loss() -> Tensor:
-        optimizer.zero_grad()
-        value = nn.functional.cross_entropy(model(x), y, reduction="sum")
-        value = value + 0.05 * sum(p.square().sum() for p in model.parameters())
-        value.backward()
-        return value
-
-    optimizer.step(loss)
+    train_to_the_mode(model, x, y, decay=0.05, steps=200)
     assert float((model(x).argmax(-1) == y).double().mean()) > 0.95
     la = DebiasedLaplace(model, "classification", hessian_structure="full")
     la.fit([(x, y)], budget=None)

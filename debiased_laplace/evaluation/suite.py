@@ -12,7 +12,6 @@ import json
 import math
 import shutil
 import time
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -25,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from debiased_laplace import DebiasedLaplace, _data
+from debiased_laplace._guards import user_warnings
 from debiased_laplace.evaluation import bootstrap, records
 from debiased_laplace.evaluation.judge import ConditionError, cell, conditions, evaluate, preflight, reason
 from debiased_laplace.evaluation.methods import MAP, TEMPERATURE, Method, Options, check_methods, methods_of
@@ -572,10 +572,9 @@ def _log_ratio(variances: Tensor, reference: Tensor) -> Tensor:
 
 def _heard(call: Callable[[], _T]) -> tuple[_T, list[str]]:
     """What a function returns, and the warnings for the user that it gave."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", UserWarning)
+    with user_warnings() as told:
         found = call()
-    return found, sorted({str(w.message) for w in caught if issubclass(w.category, UserWarning)})
+    return found, sorted(told)
 
 
 def _typical_prior(la: DebiasedLaplace) -> float:
