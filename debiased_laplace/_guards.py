@@ -1,4 +1,4 @@
-"""Leave the user's things as they were: the model's modes, the global random states."""
+"""Leave the user's things as they were: the global random states, the modes of autograd."""
 
 from __future__ import annotations
 
@@ -6,29 +6,9 @@ import random
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
 
 import numpy as np
 import torch
-from torch import nn
-from torch.autograd import forward_ad
-
-
-@contextmanager
-def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Put every module into evaluation mode and give each its own mode back afterwards.
-
-    Modes are kept per module, since users freeze single normalisation layers in an otherwise
-    training model. They come back also after an exception.
-    """
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        for module, _ in modes:
-            module.training = False
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 @contextmanager
@@ -66,15 +46,3 @@ def gradients_enabled() -> Iterator[None]:
     """Record gradients, whatever ``no_grad`` or ``inference_mode`` the caller is in."""
     with torch.inference_mode(False), torch.enable_grad():
         yield
-
-
-@cache
-def load_forward_mode() -> None:
-    """Let torch load what its first forward-mode derivative needs, without the warning about how it does that.
-
-    It scripts decompositions, which its own newer releases deprecate: nothing a user could change.
-    """
-    with warnings.catch_warnings(), torch.inference_mode(False), forward_ad.dual_level():
-        warnings.filterwarnings("ignore", message="`torch.jit", category=FutureWarning)
-        warnings.filterwarnings("ignore", message="`torch.jit", category=DeprecationWarning)
-        forward_ad.make_dual(torch.zeros(1), torch.zeros(1))

@@ -21,6 +21,7 @@ from debiased_laplace.likelihoods import Likelihood
 from debiased_laplace.measurement import Measurement
 from debiased_laplace.posterior import Posterior
 from debiased_laplace.sampling import PrioritySampler, Sample, Sampler, UniformSampler
+from debiased_laplace.snapshot import Snapshot
 from debiased_laplace.splits import CrossFit, Single, Split
 from debiased_laplace.stream import Observed, Stream, UniformDraw, mean_loss
 from debiased_laplace.structures import Kronecker, Structure
@@ -74,7 +75,7 @@ class Fit:
         return _store.to_plain(own | {"network": self.network.description()})
 
     @classmethod
-    def restore(cls, model: nn.Module, state: dict[str, Any]) -> Fit:
+    def restore(cls, model: nn.Module | Snapshot, state: dict[str, Any]) -> Fit:
         """Inverse of :meth:`state`, on the device of the model.
 
         Raises:
@@ -101,7 +102,7 @@ class Fit:
             "settings": self.settings,
             "n_data": self.posterior.n_data,
             "shapes": {name: list(shape) for name, shape in network.shapes.items()},
-            "weights": _store.fingerprint(network.model.state_dict()),
+            "weights": _store.fingerprint(network.snapshot.state()),
             "versions": _store.versions(),
         }
         _store.write(path, self.state(), header)
@@ -123,7 +124,7 @@ class Fit:
 
 
 def fit(
-    model: nn.Module,
+    model: nn.Module | Snapshot,
     batches: Iterable[Any],
     likelihood: Likelihood,
     *,
@@ -150,7 +151,8 @@ def fit(
     """Fit a posterior around a trained model.
 
     Args:
-        model: The trained model; left exactly as it was.
+        model: The trained model; left exactly as it was. The posterior is about what it is now, whatever becomes of it
+            (:class:`~debiased_laplace.snapshot.Snapshot`).
         batches: Any iterable of batches; read once.
         likelihood: What the outputs mean.
         structure: Gives the directions; K-FAC by default.
@@ -189,7 +191,7 @@ def fit(
         sampler = default_sampler(1024, structure, curvature)
     if split is None:  # with all data there is nothing to overstate
         split = CrossFit() if structure.data_dependent and sampler != UniformSampler(None) else Single()
-    generator = make_generator(generator)
+    generator, model = make_generator(generator), Snapshot.of(model)
     _checks.chunk_size(chunk_size)
     if curvature not in CURVATURES:
         raise ValueError(f"Expected a curvature out of {list(CURVATURES)}, got {curvature!r}.")
@@ -209,7 +211,7 @@ def fit(
     if checkpoint is not None:
         fields_ = {"n_data": n_data, "prior_precision": prior_precision, **posterior}
         kept = {**settings, "posterior": {name: _in_words(value) for name, value in fields_.items()}}
-        kept["weights"] = _store.fingerprint(model.state_dict())
+        kept["weights"] = _store.fingerprint(model.state())
         kept["likelihood_settings"] = {name: _in_words(value) for name, value in vars(likelihood).items()}
         kept["targets_key"], kept["generator"] = targets_key, _in_words(generator.get_state())
         if previous is not None:

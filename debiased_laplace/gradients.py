@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any
@@ -22,11 +22,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from debiased_laplace import _checks, _data
-from debiased_laplace._guards import evaluation_mode, gradients_enabled
+from debiased_laplace._guards import gradients_enabled
 from debiased_laplace.blocks import Block, flatten, group_parameters, unflatten
 from debiased_laplace.layers import Call, Layout, LinearCall
 from debiased_laplace.likelihoods import Likelihood
 from debiased_laplace.sampling import WeightedData
+from debiased_laplace.snapshot import Replicas, Snapshot
 from debiased_laplace.tracing import Recorder, find_layouts
 
 #: Bytes that activations and back-propagated vectors may take at a time.
@@ -183,31 +184,29 @@ class Factors:
 
 
 class Network:
-    """A model together with its blocks; it never changes the model.
+    """A model as it was, together with its blocks; it never writes to the model, and runs copies of its modules.
 
     Attributes:
-        model: The user's model.
+        snapshot: The model as it was when the network was made: what everything here is about.
+        model: The user's model, whatever became of it since.
         blocks: Its curvature blocks, in the order of the parameters.
         layouts: For every recorded call, where the data are.
         n_outputs: C.
         shapes: Shapes of the trainable parameters by name, in the order of ``model.named_parameters()``.
     """
 
-    def __init__(self, model: nn.Module, parameters: Iterable[str] | None = None) -> None:
-        self.model = model
-        trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self._others: dict[str, Tensor] = {}
-        if parameters is not None:
-            chosen = set(parameters)
-            self._others = {name: p for name, p in trainable.items() if name not in chosen}
-            trainable = {name: p for name, p in trainable.items() if name in chosen}
+    def __init__(self, model: nn.Module | Snapshot, parameters: Iterable[str] | None = None) -> None:
+        self.snapshot = Snapshot.of(model)
+        self.model = self.snapshot.origin
+        chosen = set(self.snapshot.trainable if parameters is None else parameters)
+        trainable = {name: p for name, p in self.snapshot.parameters.items() if name in chosen}
         if not trainable:
             raise ValueError(
                 "Expected a model with trainable parameters, got none with requires_grad=True. "
                 "Set requires_grad_(True) on the parameters that the posterior is about."
             )
         self.shapes = {name: p.shape for name, p in trainable.items()}
-        self._identities = {id(p): name for name, p in trainable.items()}
+        self._run_with(trainable)
         first = next(iter(trainable.values()))
         self.device = first.device
         self.dtype = first.dtype if first.dtype in (torch.float32, torch.float64) else torch.float32
@@ -233,10 +232,25 @@ class Network:
         #: By how much outputs differed from the last layer of reduced features, relative to the largest output.
         self.reduction_error = 0.0
 
+    def _run_with(self, trainable: dict[str, Tensor]) -> None:
+        """Let copies of the model run with own leaves of the autograd graph for the trainable parameters."""
+        with torch.inference_mode(False):
+            self._leaves = {name: nn.Parameter(p.detach()) for name, p in trainable.items()}
+        self._identities = {id(p): name for name, p in self._leaves.items()}
+        self._replicas = Replicas(self.snapshot, self._leaves)
+
+    def __getstate__(self) -> dict[str, Any]:
+        own = ("_leaves", "_identities", "_replicas")
+        return {name: value for name, value in self.__dict__.items() if name not in own}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._run_with({name: self.snapshot.parameters[name] for name in self.shapes})
+
     @classmethod
     def discover(
         cls,
-        model: nn.Module,
+        model: nn.Module | Snapshot,
         inputs: _data.Inputs,
         *,
         parameters: str | Sequence[str] | None = None,
@@ -247,7 +261,7 @@ class Network:
         """Find the blocks of a model by one forward and one backward pass over a few data.
 
         Args:
-            model: Any module whose output is ``[N, C]`` (or ``[N]``), each row depending on one datum.
+            model: Any module whose output is ``[N, C]`` (or ``[N]``), each row depending on one datum, as it is or was.
             inputs: Some data; three of them are used, of the longest if they differ.
             parameters: Which trainable parameters the posterior is about: all, ``"last_layer"``, or names and patterns
                 (:mod:`fnmatch`). The others are constants, as if they were frozen.
@@ -259,6 +273,7 @@ class Network:
             ValueError: If no parameter is trainable, or outputs mix data, or have another shape.
             UnsupportedLayerError: If nothing covers a trainable parameter.
         """
+        model = Snapshot.of(model)
         if parameters == "last_layer":
             whole = cls(model)
             sample = _data.to_device(_data.some(inputs, 2), whole.device)
@@ -304,14 +319,15 @@ class Network:
         return network
 
     @classmethod
-    def restore(cls, model: nn.Module, description: dict[str, Any]) -> Network:
-        """The network of a :meth:`description`, without data.
+    def restore(cls, model: nn.Module | Snapshot, description: dict[str, Any]) -> Network:
+        """The network of a :meth:`description`, without data; whether its parameters are frozen by now does not matter.
 
         Raises:
-            ValueError: If the model has other trainable parameters; it names those that differ.
+            ValueError: If the model has other parameters; it names those that differ.
         """
         other = {name: tuple(shape) for name, shape in description["shapes"].items()}
-        own = {name: tuple(p.shape) for name, p in model.named_parameters() if p.requires_grad and name in other}
+        model = Snapshot.of(model)
+        own = {name: tuple(p.shape) for name, p in model.parameters.items() if name in other}
         if own != other:
             differ = sorted(set(own.items()) ^ set(other.items()))
             raise ValueError(f"Expected a model with the same trainable parameters; these differ: {differ}.")
@@ -356,10 +372,10 @@ class Network:
     def same_blocks(self, other: Network) -> bool:
         """Whether backward passes of the one are those of the other: the same model, seen in the same blocks."""
         return (
-            self.model is other.model
-            and self.shapes == other.shapes
+            self.shapes == other.shapes
             and self.blocks == other.blocks
             and self.layouts == other.layouts
+            and self.snapshot.alike(other.snapshot)
         )
 
     # -- passes over data ----------------------------------------------------------------------
@@ -377,19 +393,18 @@ class Network:
 
     def outputs(self, inputs: _data.Inputs) -> Tensor:
         """Outputs ``[N, C]`` in evaluation mode, without a graph."""
-        with torch.no_grad(), evaluation_mode(self.model):
-            return self._check_outputs(
-                self.model(_data.copy(_data.to_device(inputs, self.device))), _data.count(inputs)
-            )
+        with torch.no_grad(), self._replicas.one() as model:
+            return self._check_outputs(model(_data.copy(_data.to_device(inputs, self.device))), _data.count(inputs))
 
-    def call(self, parameters: dict[str, Tensor], inputs: _data.Inputs) -> Tensor:
-        """Outputs ``[N, C]`` under other parameters; the model's own are not touched."""
-        outputs = torch.func.functional_call(self.model, parameters, (_data.copy(inputs),))
+    def call(self, parameters: dict[str, Tensor], inputs: _data.Inputs, **keywords: Any) -> Tensor:
+        """Outputs ``[N, C]`` under other parameters (of all names in :attr:`shapes`, and of others if need be)."""
+        with self._replicas.one() as model:
+            outputs = torch.func.functional_call(model, parameters, (_data.copy(inputs),), keywords)
         return self._check_outputs(outputs, _data.count(inputs))
 
     def mean(self) -> Tensor:
         """The trainable parameters as one vector ``[D]`` (a copy)."""
-        return self.to_vector({name: p.detach() for name, p in self.model.named_parameters() if name in self.shapes})
+        return self.to_vector({name: p.detach() for name, p in self._leaves.items()})
 
     def to_vector(self, parameters: dict[str, Tensor]) -> Tensor:
         """Named tensors ``[..., *shape]`` as vectors ``[..., D]``."""
@@ -397,19 +412,19 @@ class Network:
 
     def from_vector(self, vector: Tensor) -> dict[str, Tensor]:
         """Inverse of :meth:`to_vector`, in the dtypes of the model."""
-        dtypes = {name: p.dtype for name, p in self.model.named_parameters()}
-        return {name: part.to(dtypes[name]) for name, part in unflatten(vector, self.shapes).items()}
+        return {name: part.to(self._leaves[name].dtype) for name, part in unflatten(vector, self.shapes).items()}
 
     def lone_jacobians(self, inputs: _data.Inputs) -> list[Tensor]:
         """Jacobians of the outputs in the lone parameters, datum by datum: ``[N, C, P]`` for each block."""
-        parameters = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
-        lone = {name: parameters[name].detach() for block in self.lone_blocks for name in block.parameters}
-
-        def outputs_of(lone: dict[str, Tensor], batch: _data.Inputs) -> Tensor:
-            return torch.func.functional_call(self.model, lone, (_data.copy(batch),)).reshape(-1)
+        constants = {name: p.detach() for name, p in self._leaves.items()}
+        lone = {name: constants[name] for block in self.lone_blocks for name in block.parameters}
 
         # An inference tensor, or inference mode, would silently change what jacrev gives in some releases of torch.
-        with gradients_enabled(), evaluation_mode(self.model):
+        with gradients_enabled(), self._replicas.one() as model:
+
+            def outputs_of(lone: dict[str, Tensor], batch: _data.Inputs) -> Tensor:
+                return torch.func.functional_call(model, constants | lone, (_data.copy(batch),)).reshape(-1)
+
             mapped = _data.columns(_data.copy(inputs))
             try:
                 if mapped is None:  # something that cannot be mapped over: one datum after the other
@@ -453,14 +468,10 @@ class Network:
         return max(1, memory // max(1, per_datum))
 
     def _forward(self, inputs: _data.Inputs) -> tuple[Factors, Recorder]:
-        with gradients_enabled(), evaluation_mode(self.model):
+        with gradients_enabled():
             recorder = Recorder(self._identities)
-            with recorder:
-                if self._others:  # as constants, so that no graph is built for them
-                    constants = {name: p.detach() for name, p in self._others.items()}
-                    outputs = torch.func.functional_call(self.model, constants, (_data.copy(inputs),))
-                else:
-                    outputs = self.model(_data.copy(inputs))
+            with self._replicas.one() as model, recorder:
+                outputs = model(_data.copy(inputs))
             outputs = self._check_outputs(outputs, _data.count(inputs))
         if self.feature_reduction is not None:
             recorder.calls = [self._of_reduced_features(recorder.calls, outputs.detach())]
@@ -570,10 +581,9 @@ class Network:
     def _check_factors(self, inputs: _data.Inputs) -> None:
         """The gradient of every datum's outputs must be what its own factors give, or a layer was misread."""
         names = list(self.shapes)
-        # Copies that share their memory: hooks of the user's own parameters are not called.
-        copies = {name: p.detach().requires_grad_() for name, p in self.model.named_parameters() if name in self.shapes}
+        copies = {name: p.detach().requires_grad_() for name, p in self._leaves.items()}
         factors, _ = self._forward(inputs)
-        with gradients_enabled(), evaluation_mode(self.model):
+        with gradients_enabled():
             outputs = self.call(copies, inputs)
         vectors = torch.linspace(1, 2, self.n_outputs) * torch.eye(len(outputs))[:, :, None]
         vectors = vectors.to(self.device, self.dtype)
@@ -602,7 +612,7 @@ class Network:
                     )
 
 
-def match_parameters(model: nn.Module, patterns: str | Sequence[str]) -> list[str]:
+def match_parameters(model: nn.Module | Snapshot, patterns: str | Sequence[str]) -> list[str]:
     """Names of the trainable parameters that match a pattern, or any of several (:mod:`fnmatch`), in the model's order.
 
     A name of a module stands for all of its parameters.
@@ -610,25 +620,29 @@ def match_parameters(model: nn.Module, patterns: str | Sequence[str]) -> list[st
     Raises:
         ValueError: If a pattern matches nothing.
     """
-    names = [name for name, p in model.named_parameters() if p.requires_grad]
+    return matching(_trainable_shapes(model), patterns)
+
+
+def matching(names: Collection[str], patterns: str | Sequence[str]) -> list[str]:
+    """Those of some names of parameters that match a pattern, or any of several; see :func:`match_parameters`."""
     matched: set[str] = set()
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
         own = {name for name in names if fnmatchcase(name, pattern) or fnmatchcase(name, f"{pattern}.*")}
         if not own:
             raise ValueError(
-                f"Expected patterns of trainable parameters, got {pattern!r}, which matches none of {names}."
+                f"Expected patterns of trainable parameters, got {pattern!r}, which matches none of {list(names)}."
             )
         matched |= own
     return [name for name in names if name in matched]
 
 
-def entries_of(model: nn.Module, indices: Tensor) -> dict[str, Tensor]:
+def entries_of(model: nn.Module | Snapshot, indices: Tensor) -> dict[str, Tensor]:
     """Entries of the vector of all trainable parameters, as a mask of each parameter.
 
     Raises:
         ValueError: If they are no indices of that vector.
     """
-    shapes = {name: p.shape for name, p in model.named_parameters() if p.requires_grad}
+    shapes = _trainable_shapes(model)
     total = sum(shape.numel() for shape in shapes.values())
     if not isinstance(indices, Tensor) or indices.dtype != torch.int64 or indices.ndim != 1 or not len(indices):
         raise ValueError(f"Expected indices to be a non-empty vector of int64, got {indices!r}.")
@@ -640,6 +654,12 @@ def entries_of(model: nn.Module, indices: Tensor) -> dict[str, Tensor]:
     mask = torch.zeros(total, dtype=torch.bool)
     mask[indices.cpu()] = True
     return unflatten(mask, shapes)
+
+
+def _trainable_shapes(model: nn.Module | Snapshot) -> dict[str, torch.Size]:
+    if isinstance(model, Snapshot):
+        return {name: model.parameters[name].shape for name in model.trainable}
+    return {name: p.shape for name, p in model.named_parameters() if p.requires_grad}
 
 
 @dataclass(frozen=True)

@@ -22,8 +22,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from debiased_laplace import _checks, _data
-from debiased_laplace._guards import evaluation_mode, gradients_enabled
+from debiased_laplace._guards import gradients_enabled
 from debiased_laplace.likelihoods import Categorical, Likelihood
+from debiased_laplace.snapshot import Snapshot
 
 METHODS = ("hesscale", "hesscale_gn", "becker_lecun")
 
@@ -52,7 +53,7 @@ _REMEDY = 'Use the diagonal with method="ggn", exact or with mc_samples: it work
 
 
 def hessian_diagonal(
-    model: nn.Module,
+    model: nn.Module | Snapshot,
     inputs: Tensor,
     targets: Tensor,
     likelihood: Likelihood,
@@ -113,10 +114,12 @@ def hessian_diagonal(
     """
     if method not in METHODS:
         raise ValueError(f"Expected a method out of {list(METHODS)}, got {method!r}.")
-    names, leaves = _wanted(model, parameters), list(_leaves(model))
+    snapshot = Snapshot.of(model)
+    module = snapshot.replica({})
+    names, leaves = _wanted(snapshot, parameters), list(_leaves(module))
     _check_uses(names, leaves)
-    with gradients_enabled(), evaluation_mode(model):
-        outputs, inner = _forward(model, leaves, inputs)
+    with gradients_enabled():
+        outputs, inner = _forward(module, leaves, inputs)
         scale = _weights(weights, outputs)
         gradient, curvature = (scale * part for part in _loss_derivatives(outputs, targets, likelihood, method))
         found: dict[str, Tensor] = {}
@@ -143,9 +146,9 @@ def hessian_diagonal(
     return {name: found[name] for name in names.values()}
 
 
-def _wanted(model: nn.Module, parameters: Collection[str] | None) -> dict[int, str]:
+def _wanted(model: Snapshot, parameters: Collection[str] | None) -> dict[int, str]:
     """Names of the parameters that are asked for, by identity, in the order of the model."""
-    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    trainable = {name: model.parameters[name] for name in model.trainable}
     wanted = set(trainable if parameters is None else parameters)
     if not wanted or not wanted <= set(trainable):
         raise ValueError(f"Expected names of trainable parameters, out of {list(trainable)}, got {sorted(wanted)}.")

@@ -14,19 +14,16 @@ allows, plus ``PROJECTION_MEMORY`` for the projections of one block. Never a Jac
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
 from dataclasses import replace
 
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.overrides import BaseTorchFunctionMode
 
 from debiased_laplace import _checks, _data
-from debiased_laplace._guards import evaluation_mode, load_forward_mode
 from debiased_laplace.basis import Basis, DenseBasis, DenseProjection, Projected
 from debiased_laplace.blocks import unflatten
 from debiased_laplace.contractions import Gradients
+from debiased_laplace.forward_mode import PlainAttention, jvp
 from debiased_laplace.gradients import CHUNK_MEMORY, Network
 from debiased_laplace.likelihoods import unit_vectors
 from debiased_laplace.posterior import Posterior
@@ -206,20 +203,10 @@ def linearized_samples(network: Network, mean: Tensor, deviations: Tensor, input
         ``[M, N, C]``.
     """
     inputs = _data.to_device(inputs, network.device)
-    parameters = network.from_vector(mean)
-
-    def outputs(parameters: dict[str, Tensor]) -> Tensor:
-        return network.call(parameters, inputs)
-
-    samples = []
-    load_forward_mode()
-    # Fused attention has no forward-mode derivative: the plain kernels have, and any mode turns off the fused layers.
-    plain_attention = sdpa_kernel(SDPBackend.MATH), BaseTorchFunctionMode()
-    with ExitStack() as stack:
-        for context in (torch.inference_mode(False), torch.no_grad(), evaluation_mode(network.model), *plain_attention):
-            stack.enter_context(context)
+    parameters, samples = network.from_vector(mean), []
+    with torch.inference_mode(False), torch.no_grad(), PlainAttention():
         for deviation in deviations:
-            value, change = torch.func.jvp(outputs, (parameters,), (network.from_vector(deviation),))[:2]
+            value, change = jvp(lambda p: network.call(p, inputs), parameters, network.from_vector(deviation))
             samples.append(value + change)
     return torch.stack(samples)
 
@@ -227,7 +214,7 @@ def linearized_samples(network: Network, mean: Tensor, deviations: Tensor, input
 def weight_samples(network: Network, mean: Tensor, deviations: Tensor, inputs: _data.Inputs) -> Tensor:
     """Outputs of the network itself at ``mean + deviations``, ``[M, N, C]``; nothing is written into the model."""
     inputs = _data.to_device(inputs, network.device)
-    with torch.no_grad(), evaluation_mode(network.model):
+    with torch.no_grad():
         return torch.stack([network.call(network.from_vector(mean + d), inputs) for d in deviations])
 
 

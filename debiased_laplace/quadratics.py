@@ -21,12 +21,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 
 from debiased_laplace import _checks, _data
-from debiased_laplace._guards import evaluation_mode, global_random_state, gradients_enabled, load_forward_mode
+from debiased_laplace._guards import global_random_state, gradients_enabled
+from debiased_laplace.forward_mode import PlainAttention, jvp
 from debiased_laplace.blocks import flatten
 from debiased_laplace.gradients import Network, match_parameters
+from debiased_laplace.snapshot import Snapshot
 from debiased_laplace.likelihoods import Likelihood, resolve_likelihood
 from debiased_laplace.spectrum import GGN, DirectionalDerivatives
 from debiased_laplace.structures.lanczos import largest_eigenpairs
@@ -113,16 +114,11 @@ class Quadratic:
         self.likelihood = resolve_likelihood(likelihood)
         self._batches = _batches(batch)
         self.n_data = sum(len(targets) for _, targets in self._batches)
-        names = _names(model, parameters, self._batches[0][0])
-        self._chosen = names
-        self._network = Network(model, names)
+        snapshot = Snapshot.of(model)
+        self._network = Network(snapshot, _names(snapshot, parameters, self._batches[0][0]))
         self.n_params = self._network.n_params
         with torch.inference_mode(False):
             self.center = self._network.mean().double().clone()
-            self._buffers = {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
-        self._others = {
-            name: p.detach().clone() for name, p in model.named_parameters() if name not in self._network.shapes
-        }
         self._found: tuple[Tensor, Tensor] | None = None
         self._forward_mode: bool | None = None  # whether the model's operations have it; not known yet
         self._rounding: Tensor | None = None
@@ -215,7 +211,7 @@ class Quadratic:
         """The mean loss itself, with the regulariser, at parameters ``[D]`` or ``[K, D]``; infinite if it overflows."""
         rows = self._vectors(point)
         totals = torch.zeros(len(rows), dtype=torch.float64, device=rows.device)
-        with torch.no_grad(), evaluation_mode(self._network.model):
+        with torch.no_grad():
             for inputs, targets in self._chunks():
                 for index, row in enumerate(rows):
                     outputs = self._call(self._network.from_vector(row), inputs)
@@ -289,19 +285,19 @@ class Quadratic:
         return values + self.l2, vectors
 
     def _by_gram(self, k: int) -> tuple[Tensor, Tensor] | None:
-        """Through the Gram matrix, where it is small and the model is still where it was."""
+        """Through the Gram matrix, where it is small."""
         columns = self.n_data * self.n_outputs
         inputs = [inputs for inputs, _ in self._batches]
         shapes = {tuple(leaf.shape[1:] for leaf in _data.tensors(own)) for own in inputs}
-        if self.kind != "ggn" or columns > GRAM_SIZE or len(shapes) > 1 or not self._at_center():
+        if self.kind != "ggn" or columns > GRAM_SIZE or len(shapes) > 1:
             return None
         try:
             ggn = GGN(
-                self._network.model,
+                self._network.snapshot,
                 _data.concatenate(inputs),
                 torch.cat([targets for _, targets in self._batches]),
                 self.likelihood,
-                parameters=self._chosen,
+                parameters=list(self._network.shapes),
                 chunk_size=self.chunk_size,
             )
             values, basis = ggn.eigenpairs(k)
@@ -316,14 +312,6 @@ class Quadratic:
             self._curvature_products, self.n_params, k, precision=torch.finfo(self._network.dtype).eps,
             name="the curvature of the batch", device=self.center.device,
         )  # fmt: skip
-
-    def _at_center(self) -> bool:
-        """Whether the model still has the parameters and buffers that the quadratic was made with."""
-        model = self._network.model
-        now = dict(model.named_parameters()) | dict(model.named_buffers())
-        return torch.equal(self._network.mean().double(), self.center) and all(
-            name in now and torch.equal(now[name], own) for name, own in (self._others | self._buffers).items()
-        )
 
     # -- passes over data ----------------------------------------------------------------------
 
@@ -348,8 +336,8 @@ class Quadratic:
                 yield _data.to_device(_data.take(inputs, part), device), _data.to_device(targets[part], device)
 
     def _call(self, parameters: dict[str, Tensor], inputs: _data.Inputs) -> Tensor:
-        buffers = {name: buffer.clone() for name, buffer in self._buffers.items()}  # a model may write into its own
-        return self._network.call({**self._others, **buffers, **parameters}, inputs)
+        with PlainAttention():  # whatever derivative is asked for
+            return self._network.call(parameters, inputs)
 
     def _losses(self, outputs: Tensor, targets: Tensor) -> Tensor:
         return self.likelihood.loss(outputs.to(self._network.dtype), targets)
@@ -357,9 +345,7 @@ class Quadratic:
     @contextmanager
     def _graph(self, inputs: _data.Inputs) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
         """Parameters at the centre as leaves, and the outputs ``[N, C]`` of some data as a function of them."""
-        # The fused kernels of attention have no second derivatives.
-        attention = torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)
-        with gradients_enabled(), evaluation_mode(self._network.model), attention:
+        with gradients_enabled():
             own = self._network.from_vector(self.center)
             leaves = {name: p.detach().clone().requires_grad_() for name, p in own.items()}
             yield leaves, self._call(leaves, inputs)
@@ -468,12 +454,9 @@ class Quadratic:
 
     def _tangent(self, inputs: _data.Inputs, leaves: dict[str, Tensor], row: Tensor) -> Tensor:
         """:math:`J u`, ``[N, C]``, for one vector."""
-        load_forward_mode()
-        with torch.no_grad(), forward_ad.dual_level():
-            moving = self._network.from_vector(row)
-            duals = {name: forward_ad.make_dual(leaf.detach(), moving[name].to(leaf)) for name, leaf in leaves.items()}
-            outputs, tangent = forward_ad.unpack_dual(self._call(duals, inputs))
-            return torch.zeros_like(outputs) if tangent is None else tangent
+        at = {name: leaf.detach() for name, leaf in leaves.items()}
+        with torch.no_grad():
+            return jvp(lambda own: self._call(own, inputs), at, self._network.from_vector(row))[1]
 
     def _twice_back(self, parameters: list[Tensor], outputs: Tensor) -> Products:
         """:math:`J u` as the transpose of the pullback of w, which is linear in w."""
@@ -553,7 +536,7 @@ def _pull(outputs: Sequence[Tensor], inputs: list[Tensor], vectors: Sequence[Ten
     return [own.new_zeros((k, *own.shape)) if g is None else g for own, g in zip(inputs, found, strict=True)]
 
 
-def _names(model: nn.Module, parameters: str | Sequence[str] | None, inputs: _data.Inputs) -> list[str] | None:
+def _names(model: Snapshot, parameters: str | Sequence[str] | None, inputs: _data.Inputs) -> list[str] | None:
     if parameters == "last_layer":
         return list(Network.discover(model, inputs, parameters=parameters).shapes)
     if parameters is None:

@@ -154,7 +154,7 @@ class GGN:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: nn.Module | Snapshot,
         inputs: _data.Inputs,
         targets: Tensor,
         likelihood: str | Likelihood,

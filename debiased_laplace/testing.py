@@ -23,13 +23,13 @@ import torch
 from torch import Tensor, nn
 
 from debiased_laplace import _data
-from debiased_laplace._guards import evaluation_mode
 from debiased_laplace.basis import Basis, DenseBasis, KroneckerBasis, Part, Projected
 from debiased_laplace.curvatures import projected_curvatures
 from debiased_laplace.gradients import CurvatureData, Network
 from debiased_laplace.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood
 from debiased_laplace.posterior import Posterior
 from debiased_laplace.predictive import functional_moments, joint_covariance
+from debiased_laplace.snapshot import in_evaluation_mode
 from debiased_laplace.sampling import WeightedData
 from debiased_laplace.structures import Structure
 
@@ -72,9 +72,10 @@ def dense_jacobian(model: nn.Module, inputs: Any) -> Tensor:
     n = _data.count(inputs)
 
     def outputs(parameters: dict[str, Tensor]) -> Tensor:
-        return torch.func.functional_call(model, parameters, (inputs,)).reshape(n, -1)
+        return torch.func.functional_call(module, parameters, (inputs,)).reshape(n, -1)
 
-    with torch.inference_mode(False), torch.enable_grad(), evaluation_mode(model):
+    module = in_evaluation_mode(model)
+    with torch.inference_mode(False), torch.enable_grad():
         jacobians = torch.func.jacrev(outputs)(parameters)
     return torch.cat([jacobians[name].reshape(n, jacobians[name].shape[1], -1) for name in parameters], -1).detach()
 
@@ -111,8 +112,8 @@ def dense_ggn(
         targets: Needed only where the loss Hessian depends on them.
     """
     jacobians = dense_jacobian(model, inputs)
-    with torch.no_grad(), evaluation_mode(model):
-        outputs = model(inputs).reshape(len(jacobians), -1)
+    with torch.no_grad():
+        outputs = in_evaluation_mode(model)(inputs).reshape(len(jacobians), -1)
     hessians = dense_loss_hessian(likelihood, outputs, targets)
     return torch.einsum("n,ncd,nce,nef->df", weights.to(jacobians), jacobians, hessians, jacobians)
 
@@ -351,8 +352,8 @@ def check_posterior(posterior: Posterior, *, tolerance: float = 1e-9, seed: int 
 def check_predictive(network: Network, posterior: Posterior, inputs: Any, *, tolerance: float = 1e-9) -> None:
     r"""Equation (4): the functional (co)variance equals :math:`J P^{-1} J^\top`, for one posterior and for a grid."""
     jacobians = dense_jacobian(network.model, inputs)
-    with torch.no_grad(), evaluation_mode(network.model):
-        outputs = network.model(inputs).reshape(len(jacobians), -1)
+    with torch.no_grad():
+        outputs = in_evaluation_mode(network.model)(inputs).reshape(len(jacobians), -1)
     grid = [
         posterior, replace(posterior, prior_precision=7 * posterior.prior_precision),
         replace(posterior, n_data=posterior.n_data + 5, temperature=0.3),

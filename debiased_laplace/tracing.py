@@ -24,6 +24,16 @@ _NO_OVERRIDES = {
 }
 
 
+def seen_inside(function: types.FunctionType) -> types.FunctionType:
+    """A composite function of torch, such that a mode that is on sees the calls inside of it."""
+    namespace = {**function.__globals__, **_NO_OVERRIDES}
+    body = types.FunctionType(
+        function.__code__, namespace, function.__name__, function.__defaults__, function.__closure__
+    )
+    body.__kwdefaults__ = function.__kwdefaults__
+    return body
+
+
 @dataclass
 class Recorder(TorchFunctionMode):
     """Records the calls that use trainable parameters, in the order of the forward pass."""
@@ -43,12 +53,8 @@ class Recorder(TorchFunctionMode):
         if not used:
             return func(*args, **kwargs)
         if isinstance(func, types.FunctionType) and func.__module__ == "torch.nn.functional":
-            # A composite function: run its body, with this mode seeing the calls inside.
-            namespace = {**func.__globals__, **_NO_OVERRIDES}
-            body = types.FunctionType(func.__code__, namespace, func.__name__, func.__defaults__, func.__closure__)
-            body.__kwdefaults__ = func.__kwdefaults__
             with self:
-                return body(*args, **kwargs)
+                return seen_inside(func)(*args, **kwargs)
         result = func(*args, **kwargs)
         if any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in _pytree.tree_leaves(result)):
             rule = RULES.get(func)

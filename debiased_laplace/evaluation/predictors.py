@@ -21,12 +21,12 @@ from scipy.optimize import minimize_scalar
 from torch import Tensor, nn
 
 from debiased_laplace import DebiasedLaplace, _data
-from debiased_laplace._guards import evaluation_mode
 from debiased_laplace.evaluation.metrics import entropy, foreignness, row_sum_tolerance
 from debiased_laplace.gradients import Network
 from debiased_laplace.likelihoods import Bernoulli, Categorical, Likelihood
 from debiased_laplace.posterior import Posterior, standard_normals
 from debiased_laplace.predictive import functional_moments
+from debiased_laplace.snapshot import in_evaluation_mode
 from debiased_laplace.temperature import temperature_scaling, warn_undetermined
 from debiased_laplace.tuning import ALL_ERRORS_ZERO, gaussian_nll, nothing_left
 
@@ -284,8 +284,8 @@ def outputs_of(model: nn.Module, batches: Iterable[Any]) -> tuple[Tensor, Tensor
 
 def _outputs(model: nn.Module, inputs: _data.Inputs) -> Tensor:
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    with torch.no_grad(), evaluation_mode(model):
-        outputs = model(_data.to_device(inputs, device))
+    with torch.no_grad():
+        outputs = in_evaluation_mode(model)(_data.to_device(inputs, device))
     return outputs[:, None] if outputs.ndim == 1 else outputs
 
 

@@ -16,10 +16,11 @@ from debiased_laplace import _checks, _data
 from debiased_laplace.basis import DenseBasis, IdentityBasis
 from debiased_laplace.fit import Fit, default_sampler, fit
 from debiased_laplace.gradients import Network
-from debiased_laplace.laplace_torch import noise, subset
+from debiased_laplace.laplace_torch import noise
 from debiased_laplace.laplace_torch.settings import STRUCTURES, SettingsLayer, embed, restrict
 from debiased_laplace.posterior import Posterior
 from debiased_laplace.sampling import Sampler
+from debiased_laplace.snapshot import ModelChangedError, ModelChangedWarning, Snapshot
 from debiased_laplace.splits import Split
 from debiased_laplace.structures import Structure
 
@@ -91,7 +92,7 @@ class FittingLayer(SettingsLayer):
         reduction = self.feature_reduction if self.hessian_structure == "diag" else None
         sampler = sampler or default_sampler(budget, structure, curvature)
         fitted = fit(
-            self.model, train_loader, noise.with_noise(self.output_likelihood, self.sigma_noise),
+            Snapshot(self.model, self._trainable), train_loader, noise.with_noise(self.output_likelihood, self.sigma_noise),
             structure=structure, indices=self._indices,
             parameters=None if self._indices is not None else self._names or "last_layer",
             sampler=sampler, split=split, estimator=estimator, mc_samples=mc_samples,
@@ -165,8 +166,9 @@ class FittingLayer(SettingsLayer):
         """The posterior with the current prior precision, prior mean, noise and temperature."""
         fitted = self._require_fit()
         settings = _Settings(fitted, self.temperature, (self.prior_precision, self.prior_mean, self.sigma_noise))
-        if self._posterior is not None and self._posterior[0] == settings:
-            return self._posterior[1]
+        kept = self._posterior  # another thread may replace it
+        if kept is not None and kept[0] == settings:
+            return kept[1]
         several = self.prior_mean.ndim == 1 and len(self.prior_mean) > 1
         posterior = replace(
             fitted.posterior,
@@ -182,6 +184,29 @@ class FittingLayer(SettingsLayer):
     def network(self) -> Network:
         """The model with its curvature blocks."""
         return self._require_fit().network
+
+    def _of_the_model_of_the_fit(self, *, thorough: bool = False, stacklevel: int = 3) -> None:
+        """Tell the caller's caller if the model is no longer that of the fit, which this object goes on with.
+
+        Raises:
+            ModelChangedError: If it was moved to another dtype or device.
+        """
+        if self.fitted is None:
+            return
+        changes = self.fitted.network.snapshot.changes(thorough=thorough)
+        if changes is None:
+            return
+        what = f"Expected the model as it was at the fit, got a changed one ({changes})."
+        if changes.cast:
+            raise ModelChangedError(
+                f"{what} The posterior is one of the earlier dtype, device and shapes. Move the model back, or call "
+                "fit again."
+            )
+        warnings.warn(
+            f"{what} The posterior is about the network of the fit, and so is all that it says. Call fit again for the "
+            "present one, or get that of the fit back with model.load_state_dict(la.network.snapshot.state()).",
+            ModelChangedWarning, stacklevel=stacklevel,
+        )  # fmt: skip
 
     def _require_fit(self) -> Fit:
         if self.fitted is None:
@@ -214,7 +239,7 @@ class FittingLayer(SettingsLayer):
             sizes = [b.size if own is None else int(own.sum()) for b, own in zip(blocks, masks, strict=True)]
             total += sum(sizes)
             rows.append((", ".join(block.name for block in blocks), names, kind, str(sum(sizes)), shape))
-        left_out = [name for name, _ in self.model.named_parameters() if name not in network.shapes]
+        left_out = [name for name in network.snapshot.parameters if name not in network.shapes]
         widths = [max(len(row[i]) for row in rows) for i in range(4)]
         lines = [
             "  ".join([*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[4]]).rstrip() for row in rows
@@ -250,20 +275,27 @@ class FittingLayer(SettingsLayer):
             ``[S, D]``.
         """
         self._only_for_subnetworks("assemble_full_samples")
-        trained = torch.cat([p.detach().flatten() for p in subset.trainable(self.model).values()])
+        trained = torch.cat([p.detach().flatten() for p in self._all_of_the_fit().values()])
         samples = trained.to(subnet_samples.dtype).repeat(len(subnet_samples), 1)
         samples[:, self._places()] = subnet_samples
         return samples
 
     def _places(self) -> Tensor:
         """Where in the vector of all trainable parameters the posterior's are: ``[D]``, boolean."""
-        every = subset.trainable(self.model)
+        every = self._all_of_the_fit()
         if self._indices is None:
             masks = [torch.full((p.numel(),), name in (self._names or ())) for name, p in every.items()]
             return torch.cat(masks).to(self._device)
         places = torch.zeros(sum(p.numel() for p in every.values()), dtype=torch.bool)
         places[self._indices] = True
         return places.to(self._device)
+
+    def _all_of_the_fit(self) -> dict[str, Tensor]:
+        """All trainable parameters, at the fit if there was one."""
+        if self.fitted is None:
+            return dict(self._every(self.model))
+        parameters = self.fitted.network.snapshot.parameters
+        return {name: parameters[name] for name in self._trainable or ()}
 
     def _only_for_subnetworks(self, name: str) -> None:
         if self.subset_of_weights != "subnetwork":

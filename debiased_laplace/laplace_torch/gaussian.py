@@ -205,6 +205,7 @@ class GaussianLayer(FittingLayer):
             sigma_noise: A new standard deviation of the noise (regression).
         """
         self._require_fit()
+        self._of_the_model_of_the_fit()
         if prior_precision is not None:
             self.prior_precision = prior_precision
         if sigma_noise is not None:

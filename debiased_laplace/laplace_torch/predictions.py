@@ -4,24 +4,24 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.overrides import BaseTorchFunctionMode, TorchFunctionMode
+from torch.overrides import TorchFunctionMode
 
 from debiased_laplace import _data
-from debiased_laplace._guards import evaluation_mode, load_forward_mode
 from debiased_laplace.fit import Fit
+from debiased_laplace.forward_mode import PlainAttention, jvp
 from debiased_laplace.gradients import Network
 from debiased_laplace.laplace_torch.gaussian import GaussianLayer
 from debiased_laplace.laplace_torch.settings import REWARD_MODELING, plain, restrict
 from debiased_laplace.likelihoods import Bernoulli, square_root
 from debiased_laplace.posterior import Posterior, standard_normals
 from debiased_laplace.predictive import functional_moments, joint_covariance, linearized_samples, weight_samples
+from debiased_laplace.snapshot import Snapshot
 from debiased_laplace.structures import Diagonal
 
 PRED_TYPES = ("glm", "nn", "linearized")
@@ -67,10 +67,10 @@ class PredictiveLayer(GaussianLayer):
                 "There was no fit: this is the prediction of the prior. Call fit(train_loader) for the posterior's.",
                 stacklevel=2,
             )
-            with self._fitted_to_nothing(x):
-                return self(
-                    x, pred_type, joint, link_approx, n_samples, diagonal_output, generator, fitting, **model_kwargs
-                )
+            return self._fitted_to_nothing(x)(
+                x, pred_type, joint, link_approx, n_samples, diagonal_output, generator, fitting, **model_kwargs
+            )
+        self._of_the_model_of_the_fit()
         pred_type, link = self._check_pred_type(pred_type), plain(link_approx)
         posterior = self.posterior
         regression = self._is_regression(fitting)
@@ -96,22 +96,19 @@ class PredictiveLayer(GaussianLayer):
                 return samples.mean(0), samples.var(0)
             return self._link(samples).mean(0)
 
-    @contextmanager
-    def _fitted_to_nothing(self, x: Any) -> Iterator[None]:
-        """The posterior of no data, as long as the context lasts."""
+    def _fitted_to_nothing(self, x: Any) -> PredictiveLayer:
+        """The same with the posterior of no data."""
         network = Network.discover(
-            self.model, x, indices=self._indices, parameters=None if self._indices is not None else self._names,
-            feature_reduction=self.feature_reduction,
+            Snapshot(self.model, self._trainable), x, indices=self._indices,
+            parameters=None if self._indices is not None else self._names, feature_reduction=self.feature_reduction,
         )  # fmt: skip
         basis = Diagonal().eigenbasis(network)
         zeros, one = torch.zeros(basis.rank, device=network.device), torch.ones(1, device=network.device)
         fixed = None if network.free is None else ~network.free
         posterior, nothing = Posterior(network.mean(), basis, zeros, 1, one.double(), fixed=fixed), torch.empty(0)
-        self.fitted = Fit(posterior, network, 0.0, 0, nothing, nothing, None)
-        try:
-            yield
-        finally:
-            self.fitted = self._posterior = self._draws = None
+        prior = object.__new__(type(self))
+        prior.__dict__.update(self.__dict__, fitted=Fit(posterior, network, 0.0, 0, nothing, nothing, None))
+        return prior
 
     @contextmanager
     def _gradient_mode(self) -> Iterator[None]:
@@ -157,17 +154,16 @@ class PredictiveLayer(GaussianLayer):
         inputs = _data.to_device(x, network.device)
 
         def outputs(parameters: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-            found = _call(network, parameters, inputs, {})
+            found = network.call(parameters, inputs)
             return found, found
 
-        with evaluation_mode(network.model):
-            if network.feature_reduction is None:
-                by_name, mean = torch.func.jacrev(outputs, has_aux=True)(network.from_vector(posterior.mean))
-            else:
-                parameters = network.from_vector(posterior.mean)
-                with Features(parameters) as seen:
-                    mean, _ = outputs(parameters)
-                by_name = seen.jacobians(network, mean)
+        if network.feature_reduction is None:
+            by_name, mean = torch.func.jacrev(outputs, has_aux=True)(network.from_vector(posterior.mean))
+        else:
+            parameters = network.from_vector(posterior.mean)
+            with Features(parameters) as seen:
+                mean, _ = outputs(parameters)
+            by_name = seen.jacobians(network, mean)
         jacobians = restrict(network.to_vector(by_name), network.free)  # [N, C, D]
         mean = mean.to(network.dtype)
         if joint:
@@ -204,11 +200,11 @@ class PredictiveLayer(GaussianLayer):
 
     def _shared_deviations(self, posterior: Posterior, n_samples: int) -> Tensor:
         """Without a generator every call has the same draws: kept, since drawing costs as much as using them."""
-        key = (n_samples, self.seed)
-        if self._draws is None or self._draws[0] is not posterior or self._draws[1] != key:
+        key, kept = (n_samples, self.seed), self._draws  # another thread may replace them
+        if kept is None or kept[0] is not posterior or kept[1] != key:
             own = torch.Generator().manual_seed(self.seed)
-            self._draws = posterior, key, posterior.deviations(n_samples, own)
-        return self._draws[2]
+            kept = self._draws = posterior, key, posterior.deviations(n_samples, own)
+        return kept[2]
 
     def _link(self, outputs: Tensor) -> Tensor:
         outputs = outputs / self.output_temperature
@@ -235,6 +231,12 @@ class PredictiveLayer(GaussianLayer):
         Returns:
             ``[S, N, C]``.
         """
+        self._of_the_model_of_the_fit()
+        return self._functional_samples(x, pred_type, n_samples, diagonal_output, generator)
+
+    def _functional_samples(
+        self, x: Any, pred_type: str, n_samples: int, diagonal_output: bool, generator: torch.Generator | None
+    ) -> Tensor:
         pred_type = self._check_pred_type(pred_type)
         generator = generator or self._generator
         self._require_fit()
@@ -261,7 +263,8 @@ class PredictiveLayer(GaussianLayer):
         generator: torch.Generator | None = None,
     ) -> Tensor:
         """The same after temperature and link: class probabilities, or a regression's outputs, ``[S, N, C]``."""
-        samples = self.functional_samples(x, pred_type, n_samples, diagonal_output, generator)
+        self._of_the_model_of_the_fit()
+        samples = self._functional_samples(x, pred_type, n_samples, diagonal_output, generator)
         return samples if self._is_regression() else self._link(samples)
 
 
@@ -277,25 +280,17 @@ def output_samples(
     parameters = network.from_vector(mean)
 
     def outputs(parameters: dict[str, Tensor]) -> Tensor:
-        return _call(network, parameters, inputs, model_kwargs)
+        return network.call(parameters, inputs, **model_kwargs)
 
     samples = []
-    load_forward_mode()
-    with evaluation_mode(network.model), _plain_attention() if linearized else ExitStack():
+    with PlainAttention() if linearized else nullcontext():
         for deviation in deviations:
             if linearized:
-                value, change = torch.func.jvp(outputs, (parameters,), (network.from_vector(deviation),))[:2]
+                value, change = jvp(outputs, parameters, network.from_vector(deviation))
                 samples.append(value + change)
             else:
                 samples.append(outputs(network.from_vector(mean + deviation)))
     return torch.stack(samples)
-
-
-def _call(network: Network, parameters: dict[str, Tensor], inputs: Any, model_kwargs: dict[str, Any]) -> Tensor:
-    """Outputs ``[N, C]``; no gradient reaches the model's own parameters."""
-    constants = {name: p.detach() for name, p in network.model.named_parameters()}
-    found = torch.func.functional_call(network.model, constants | parameters, (_data.copy(inputs),), model_kwargs)
-    return found[:, None] if found.ndim == 1 else found
 
 
 class Features(TorchFunctionMode):
@@ -329,10 +324,3 @@ class Features(TorchFunctionMode):
             unit = torch.eye(len(p), dtype=features.dtype, device=features.device).expand(len(features), -1, -1)
             found[name] = unit if p.ndim == 1 else unit[..., None] * features[:, None, None]
         return found
-
-
-@contextmanager
-def _plain_attention() -> Iterator[None]:
-    """Fused attention has no forward-mode derivative; the plain kernels have, and any mode turns off fused layers."""
-    with sdpa_kernel(SDPBackend.MATH), BaseTorchFunctionMode():
-        yield

@@ -37,6 +37,7 @@ class SettingsLayer(ParametricLaplace):
     tuned: TunedPrior | None = None
     _output_temperature: float = 1.0  # defaults of the class: what was pickled earlier has none of them
     feature_reduction: str | None = None
+    _trainable: list[str] | None = None  # before the first look at the model
 
     def __init__(
         self,
@@ -64,9 +65,11 @@ class SettingsLayer(ParametricLaplace):
         self.subset_of_weights = _choice(subset_of_weights, subset.SUBSETS, "subset_of_weights")
         self.hessian_structure = _choice(hessian_structure, list(STRUCTURES), "hessian_structure")
         self.feature_reduction = subset.feature_reduction(self.subset_of_weights, plain(feature_reduction))
-        every = subset.trainable(model)
+        #: Names of the parameters that were trainable then; what is frozen later, for serving say, stays in.
+        self._trainable = list(subset.trainable(model, self._trainable))
+        every = self._every(model)
         names, self._indices = subset.chosen_parameters(
-            model, self.subset_of_weights, params, last_layer_name, subnetwork_indices
+            model, every, self.subset_of_weights, params, last_layer_name, subnetwork_indices
         )
         if self._indices is not None and self.hessian_structure == "kron":
             raise ValueError(
@@ -100,7 +103,7 @@ class SettingsLayer(ParametricLaplace):
 
     def _choose(self, names: Sequence[str] | None) -> None:
         """What the posterior is about; None until a forward pass tells which is the last layer."""
-        every = subset.trainable(self.model)
+        every = self._every(self.model)
         self._names = None if names is None else list(names)
         self._sizes = None if names is None else {name: every[name].numel() for name in names}
         if self._indices is not None:  # of some of their entries
@@ -113,6 +116,10 @@ class SettingsLayer(ParametricLaplace):
         known = self._names is not None
         self.n_params = sum(p.numel() for p in self.params) if known else None  # type: ignore[assignment]
         self.n_layers = len(self.params) if known else None  # type: ignore[assignment]
+
+    def _every(self, model: nn.Module) -> dict[str, nn.Parameter]:
+        """All parameters that were trainable at first, by name."""
+        return subset.trainable(model, self._trainable)
 
     @property
     def _n_chosen(self) -> int | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -12,7 +11,6 @@ from torch.utils import _pytree
 
 from debiased_laplace import _store
 from debiased_laplace.fit import Fit
-from debiased_laplace.gradients import Network
 from debiased_laplace.laplace_torch.settings import REWARD_MODELING
 from debiased_laplace.laplace_torch.tuning import TuningLayer
 from debiased_laplace.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood
@@ -32,6 +30,10 @@ class StateLayer(TuningLayer):
     def state_dict(self) -> dict[str, Any]:
         """Everything that :meth:`load_state_dict` needs; tensors and plain Python objects only."""
         fitted = self._require_fit()
+        self._of_the_model_of_the_fit(thorough=True)
+        return self._state(fitted)
+
+    def _state(self, fitted: Fit) -> dict[str, Any]:
         state = {
             "format": STATE_FORMAT,
             "cls_name": type(self).__name__,
@@ -40,6 +42,7 @@ class StateLayer(TuningLayer):
             "likelihood": self._likelihood_name(),
             "fit": fitted.state(),
             "parameters": list(fitted.network.shapes),
+            "trainable": self._trainable,
             "indices": self._indices,
             "n_data": self.n_data,
             "n_outputs": self.n_outputs,
@@ -112,6 +115,7 @@ class StateLayer(TuningLayer):
         data, seed, and versions. A file is written as a whole or not at all.
         """
         fitted = self._require_fit()
+        self._of_the_model_of_the_fit(thorough=True)
         header = {
             "kind": "laplace",
             "class": type(self).__name__,
@@ -122,10 +126,10 @@ class StateLayer(TuningLayer):
             "n_data": self.n_data,
             "seed": self.seed,
             "shapes": {name: list(shape) for name, shape in fitted.network.shapes.items()},
-            "weights": _store.fingerprint(self.model.state_dict()),
+            "weights": _store.fingerprint(fitted.network.snapshot.state()),
             "versions": _store.versions(),
         }
-        _store.write(path, self.state_dict(), header)
+        _store.write(path, self._state(fitted), header)
 
     @classmethod
     def load(cls, path: str | Path, model: nn.Module, likelihood: Likelihood | None = None) -> Any:
@@ -155,6 +159,7 @@ class StateLayer(TuningLayer):
         if likelihood is None:
             likelihood = LIKELIHOODS[header["likelihood"]]()
         la: Any = own.__new__(own)
+        la._trainable = state.get("trainable", state["parameters"] if state["indices"] is None else None)
         kept = {"params": state["parameters"]} if header["subset_of_weights"] != "last_layer" else {}
         if state["indices"] is not None:
             kept = {"subnetwork_indices": state["indices"].cpu()}
@@ -177,19 +182,14 @@ class StateLayer(TuningLayer):
     # -- copies and pickles --------------------------------------------------------------------
 
     def __getstate__(self) -> dict[str, Any]:
-        """A network knows its parameters by identity: it is described, and found again in the copied model."""
+        """Everything, without what is made anew when it is asked for and without the graph of gradients."""
         state = {**self.__dict__, "_posterior": None, "_draws": None, "_generator": self._generator.get_state()}
-        if self.fitted is not None:
-            state["fitted"] = replace(self.fitted, network=self.fitted.network.description())  # type: ignore[arg-type]
-        return state
+        return {name: v.detach() if isinstance(v, Tensor) and not v.is_leaf else v for name, v in state.items()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._generator = torch.Generator()
         self._generator.set_state(state["_generator"].cpu())
-        if self.fitted is not None:
-            network = Network.restore(self.model, self.fitted.network)  # type: ignore[arg-type]
-            self.fitted = replace(self.fitted, network=network)
 
 
 def _listed(indices: Tensor | None) -> list[int] | None:

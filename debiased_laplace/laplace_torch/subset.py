@@ -8,18 +8,28 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from debiased_laplace.gradients import FEATURE_REDUCTIONS, match_parameters
+from debiased_laplace.gradients import FEATURE_REDUCTIONS, matching
 
 SUBSETS = ("all", "last_layer", "subnetwork")
 
 
-def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+def trainable(model: nn.Module, names: Sequence[str] | None = None) -> dict[str, nn.Parameter]:
     """The trainable parameters by name, in the model's order.
+
+    Args:
+        model: The model.
+        names: Those that were trainable at an earlier time, whatever they are now.
 
     Raises:
         ValueError: If there are none.
     """
-    found = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    every = dict(model.named_parameters())
+    if names is not None:
+        missing = [name for name in names if name not in every]
+        if missing:
+            raise ValueError(f"Expected a model with the parameters {missing}, got one without them.")
+        return {name: p for name, p in every.items() if name in set(names)}
+    found = {name: p for name, p in every.items() if p.requires_grad}
     if not found:
         raise ValueError(
             "Expected a model with trainable parameters, got none with requires_grad=True. "
@@ -30,12 +40,13 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
 
 def chosen_parameters(
     model: nn.Module,
+    every: Mapping[str, Tensor],
     subset: str,
     params: Sequence[str] | str | None = None,
     last_layer_name: str | None = None,
     subnetwork_indices: Any = None,
 ) -> tuple[list[str] | None, Tensor | None]:
-    """Which parameters, in the model's order.
+    """Which of all trainable parameters, in the model's order.
 
     Returns:
         Their names, None for a last layer that only a forward pass can tell; and if not every entry of them is meant,
@@ -60,14 +71,14 @@ def chosen_parameters(
             f"subset_of_weights='subnetwork', got {'both' if given else 'neither'}."
         )
     if subnetwork_indices is not None:
-        return covered_by(model, subnetwork_indices)
+        return covered_by(every, subnetwork_indices)
     if params is not None:
-        return match_parameters(model, params), None
+        return matching(every, params), None
     if last_layer_name is not None:
         if last_layer_name not in dict(model.named_modules()):
             raise ValueError(f"Expected last_layer_name to be a module of the model, got {last_layer_name!r}.")
-        return match_parameters(model, last_layer_name), None
-    return (list(trainable(model)) if subset == "all" else None), None
+        return matching(every, last_layer_name), None
+    return (list(every) if subset == "all" else None), None
 
 
 def feature_reduction(subset: str, way: Any) -> str | None:
@@ -83,7 +94,7 @@ def feature_reduction(subset: str, way: Any) -> str | None:
     return way
 
 
-def covered_by(model: nn.Module, indices: Any) -> tuple[list[str], Tensor | None]:
+def covered_by(every: Mapping[str, Tensor], indices: Any) -> tuple[list[str], Tensor | None]:
     """Names of the parameter tensors that ascending indices of the parameter vector reach into.
 
     Returns:
@@ -92,7 +103,7 @@ def covered_by(model: nn.Module, indices: Any) -> tuple[list[str], Tensor | None
     Raises:
         ValueError: If they are no indices.
     """
-    sizes = {name: p.numel() for name, p in trainable(model).items()}
+    sizes = {name: p.numel() for name, p in every.items()}
     total = sum(sizes.values())
     if not isinstance(indices, Tensor) or indices.dtype != torch.int64 or indices.ndim != 1 or not len(indices):
         what = f"{indices.dtype} of shape {tuple(indices.shape)}" if isinstance(indices, Tensor) else repr(indices)

@@ -116,6 +116,7 @@ class TuningLayer(PredictiveLayer):
                 about them (not after :meth:`load`, which brings no data).
         """
         self._require_fit()
+        self._of_the_model_of_the_fit(thorough=True)
         pred_type, method, link = self._check_pred_type(pred_type), plain(method), plain(link_approx)
         structure = plain(prior_structure)
         if structure not in PRIOR_STRUCTURES:

@@ -114,7 +114,7 @@ class Diagonal(Structure):
         for part in data.slices():
             own = data.data.take(part)
             diagonal = hessian_diagonal(
-                network.model, own.inputs, own.targets, data.likelihood, weights=own.weights, method=self.method,
+                network.snapshot, own.inputs, own.targets, data.likelihood, weights=own.weights, method=self.method,
                 parameters=list(network.shapes),
             )  # fmt: skip
             total = {name: total[name] + d if total else d for name, d in diagonal.items()}
