@@ -274,6 +274,8 @@ class Network:
             UnsupportedLayerError: If nothing covers a trainable parameter.
         """
         model = Snapshot.of(model)
+        if len(model.scripted) == len(model.parameters):
+            _refuse_scripted(model.parameters, model)
         if parameters == "last_layer":
             whole = cls(model)
             sample = _data.to_device(_data.some(inputs, 2), whole.device)
@@ -522,6 +524,7 @@ class Network:
     # -- discovery -----------------------------------------------------------------------------
 
     def _discover(self, inputs: _data.Inputs, separate_bias: bool) -> None:
+        _refuse_scripted(self.shapes, self.snapshot)
         inputs = _data.to_device(_data.some(inputs, 3), self.device)
         if _data.count(inputs) == 1:  # two data at least, to see which dimension counts them
             inputs = _data.concatenate([inputs, inputs])
@@ -654,6 +657,19 @@ def entries_of(model: nn.Module | Snapshot, indices: Tensor) -> dict[str, Tensor
     mask = torch.zeros(total, dtype=torch.bool)
     mask[indices.cpu()] = True
     return unflatten(mask, shapes)
+
+
+def _refuse_scripted(names: Iterable[str], snapshot: Snapshot) -> None:
+    own = [name for name in names if name in snapshot.scripted]
+    if own:
+        places = sorted({snapshot.scripted[name] for name in own})
+        where = "the model" if places == [""] else f"the modules {places}"
+        raise _checks.UnsupportedLayerError(
+            f"Expected layers of Python modules, got {where} scripted or traced (torch.jit): nothing sees the layers "
+            f"inside, which have the trainable parameters {own}. Give the model that it was made from (after "
+            "model.load_state_dict(scripted.state_dict())), or freeze these parameters with requires_grad_(False) to "
+            "leave them out of the posterior."
+        )
 
 
 def _trainable_shapes(model: nn.Module | Snapshot) -> dict[str, torch.Size]:

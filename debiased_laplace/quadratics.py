@@ -24,11 +24,11 @@ from torch import Tensor, nn
 
 from debiased_laplace import _checks, _data
 from debiased_laplace._guards import global_random_state, gradients_enabled
-from debiased_laplace.forward_mode import PlainAttention, jvp
 from debiased_laplace.blocks import flatten
+from debiased_laplace.forward_mode import PlainAttention, jvp
 from debiased_laplace.gradients import Network, match_parameters
-from debiased_laplace.snapshot import Snapshot
 from debiased_laplace.likelihoods import Likelihood, resolve_likelihood
+from debiased_laplace.snapshot import Snapshot
 from debiased_laplace.spectrum import GGN, DirectionalDerivatives
 from debiased_laplace.structures.lanczos import largest_eigenpairs
 from debiased_laplace.structures.lowrank import is_nonzero

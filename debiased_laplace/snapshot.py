@@ -22,7 +22,7 @@ import operator
 import types
 import weakref
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -168,7 +168,8 @@ class Snapshot:
 
     def _watch(self) -> list[tuple[list[Tensor], Tensor]]:
         """Views of a few entries of the user's tensors, which stay where they are, and what they were."""
-        theirs, groups = _tensors(self.origin), {}
+        theirs = _tensors(self.origin)
+        groups: dict[Any, list[tuple[Tensor, Tensor]]] = {}
         for name, mine in _tensors(self.module).items():
             groups.setdefault((mine.dtype, mine.device), []).append((_few(theirs[name]), _few(mine, theirs[name])))
         pairs = [tuple(zip(*group, strict=True)) for group in groups.values()]
@@ -180,10 +181,10 @@ class Snapshot:
     def _differences(self) -> Changes | None:
         stamped = {} if self._stamp is None else {id(t): v for _, t, v, _ in _entries(self._stamp)}
         for name in sorted(self._shared):
-            theirs = dict(self.origin.named_parameters()).get(name)
-            same_memory = theirs is not None and theirs.data_ptr() == self.parameters[name].data_ptr()
-            written = same_memory and stamped.get(id(theirs), theirs._version) != theirs._version  # type: ignore[union-attr]
-            if written or bool((_few(self.parameters[name]) != self._few[name]).any()):
+            shared, own = dict(self.origin.named_parameters()).get(name), self.parameters[name]
+            same_memory = shared is not None and shared.data_ptr() == own.data_ptr()
+            written = same_memory and stamped.get(id(shared), shared._version) != shared._version  # type: ignore[union-attr]
+            if written or not torch.equal(_few(own), self._few[name]):
                 raise ModelChangedError(
                     f"The frozen weights {name!r} were overwritten after the fit. Being large they were shared with "
                     "the model and not copied, so there is no going on with those of the fit. Fit again, or load them."
@@ -305,6 +306,7 @@ class _Copier:
     def __init__(self, model: nn.Module, tensors: Mapping[int, Tensor]) -> None:
         self._tree = {id(module) for module in model.modules()}
         self._copies: dict[int, Any] = dict(tensors)
+        self._alive: list[Any] = []
         self._leads_back = _leading_to(model, self._tree | set(tensors))
 
     def __call__(self, value: Any) -> Any:
@@ -330,26 +332,30 @@ class _Copier:
             scripted = self._copies[id(module)] = copy.deepcopy(module)
             return scripted.eval() if id(module) in self._tree else scripted
         if type(module).__module__.startswith("torch.") and (name := WRAPPERS.get(type(module).__name__)) is not None:
-            own = self._copies[id(module)] = Unwrapped(name, self(module._modules[name]))
-            own.__dict__["training"] = False
-            return own
+            unwrapped = self._copies[id(module)] = Unwrapped(name, self(module._modules[name]))
+            return unwrapped.eval()
         own = self._copies[id(module)] = object.__new__(type(module))
         state = module.__dict__.copy()
-        for key in ("_backward_hooks", "_backward_pre_hooks"):
-            state[key] = OrderedDict()
-        state["_is_full_backward_hook"] = None
         state.pop("_compiled_call_impl", None)
-        if id(module) in self._tree:
-            state["training"] = False
         own.__dict__.update({key: self(value) for key, value in state.items()})
+        own.__dict__.update(_backward_hooks=OrderedDict(), _backward_pre_hooks=OrderedDict())
+        own.__dict__["_is_full_backward_hook"] = None
+        if id(module) in self._tree:
+            own.__dict__["training"] = False
         return own
 
     def _other(self, value: Any, kind: type) -> Any:
-        if issubclass(kind, dict):
-            own = self._copies[id(value)] = kind() if kind in (dict, OrderedDict) else copy.copy(value)
-            dict.clear(own)
+        self._alive.append(value)  # its identity must stay its own
+        if kind in (dict, OrderedDict):
+            plain: dict[Any, Any] = kind()
+            self._copies[id(value)] = plain
             for key, item in list(value.items()):
-                dict.__setitem__(own, self(key), self(item))
+                plain[self(key)] = self(item)
+            return plain
+        if issubclass(kind, dict):
+            own = self._copies[id(value)] = copy.copy(value)
+            for key, item in list(value.items()):
+                dict.__setitem__(own, key, self(item))
             return own
         if issubclass(kind, (list, deque, set)):
             own = self._copies[id(value)] = copy.copy(value)

@@ -23,6 +23,7 @@ from debiased_laplace.blocks import flatten, unflatten
 from debiased_laplace.gradients import CurvatureData, Network
 from debiased_laplace.likelihoods import Likelihood, resolve_likelihood
 from debiased_laplace.sampling import WeightedData
+from debiased_laplace.snapshot import Snapshot
 from debiased_laplace.structures import LowRank, LowRankStatistics
 from debiased_laplace.structures.base import eigh
 from debiased_laplace.structures.lowrank import is_nonzero

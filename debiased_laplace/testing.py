@@ -29,8 +29,8 @@ from debiased_laplace.gradients import CurvatureData, Network
 from debiased_laplace.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood
 from debiased_laplace.posterior import Posterior
 from debiased_laplace.predictive import functional_moments, joint_covariance
-from debiased_laplace.snapshot import in_evaluation_mode
 from debiased_laplace.sampling import WeightedData
+from debiased_laplace.snapshot import in_evaluation_mode
 from debiased_laplace.structures import Structure
 
 __all__ = [

@@ -24,7 +24,7 @@ _NO_OVERRIDES = {
 }
 
 
-def seen_inside(function: types.FunctionType) -> types.FunctionType:
+def seen_inside(function: Any) -> Callable[..., Any]:
     """A composite function of torch, such that a mode that is on sees the calls inside of it."""
     namespace = {**function.__globals__, **_NO_OVERRIDES}
     body = types.FunctionType(

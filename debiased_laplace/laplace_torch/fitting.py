@@ -92,8 +92,8 @@ class FittingLayer(SettingsLayer):
         reduction = self.feature_reduction if self.hessian_structure == "diag" else None
         sampler = sampler or default_sampler(budget, structure, curvature)
         fitted = fit(
-            Snapshot(self.model, self._trainable), train_loader, noise.with_noise(self.output_likelihood, self.sigma_noise),
-            structure=structure, indices=self._indices,
+            Snapshot(self.model, self._trainable), train_loader,
+            noise.with_noise(self.output_likelihood, self.sigma_noise), structure=structure, indices=self._indices,
             parameters=None if self._indices is not None else self._names or "last_layer",
             sampler=sampler, split=split, estimator=estimator, mc_samples=mc_samples,
             curvature=curvature, separate_bias=self._separates_bias, feature_reduction=reduction,
