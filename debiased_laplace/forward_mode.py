@@ -60,11 +60,35 @@ def _load() -> None:
 def jvp(
     function: Callable[[dict[str, Tensor]], Tensor], at: dict[str, Tensor], along: dict[str, Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """Value of a function of named tensors, and its derivative along others; zero where it does not depend on them."""
-    with forward_mode():
-        duals = {name: forward_ad.make_dual(at[name], along[name].to(at[name])) for name in at}
-        value, tangent = forward_ad.unpack_dual(function(duals))
-        return value, torch.zeros_like(value) if tangent is None else tangent
+    """Value of a function of named tensors, and its derivative along others; zero where it does not depend on them.
+
+    Where an operation has no forward mode (the kernel of weight normalisation), by two backward passes.
+    """
+    along = {name: along[name].to(at[name]) for name in at}
+    try:
+        with forward_mode():
+            value, tangent = forward_ad.unpack_dual(
+                function({name: forward_ad.make_dual(at[name], along[name]) for name in at})
+            )
+            return value, torch.zeros_like(value) if tangent is None else tangent
+    except NotImplementedError:
+        return _twice_back(function, at, along)
+
+
+def _twice_back(
+    function: Callable[[dict[str, Tensor]], Tensor], at: dict[str, Tensor], along: dict[str, Tensor]
+) -> tuple[Tensor, Tensor]:
+    """The derivative as the transpose of the pullback of a vector, which is linear in the vector."""
+    wanted = torch.is_grad_enabled()
+    with torch.enable_grad():
+        leaves = {name: p.detach().requires_grad_() for name, p in at.items()}
+        value = function(leaves)
+        w = torch.zeros_like(value).requires_grad_()
+        pulled = torch.autograd.grad(value, list(leaves.values()), w, create_graph=True, materialize_grads=True)
+        (tangent,) = torch.autograd.grad(
+            pulled, w, [along[name] for name in leaves], create_graph=wanted, materialize_grads=True
+        )
+    return (value, tangent) if wanted else (value.detach(), tangent)
 
 
 class PlainAttention(TorchFunctionMode):

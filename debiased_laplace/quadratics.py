@@ -96,7 +96,7 @@ class Quadratic:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: nn.Module | Snapshot,
         batch: Any,
         likelihood: str | Likelihood,
         curvature: str = "ggn",

@@ -158,6 +158,7 @@ class Snapshot:
             ModelChangedError: If weights that were too large to copy were overwritten.
         """
         now = _stamp(self.origin)
+        self._check_shared()
         if self._told is not None and _same(now, self._told[0]) and self._told[1] is not None and not thorough:
             return self._told[1]
         if thorough or not _same(now, self._stamp) or self._few_differ():
@@ -178,17 +179,19 @@ class Snapshot:
     def _few_differ(self) -> bool:
         return self._watched is None or any(not torch.equal(torch.cat(views), own) for views, own in self._watched)
 
-    def _differences(self) -> Changes | None:
-        stamped = {} if self._stamp is None else {id(t): v for _, t, v, _ in _entries(self._stamp)}
+    def _check_shared(self) -> None:
+        stamped = {} if self._stamp is None or not self._shared else {id(t): v for _, t, v, _ in _entries(self._stamp)}
         for name in sorted(self._shared):
-            shared, own = dict(self.origin.named_parameters()).get(name), self.parameters[name]
-            same_memory = shared is not None and shared.data_ptr() == own.data_ptr()
-            written = same_memory and stamped.get(id(shared), shared._version) != shared._version  # type: ignore[union-attr]
+            theirs, own = dict(self.origin.named_parameters()).get(name), self.parameters[name]
+            same_memory = theirs is not None and theirs.data_ptr() == own.data_ptr()
+            written = same_memory and stamped.get(id(theirs), theirs._version) != theirs._version  # type: ignore[union-attr]
             if written or not torch.equal(_few(own), self._few[name]):
                 raise ModelChangedError(
                     f"The frozen weights {name!r} were overwritten after the fit. Being large they were shared with "
                     "the model and not copied, so there is no going on with those of the fit. Fit again, or load them."
                 )
+
+    def _differences(self) -> Changes | None:
         mine, theirs = _tensors(self.module), _tensors(self.origin)
         missing, new = [n for n in mine if n not in theirs], [n for n in theirs if n not in mine]
         cast = [n for n in mine if n in theirs and _described(mine[n]) != _described(theirs[n])]
