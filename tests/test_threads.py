@@ -35,6 +35,7 @@ class Meeting(nn.Module):
     """Threads wait here for one another, while there is somebody to wait for."""
 
     barrier: threading.Barrier | None = None
+    keeps = False
 
     def forward(self, x: Tensor) -> Tensor:
         if Meeting.barrier is not None:
@@ -43,25 +44,33 @@ class Meeting(nn.Module):
 
 
 class Network(nn.Module):
-    """Keeps what it computes in itself and reads it again, as many networks do, and fails for inputs of 7."""
+    """Fails for inputs of 7; may keep what it computes in itself and read it again, as many networks do."""
 
-    def __init__(self) -> None:
+    def __init__(self, keeps: bool) -> None:
         super().__init__()
+        self.keeps = keeps
         self.first, self.norm, self.drop = nn.Linear(3, 8), nn.BatchNorm1d(8), nn.Dropout(0.5)
         self.meeting, self.last = Meeting(), nn.Linear(8, 2)
 
     def forward(self, x: Tensor) -> Tensor:
-        self.features = self.drop(self.norm(torch.tanh(self.first(x))))
+        features = self.drop(self.norm(torch.tanh(self.first(x))))
+        if self.keeps:
+            self.features = features
         self.meeting(x)
         if float(x.max()) == 7.0:
             raise ArithmeticError("an input of 7")
-        return self.last(self.features)
+        return self.last(self.features if self.keeps else features)
+
+
+@pytest.fixture(params=[False, True], ids=["", "keeps"], autouse=True)
+def _keeps(request: pytest.FixtureRequest) -> None:
+    Meeting.keeps = request.param
 
 
 def made() -> Network:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = Network().double()
+        model = Network(Meeting.keeps).double()
         model(torch.randn(50, 3).double())
     return model  # in training mode
 
