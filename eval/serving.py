@@ -1,0 +1,123 @@
+"""What serving is about: predictions in several threads, and the latency of one input.
+
+    python eval/serving.py [--seconds 3] [--rounds 5] [--out docs/records/serving.json]
+
+Threads of Python call one posterior, each with inputs of its own; torch has one thread in each. Reported are
+predictions in a second, over those of one thread in the same round (median over rounds, smallest and largest), and the
+median time of a prediction for one input over that of the network's forward pass. The numbers are checked: all
+predictions of all threads must be those that one thread makes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from networks import lenet
+from speed import gigaflops
+from torch import Tensor, nn
+
+from debiased_laplace import DebiasedLaplace
+from debiased_laplace.evaluation.shipped.cifar10 import CifarResNet
+
+NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "LeNet": (lenet, (1, 28, 28)), "ResNet-20": (CifarResNet, (3, 32, 32)),
+}  # fmt: skip
+KINDS: dict[str, tuple[str, dict[str, Any]]] = {
+    "exact": ("all", {}),
+    "last layer": ("last_layer", {}),
+    "30 sampled networks": ("all", {"pred_type": "nn", "n_samples": 30}),
+    "30 linearised samples": ("all", {"pred_type": "linearized", "n_samples": 30}),
+}
+N_THREADS = (1, 2, 4)
+
+
+def throughput(predict: Callable[[Tensor], Tensor], inputs: list[Tensor], n_threads: int, seconds: float) -> float:
+    """Predictions in a second, of all threads together."""
+    expected = [predict(x) for x in inputs]
+    counts, start, stop = [0] * n_threads, threading.Barrier(n_threads + 1), threading.Event()
+
+    def work(index: int) -> None:
+        start.wait()
+        while not stop.is_set():
+            own = (index + counts[index]) % len(inputs)
+            assert torch.equal(predict(inputs[own]), expected[own]), "a thread predicts something else"
+            counts[index] += 1
+
+    threads = [threading.Thread(target=work, args=(index,)) for index in range(n_threads)]
+    for thread in threads:
+        thread.start()
+    start.wait()
+    begin = time.perf_counter()
+    time.sleep(seconds)
+    stop.set()
+    for thread in threads:
+        thread.join()
+    return sum(counts) / (time.perf_counter() - begin)
+
+
+def seconds_for(call: Callable[[], Any], repetitions: int) -> float:
+    call()
+    times = []
+    for _ in range(repetitions):
+        begin = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - begin)
+    return median(times)
+
+
+def measure(name: str, kind: str, rounds: int, seconds: float) -> dict[str, Any]:
+    torch.manual_seed(0)
+    build, datum = NETWORKS[name]
+    subset, keywords = KINDS[kind]
+    model = build().eval()
+    la = DebiasedLaplace(model, "classification", subset)
+    la.fit([(torch.randn(64, *datum), torch.randint(10, (64,)))])
+    inputs = [torch.randn(1, *datum) for _ in range(8)]
+
+    def predict(x: Tensor) -> Tensor:
+        return la(x, **keywords)
+
+    with torch.no_grad():
+        forward = seconds_for(lambda: model(inputs[0]), 50)
+    record: dict[str, Any] = {
+        "network": name,
+        "kind": kind,
+        "latency": seconds_for(lambda: predict(inputs[0]), 15) / forward,
+    }
+    found = [[throughput(predict, inputs, n, seconds) for n in N_THREADS] for _ in range(rounds)]
+    for index, n in enumerate(N_THREADS[1:], 1):
+        ratios = sorted(own[index] / own[0] for own in found)
+        record[f"{n} threads"] = [median(ratios), ratios[0], ratios[-1]]
+    return record
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=float, default=2.0, help="of every measurement of a throughput")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--out", type=Path, default=Path("serving.json"))
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    records = [measure(name, kind, options.rounds, options.seconds) for name in NETWORKS for kind in KINDS]
+    machine = {"cpus": os.cpu_count(), "python": platform.python_version(), "torch": torch.__version__}
+    options.out.write_text(
+        json.dumps({"machine": machine | {"gflops": round(gigaflops())}, "records": records}, indent=1)
+    )
+    print("| network | prediction | one input, in forward passes | two threads | four threads |\n|---|---|---|---|---|")
+    for own in records:
+        two, four = (f"{m:.2f} ({low:.2f} to {high:.2f})" for m, low, high in (own["2 threads"], own["4 threads"]))
+        print(f"| {own['network']} | {own['kind']} | {own['latency']:.1f} | {two} | {four} |")
+
+
+if __name__ == "__main__":
+    main()
