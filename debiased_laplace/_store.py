@@ -1,7 +1,8 @@
 """Objects of this package in one file, and back: safetensors for the tensors, one JSON document for the rest.
 
 An object is made plain first (:mod:`debiased_laplace._plain`). In the file every tensor has its place
-in the object as its key, and the document refers to it there.
+in the object as its key, and the document refers to it there. The SHA-256 of every tensor, and of the rest of the
+document, is in the document, and they are checked when they are read: a file is what was written, or an error.
 """
 
 from __future__ import annotations
@@ -9,10 +10,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import platform
 import re
-import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,25 +23,14 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from debiased_laplace import __version__
+from debiased_laplace import __version__, _files
+from debiased_laplace._files import StoredFileError
 from debiased_laplace._plain import from_plain, to_plain
 
-FORMAT = 1
+FORMAT = 2  # the first, without digests, is read too
 KEY = "debiased_laplace"  # of the document in the metadata of the safetensors file
 MAX_LINES = 8
 _DIGEST = re.compile("[0-9a-f]{16}")
-
-
-def target(path: str | Path) -> Path:
-    """Where a file of that name is written: behind links, in a directory that exists.
-
-    Raises:
-        FileNotFoundError: If the directory does not exist.
-    """
-    resolved = Path(path).resolve()
-    if not resolved.parent.is_dir():
-        raise FileNotFoundError(f"Expected a directory for {path}, got none at {resolved.parent}. Make it first.")
-    return resolved
 
 
 def write(path: str | Path, value: Any, header: Mapping[str, Any]) -> None:
@@ -53,23 +41,24 @@ def write(path: str | Path, value: Any, header: Mapping[str, Any]) -> None:
         value: What :func:`to_plain` takes. A tensor that occurs several times is stored once; views are stored in
             full, without the rest of their memory.
         header: The same without tensors, for :func:`read_header`.
+
+    Raises:
+        FileNotFoundError: If the directory does not exist.
+        CannotWriteError: If the disk is full, or the place cannot be written to.
     """
-    place, packing = target(path), _Packing()
+    packing = _Packing()
     plain = to_plain(value)  # held until the end, since packing knows tensors by their memory
     document = {"format": FORMAT, "header": pack_header(header), "value": packing.pack(plain, "")}
-    text = json.dumps(document, allow_nan=False)
-    temporary = place.with_name(f".{place.name}.{uuid.uuid4().hex[:8]}.tmp")
-    try:
-        temporary.touch()
-        mode = temporary.stat().st_mode  # as the user's umask wants it; safetensors makes files private
-        save_file(packing.tensors, temporary, metadata={KEY: text})
-        temporary.chmod(mode)
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, place)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    document["sha256"] = {name: digest(tensor) for name, tensor in packing.tensors.items()}
+    text = json.dumps({**document, "digest": _files.sha256(json.dumps(document, allow_nan=False))})
+
+    def fill(temporary: Path) -> None:
+        try:
+            save_file(packing.tensors, temporary, metadata={KEY: text})
+        except safetensors.SafetensorError as error:  # as it tells of a full disk
+            raise _files.cannot_write(path, OSError(str(error))) from error
+
+    _files.write(path, fill)
 
 
 def pack_header(header: Mapping[str, Any]) -> Any:
@@ -90,25 +79,52 @@ def read(path: str | Path, device: torch.device | str | None = None) -> tuple[An
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If it is no file of this package, is damaged, or is from another version.
+        StoredFileError: If it is no file of this package, is damaged, or is from another version.
     """
-    with _opened(path) as (handle, text):
+    with _opened(path) as (handle, text), understood(path):
+        digests = json.loads(text).get("sha256")
         tensors: dict[str, Tensor] = {}
 
         def load(reference: dict[str, Any]) -> Tensor:
             key = reference["__tensor__"]
             if key not in tensors:
-                tensors[key] = _place(handle.get_tensor(key), reference, device)
+                stored = handle.get_tensor(key)
+                if digests is not None and digests[key] != digest(stored):
+                    raise _damaged(path, f"the SHA-256 of {key!r} is another")
+                tensors[key] = _place(stored, reference, device)
             return tensors[key]
 
         document = json.loads(text, object_hook=lambda packed: _unpack(packed, load))
-    return from_plain(document["value"]), from_plain(document["header"])
+        return from_plain(document["value"]), from_plain(document["header"])
 
 
 def read_header(path: str | Path) -> dict[str, Any]:
     """The header of a file, without reading the tensors; raises as :func:`read` does."""
-    with _opened(path) as (_, text):
+    with _opened(path) as (_, text), understood(path):
         return from_plain(json.loads(text, object_hook=_unpack)["header"])
+
+
+@contextmanager
+def understood(path: str | Path) -> Iterator[None]:
+    """Say of whatever is wrong with the content of a file that it is the content of this file."""
+    try:
+        yield
+    except (StoredFileError, OSError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except ValueError as error:
+        raise StoredFileError(f"{error} (in {path})") from error
+    except Exception as error:
+        raise StoredFileError(
+            f"Expected a file of debiased-laplace, got {path}, whose content is not understood "
+            f"({type(error).__name__}: {error}). It was written by something else, or changed by hand: make it again."
+        ) from error
+
+
+def _damaged(path: str | Path, how: str) -> StoredFileError:
+    return StoredFileError(
+        f"Expected a file of debiased-laplace, got {path}, which is damaged ({how}). Copy it again, or delete it and "
+        "start over."
+    )
 
 
 @contextmanager
@@ -122,21 +138,33 @@ def _opened(path: str | Path) -> Iterator[tuple[Any, str]]:
     except safetensors.SafetensorError as error:
         with Path(path).open("rb") as file:
             if file.read(9)[8:] != b"{":  # where a safetensors file has its header
-                raise ValueError(f"{expected} which is no safetensors file ({error}). Check the path.") from error
-        raise ValueError(
-            f"{expected} which is damaged, perhaps cut short ({error}). Copy it again, or delete it and start over."
-        ) from error
+                raise StoredFileError(f"{expected} which is no safetensors file ({error}). Check the path.") from error
+        raise _damaged(path, f"perhaps cut short: {error}") from error
     with handle:
         text = (handle.metadata() or {}).get(KEY)
         if text is None:
-            raise ValueError(f"{expected} a safetensors file that something else wrote. Check the path.")
-        form = json.loads(text)["format"]
-        if form > FORMAT:
-            raise ValueError(
-                f"{expected} of format {form}, and this version knows {FORMAT}: the file was written by a newer "
-                "version; upgrade debiased-laplace."
+            raise StoredFileError(f"{expected} a safetensors file that something else wrote. Check the path.")
+        with understood(path):
+            document = json.loads(text)
+            form, expected_digest = document["format"], document.pop("digest", None)
+            found = _files.sha256(json.dumps(document))
+        if type(form) is not int or not 1 <= form <= FORMAT:
+            newer = type(form) is int and form > FORMAT
+            raise StoredFileError(
+                f"{expected} of format {form!r}, and this version knows 1 to {FORMAT}: the file was "
+                + ("written by a newer version; upgrade debiased-laplace." if newer else "changed. Make it again.")
             )
+        if (form > 1 or expected_digest is not None) and expected_digest != found:
+            raise _damaged(path, "the SHA-256 of its header is another")
         yield handle, text
+
+
+def digest(tensor: Tensor) -> str:
+    """SHA-256 of the dtype, the shape and the bytes of a tensor, as 64 hexadecimal digits."""
+    found = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)} ".encode())
+    own = tensor.detach().cpu().resolve_neg().contiguous()
+    found.update(own.as_strided((own.numel(),), (1,)).view(torch.uint8).numpy().data)
+    return found.hexdigest()
 
 
 class _Packing:
@@ -197,15 +225,16 @@ def _place(tensor: Tensor, reference: dict[str, Any], device: torch.device | str
         ) from error
 
 
+def tensors_of(value: Any) -> dict[str, Tensor]:
+    """All tensors of an object under the names of their places, those of numbers alone."""
+    packing = _Packing()
+    packing.pack(to_plain(value), "")
+    return {name: tensor for name, tensor in packing.tensors.items() if tensor.is_floating_point()}
+
+
 def fingerprint(parameters: Mapping[str, Tensor]) -> dict[str, str]:
     """Sixteen hexadecimal digits for every tensor: SHA-256 of its dtype, its shape and its bytes."""
-    digests = {}
-    for name, tensor in parameters.items():
-        digest = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)} ".encode())
-        own = tensor.detach().cpu().resolve_neg().contiguous()
-        digest.update(own.as_strided((own.numel(),), (1,)).view(torch.uint8).numpy().data)
-        digests[name] = digest.hexdigest()[:16]
-    return digests
+    return {name: digest(tensor)[:16] for name, tensor in parameters.items()}
 
 
 def differences(expected: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]:
@@ -245,9 +274,10 @@ def versions() -> dict[str, str]:
 
 def check_model(path: str | Path, header: dict[str, Any], model: torch.nn.Module) -> None:
     """Raise a ``ValueError`` that says what differs, unless a file's header has the shapes and weights of the model."""
-    shapes = {name: list(p.shape) for name, p in model.named_parameters() if name in header["shapes"]}
-    lines = differences({"shape": header["shapes"]}, {"shape": shapes})
-    lines = lines or differences(header["weights"], fingerprint(model.state_dict()))
+    with understood(path):
+        shapes = {name: list(p.shape) for name, p in model.named_parameters() if name in header["shapes"]}
+        lines = differences({"shape": header["shapes"]}, {"shape": shapes})
+        lines = lines or differences(header["weights"], fingerprint(model.state_dict()))
     if lines:
         raise ValueError(
             f"Expected the model that {path} was fitted to, got another: {'; '.join(lines)}. Load that model's weights."

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from debiased_laplace import _store
+from debiased_laplace import _files, _store
 
 __all__ = ["Progress"]
 
@@ -65,7 +65,7 @@ class Progress:
             ValueError: If the file holds something else, or progress with other settings; it is left as it is.
             FileNotFoundError: If the directory does not exist.
         """
-        self._path = None if path is None else _store.target(path)
+        self._path = None if path is None else _files.target(path)
         self._interval = interval
         self._results: dict[str, Any] = {}
         self._sums: dict[str, Sum] = {}
@@ -81,14 +81,25 @@ class Progress:
             if self._path.exists():
                 self._continue(self._path)
 
+    @staticmethod
+    def check(path: str | Path) -> None:
+        """Read a file from end to end, if there is one.
+
+        Raises:
+            StoredFileError: If it is damaged.
+        """
+        if Path(path).exists():
+            _store.read(path)
+
     def _continue(self, path: Path) -> None:
         header = _store.read_header(path)
         if header.get("kind") != "progress":
-            raise ValueError(
+            raise _store.StoredFileError(
                 f"Expected {path} to hold the progress of a computation, got {header.get('kind', 'something else')}. "
                 "Give another path; the file is left as it is."
             )
-        lines = _store.differences(self._settings, header["settings"])
+        with _store.understood(path):
+            lines = _store.differences(self._settings, header["settings"])
         if lines:
             raise ValueError(
                 f"Expected {path} to hold progress with the settings of this run, got others: {'; '.join(lines)}. "
@@ -98,8 +109,9 @@ class Progress:
         if changed:
             logger.warning("The progress in %s was made with other versions: %s.", path, "; ".join(changed))
         kept, _ = _store.read(path)
-        self._results, self._sums = kept["results"], kept["sums"]
-        self._is_complete, self._completed = header["complete"], kept["completed"]
+        with _store.understood(path):
+            self._results, self._sums = dict(kept["results"]), dict(kept["sums"])
+            self._is_complete, self._completed = header["complete"], kept["completed"]
 
     def once(self, name: str, compute: Callable[[], T]) -> T:
         """The result of a computation, kept when it is complete.

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import glob
 import sys
+import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -259,7 +261,7 @@ def predict(
         from debiased_laplace import DebiasedLaplace, _data
         from debiased_laplace.evaluation.predictors import LaplacePredictor
         from debiased_laplace.evaluation.provenance import seeded
-        from debiased_laplace.evaluation.records import write_atomically
+        from debiased_laplace.evaluation.records import write_whole
     if not posterior.is_file():
         raise typer.BadParameter(f"{posterior} does not exist. `debiased-laplace fit` writes one.")
     loaded, context = _task(task, device, data_dir, cache, quick, seed)
@@ -271,7 +273,7 @@ def predict(
         arrays = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
     file = io.BytesIO()
     np.savez(file, **arrays)  # type: ignore[arg-type]
-    write_atomically(out, file.getvalue())
+    write_whole(out, file.getvalue())
     shapes = ", ".join(f"{key} {list(value.shape)}" for key, value in arrays.items())
     typer.echo(f"{shapes}. Written: {out.resolve()}")
 
@@ -284,13 +286,16 @@ def init_task(
     """Write a commented task file that runs as it is, to be changed for your own network and data."""
     from importlib import resources
 
+    from debiased_laplace import _files
+
     if path.is_dir():
         raise typer.BadParameter(f"{path} is a folder. Name a file.")
     if path.exists() and not force:
         raise typer.BadParameter(f"{path} exists. Name another file, or use --force.")
     template = resources.files("debiased_laplace.evaluation").joinpath("template.py").read_text(encoding="utf-8")
     _check_folder(path.parent)
-    path.write_text(template, encoding="utf-8")
+    with _clear_errors():
+        _files.write(path, template)
     typer.echo(f"Written: {path.resolve()}. Try it: debiased-laplace evaluate {path} --quick")
 
 
@@ -319,11 +324,12 @@ def _imports() -> Iterator[None]:
 @contextmanager
 def _clear_errors() -> Iterator[None]:
     """An error of a task is told in its own words; a traceback would be of this program."""
+    from debiased_laplace._files import CannotWriteError
     from debiased_laplace.evaluation.tasks import TaskError
 
     try:
         yield
-    except (TaskError, ValueError, TypeError) as error:
+    except (TaskError, ValueError, TypeError, CannotWriteError) as error:
         typer.echo(f"Error: {error}", err=True)
         raise typer.Exit(1) from error
 
@@ -351,8 +357,8 @@ def _checkpoint(out: Path, task: Task, context: Context, model: Any, settings: M
     with seeded(context.seed):
         data = data_digest(task.loader("train_loader", context))
     made_from = base_settings(task, context) | {"network": network_digest(model), "data": data, "seed": context.seed}
-    path = out.with_name(f"{out.stem}-{records.digest({**made_from, **settings})}.progress")
-    for other in set(out.parent.glob(f"{out.stem}-????????.progress")) - {path}:
+    path = out.with_name(f"{out.name}.{records.digest({**made_from, **settings})}.progress")
+    for other in set(out.parent.glob(f"{glob.escape(out.name)}.????????.progress")) - {path}:
         typer.echo(f"Not used: {other}, an interrupted fit of another network, other data or settings.", err=True)
     return path
 
@@ -383,15 +389,20 @@ def _check_file(path: Path) -> None:
     if path.is_dir():
         raise typer.BadParameter(f"{path} is a folder. Name a file.", param_hint="--out")
     _check_folder(path.parent)
+    from debiased_laplace import _files
+
+    try:
+        _files.check_writable(path)
+    except OSError as error:
+        raise typer.BadParameter(str(error), param_hint="--out") from None
 
 
 def _check_folder(out: Path) -> None:
     """Refuse a folder that cannot be written to, before anything takes time."""
     try:
         out.mkdir(parents=True, exist_ok=True)
-        probe = out / ".writable"
-        probe.touch()
-        probe.unlink()
+        with tempfile.TemporaryFile(dir=out):
+            pass
     except FileExistsError:
         raise typer.BadParameter(f"{out} is a file. Name a folder.", param_hint="--out") from None
     except OSError as error:

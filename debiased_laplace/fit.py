@@ -20,6 +20,7 @@ from debiased_laplace.gradients import CURVATURES, CurvatureData, Network
 from debiased_laplace.likelihoods import Likelihood
 from debiased_laplace.measurement import Measurement
 from debiased_laplace.posterior import Posterior
+from debiased_laplace.probe import Probe
 from debiased_laplace.sampling import PrioritySampler, Sample, Sampler, UniformSampler
 from debiased_laplace.snapshot import Snapshot
 from debiased_laplace.splits import CrossFit, Single, Split
@@ -54,6 +55,7 @@ class Fit:
         observed: What the pass over the stream told, if the sampler made one; None for a fit that was loaded.
         uniform: A few data of the stream, drawn uniformly and apart from ``sample``, that stand for its ordinary data;
             None for a fit that was loaded.
+        probe: What the network gives for a few made-up inputs, by which it is known again when a fit is loaded.
     """
 
     posterior: Posterior
@@ -67,6 +69,7 @@ class Fit:
     sample: Sample | None = None
     observed: Observed | None = None
     uniform: Sample | None = None
+    probe: Probe | None = None
 
     def state(self) -> dict[str, Any]:
         """Everything but the model and the data, as tensors and plain Python objects."""
@@ -83,6 +86,10 @@ class Fit:
         """
         own = _store.from_plain(state)
         network = Network.restore(model, own.pop("network"))
+        if own.get("probe") is not None:
+            own["probe"].check(network)
+        for name, value in _store.tensors_of(own["posterior"]).items():
+            _checks.finite(value, f"the {name} of the stored posterior", "The file was changed: make it again.")
         moved = _pytree.tree_map_only(Tensor, lambda t: t.to(network.device), _store.to_plain(own.pop("posterior")))
         posterior = _store.from_plain(moved)
         if not torch.equal(posterior.mean, network.mean()):
@@ -117,10 +124,13 @@ class Fit:
         """
         header = _store.read_header(path)
         if header.get("kind") != "fit":
-            raise ValueError(f"Expected a saved fit in {path}, got {header.get('kind', 'something else')}.")
+            raise _store.StoredFileError(
+                f"Expected a saved fit in {path}, got {header.get('kind', 'something else')}. Check the path."
+            )
         _store.check_model(path, header, model)
         state, _ = _store.read(path)
-        return cls.restore(model, state)
+        with _store.understood(path):
+            return cls.restore(model, state)
 
 
 def fit(
@@ -267,7 +277,7 @@ def fit(
         Posterior(network.mean(), basis, curvatures, sample.n_seen if n_data is None else n_data, precision,
                   fixed=None if network.free is None else ~network.free, **posterior),
         network, loss, sample.n_seen, sample.fold(split.final).indices, sample.fold(measured).indices, mc_samples,
-        settings, sample, observed, uniform,
+        settings, sample, observed, uniform, Probe.of(network, sample.data.inputs),
     )  # fmt: skip
     if checkpoint is not None:
         progress.complete(fitted.state())

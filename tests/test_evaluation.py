@@ -18,6 +18,7 @@ from PIL import Image
 from torch import nn
 
 from debiased_laplace import Single
+from debiased_laplace._files import CannotWriteError
 from debiased_laplace.evaluation import (
     Context,
     Method,
@@ -293,7 +294,7 @@ def test_writing_is_all_or_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         raise OSError("disk full")
 
     monkeypatch.setattr("os.replace", crash)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(CannotWriteError, match=r"Could not write .*results\.json: disk full\. What was there"):
         records.write_json(path, {"a": 2})
     assert json.loads(path.read_text()) == {"a": 1}
     assert [p.name for p in path.parent.iterdir()] == ["results.json"]
@@ -303,14 +304,19 @@ def test_records_of_other_settings_are_neither_used_nor_overwritten(tmp_path: Pa
     settings = {"settings": {"epochs": 3, "split": Single(), "limit": math.nan}, "inputs": {"network": "Infinity"}}
     other = settings | {"inputs": {"network": "0123"}}
     record = {"schema_version": records.SCHEMA_VERSION, "seed": 0} | records.jsonable(settings)
-    records.write_json(records.record_path(tmp_path, 0, settings), record)
+    records.write_record(records.record_path(tmp_path, 0, settings), record)
     assert repr(records.load_record(tmp_path, 0, settings)) == repr(record)  # in which NaN is equal to itself
     assert records.load_record(tmp_path, 1, settings) is None
     assert records.load_record(tmp_path, 0, other) is None
     assert records.record_path(tmp_path, 0, other) != records.record_path(tmp_path, 0, settings)
     others = [record | {"settings": {}}, record | {"inputs": {}}, record | {"schema_version": 0}, record | {"seed": 1}]
-    for content in ('{"seed": 0', "[]", *map(json.dumps, others)):
-        records.record_path(tmp_path, 0, settings).write_text(content)
+    path = records.record_path(tmp_path, 0, settings)
+    edited = path.read_text().replace('"seed":0', '"seed":00').replace("Infinity", "NaN")
+    for content in ('{"seed": 0', "[]", "[" * 100_000, json.dumps(record), edited):
+        path.write_text(content)
+        assert records.load_record(tmp_path, 0, settings) is None
+    for other_record in others:
+        records.write_record(path, other_record)
         assert records.load_record(tmp_path, 0, settings) is None
 
 

@@ -54,7 +54,7 @@ def fails(*_: Any, **__: Any) -> Any:
 def judged_blobs(folder: Path, methods: tuple[Method, ...], *replacements: tuple[str, str]) -> dict[str, Any]:
     (record,) = run(task_of(folder, *replacements), folder, [0], Context(), methods=methods, options=OPTIONS)
     (file,) = (folder / "records").iterdir()
-    assert repr(records.read_json(file)) == repr(json.loads(json.dumps(record)))
+    assert repr(records.read_record(file, {})) == repr(json.loads(json.dumps(record)))
     return record
 
 

@@ -252,8 +252,8 @@ def test_the_command_line_says_what_was_used_again_and_when(
         assert "finished earlier" not in first.stdout
         files = sorted((tmp_path / command[0] / "records").iterdir())
         for index, file in enumerate(files):
-            content = json.loads(file.read_text())
-            file.write_text(json.dumps(content | {"made": f"2001-02-03 04:05:0{index} UTC"}))
+            content = records.read_record(file, {})
+            records.write_record(file, content | {"made": f"2001-02-03 04:05:0{index} UTC"})
         if command[0] == "bias":
             next(file for file in files if "steps" in file.name).unlink()
         again = invoke(*arguments)

@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from debiased_laplace import _plain, _store
+from debiased_laplace._files import CannotWriteError
 from debiased_laplace.fit import fit
 from debiased_laplace.likelihoods import Categorical
 from debiased_laplace.sampling import UniformSampler
@@ -323,10 +324,14 @@ def damage(path, kind):
         ("directory", FileNotFoundError, "where there is no file"),
         ("text", ValueError, "got .*object.safetensors, which is no safetensors file .*Check the path"),
         ("empty", ValueError, "which is no safetensors file"),
-        ("cut", ValueError, "which is damaged, perhaps cut short .*Copy it again, or delete it"),
-        ("head", ValueError, "which is damaged, perhaps cut short"),
+        ("cut", ValueError, "which is damaged \\(perhaps cut short: .*Copy it again, or delete it"),
+        ("head", ValueError, "which is damaged \\(perhaps cut short: "),
         ("other", ValueError, "a safetensors file that something else wrote"),
-        ("newer", ValueError, "format 2, and this version knows 1: .*written by a newer version; upgrade debiased-lap"),
+        (
+            "newer",
+            ValueError,
+            "format 3, and this version knows 1 to 2: .*written by a newer version; upgrade",
+        ),
     ],
 )
 def test_what_is_no_file_of_the_package_is_refused(path, read, kind, error, message):
@@ -352,8 +357,10 @@ def test_a_write_that_fails_leaves_the_earlier_file(path, monkeypatch, stage, er
     _store.write(path, torch.ones(3), {"number": 1})
     before = path.read_bytes()
     with monkeypatch.context() as patch:
-        patch.setattr(f"debiased_laplace._store.{stage}", half_a_file(error) if stage == "save_file" else fail)
-        with pytest.raises(type(error)):
+        where = "_store" if stage == "save_file" else "_files"
+        patch.setattr(f"debiased_laplace.{where}.{stage}", half_a_file(error) if stage == "save_file" else fail)
+        kind = CannotWriteError if isinstance(error, OSError) else KeyboardInterrupt
+        with pytest.raises(kind, match="disk full. What was there before" if kind is CannotWriteError else None):
             _store.write(path, torch.zeros(3), {"number": 2})
     assert path.read_bytes() == before
     assert list(path.parent.iterdir()) == [path]
@@ -368,7 +375,8 @@ def test_the_content_is_on_the_disk_before_the_name_is(path, monkeypatch):
     monkeypatch.setattr(os, "fsync", lambda file: (done.append(("fsync", os.fstat(file).st_size)), fsync(file)))
     monkeypatch.setattr(os, "replace", lambda *names: (done.append(("replace", names[1])), replace(*names)))
     _store.write(path, torch.ones(1000), {})
-    assert done == [("fsync", path.stat().st_size), ("replace", path)]
+    directory = ("fsync", path.parent.stat().st_size)
+    assert done == [("fsync", path.stat().st_size), ("replace", path), directory]
 
 
 def test_the_file_has_the_permissions_that_new_files_have(path):

@@ -11,6 +11,8 @@ import io
 import json
 import math
 import time
+import zipfile
+import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -427,7 +429,7 @@ def _save(path: Path, found: Mapping[str, Any]) -> None:
     rest = json.dumps({key: found[key] for key in ("seconds", "shown", "n", "failed", "first")})
     file = io.BytesIO()
     np.savez(file, **arrays, **{"": found["targets"], "\n": np.array(rest)})
-    records.write_atomically(path, file.getvalue())
+    records.write_whole(path, file.getvalue())
 
 
 def _kept(
@@ -462,8 +464,14 @@ def _close(first: Array, second: Array) -> bool:
 
 
 def _load(path: Path, names: Sequence[str]) -> dict[str, Any] | None:
-    if not path.exists():
+    """What :func:`_save` wrote, if it is whole; its checksums are those of the format."""
+    try:
+        return _loaded(path, names)
+    except (OSError, ValueError, KeyError, TypeError, EOFError, RecursionError, zipfile.BadZipFile, zlib.error):
         return None
+
+
+def _loaded(path: Path, names: Sequence[str]) -> dict[str, Any] | None:
     with np.load(path) as file:
         rest = json.loads(str(file["\n"]))
         arrays: dict[str, dict[str, Array]] = {name: {} for name in names if name not in rest.get("failed", {})}

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import platform
 import re
 from collections.abc import Mapping
@@ -22,25 +21,19 @@ from typing import Any
 import torch
 
 import debiased_laplace
+from debiased_laplace import _files
 
 SCHEMA_VERSION = 3
+CHECKSUM = "sha256"
 PACKAGES = ("torch", "numpy", "scipy", "scikit-learn", "netcal", "laplace-torch")
 _NUMBERS = {"Infinity": math.inf, "-Infinity": -math.inf, "NaN": math.nan}
 _LOOKS_LIKE_ONE = re.compile(r"\\*(-?Infinity|NaN)")
 
 
-def write_atomically(path: Path, content: bytes | str) -> None:
-    """Write a file so that a reader, or a crash, sees the old one or the new one and nothing between."""
+def write_whole(path: Path, content: bytes | str) -> None:
+    """Write a file whole or not at all, with the folder that it is in; see :func:`debiased_laplace._files.write`."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    _files.write(path, content)
 
 
 def encode(value: Any) -> Any:
@@ -64,8 +57,8 @@ def decode(value: Any) -> Any:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write standard JSON atomically; infinite and undefined numbers as :func:`encode` has them."""
-    write_atomically(path, json.dumps(encode(value), allow_nan=False, separators=(",", ":")) + "\n")
+    """Write standard JSON whole or not at all; infinite and undefined numbers as :func:`encode` has them."""
+    write_whole(path, json.dumps(encode(value), allow_nan=False, separators=(",", ":")) + "\n")
 
 
 def read_json(path: Path) -> Any:
@@ -103,12 +96,27 @@ def record_path(folder: Path, seed: int, made_from: Mapping[str, Any]) -> Path:
     return folder / "records" / f"seed-{seed}-{digest(made_from)}.json"
 
 
+def write_record(path: Path, record: Mapping[str, Any]) -> None:
+    """Write a record with the SHA-256 of its content, which :func:`read_record` checks."""
+    content = encode(jsonable(record))
+    write_json(path, {**record, CHECKSUM: _checksum(content)})
+
+
+def _checksum(content: Mapping[str, Any]) -> str:
+    text = json.dumps({key: value for key, value in content.items() if key != CHECKSUM}, sort_keys=True)
+    return _files.sha256(text)
+
+
 def read_record(path: Path, made_from: Mapping[str, Any]) -> dict[str, Any] | None:
-    """What is in a file, if it can be read and has exactly these entries, such as its settings."""
+    """What is in a file, if it is as it was written and has exactly these entries, such as its settings."""
     try:
-        record = read_json(path)
-    except (FileNotFoundError, ValueError):
+        text = path.read_text()
+        content = json.loads(text)
+    except (FileNotFoundError, ValueError, RecursionError):
         return None
+    if not isinstance(content, dict) or content.get(CHECKSUM) != _checksum(content):
+        return None  # cut, damaged or edited: to be made anew
+    record = decode({key: value for key, value in content.items() if key != CHECKSUM})
     same = isinstance(record, dict) and all(
         encode(record.get(name)) == encode(jsonable(value)) for name, value in made_from.items()
     )

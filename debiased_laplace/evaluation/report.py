@@ -31,9 +31,9 @@ def write_outputs(folder: Path | str, summary: Summary, *, title: str = "", noti
     title = title or f"Does uncertainty help? {summary['task']['name']}"
     paths = {name: folder / name for name in ("results.json", "results.md", "reliability.png", "report.html")}
     records.write_json(paths["results.json"], dict(summary) | {"statement": statement(summary)})
-    records.write_atomically(paths["results.md"], markdown(summary, title=title, notice=notice))
-    records.write_atomically(paths["reliability.png"], figures.reliability_png(summary))
-    records.write_atomically(paths["report.html"], render(summary, title=title, notice=notice))
+    records.write_whole(paths["results.md"], markdown(summary, title=title, notice=notice))
+    records.write_whole(paths["reliability.png"], figures.reliability_png(summary))
+    records.write_whole(paths["report.html"], render(summary, title=title, notice=notice))
     return paths
 
 

@@ -8,7 +8,6 @@ what they were made from (``provenance``): another network, other data or anothe
 from __future__ import annotations
 
 import copy
-import json
 import math
 import shutil
 import time
@@ -24,7 +23,9 @@ import torch
 from torch import Tensor, nn
 
 from debiased_laplace import DebiasedLaplace, _data
+from debiased_laplace._files import StoredFileError
 from debiased_laplace._guards import user_warnings
+from debiased_laplace.checkpoint import Progress
 from debiased_laplace.evaluation import bootstrap, records
 from debiased_laplace.evaluation.judge import ConditionError, cell, conditions, evaluate, preflight, reason
 from debiased_laplace.evaluation.methods import MAP, TEMPERATURE, Method, Options, check_methods, methods_of
@@ -208,7 +209,7 @@ def _seed(
         work = folder / "work" / f"seed-{seed}-{records.digest(settings)}"
         bench = _Bench(task, subject, context, options, work / records.digest(made_from))
         record = {"seed": seed} | made_from | bench.record(methods, progress)
-    records.write_json(records.record_path(folder, seed, made_from), record)
+    records.write_record(records.record_path(folder, seed, made_from), record)
     shutil.rmtree(work, ignore_errors=True)
     progress("done")
     return record
@@ -448,9 +449,9 @@ class _Bench:
     def _laplace(self, method: Method) -> tuple[Predictor, dict[str, Any]]:
         path = self.work / f"{records.digest({'name': method.name})}.safetensors"
         described = path.with_suffix(".json")
-        if described.exists():
-            la = DebiasedLaplace.load(path, self.model)
-            result = json.loads(described.read_text())
+        kept = self._kept(path, described)
+        if kept is not None:
+            la, result = kept
             if method.fit_key in self.fitted:  # one basis for all of them, so that projections are shared again
                 la.fitted = self.fitted[method.fit_key].fitted
             else:
@@ -460,9 +461,17 @@ class _Bench:
             result["warnings"] = told
             path.parent.mkdir(parents=True, exist_ok=True)
             la.save(path)
-            records.write_json(described, result)
+            records.write_record(described, result)
         self.fits[method.name] = la
         return LaplacePredictor(la, self.shared), result
+
+    def _kept(self, path: Path, described: Path) -> tuple[DebiasedLaplace, dict[str, Any]] | None:
+        """What an interrupted run has finished, if it is whole."""
+        result = records.read_record(described, {})
+        try:
+            return None if result is None else (DebiasedLaplace.load(path, self.model), result)
+        except (FileNotFoundError, StoredFileError):
+            return None
 
     @staticmethod
     def _untuned(la: DebiasedLaplace) -> DebiasedLaplace:
@@ -483,6 +492,10 @@ class _Bench:
             la = DebiasedLaplace(self.model, self.task.likelihood, seed=context.seed, **method.laplace)
             checkpoint = self.work / f"fit-{records.digest({'fit': method.fit_key})}.progress"
             checkpoint.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                Progress.check(checkpoint)
+            except StoredFileError:  # damaged: it is this run's own, and made anew
+                checkpoint.unlink(missing_ok=True)
             loader = _loader(self.task, "train_loader", context)
             la.fit(loader, generator=context.seed, checkpoint=checkpoint, n_data=self.task.n_data, **method.fit)
             self.fitted[method.fit_key] = copy.copy(la)

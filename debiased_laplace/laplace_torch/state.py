@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree
 
-from debiased_laplace import _store
+from debiased_laplace import _checks, _store
 from debiased_laplace.fit import Fit
 from debiased_laplace.laplace_torch.settings import REWARD_MODELING
 from debiased_laplace.laplace_torch.tuning import TuningLayer
@@ -78,6 +78,8 @@ class StateLayer(TuningLayer):
         ):
             if state_dict.get(key) != own:
                 raise ValueError(f"Expected a state with {key} {own!r}, got {state_dict.get(key)!r}.")
+        for name in ("prior_precision", "prior_mean", "sigma_noise"):
+            _checks.finite(state_dict[name], f"the {name} of the state", "The file was changed: make it again.")
         fitted = Fit.restore(self.model, state_dict["fit"])
         if self._names is not None and list(fitted.network.shapes) != self._names:
             raise ValueError(
@@ -146,16 +148,24 @@ class StateLayer(TuningLayer):
         """
         header = _store.read_header(path)
         if header.get("kind") != "laplace":
-            raise ValueError(f"Expected a saved DebiasedLaplace in {path}, got {header.get('kind', 'something else')}.")
-        own = StateLayer._classes.get(header["class"])
+            raise _store.StoredFileError(
+                f"Expected a saved DebiasedLaplace in {path}, got {header.get('kind', 'something else')}. "
+                "Check the path."
+            )
+        own = StateLayer._classes.get(str(header.get("class")))
         if own is None or not issubclass(own, cls):
             raise ValueError(
-                f"Expected a saved {cls.__name__} in {path}, got one of {header['class']}. Use that class."
+                f"Expected a saved {cls.__name__} in {path}, got one of {header.get('class')}. Use that class."
             )
         _store.check_model(path, header, model)
         if likelihood is None and header["likelihood"] not in LIKELIHOODS:
             raise ValueError(f"Expected likelihood to be the {header['likelihood']} of the file, got None. Pass it.")
         state, _ = _store.read(path, _device(model))
+        with _store.understood(path):
+            return cls._loaded(own, model, likelihood, header, state)
+
+    @classmethod
+    def _loaded(cls, own: Any, model: nn.Module, likelihood: Any, header: Any, state: Any) -> Any:
         if likelihood is None:
             likelihood = LIKELIHOODS[header["likelihood"]]()
         la: Any = own.__new__(own)

@@ -156,7 +156,7 @@ def study(
                 progress(finished, len(parts), title)
                 part = {"environment": records.environment(context.device)} | make()
                 record = {"settings": settings, "made": records.now(), "part": part}
-                records.write_json(path, record)
+                records.write_record(path, record)
             part, made[name] = record["part"], record["made"]
             environment = part.pop("environment")
             environments += [] if environment in environments else [environment]

@@ -47,7 +47,7 @@ def write_outputs(folder: Path | str, found: Found, *, notice: str = "") -> dict
     own = {key: value for key, value in found.items() if key != "kept"}  # of this run alone
     records.write_json(paths["bias.json"], own | {"statement": said})
     for name, content in contents.items():
-        records.write_atomically(paths[name], content)
+        records.write_whole(paths[name], content)
     return paths
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gzip
 import hashlib
-import io
+import warnings
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -17,8 +17,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from debiased_laplace import _store
+from debiased_laplace._files import StoredFileError
 from debiased_laplace.evaluation import shifts
-from debiased_laplace.evaluation.records import digest, write_atomically
+from debiased_laplace.evaluation.records import digest
 
 Loader = Iterable[tuple[Tensor, Tensor]]
 CPU = torch.device("cpu")
@@ -242,22 +244,31 @@ def kept(
         make: Gives the trained network.
         device: Where the network is wanted.
 
-    Raises:
-        ValueError: If the file of the weights is damaged.
+    Warns:
+        UserWarning: If the file of the weights is damaged; they are made anew.
     """
     with torch.random.fork_rng(devices=[]):
         model = build()
-    path = cache / f"{name}-{digest({**settings, 'network': repr(model), 'device': device.type})}.pt"
-    if not path.exists():
-        model, content = make(), io.BytesIO()
-        torch.save({key: value.cpu() for key, value in model.state_dict().items()}, content)
-        write_atomically(path, content.getvalue())
-        return model.to(device).eval()
-    try:
-        model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
-    except Exception as error:  # torch has many ways to fail here
-        raise ValueError(f"Expected weights of {name} in {path}, got a damaged file. Delete it.") from error
+    path = cache / f"{name}-{digest({**settings, 'network': repr(model), 'device': device.type})}.safetensors"
+    weights = read_whole(path)
+    if weights is None:
+        model = make()
+        cache.mkdir(parents=True, exist_ok=True)
+        _store.write(path, dict(model.state_dict()), {"kind": "weights"})
+    else:
+        model.load_state_dict(weights)
     return model.to(device).eval()
+
+
+def read_whole(path: Path, device: torch.device | str = "cpu") -> Any:
+    """What :func:`debiased_laplace._store.write` wrote; None if there is none, or it is damaged: to be made anew."""
+    try:
+        return _store.read(path, device)[0]
+    except FileNotFoundError:
+        return None
+    except StoredFileError as error:
+        warnings.warn(f"{error} It is made anew.", stacklevel=2)
+        return None
 
 
 @contextmanager

@@ -6,7 +6,6 @@ The images, shifts and foreign data are those of the task ``cifar10``; no checkp
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from debiased_laplace.evaluation.records import digest, write_atomically
+from debiased_laplace import _store
+from debiased_laplace.evaluation.records import digest
 from debiased_laplace.evaluation.shipped import cifar10
-from debiased_laplace.evaluation.shipped._common import CPU, fingerprint, initialised, kept, train
+from debiased_laplace.evaluation.shipped._common import CPU, fingerprint, initialised, kept, read_whole, train
 
 NAME = "CIFAR-10, All-CNN-C"
 DESCRIPTION = (
@@ -82,17 +82,16 @@ def _trained(inputs: Tensor, targets: Tensor, settings: dict[str, Any], cache: P
     key = digest({**settings, "network": repr(model), "device": device.type})
     path = cache / f"all-cnn-c-{seed}-{key}.progress"
     finished = 0
-    if path.exists():
-        state = torch.load(path, map_location=device, weights_only=True)
+    if (state := read_whole(path, device)) is not None:
         finished = state.pop("finished")
         for name, own in state.items():
             parts[name].load_state_dict(own)
     for epoch in range(finished, epochs):
         order = torch.randperm(len(inputs), generator=torch.Generator().manual_seed(1000 * seed + epoch))
         train(model, inputs, targets, F.cross_entropy, order.to(device).split(TRAIN_BATCH), optimizer, schedule)
-        content = io.BytesIO()
-        torch.save({name: part.state_dict() for name, part in parts.items()} | {"finished": epoch + 1}, content)
-        write_atomically(path, content.getvalue())
+        state = {name: part.state_dict() for name, part in parts.items()} | {"finished": epoch + 1}
+        cache.mkdir(parents=True, exist_ok=True)
+        _store.write(path, state, {"kind": "training"})
     path.unlink(missing_ok=True)
     return model.to(memory_format=torch.contiguous_format)
 
