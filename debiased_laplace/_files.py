@@ -88,8 +88,8 @@ def target(path: str | Path) -> Path:
     return resolved
 
 
-def check_writable(path: str | Path) -> None:
-    """Raise what :func:`write` would, before anything takes time; nothing of what is there is touched."""
+def check_writable(path: str | Path) -> Path:
+    """The target of a path, or what :func:`write` would raise; nothing of what is there is touched."""
     place = target(path)
     if place.is_dir():
         raise CannotWriteError(f"Could not write {path}: it is a directory. Name a file.")
@@ -99,6 +99,7 @@ def check_writable(path: str | Path) -> None:
         probe.unlink()
     except OSError as error:
         raise cannot_write(path, error) from error
+    return place
 
 
 def sha256(content: bytes | str) -> str:

@@ -64,8 +64,9 @@ class Progress:
         Raises:
             ValueError: If the file holds something else, or progress with other settings; it is left as it is.
             FileNotFoundError: If the directory does not exist.
+            CannotWriteError: If the file could not be written there.
         """
-        self._path = None if path is None else _files.target(path)
+        self._path = None if path is None else _files.check_writable(path)
         self._interval = interval
         self._results: dict[str, Any] = {}
         self._sums: dict[str, Sum] = {}

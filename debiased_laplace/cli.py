@@ -325,11 +325,12 @@ def _imports() -> Iterator[None]:
 def _clear_errors() -> Iterator[None]:
     """An error of a task is told in its own words; a traceback would be of this program."""
     from debiased_laplace._files import CannotWriteError
+    from debiased_laplace.evaluation.names import FolderInUseError
     from debiased_laplace.evaluation.tasks import TaskError
 
     try:
         yield
-    except (TaskError, ValueError, TypeError, CannotWriteError) as error:
+    except (TaskError, ValueError, TypeError, CannotWriteError, FolderInUseError) as error:
         typer.echo(f"Error: {error}", err=True)
         raise typer.Exit(1) from error
 
@@ -420,7 +421,8 @@ def _reported(total: int, out: Path) -> Iterator[Reporter]:
             with _clear_errors():
                 yield reporter
         except KeyboardInterrupt:
-            reporter.console.print(f"Interrupted. What is finished is kept in {out}: run the same command to go on.")
+            told = f"Interrupted. What is finished is kept in {out}: run the same command to go on."
+            reporter.console.print(told, markup=False)
             raise typer.Exit(130) from None
 
 

@@ -86,8 +86,6 @@ class Fit:
         """
         own = _store.from_plain(state)
         network = Network.restore(model, own.pop("network"))
-        if own.get("probe") is not None:
-            own["probe"].check(network)
         for name, value in _store.tensors_of(own["posterior"]).items():
             _checks.finite(value, f"the {name} of the stored posterior", "The file was changed: make it again.")
         moved = _pytree.tree_map_only(Tensor, lambda t: t.to(network.device), _store.to_plain(own.pop("posterior")))
@@ -99,6 +97,8 @@ class Fit:
                 f"Expected the state of a model with the same weights; these differ: {differ}, by up to "
                 f"{float((posterior.mean - network.mean()).abs().max()):.3g}. Load the model's own weights first."
             )
+        if own.get("probe") is not None:
+            own["probe"].check(network)
         return cls(posterior=posterior, network=network, **own)
 
     def save(self, path: str | Path) -> None:

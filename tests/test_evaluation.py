@@ -34,6 +34,7 @@ from debiased_laplace.evaluation import (
 )
 from debiased_laplace.evaluation import summary as summaries
 from debiased_laplace.evaluation.methods import MAP, TEMPERATURE
+from debiased_laplace.evaluation.names import markdown as escaped
 from debiased_laplace.evaluation.report import markdown, render
 from debiased_laplace.evaluation.statement import MINUS, plus_minus, statement, with_interval
 from debiased_laplace.evaluation.summary import combine, verdict
@@ -812,9 +813,9 @@ def test_files(summary: dict[str, Any], tmp_path: Path) -> None:
     assert Image.open(paths["reliability.png"]).size[0] > 500
     said = statement(summary)
     notes = paths["results.md"].read_text()
-    assert notes.startswith("# A <toy>\n")
-    assert "> Mind & gap" in notes
-    assert all(sentence in notes for sentence in [said["answer"], *said["details"]])
+    assert notes.startswith("# A &lt;toy&gt;\n")
+    assert "> Mind &amp; gap" in notes
+    assert all(escaped(sentence) in notes for sentence in [said["answer"], *said["details"]])
     text = paths["report.html"].read_text()
     page = check_page(text)
     assert "A &lt;toy&gt;" in text

@@ -88,7 +88,7 @@ def wave(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 def test_a_record_is_complete_and_is_the_file(blobs: SimpleNamespace) -> None:
     methods = methods_of(blobs.task)
     files = sorted((blobs.folder / "records").iterdir())
-    assert [json.loads(path.read_text()) for path in files] == blobs.records
+    assert [records.read_record(path, {}) for path in files] == blobs.records
     assert not any((blobs.folder / "work").iterdir())
     record = blobs.records[0]
     assert list(record["predictors"]) == list(record["test"]["scores"]) == [method.name for method in methods]

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from debiased_laplace import _data
 from debiased_laplace.evaluation import bootstrap, metrics, records, regression
+from debiased_laplace.evaluation.names import check_name, slug
 from debiased_laplace.evaluation.predictors import Prediction, Predictor, as_prediction, scores_of_foreignness
 from debiased_laplace.evaluation.provenance import data_digest
 from debiased_laplace.evaluation.replicates import Replicates
@@ -85,6 +86,8 @@ def conditions(
         out_of_distribution: A loader for each kind of foreign data; their targets are not looked at.
     """
     found = [Condition("test", "test", None, test)]
+    for name in [*(shifted or {}), *(out_of_distribution or {})]:
+        check_name(name, "shifted or foreign data")
     for name, loaders in (shifted or {}).items():
         by_severity = loaders if isinstance(loaders, Mapping) else {None: loaders}
         wrong = [s for s in by_severity if s is not None and (isinstance(s, bool) or not isinstance(s, int))]
@@ -420,8 +423,7 @@ def _png(image: Tensor) -> str:
 
 def _slug(title: str) -> str:
     """Part of a file name; titles that look alike are told apart."""
-    plain = "".join(character if character.isalnum() else "-" for character in title)
-    return f"{plain}-{records.digest({'title': title})}"
+    return slug(title, records.digest({"title": title}))
 
 
 def _save(path: Path, found: Mapping[str, Any]) -> None:

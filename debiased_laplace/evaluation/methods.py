@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from debiased_laplace.evaluation.names import check_name
 from debiased_laplace.evaluation.tasks import Task
 from debiased_laplace.sampling import UniformSampler
 from debiased_laplace.splits import Single
@@ -182,7 +183,7 @@ def standard_methods(
 
 def check_methods(methods: Sequence[Method]) -> None:
     """Raise a ``ValueError`` unless names and roles are unique and roles belong to posteriors."""
-    names = [method.name for method in methods]
+    names = [check_name(method.name, "a method") for method in methods]
     roles = [method.role for method in methods if method.role]
     if len(set(names)) != len(names) or len(set(roles)) != len(roles):
         raise ValueError(f"Expected different names and at most one method of each role, got {names} and {roles}.")

@@ -9,6 +9,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from debiased_laplace.evaluation import names
 from debiased_laplace.evaluation.tables import Table
 
 __all__ = ["markdown", "render", "rows"]
@@ -38,8 +39,9 @@ def markdown(
     title: str, said: Mapping[str, Any], description: str, tables: Sequence[Table], *, notice: str = "", level: int = 1
 ) -> str:
     """The same as Markdown: the answer, what else to know, and the tables."""
-    lines = [f"{'#' * level} {title}", "", *([f"> {notice}", ""] if notice else []), f"**{said['answer']}**", ""]
-    lines += [*(f"- {sentence}" for sentence in said["details"]), "", description, ""]
+    notices = [f"> {names.markdown(notice)}", ""] if notice else []
+    lines = [f"{'#' * level} {names.markdown(title)}", "", *notices, f"**{names.markdown(said['answer'])}**", ""]
+    lines += [*(f"- {names.markdown(sentence)}" for sentence in said["details"]), "", names.markdown(description), ""]
     return "\n".join([*lines, *(table.markdown(level + 1) for table in tables)])
 
 

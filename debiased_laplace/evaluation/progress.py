@@ -25,8 +25,8 @@ class Reporter:
         self._bars: Progress | None = None
         if self.console.is_terminal:
             self._bars = Progress(
-                TextColumn("{task.description:<34}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-                TextColumn("{task.fields[left]}"), console=self.console,
+                TextColumn("{task.description:<34}", markup=False), BarColumn(), MofNCompleteColumn(),
+                TimeElapsedColumn(), TextColumn("{task.fields[left]}", markup=False), console=self.console,
             )  # fmt: skip
             self._bar = self._bars.add_task("", total=total, left="")
 

@@ -29,6 +29,7 @@ from debiased_laplace.checkpoint import Progress
 from debiased_laplace.evaluation import bootstrap, records
 from debiased_laplace.evaluation.judge import ConditionError, cell, conditions, evaluate, preflight, reason
 from debiased_laplace.evaluation.methods import MAP, TEMPERATURE, Method, Options, check_methods, methods_of
+from debiased_laplace.evaluation.names import locked
 from debiased_laplace.evaluation.peer import PeerPredictor, fitted_peer, tune_peer
 from debiased_laplace.evaluation.predictors import (
     LaplacePredictor,
@@ -179,9 +180,10 @@ def run(
         methods = methods_of(task)
     check_methods(methods)
     work = partial(_seed, task.source if n_processes > 1 else task, folder, context, methods, options)
-    if n_processes > 1:
-        return spread(work, list(seeds), n_processes, progress)
-    return [work(seed, partial(progress, seed)) for seed in seeds]
+    with locked(folder):
+        if n_processes > 1:
+            return spread(work, list(seeds), n_processes, progress)
+        return [work(seed, partial(progress, seed)) for seed in seeds]
 
 
 def _seed(

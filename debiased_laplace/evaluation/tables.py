@@ -11,6 +11,7 @@ import rich.table
 from rich.console import Group, RenderableType
 from rich.text import Text
 
+from debiased_laplace.evaluation import names
 from debiased_laplace.evaluation import summary as summaries
 from debiased_laplace.evaluation.metrics import N_BINS
 from debiased_laplace.evaluation.statement import failures, plus_minus, seeds, with_interval
@@ -62,7 +63,7 @@ class Table:
 
     def __rich__(self) -> RenderableType:
         """For ``rich.console.Console().print(table)``."""
-        shown = rich.table.Table(title=self.title, title_justify="left", title_style="bold")
+        shown = rich.table.Table(title=Text(self.title), title_justify="left", title_style="bold")
         for index, column in enumerate(self.columns):
             shown.add_column(Text(column), justify="right" if index else "left", no_wrap=not index)
         for section, rows in self.sections:
@@ -75,16 +76,16 @@ class Table:
 
     def markdown(self, level: int = 3) -> str:
         """As Markdown."""
-        lines = [f"{'#' * level} {self.title}", "", self.caption]
+        lines = [f"{'#' * level} {names.markdown(self.title)}", "", names.markdown(self.caption)]
         for section, rows in self.sections:
             if section:
-                lines += ["", f"**{section}**"]
+                lines += ["", f"**{names.markdown(section)}**"]
             lines += ["", _row(self.columns), "|" + " --- |" * len(self.columns), *(_row(row) for row in rows)]
         return "\n".join(lines) + "\n"
 
 
 def _row(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+    return "| " + " | ".join(map(names.markdown, cells)) + " |"
 
 
 def tables(summary: Mapping[str, Any], *, short: bool = False) -> list[Table]:

@@ -41,6 +41,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from debiased_laplace.evaluation.names import check_name, check_text
 from debiased_laplace.evaluation.provenance import source_digest
 
 REQUIRED = ("model", "train_loader", "val_loader", "test_loader")
@@ -124,6 +125,14 @@ class Task:
         task = cls(source, definition, fingerprint)
         if task.likelihood not in LIKELIHOODS:
             raise TaskError(f"Expected LIKELIHOOD of {source} out of {list(LIKELIHOODS)}, got {task.likelihood!r}.")
+        try:
+            check_name(task.name, f"NAME of {source}")
+            for constant in ("DESCRIPTION", "NOTES", "SEEDS_NOTE"):
+                check_text(str(task.constant(constant, "")), f"{constant} of {source}", lines=True)
+            for name in task.constant("CLASSES", None) or ():
+                check_name(str(name), f"a class in CLASSES of {source}")
+        except ValueError as error:
+            raise TaskError(str(error)) from None
         try:
             _ = task.budget
         except (TypeError, ValueError):
@@ -218,7 +227,12 @@ class Task:
 
     def description(self, context: Context) -> str:
         """What the data and the model are."""
-        return str(self.call("description", context) if self.has("description") else self.constant("DESCRIPTION", ""))
+        if not self.has("description"):
+            return str(self.constant("DESCRIPTION", ""))
+        try:
+            return check_text(str(self.call("description", context)), f"description() of {self.source}", lines=True)
+        except ValueError as error:
+            raise TaskError(str(error)) from None
 
 
 def watched(loader: Any, origin: str, read: Callable[[Any], Any] = lambda batch: batch) -> Any:

@@ -78,8 +78,9 @@ class StateLayer(TuningLayer):
         ):
             if state_dict.get(key) != own:
                 raise ValueError(f"Expected a state with {key} {own!r}, got {state_dict.get(key)!r}.")
-        for name in ("prior_precision", "prior_mean", "sigma_noise"):
-            _checks.finite(state_dict[name], f"the {name} of the state", "The file was changed: make it again.")
+        settings = {name: value for name, value in state_dict.items() if name != "fit"}
+        for name, value in _store.tensors_of(settings).items():
+            _checks.finite(value, f"the {name} of the state", "It was changed: make it again.")
         fitted = Fit.restore(self.model, state_dict["fit"])
         if self._names is not None and list(fitted.network.shapes) != self._names:
             raise ValueError(
@@ -147,19 +148,22 @@ class StateLayer(TuningLayer):
             ValueError: If it is of another kind, class, or model; it says what differs.
         """
         header = _store.read_header(path)
-        if header.get("kind") != "laplace":
-            raise _store.StoredFileError(
-                f"Expected a saved DebiasedLaplace in {path}, got {header.get('kind', 'something else')}. "
-                "Check the path."
-            )
-        own = StateLayer._classes.get(str(header.get("class")))
-        if own is None or not issubclass(own, cls):
-            raise ValueError(
-                f"Expected a saved {cls.__name__} in {path}, got one of {header.get('class')}. Use that class."
-            )
-        _store.check_model(path, header, model)
-        if likelihood is None and header["likelihood"] not in LIKELIHOODS:
-            raise ValueError(f"Expected likelihood to be the {header['likelihood']} of the file, got None. Pass it.")
+        with _store.understood(path):
+            if header.get("kind") != "laplace":
+                raise _store.StoredFileError(
+                    f"Expected a saved DebiasedLaplace in {path}, got {header.get('kind', 'something else')}. "
+                    "Check the path."
+                )
+            own = StateLayer._classes.get(header["class"])
+            if own is None or not issubclass(own, cls):
+                raise _store.StoredFileError(
+                    f"Expected a saved {cls.__name__} in {path}, got one of {header['class']}. Use that class."
+                )
+            _store.check_model(path, header, model)
+            if likelihood is None and header["likelihood"] not in LIKELIHOODS:
+                raise _store.StoredFileError(
+                    f"Expected likelihood to be the {header['likelihood']} of {path}, got None. Pass it."
+                )
         state, _ = _store.read(path, _device(model))
         with _store.understood(path):
             return cls._loaded(own, model, likelihood, header, state)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from debiased_laplace import _data, _store
 from debiased_laplace.evaluation import records
+from debiased_laplace.evaluation.names import locked
 from debiased_laplace.evaluation.provenance import network_digest, seeded
 from debiased_laplace.evaluation.suite import base_settings
 from debiased_laplace.evaluation.tasks import Context, Task
@@ -128,7 +129,7 @@ def study(
         NonFiniteError: If a loss, a gradient or a curvature is not finite.
     """
     options, folder = options or BiasOptions(), Path(folder)
-    with seeded(context.seed):
+    with locked(folder), seeded(context.seed):
         progress(0, 1, "model and data")
         bench = _Bench(task, context, options)
         settings = base_settings(task, context) | {

@@ -1,0 +1,1 @@
+"""Kills, damage, full disks, hostile names, two runs at once: nothing lost, nothing taken on trust."""
