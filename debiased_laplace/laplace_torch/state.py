@@ -162,7 +162,7 @@ class StateLayer(TuningLayer):
             _store.check_model(path, header, model)
             if likelihood is None and header["likelihood"] not in LIKELIHOODS:
                 raise _store.StoredFileError(
-                    f"Expected likelihood to be the {header['likelihood']} of {path}, got None. Pass it."
+                    f"Expected likelihood to be the {header['likelihood']} of the file, got None. Pass it (for {path})."
                 )
         state, _ = _store.read(path, _device(model))
         with _store.understood(path):
