@@ -57,7 +57,7 @@ def markdown(text: str) -> str:
     line = re.sub(r"[`*~|]", r"\\\g<0>", line)
     line = re.sub(r"(?<!\w)_|_(?!\w)", r"\\_", line)
     line = re.sub(r"\](?=[(\[:])", r"\\]", line)
-    return re.sub(r"^(#|\+ |- |=|\d+[.)] )", r"\\\1", line)
+    return re.sub(r"^(\d*)(#|\+|-|=|[.)])", r"\1\\\2", line)
 
 
 class FolderInUseError(RuntimeError):
