@@ -55,7 +55,7 @@ def markdown(text: str) -> str:
     line = " ".join(text.split())
     line = line.replace("\\", "\\\\").replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     line = re.sub(r"[`*~|]", r"\\\g<0>", line)
-    line = re.sub(r"(?<!\w)_|_(?!\w)", r"\\_", line)
+    line = re.sub(r"(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])", r"\\_", line)
     line = re.sub(r"\](?=[(\[:])", r"\\]", line)
     return re.sub(r"^(\d*)(#|\+|-|=|[.)])", r"\1\\\2", line)
 

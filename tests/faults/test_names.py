@@ -26,7 +26,9 @@ TASK = (Path(__file__).parents[1] / "tasks" / "blobs.py").read_text()
 OPTIONS = Options(grid_size=3, log_prior_prec_min=-2, log_prior_prec_max=4, n_resamples=5)
 HOSTILE = [
     "costs $\\bad{", "$x$ and $y$", "n" * 300, "名" * 90, "<script>alert(1)</script>", "[bold]x[/bold]", "a|b",
-    "`code`", "![x](http://x)", "[x](javascript:y)", "# heading", "- item", "1. item", "**x**", "__x__", "a_b_c", "../../etc", "con.txt", "\\", "%s %d {0} {x}", "&lt;b&gt;", "a\u202eb", "\U0001f600", "'\"", "-rf", "]: x", "~~x~~", "<b", "=",
+    "`code`", "![x](http://x)", "[x](javascript:y)", "# heading", "- item", "1. item", "**x**", "__x__", "a_b_c",
+    "../../etc", "con.txt", "\\", "%s %d {0} {x}", "&lt;b&gt;",
+    "a\u202eb", "\U0001f600", "'\"", "-rf", "]: x", "~~x~~", "<b", "=",
 ]  # fmt: skip
 REFUSED = ["", "  ", "a\0b", "a\nb", "a\rb", "\ud800", "a\u2028b", "\x1b[31mred", 3, None]
 NAMES = st.text(min_size=1, max_size=60).filter(
