@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from debiased_laplace import _checks, _data
+from debiased_laplace import _checks, _data, heads
 from debiased_laplace._guards import evaluation_mode, gradients_enabled
 from debiased_laplace.blocks import Block, flatten, group_parameters, unflatten
 from debiased_laplace.layers import Call, Layout, LinearCall
@@ -542,16 +542,10 @@ class Network:
         self._check_factors(inputs)
 
     def _last_layer(self, inputs: _data.Inputs) -> list[str]:
-        """Names of the parameters of the last linear layer or convolution."""
-        factors, _ = self._forward(inputs)
-        for call in reversed(factors._calls):
-            names = [self._identities.get(id(p)) for p in (call.weight, call.bias)]
-            if names[0] is not None and not call.exact:
-                return [name for name in names if name is not None]
-        raise _checks.UnsupportedLayerError(
-            "Expected a model that ends in a linear layer or a convolution with trainable parameters, found none. "
-            "Name the parameters of the last layer yourself."
-        )
+        """Names of the parameters that make the outputs."""
+        with heads.Trace(dict(self.model.named_parameters()), _data.tensors(inputs)) as trace:
+            factors, _ = self._forward(inputs)
+        return heads.last_layer(trace, factors._graph_outputs, self._identities)
 
     def _check_independence(self, inputs: _data.Inputs, outputs: Tensor) -> None:
         """The outputs of the first data must not change when the last one is left out."""
