@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -249,6 +250,9 @@ def fit(
         uniform = kept_draw.get("uniform")  # earlier files have none
         generator.set_state(kept_draw["generator"])
         network = discover(sample.data.inputs)
+        if parameters == "last_layer":
+            logger.info("The last layer: %s.", ", ".join(network.shapes))
+        _warn_of_unreached(network, sample.data.inputs)
         likelihood.check_targets(sample.data.targets, network.n_outputs)
         mc_samples = _resolve_mc_samples(mc_samples, network.n_outputs)
         with tqdm(desc="Curvature", unit="datum", disable=not progress_bar, leave=False) as bar:
@@ -270,6 +274,23 @@ def fit(
     if checkpoint is not None:
         progress.complete(fitted.state())
     return fitted
+
+
+def _warn_of_unreached(network: Network, inputs: _data.Inputs) -> None:
+    """Tell the caller of a fit which outputs will have no variance, and why."""
+    outputs, others = network.unreached(inputs)
+    if outputs:
+        listed = ", ".join(map(str, outputs[:10])) + (", ..." if len(outputs) > 10 else "")
+        why = (
+            f"they depend on {', '.join(others[:6])}{', ...' if len(others) > 6 else ''} instead, which the posterior "
+            "leaves out in whole or in part. Add these to its parameters for a variance"
+            if others else
+            "no trainable parameter does (they are constant, detached, or computed under no_grad)"
+        )  # fmt: skip
+        warnings.warn(
+            f"{len(outputs)} of {network.n_outputs} outputs have variance zero: {listed}. No parameter that the "
+            f"posterior is about acts on them; {why}.", stacklevel=3,
+        )  # fmt: skip
 
 
 def _check_previous(previous: Fit, n_folds: int) -> None:

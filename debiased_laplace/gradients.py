@@ -518,10 +518,19 @@ class Network:
         _checks.finite(
             factors.outputs, "the model's outputs", "Check the inputs and the weights for NaN before fitting."
         )
+        if not factors._graph_outputs.requires_grad:
+            raise ValueError(
+                f"Expected parameters that act on the outputs, got {list(self.shapes)}, on none of which any output "
+                "depends. Choose those that do (a head whose outputs are not returned does not), and do not detach the "
+                "outputs or compute them under no_grad."
+            )
         self._check_independence(inputs, factors.outputs)
         self.n_outputs = factors.outputs.shape[1]
         n, calls, elsewhere = len(factors.outputs), factors._calls, dict(recorder.elsewhere)
         names = [(self._identities.get(id(call.weight)), self._identities.get(id(call.bias))) for call in calls]
+        used = heads.leaves(factors._graph_outputs) & self._identities.keys()
+        for name in {self._identities[own] for own in used}.difference(*names):  # inside torch.func.vmap, say
+            elsewhere.setdefault(name, "a function that cannot be looked into")
         for call, pair, layout in zip(calls, names, find_layouts(factors._graph_outputs, calls, names), strict=True):
             if layout is None:  # its output has no dimension for the data
                 elsewhere.update({name: type(call).__name__ for name in pair if name is not None})
@@ -540,6 +549,21 @@ class Network:
         several = [block.size for block, shape in zip(self.blocks, shapes, strict=True) if shape[-1] > 1]
         self._largest_formed = max(several, default=1)
         self._check_factors(inputs)
+
+    def unreached(self, inputs: _data.Inputs) -> tuple[list[int], list[str]]:
+        """Outputs of variance zero, which no covered parameter acts on, and the other parameters that do."""
+        if self.is_head and self.free is None:  # every output has a row of the weight
+            return [], []
+        inputs = _data.to_device(_data.some(inputs, 3), self.device)
+        copies = {
+            name: p.detach().requires_grad_() for name, p in self.model.named_parameters()
+            if name in self.shapes or name in self._others
+        }  # fmt: skip
+        free = {} if self.free is None else unflatten(self.free, self.shapes)
+        with gradients_enabled(), evaluation_mode(self.model):
+            return heads.unreached(
+                lambda parameters: self.call(parameters, inputs), copies, {name: free.get(name) for name in self.shapes}
+            )
 
     def _last_layer(self, inputs: _data.Inputs) -> list[str]:
         """Names of the parameters that make the outputs."""

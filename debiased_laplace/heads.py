@@ -12,175 +12,20 @@ after them, or beside them. Of outputs that are joined (``cat``, ``stack``) each
 left out lies before the features, the inputs of the last layers. It is an error, which lists the candidates, if
 
 * a layer before the last one is also added to its result, ``z + W @ relu(z)`` with ``z`` the result of a layer;
-* one vector of weights mixes several features into each of several outputs, and may be a layer or a mixture;
+* a vector of weights may be a layer or weigh what several layers give, as ``cat([a(h), b(h)], 1) @ w``;
+* two layers in a row stand beside another one of the same features, as an adapter does;
 * what makes the outputs is frozen, is no layer, or is computed where nothing can be followed.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from debiased_laplace._checks import UnsupportedLayerError
-
-#: Operations that mix features with weights, and the position of the bias among their arguments.
-LAYERS: dict[str, int | None] = {
-    "mm": None, "bmm": None, "mv": None, "dot": None, "vdot": None, "addmm": 0, "addmv": 0, "baddbmm": 0, "addbmm": 0,
-    "linear": 2, "convolution": 2, "_trilinear": None, "_cdist_forward": None, "_euclidean_dist": None,
-    "embedding": None, "_embedding_bag": None, "_embedding_bag_forward_only": None, "index": None,
-    "index_select": None, "gather": None, "take": None,
-}  # fmt: skip
-
-#: Operations that put tensors side by side, or one into another.
-PLACEMENTS = frozenset({
-    "cat", "stack", "copy", "where", "scatter", "index_put", "masked_fill", "masked_scatter", "slice_scatter",
-    "select_scatter", "fill",
-})  # fmt: skip
-
-#: Linear in everything that depends on the data; products are where one factor alone does.
-LINEAR = frozenset({
-    "add", "sub", "rsub", "neg", "sum", "mean", "cat", "stack", "copy", "clone", "_to_copy", "_unsafe_view", "repeat",
-    "index", "index_select", "gather", "_adaptive_avg_pool2d", "avg_pool2d", "constant_pad_nd", "flip", "roll",
-})  # fmt: skip
-
-#: Sums over dimensions, in which a product of features and weights that was written out ends.
-SUMS = frozenset({"sum", "mean", "linalg_vector_norm", "logsumexp", "norm", "amax", "amin"})
-
-
-@dataclass(eq=False)
-class Operation:
-    """One operation of a forward pass.
-
-    Attributes:
-        name: Of the function, without its overload and the underscore of an in-place one.
-        index: Its position in the forward pass.
-        operands: Tensor arguments with what they hold, in the order of the arguments.
-        arguments: All arguments that are no tensors.
-        shape: Of the (first) result.
-        pointwise: Whether every entry depends on the same entries of the operands alone.
-        data: Whether the result depends on the data.
-        parameters: If not, which parameters it depends on; otherwise those that are used here.
-        sources: Operations that made the operands.
-    """
-
-    name: str
-    index: int
-    operands: list[tuple[tuple[int, ...], tuple[int, ...], list[Operation]]] = field(default_factory=list)
-    arguments: tuple[Any, ...] = ()
-    shape: tuple[int, ...] = ()
-    pointwise: bool = False
-    data: bool = False
-    parameters: frozenset[str] = frozenset()
-    sources: list[Operation] = field(default_factory=list)
-
-    def factors(self) -> tuple[list[int], list[int]]:
-        """Positions of the operands that depend on the data, and of those that depend on parameters alone."""
-        of_data, of_parameters = [], []
-        for position, (_, _, made_by) in enumerate(self.operands):
-            if any(operation.data for operation in made_by):
-                of_data.append(position)
-            elif any(operation.parameters for operation in made_by):
-                of_parameters.append(position)
-        return of_data, of_parameters
-
-    @property
-    def is_linear(self) -> bool:
-        """Whether it is linear in what depends on the data."""
-        of_data, _ = self.factors()
-        product = self.name in LAYERS or self.name == "mul" or (self.name == "div" and of_data == [0])
-        return self.name in LINEAR or (product and len(of_data) == 1)
-
-
-class Trace(TorchDispatchMode):
-    """Follows a forward pass; what a tensor holds is known by its memory, so that views are no operations.
-
-    Args:
-        parameters: All parameters by name, frozen ones too.
-        inputs: The tensors that the model is given.
-    """
-
-    def __init__(self, parameters: Mapping[str, Tensor], inputs: Iterable[Tensor]) -> None:
-        super().__init__()
-        self.operations: list[Operation] = []
-        self.shapes = {name: p.shape for name, p in parameters.items()}
-        self._held: dict[int, list[tuple[int, float, list[Operation]]]] = {}  # storage -> parts of it with what they hold
-        self._alive: list[Any] = []  # memory that is freed would be used again
-        for name, parameter in parameters.items():
-            own = self._new("parameter", parameters=frozenset({name}))
-            key, start, stop = self._where(parameter)
-            self._held.setdefault(key, []).append((start, stop, [own]))
-        for leaf in inputs:
-            key, _, _ = self._where(leaf)
-            self._held[key] = [(0, math.inf, [self._new("input", data=True)])]
-
-    def of(self, tensor: Tensor) -> list[Operation]:
-        """The operations that made what a tensor holds; none for a constant."""
-        key, start, stop = self._where(tensor)
-        return [own for first, last, made in self._held.get(key, ()) if first < stop and start < last for own in made]
-
-    def _where(self, tensor: Tensor) -> tuple[int, int, int]:
-        """The memory of a tensor and the part of it, in entries."""
-        try:
-            storage = tensor.untyped_storage()
-        except (NotImplementedError, RuntimeError):  # sparse, say
-            self._alive.append(tensor)
-            return id(tensor), 0, 1
-        self._alive.append(storage)
-        start = tensor.storage_offset()
-        reach = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-        return storage._cdata, start, start + max(reach, 0) + 1
-
-    def _new(self, name: str, **about: Any) -> Operation:
-        self.operations.append(Operation(name, len(self.operations), **about))
-        return self.operations[-1]
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        leaves = _pytree.tree_leaves((args, kwargs))
-        operands = [
-            (tuple(leaf.shape), leaf.stride() if leaf.layout == torch.strided else (), self.of(leaf))
-            for leaf in leaves if isinstance(leaf, Tensor)
-        ]  # fmt: skip
-        result = func(*args, **kwargs)
-        written = [
-            value
-            for argument, value in [*zip(func._schema.arguments, args, strict=False),
-                                    *((a, kwargs[a.name]) for a in func._schema.arguments if a.name in kwargs)]
-            if argument.alias_info is not None and argument.alias_info.is_write
-        ]  # fmt: skip
-        written = [leaf for leaf in _pytree.tree_leaves(written) if isinstance(leaf, Tensor)]
-        results = [leaf for leaf in _pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
-        known = {self._where(leaf)[0] for leaf in leaves if isinstance(leaf, Tensor)}
-        new = written + [leaf for leaf in results if self._where(leaf)[0] not in known]
-        if not new:  # a view
-            return result
-        name = func._schema.name.rpartition("::")[2]
-        name = name.removesuffix("_") if written else name
-        if name in ("copy", "fill", "zero") and written[0].numel() * written[0].element_size() == (
-            written[0].untyped_storage().nbytes()
-        ):  # nothing is left of what was there
-            operands = operands[1:]
-        operation = self._new(
-            name, operands=operands, shape=tuple(new[0].shape), pointwise=torch.Tag.pointwise in func.tags,
-            arguments=tuple(leaf for leaf in (*args[1:], *kwargs.values()) if not isinstance(leaf, Tensor)),
-        )  # fmt: skip
-        operation.sources = list(dict.fromkeys(own for _, _, made in operands for own in made))
-        operation.data = any(source.data for source in operation.sources)
-        operation.parameters = frozenset().union(
-            *(source.parameters for source in operation.sources if not source.data)
-        )
-        for leaf in new:
-            self._held[self._where(leaf)[0]] = [(0, math.inf, [operation])]
-        return result
+from debiased_laplace.operations import LAYERS, PLACEMENTS, SUMS, Operation, Trace
 
 
 def last_layer(trace: Trace, outputs: Tensor, names: Mapping[int, str]) -> list[str]:
@@ -260,34 +105,27 @@ class Graph:
             used = {name for i in weights for made in own.operands[i][2] for name in made.parameters}
             kind = "layer" if used else "adjustment"
             of_one_vector = all(len(self.shapes[name]) < 2 for name in used)
-            for_each = own.name == "bmm" and own.shape[0] > 1 and own.operands[weights[0]][0][2 - weights[0]] == 1
-            if used and (of_one_vector or for_each):
+            in_batches = own.name == "bmm" and own.shape[0] > 1
+            if used and (of_one_vector or (in_batches and own.operands[weights[0]][0][1 + weights[0]] == 1)):
                 kind = "mixture"
         elif own.name in PLACEMENTS or "norm" in own.name:
             kind = "adjustment"
         else:  # of something that is not known: a recurrent layer in one piece, a kernel of somebody's own
             kind = "layer" if any(len(self.shapes[name]) > 1 for name in own.parameters) else "adjustment"
-        if kind != "mixture":
-            return kind == "layer"
-        # A vector of weights: features of one output, or what several layers give, weighted?
-        if not self.before[own.index] & self.layers:
-            return True
-        mixed = self._linear_sources(own)
-        if self.n_outputs == 1:
-            return len(mixed) < 2
-        if not mixed:
+        if kind != "mixture" or not self.before[own.index] & self.layers:
+            return kind != "adjustment"
+        # Weights of features, in a layer without outputs of its own, or of what several layers give?
+        if self._joins(own, ("stack",), lambda source: source.is_linear):
+            return False
+        joined = self._joins(own, ("stack",)) or self._joins(own, ("cat",), lambda source: source.is_linear)
+        mixed = self._layers_behind([own], lambda source: source.is_linear)
+        if joined or (mixed and self.n_outputs > 1):
             self.ambiguous |= 1 << own.index
-        return not mixed
+        return True
 
     def _kind_of_product(self, own: Operation) -> str:
         """Of an operation on entries: whether a sum over features follows, and whether the weights have outputs."""
-        of_data, of_parameters = own.factors()
-        varies = [
-            {len(own.shape) - len(shape) + dim for position in positions
-             for shape, strides, _ in [own.operands[position]]
-             for dim, size in enumerate(shape) if size > 1 and (not strides or strides[dim])}
-            for positions in (of_data, of_parameters)
-        ]  # fmt: skip
+        varies = [set().union(*(own.varies(position) for position in of_kind)) for of_kind in own.factors()]
         summed = self._summed_dimensions(own)
         if summed is None or not summed & varies[0] & varies[1]:
             return "adjustment"
@@ -307,19 +145,27 @@ class Graph:
                     todo.append(user)
         return None
 
-    def _linear_sources(self, own: Operation) -> list[Operation]:
-        """Layers whose results reach an operation through linear ones alone."""
-        found, todo, seen = [], [own], {own}
+    def _layers_behind(self, starts: Sequence[Operation], passes: Callable[[Operation], bool]) -> list[Operation]:
+        """Layers from which operations can be reached through no other layer, and such operations as are given alone."""
+        found, todo, seen = [], [source for own in starts for source in own.sources], set()
         while todo:
-            for source in todo.pop().sources:
-                if source in seen or not source.data:
-                    continue
-                seen.add(source)
-                if self.layers >> source.index & 1:
-                    found.append(source)
-                elif source.is_linear:
-                    todo.append(source)
+            source = todo.pop()
+            if source in seen or not source.data:
+                continue
+            seen.add(source)
+            if self.layers >> source.index & 1:
+                found.append(source)
+            elif passes(source):
+                todo += source.sources
         return found
+
+    def _joins(
+        self, own: Operation, names: tuple[str, ...], passes: Callable[[Operation], bool] = lambda source: True
+    ) -> bool:
+        """Whether an operation is of results of several layers that were put side by side."""
+        joins: list[Operation] = []
+        self._layers_behind([own], lambda source: passes(source) and joins.append(source) is None)
+        return any(len(self._layers_behind([join], passes)) > 1 for join in joins if join.name in names)
 
     # -- the head --------------------------------------------------------------------------------
 
@@ -329,22 +175,36 @@ class Graph:
         last = self._last_of(self.of_outputs)
         chosen, seen = last, self._before_any(layers)
         adjusted = self.of_outputs & ~seen
-        for branch in self._branches():
-            own = self._last_of(branch)
-            direct = _union(1 << i.index for i in self._linear_sources(Operation("", -1, sources=self._ends(branch))))
-            if own and not own & ~(last | direct):  # made by layers of its own, whatever else these are for
-                chosen |= own
-                adjusted |= branch & ~self._before_any(self.layers & branch)
+        for part in self._parts(self.last):
+            before = self.before[part.index]
+            own = self._last_of(before)
+            direct = self._layers_behind([Operation("", -1, sources=[part])], lambda source: source.is_linear)
+            if own and not own & ~(last | _union(1 << layer.index for layer in direct)):
+                chosen |= own  # this part is made by them, whatever else they are for
+                adjusted |= before & ~self._before_any(self.layers & before)
         if chosen & self.ambiguous:
             (first, *_) = self._of(chosen & self.ambiguous)
-            raise self.unclear(f"{sorted(first.parameters)} may be a layer, or weigh the layers before it", trainable)
+            raise self.unclear(
+                f"{self._names(first)} may be a layer, or weigh what the layers before it give", trainable
+            )
         for layer in self._of(layers & ~chosen):
             if (joined := self._added_to(layer, chosen)) is not None:
                 raise self.unclear(
-                    f"the result of {sorted(layer.parameters)} is used by {sorted(joined.parameters)} and added to its "
-                    "result as well", trainable,
+                    f"the result of {self._names(layer)} is used by {self._names(joined)} and added to its result as "
+                    "well", trainable,
                 )  # fmt: skip
+        for layer in self._of(chosen):
+            others = {source for own in self._of(chosen) if own is not layer for source in own.sources if source.data}
+            for factor in self._layers_behind([layer], lambda source: source.is_linear):
+                if not chosen >> factor.index & 1 and others.intersection(factor.sources):
+                    raise self.unclear(
+                        f"{self._names(factor)} and {self._names(layer)} are one product beside another last layer",
+                        trainable,
+                    )
         return set().union(*(own.parameters for own in self._of(chosen | adjusted) if own.data))
+
+    def _names(self, own: Operation) -> list[str]:
+        return [name for name in self.shapes if name in own.parameters]
 
     def _before_any(self, layers: int) -> int:
         return _union(self.before[own.index] for own in self._of(layers))
@@ -354,19 +214,19 @@ class Graph:
         layers = self.layers & bits
         return layers & ~_union(self.before[own.index] & ~(1 << own.index) for own in self._of(layers))
 
-    def _ends(self, bits: int) -> list[Operation]:
-        return [own for own in self._of(bits) if not any(bits >> user.index & 1 for user in self.users[own.index])]
-
-    def _branches(self) -> Iterator[int]:
-        """What makes each of the parts that outputs are joined of."""
-        todo = list(self.last)
-        while todo:
-            own = todo.pop()
-            sources = [source for source in own.sources if source.data]
-            if own.name in PLACEMENTS or (len(sources) == 1 and not self.layers >> own.index & 1):
-                todo += sources
-            elif own.data:
-                yield self.before[own.index]
+    def _parts(self, ends: Sequence[Operation]) -> Iterator[Operation]:
+        """What the outputs are joined of, whatever is done to them afterwards; themselves if they are not."""
+        for end in ends:
+            own = end
+            while own.name not in PLACEMENTS and not self.layers >> own.index & 1:
+                sources = [source for source in own.sources if source.data]
+                if len(sources) != 1:
+                    break
+                own = sources[0]
+            if own.name in PLACEMENTS:
+                yield from self._parts([source for source in own.sources if source.data])
+            elif end.data:
+                yield end
 
     def _added_to(self, layer: Operation, last: int) -> Operation | None:
         """The last layer whose result is added to that of an earlier layer, directly or after linear operations."""
@@ -408,6 +268,72 @@ def leaves(outputs: Tensor) -> set[int]:
             found.add(id(node.variable))
         todo.extend(source for source, _ in node.next_functions)
     return found | ({id(outputs)} if outputs.is_leaf else set())
+
+
+def unreached(
+    call: Callable[[dict[str, Tensor]], Tensor],
+    parameters: dict[str, Tensor],
+    covered: Mapping[str, Tensor | None],
+) -> tuple[list[int], list[str]]:
+    """Outputs that do not change with the parameters that are covered: their variance is zero.
+
+    The product of the Jacobian with random directions tells it for all outputs at once, also at other parameters, since
+    a unit that lets nothing through for the data at hand may do so for others.
+
+    Args:
+        call: Outputs ``[N, C]`` under parameters.
+        parameters: All trainable ones, leaves that require gradients.
+        covered: Which of them, with a mask where it is some of the entries.
+
+    Returns:
+        Their numbers, and the names of the parameters that do act on them.
+    """
+    generator = torch.Generator().manual_seed(0)
+
+    def random(like: Tensor) -> Tensor:
+        return torch.randn(like.shape, generator=generator, dtype=torch.float64).to(like)
+
+    silent: Tensor | None = None
+    for trial in range(4):
+        at = parameters
+        if trial:
+            scale = {name: p.detach().square().mean().sqrt().clamp_min(0.1) for name, p in parameters.items()}
+            at = {name: (p.detach() + scale[name] * random(p)).requires_grad_() for name, p in parameters.items()}
+        directions = {name: random(at[name]) * (1 if mask is None else mask.to(at[name])) for name, mask in covered.items()}
+        still = ~_changes(call(at), [at[name] for name in covered], list(directions.values()))
+        silent = still if silent is None else silent & still
+        if not bool(silent.any()):
+            return [], []
+    assert silent is not None
+    outputs = call(parameters)
+    others: list[str] = []
+    if outputs.requires_grad:
+        vector = silent * random(outputs)
+        found = torch.autograd.grad(outputs, list(parameters.values()), vector, allow_unused=True)
+        others = [name for name, g in zip(parameters, found, strict=True) if g is not None and bool(g.any())]
+    return silent.nonzero()[:, 0].tolist(), others
+
+
+def _changes(outputs: Tensor, parameters: Sequence[Tensor], directions: Sequence[Tensor]) -> Tensor:
+    """Which outputs change in a direction, for any of the data, ``[C]``."""
+    if not outputs.requires_grad:
+        return torch.zeros_like(outputs[0], dtype=torch.bool)
+
+    def along(vector: Tensor, create_graph: bool) -> Tensor:
+        found = torch.autograd.grad(
+            outputs, parameters, vector, create_graph=create_graph, retain_graph=True, allow_unused=True
+        )
+        products = [(g * d).sum() for g, d in zip(found, directions, strict=True) if g is not None]
+        return torch.stack(products).sum() if products else outputs.new_zeros(())
+
+    vector = torch.zeros_like(outputs, requires_grad=True)
+    try:  # the gradient's inner product with the direction is linear in the vector, which gives J d
+        product = along(vector, True)
+        changes = torch.autograd.grad(product, vector)[0] if product.requires_grad else torch.zeros_like(outputs)
+    except RuntimeError:  # an operation without a second derivative
+        units = torch.eye(outputs.shape[1]).to(outputs)
+        changes = torch.stack([along(unit.expand_as(outputs), False) for unit in units])[None]
+    return (changes != 0).any(0)
 
 
 def _union(sets: Iterable[int]) -> int:
