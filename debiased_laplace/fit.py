@@ -278,19 +278,20 @@ def fit(
 
 def _warn_of_unreached(network: Network, inputs: _data.Inputs) -> None:
     """Tell the caller of a fit which outputs will have no variance, and why."""
-    outputs, others = network.unreached(inputs)
-    if outputs:
-        listed = ", ".join(map(str, outputs[:10])) + (", ..." if len(outputs) > 10 else "")
-        why = (
-            f"they depend on {', '.join(others[:6])}{', ...' if len(others) > 6 else ''} instead, which the posterior "
-            "leaves out in whole or in part. Add these to its parameters for a variance"
-            if others else
-            "no trainable parameter does (they are constant, detached, or computed under no_grad)"
-        )  # fmt: skip
-        warnings.warn(
-            f"{len(outputs)} of {network.n_outputs} outputs have variance zero: {listed}. No parameter that the "
-            f"posterior is about acts on them; {why}.", stacklevel=3,
-        )  # fmt: skip
+    outputs, others, constant = network.unreached(inputs)
+
+    def some(names: Sequence[Any]) -> str:
+        return ", ".join(map(str, names[:10])) + (", ..." if len(names) > 10 else "")
+
+    for silent, why in (
+        (outputs, f"those that do are left out of it, in whole or in part: {some(others)}. Add them for a variance"),
+        (constant, "no other does either: they are constant, detached or computed without gradients"),
+    ):
+        if silent:
+            warnings.warn(
+                f"The variance of {len(silent)} of {network.n_outputs} outputs is zero: {some(silent)}. No parameter "
+                f"that the posterior is about acts on them, and {why}.", stacklevel=3,
+            )  # fmt: skip
 
 
 def _check_previous(previous: Fit, n_folds: int) -> None:

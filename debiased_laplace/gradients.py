@@ -259,7 +259,8 @@ class Network:
             ValueError: If no parameter is trainable, or outputs mix data, or have another shape.
             UnsupportedLayerError: If nothing covers a trainable parameter.
         """
-        if parameters == "last_layer":
+        found = parameters == "last_layer"
+        if found:
             whole = cls(model)
             sample = _data.to_device(_data.some(inputs, 2), whole.device)
             parameters = whole._last_layer(sample)
@@ -271,7 +272,16 @@ class Network:
             free = entries_of(model, indices)
             parameters = [name for name, own in free.items() if bool(own.any())]
         network = cls(model, parameters)
-        network._discover(inputs, separate_bias)
+        try:
+            network._discover(inputs, separate_bias)
+        except _checks.UnsupportedLayerError as error:
+            if not found:
+                raise
+            raise _checks.UnsupportedLayerError(
+                f"The model's last layer consists of {parameters}, of which not all are covered. {error} Or write it as "
+                "an nn.Linear or a convolution without a parametrization (torch.nn.utils.parametrize."
+                "remove_parametrizations), or name other parameters."
+            ) from error
         if indices is not None:
             mask = torch.cat([free[name].flatten() for name in network.shapes])
             network.free = None if bool(mask.all()) else mask.to(network.device)
@@ -468,7 +478,13 @@ class Network:
 
     def _of_reduced_features(self, calls: list[Call], outputs: Tensor) -> Call:
         """The last call, as if its input had been reduced before."""
-        *_, last = calls
+        last = calls[-1] if calls else None
+        of_last = {self._identities.get(id(p)) for p in (() if last is None else (last.weight, last.bias))}
+        if last is None or self.shapes.keys() - of_last:
+            raise ValueError(
+                f"Expected a single linear last layer for feature_reduction={self.feature_reduction!r}, got "
+                f"{list(self.shapes)}. Leave feature_reduction out, or name the linear layer."
+            )
         shapes = [shape for name, shape in self.shapes.items() if self._identities[id(last.weight)] == name]
         if not isinstance(last, LinearCall) or len(last.input) != len(outputs) or shapes[0][0] != outputs.shape[1]:
             raise ValueError(
@@ -550,10 +566,10 @@ class Network:
         self._largest_formed = max(several, default=1)
         self._check_factors(inputs)
 
-    def unreached(self, inputs: _data.Inputs) -> tuple[list[int], list[str]]:
-        """Outputs of variance zero, which no covered parameter acts on, and the other parameters that do."""
+    def unreached(self, inputs: _data.Inputs) -> tuple[list[int], list[str], list[int]]:
+        """Outputs of variance zero, on which no covered parameter acts (:func:`~debiased_laplace.heads.unreached`)."""
         if self.is_head and self.free is None:  # every output has a row of the weight
-            return [], []
+            return [], [], []
         inputs = _data.to_device(_data.some(inputs, 3), self.device)
         copies = {
             name: p.detach().requires_grad_() for name, p in self.model.named_parameters()
@@ -628,16 +644,19 @@ def match_parameters(model: nn.Module, patterns: str | Sequence[str]) -> list[st
     Raises:
         ValueError: If a pattern matches nothing.
     """
-    names = [name for name, p in model.named_parameters() if p.requires_grad]
+    names = {id(p): name for name, p in model.named_parameters() if p.requires_grad}
+    # A parameter of several modules has several names, of which named_parameters() tells the first alone.
+    every = [(name, names[id(p)]) for name, p in model.named_parameters(remove_duplicate=False) if id(p) in names]
     matched: set[str] = set()
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
-        own = {name for name in names if fnmatchcase(name, pattern) or fnmatchcase(name, f"{pattern}.*")}
+        own = {first for name, first in every if fnmatchcase(name, pattern) or fnmatchcase(name, f"{pattern}.*")}
         if not own:
             raise ValueError(
-                f"Expected patterns of trainable parameters, got {pattern!r}, which matches none of {names}."
+                f"Expected patterns of trainable parameters, got {pattern!r}, which matches none of "
+                f"{list(names.values())}."
             )
         matched |= own
-    return [name for name in names if name in matched]
+    return [name for name in names.values() if name in matched]
 
 
 def entries_of(model: nn.Module, indices: Tensor) -> dict[str, Tensor]:

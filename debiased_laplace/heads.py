@@ -274,7 +274,7 @@ def unreached(
     call: Callable[[dict[str, Tensor]], Tensor],
     parameters: dict[str, Tensor],
     covered: Mapping[str, Tensor | None],
-) -> tuple[list[int], list[str]]:
+) -> tuple[list[int], list[str], list[int]]:
     """Outputs that do not change with the parameters that are covered: their variance is zero.
 
     The product of the Jacobian with random directions tells it for all outputs at once, also at other parameters, since
@@ -286,7 +286,7 @@ def unreached(
         covered: Which of them, with a mask where it is some of the entries.
 
     Returns:
-        Their numbers, and the names of the parameters that do act on them.
+        Numbers of outputs, the names of the parameters that do act on them, and numbers of those on which none does.
     """
     generator = torch.Generator().manual_seed(0)
 
@@ -299,19 +299,22 @@ def unreached(
         if trial:
             scale = {name: p.detach().square().mean().sqrt().clamp_min(0.1) for name, p in parameters.items()}
             at = {name: (p.detach() + scale[name] * random(p)).requires_grad_() for name, p in parameters.items()}
-        directions = {name: random(at[name]) * (1 if mask is None else mask.to(at[name])) for name, mask in covered.items()}
-        still = ~_changes(call(at), [at[name] for name in covered], list(directions.values()))
+        directions = [
+            random(at[name]) * (1 if mask is None else mask.to(at[name])) for name, mask in covered.items()
+        ]
+        still = ~_changes(call(at), [at[name] for name in covered], directions)
         silent = still if silent is None else silent & still
         if not bool(silent.any()):
-            return [], []
+            return [], [], []
     assert silent is not None
     outputs = call(parameters)
+    constant = silent & ~_changes(outputs, list(parameters.values()), [random(p) for p in parameters.values()])
     others: list[str] = []
-    if outputs.requires_grad:
+    if bool((silent & ~constant).any()):
         vector = silent * random(outputs)
         found = torch.autograd.grad(outputs, list(parameters.values()), vector, allow_unused=True)
         others = [name for name, g in zip(parameters, found, strict=True) if g is not None and bool(g.any())]
-    return silent.nonzero()[:, 0].tolist(), others
+    return (silent & ~constant).nonzero()[:, 0].tolist(), others, constant.nonzero()[:, 0].tolist()
 
 
 def _changes(outputs: Tensor, parameters: Sequence[Tensor], directions: Sequence[Tensor]) -> Tensor:

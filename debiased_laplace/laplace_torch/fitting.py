@@ -220,6 +220,9 @@ class FittingLayer(SettingsLayer):
             "  ".join([*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[4]]).rstrip() for row in rows
         ]
         lines.append(f"{total} of {self._n_chosen} trainable parameters covered by {len(basis.parts)} blocks.")
+        if self.subset_of_weights == "last_layer":
+            how = "found from the outputs" if self._last_layer_name is None else "as named"
+            lines.append(f"The last layer, {how}: {', '.join(network.shapes)}.")
         if left_out:
             what = "Frozen and left out" if self.subset_of_weights == "all" else "Left out"
             lines.append(f"{what}: {', '.join(left_out)}.")
