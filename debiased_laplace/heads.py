@@ -247,7 +247,8 @@ class Graph:
         """An error that lists what may be meant, nearest to the outputs first."""
         uses = [own for own in reversed(self._of(self.of_outputs)) if own.data and own.parameters & set(trainable)]
         listed = list(dict.fromkeys(tuple(n for n in trainable if n in own.parameters) for own in uses))
-        candidates = ", ".join(str(list(own)) for own in listed[:6]) or "none"
+        listed = listed or [(name,) for name in reversed(trainable)]
+        candidates = ", ".join(str(list(own)) for own in listed[:6])
         return UnsupportedLayerError(
             f"It is not clear which parameters of the model are its last layer: {why}. Candidates, the nearest to the "
             f"outputs first: {candidates}{', ...' if len(listed) > 6 else ''}. Name the parameters of the last layer "
@@ -294,11 +295,11 @@ def unreached(
         return torch.randn(like.shape, generator=generator, dtype=torch.float64).to(like)
 
     silent: Tensor | None = None
-    for trial in range(4):
+    for trial in range(8):
         at = parameters
         if trial:
-            scale = {name: p.detach().square().mean().sqrt().clamp_min(0.1) for name, p in parameters.items()}
-            at = {name: (p.detach() + scale[name] * random(p)).requires_grad_() for name, p in parameters.items()}
+            sizes = {name: p.detach().square().mean().sqrt().clamp_min(0.1) for name, p in parameters.items()}
+            at = {name: (sizes[name] * random(p)).requires_grad_() for name, p in parameters.items()}
         directions = [
             random(at[name]) * (1 if mask is None else mask.to(at[name])) for name, mask in covered.items()
         ]
@@ -336,7 +337,7 @@ def _changes(outputs: Tensor, parameters: Sequence[Tensor], directions: Sequence
     except RuntimeError:  # an operation without a second derivative
         units = torch.eye(outputs.shape[1]).to(outputs)
         changes = torch.stack([along(unit.expand_as(outputs), False) for unit in units])[None]
-    return (changes != 0).any(0)
+    return ((changes != 0) & changes.isfinite()).any(0)
 
 
 def _union(sets: Iterable[int]) -> int:
