@@ -278,8 +278,8 @@ class Network:
             if not found:
                 raise
             raise _checks.UnsupportedLayerError(
-                f"The model's last layer consists of {parameters}, of which not all are covered. {error} Or write it as "
-                "an nn.Linear or a convolution without a parametrization (torch.nn.utils.parametrize."
+                f"The model's last layer consists of {parameters}, of which not all are covered. {error} Or write it "
+                "as an nn.Linear or a convolution without a parametrization (torch.nn.utils.parametrize."
                 "remove_parametrizations), or name other parameters."
             ) from error
         if indices is not None:

@@ -8,8 +8,8 @@ features with weights (a product of matrices, a convolution, distances, a look-u
 of a mixture).
 
 The last layers are those that lie before no other layer; the **head** is what they use, together with every adjustment
-after them, or beside them. Of outputs that are joined (``cat``, ``stack``) each part has last layers of its own. What is
-left out lies before the features, the inputs of the last layers. It is an error, which lists the candidates, if
+after them, or beside them. Of outputs that are joined (``cat``, ``stack``) each part has last layers of its own. What
+is left out lies before the features, the inputs of the last layers. It is an error, which lists the candidates, if
 
 * a layer before the last one is also added to its result, ``z + W @ relu(z)`` with ``z`` the result of a layer;
 * a vector of weights may be a layer or weigh what several layers give, as ``cat([a(h), b(h)], 1) @ w``;
@@ -91,13 +91,18 @@ class Graph:
         return self._of(self.of_outputs)
 
     def _of(self, bits: int) -> list[Operation]:
-        return [own for own in self.operations if bits >> own.index & 1]
+        found = []
+        while bits:
+            lowest = bits & -bits
+            found.append(self.operations[lowest.bit_length() - 1])
+            bits ^= lowest
+        return found
 
     # -- layers and adjustments ------------------------------------------------------------------
 
     def _is_layer(self, own: Operation) -> bool:
         """Whether a use of parameters mixes features with them; of one before, it is known already."""
-        of_data, of_parameters = own.factors()
+        _, of_parameters = own.factors()
         if own.pointwise:
             kind = self._kind_of_product(own)
         elif own.name in LAYERS:
@@ -146,8 +151,9 @@ class Graph:
         return None
 
     def _layers_behind(self, starts: Sequence[Operation], passes: Callable[[Operation], bool]) -> list[Operation]:
-        """Layers from which operations can be reached through no other layer, and such operations as are given alone."""
-        found, todo, seen = [], [source for own in starts for source in own.sources], set()
+        """Layers from which operations can be reached through none but such operations as are given."""
+        found: list[Operation] = []
+        todo, seen = [source for own in starts for source in own.sources], set[Operation]()
         while todo:
             source = todo.pop()
             if source in seen or not source.data:
@@ -164,7 +170,12 @@ class Graph:
     ) -> bool:
         """Whether an operation is of results of several layers that were put side by side."""
         joins: list[Operation] = []
-        self._layers_behind([own], lambda source: passes(source) and joins.append(source) is None)
+
+        def noting(source: Operation) -> bool:
+            joins.append(source)
+            return passes(source)
+
+        self._layers_behind([own], noting)
         return any(len(self._layers_behind([join], passes)) > 1 for join in joins if join.name in names)
 
     # -- the head --------------------------------------------------------------------------------
@@ -300,9 +311,7 @@ def unreached(
         if trial:
             sizes = {name: p.detach().square().mean().sqrt().clamp_min(0.1) for name, p in parameters.items()}
             at = {name: (sizes[name] * random(p)).requires_grad_() for name, p in parameters.items()}
-        directions = [
-            random(at[name]) * (1 if mask is None else mask.to(at[name])) for name, mask in covered.items()
-        ]
+        directions = [random(at[name]) * (1 if mask is None else mask.to(at[name])) for name, mask in covered.items()]
         still = ~_changes(call(at), [at[name] for name in covered], directions)
         silent = still if silent is None else silent & still
         if not bool(silent.any()):

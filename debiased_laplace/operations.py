@@ -1,7 +1,7 @@
 """A forward pass as operations: what each does with the data and with the parameters.
 
-It is followed below autograd, where every layer has been taken apart: it does not matter how one is written (a module, a
-function, ``h @ W``, a weight that is normalised first), nor what a composite function does inside.
+It is followed below autograd, where every layer has been taken apart: it does not matter how one is written (a module,
+a function, ``h @ W``, a weight that is normalised first), nor what a composite function does inside.
 """
 
 from __future__ import annotations
@@ -106,7 +106,9 @@ class Trace(TorchDispatchMode):
         super().__init__()
         self.operations: list[Operation] = []
         self.shapes = {name: p.shape for name, p in parameters.items()}
-        self._held: dict[int, list[tuple[int, float, list[Operation]]]] = {}  # storage -> parts of it with what they hold
+        self._held: dict[
+            int, list[tuple[int, float, list[Operation]]]
+        ] = {}  # storage -> parts of it with what they hold
         self._alive: list[Any] = []  # memory that is freed would be used again
         for name, parameter in parameters.items():
             own = self._new("parameter", parameters=frozenset({name}))
@@ -129,9 +131,9 @@ class Trace(TorchDispatchMode):
             self._alive.append(tensor)
             return id(tensor), 0, 1
         self._alive.append(storage)
-        start = tensor.storage_offset()
+        start = int(tensor.storage_offset())
         reach = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-        return storage._cdata, start, start + max(reach, 0) + 1
+        return storage._cdata, start, start + max(int(reach), 0) + 1
 
     def _new(self, name: str, **about: Any) -> Operation:
         self.operations.append(Operation(name, len(self.operations), **about))

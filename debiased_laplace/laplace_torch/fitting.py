@@ -221,8 +221,7 @@ class FittingLayer(SettingsLayer):
         ]
         lines.append(f"{total} of {self._n_chosen} trainable parameters covered by {len(basis.parts)} blocks.")
         if self.subset_of_weights == "last_layer":
-            how = "found from the outputs" if self._last_layer_name is None else "as named"
-            lines.append(f"The last layer, {how}: {', '.join(network.shapes)}.")
+            lines.append(f"The last layer: {', '.join(network.shapes)}.")
         if left_out:
             what = "Frozen and left out" if self.subset_of_weights == "all" else "Left out"
             lines.append(f"{what}: {', '.join(left_out)}.")
