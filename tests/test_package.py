@@ -22,9 +22,9 @@ MODULES = sorted(path.relative_to(ROOT).with_suffix("") for path in ROOT.rglob("
 ORDER = [
     "_checks", "_guards", "_nesting", "_data", "_plain", "_store", "likelihoods", "sampling", "splits", "layers",
     "tracing", "operations", "heads", "blocks", "contractions", "gradients", "basis", "hesscale", "structures",
-    "stream", "spectrum", "quadratics", "instruments", "optim", "curvatures", "posterior", "predictive", "leave_one_out",
-    "temperature", "tuning", "joint", "checkpoint", "measurement", "fit", "testing", "laplace_torch", "evaluation", "cli",
-    "__main__",
+    "stream", "spectrum", "quadratics", "instruments", "optim", "curvatures", "posterior", "predictive",
+    "leave_one_out", "temperature", "tuning", "joint", "checkpoint", "measurement", "fit", "testing", "laplace_torch",
+    "evaluation", "cli", "__main__",
 ]  # fmt: skip
 
 
