@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -261,6 +262,9 @@ def fit(
         uniform = kept_draw.get("uniform")  # earlier files have none
         generator.set_state(kept_draw["generator"])
         network = discover(sample.data.inputs)
+        if parameters == "last_layer":
+            logger.info("The last layer: %s.", ", ".join(network.shapes))
+        _warn_of_unreached(network, sample.data.inputs)
         likelihood.check_targets(sample.data.targets, network.n_outputs)
         mc_samples = _resolve_mc_samples(mc_samples, network.n_outputs)
         with tqdm(desc="Curvature", unit="datum", disable=not progress_bar, leave=False) as bar:
@@ -282,6 +286,24 @@ def fit(
     if checkpoint is not None:
         progress.complete(fitted.state())
     return fitted
+
+
+def _warn_of_unreached(network: Network, inputs: _data.Inputs) -> None:
+    """Tell the caller of a fit which outputs will have no variance, and why."""
+    outputs, others, constant = network.unreached(inputs)
+
+    def some(names: Sequence[Any]) -> str:
+        return ", ".join(map(str, names[:10])) + (", ..." if len(names) > 10 else "")
+
+    for silent, why in (
+        (outputs, f"those that do are left out of it, in whole or in part: {some(others)}. Add them for a variance"),
+        (constant, "no other does either: they are constant, detached or computed without gradients"),
+    ):
+        if silent:
+            warnings.warn(
+                f"The variance of {len(silent)} of {network.n_outputs} outputs is zero: {some(silent)}. No parameter "
+                f"that the posterior is about acts on them, and {why}.", stacklevel=3,
+            )  # fmt: skip
 
 
 def _check_previous(previous: Fit, n_folds: int) -> None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any
@@ -21,13 +21,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from debiased_laplace import _checks, _data
+from debiased_laplace import _checks, _data, heads
 from debiased_laplace._guards import gradients_enabled
 from debiased_laplace.blocks import Block, flatten, group_parameters, unflatten
 from debiased_laplace.layers import Call, Layout, LinearCall
 from debiased_laplace.likelihoods import Likelihood
 from debiased_laplace.sampling import WeightedData
-from debiased_laplace.snapshot import Replicas, Snapshot
+from debiased_laplace.snapshot import Replicas, Snapshot, aliases_of
 from debiased_laplace.tracing import Recorder, find_layouts
 
 #: Bytes that activations and back-propagated vectors may take at a time.
@@ -225,6 +225,8 @@ class Network:
         self.free: Tensor | None = None
         #: Whether the only block is a linear layer whose outputs are the model's: then nothing is back-propagated.
         self.is_head = False
+        #: Whether Jacobians of lone parameters are by ordinary backward passes, since those of torch.func are wrong.
+        self.one_by_one = False
         self._activations = self._largest_inputs = self._largest_formed = 1
         self._datum_size = 0
         #: How the features of the last layer become those of the outputs (:meth:`reduced`); None as the model does it.
@@ -276,7 +278,8 @@ class Network:
         model = Snapshot.of(model)
         if len(model.scripted) == len(model.parameters):
             _refuse_scripted(model.parameters, model)
-        if parameters == "last_layer":
+        found = parameters == "last_layer"
+        if found:
             whole = cls(model)
             sample = _data.to_device(_data.some(inputs, 2), whole.device)
             parameters = whole._last_layer(sample)
@@ -288,7 +291,16 @@ class Network:
             free = entries_of(model, indices)
             parameters = [name for name, own in free.items() if bool(own.any())]
         network = cls(model, parameters)
-        network._discover(inputs, separate_bias)
+        try:
+            network._discover(inputs, separate_bias)
+        except _checks.UnsupportedLayerError as error:
+            if not found:
+                raise
+            raise _checks.UnsupportedLayerError(
+                f"The model's last layer consists of {parameters}, of which not all are covered. {error} Or write it "
+                "as an nn.Linear or a convolution without a parametrization (torch.nn.utils.parametrize."
+                "remove_parametrizations), or name other parameters."
+            ) from error
         if indices is not None:
             mask = torch.cat([free[name].flatten() for name in network.shapes])
             network.free = None if bool(mask.all()) else mask.to(network.device)
@@ -341,6 +353,7 @@ class Network:
         network.layouts = [Layout(dim) for dim in description["layouts"]]
         network.n_outputs, network._activations, network._largest_inputs, network._largest_formed = description["sizes"]
         network.is_head, network._datum_size = description["is_head"], description.get("datum_size", 0)
+        network.one_by_one = description.get("one_by_one", False)
         network.free, network.feature_reduction = description["free"], description.get("feature_reduction")
         return network
 
@@ -355,6 +368,7 @@ class Network:
             "sizes": (self.n_outputs, self._activations, self._largest_inputs, self._largest_formed),
             "is_head": self.is_head,
             "datum_size": self._datum_size,
+            "one_by_one": self.one_by_one,
             "free": self.free,
             "feature_reduction": self.feature_reduction,
         }
@@ -420,6 +434,8 @@ class Network:
         """Jacobians of the outputs in the lone parameters, datum by datum: ``[N, C, P]`` for each block."""
         constants = {name: p.detach() for name, p in self._leaves.items()}
         lone = {name: constants[name] for block in self.lone_blocks for name in block.parameters}
+        if self.one_by_one:
+            return self._lone_one_by_one(constants, lone, inputs)
 
         # An inference tensor, or inference mode, would silently change what jacrev gives in some releases of torch.
         with gradients_enabled(), self._replicas.one() as model:
@@ -441,18 +457,35 @@ class Network:
 
                     dims = (None, *[0] * len(tensors))
                     jacobians = torch.func.vmap(torch.func.jacrev(outputs_of_one), in_dims=dims)(lone, *tensors)
-            except (RuntimeError, ValueError) as error:
-                names = [name for block in self.lone_blocks for name in block.parameters]
-                raise _checks.UnsupportedLayerError(
-                    f"The exact block of the parameters {names} needs torch.func.vmap over the model, which failed: "
-                    f"{error} Freeze them with requires_grad_(False) to leave them out of the posterior."
-                ) from error
+            except (RuntimeError, ValueError):  # an operation that torch.func does not know
+                return self._lone_one_by_one(constants, lone, inputs)
+        return self._of_lone_blocks(jacobians)
+
+    def _of_lone_blocks(self, jacobians: dict[str, Tensor]) -> list[Tensor]:
         return [
             torch.cat([jacobians[name].reshape(*jacobians[name].shape[:2], -1) for name in block.parameters], -1).to(
                 self.dtype
             )
             for block in self.lone_blocks
         ]
+
+    def _lone_one_by_one(
+        self, constants: dict[str, Tensor], lone: dict[str, Tensor], inputs: _data.Inputs
+    ) -> list[Tensor]:
+        """The same by ordinary backward passes, of one output of one datum at a time."""
+        found: dict[str, list[Tensor]] = {name: [] for name in lone}
+        with gradients_enabled():
+            for index in range(_data.count(inputs)):
+                leaves = {name: p.detach().requires_grad_() for name, p in lone.items()}
+                outputs = self.call(constants | leaves, _data.take(inputs, slice(index, index + 1)))[0]
+                rows = [
+                    torch.autograd.grad(own, list(leaves.values()), retain_graph=True, materialize_grads=True)
+                    if own.requires_grad else [torch.zeros_like(p) for p in leaves.values()]
+                    for own in outputs
+                ]  # fmt: skip
+                for name, of_outputs in zip(leaves, zip(*rows, strict=True), strict=True):
+                    found[name].append(torch.stack(of_outputs))
+        return self._of_lone_blocks({name: torch.stack(own) for name, own in found.items()})
 
     def chunk_size(
         self, memory: int, vectors: int = 1, *, formed: bool = False, inputs: _data.Inputs | None = None
@@ -481,7 +514,13 @@ class Network:
 
     def _of_reduced_features(self, calls: list[Call], outputs: Tensor) -> Call:
         """The last call, as if its input had been reduced before."""
-        *_, last = calls
+        last = calls[-1] if calls else None
+        of_last = {self._identities.get(id(p)) for p in (() if last is None else (last.weight, last.bias))}
+        if last is None or self.shapes.keys() - of_last:
+            raise ValueError(
+                f"Expected a single linear last layer for feature_reduction={self.feature_reduction!r}, got "
+                f"{list(self.shapes)}. Leave feature_reduction out, or name the linear layer."
+            )
         shapes = [shape for name, shape in self.shapes.items() if self._identities[id(last.weight)] == name]
         if not isinstance(last, LinearCall) or len(last.input) != len(outputs) or shapes[0][0] != outputs.shape[1]:
             raise ValueError(
@@ -532,10 +571,19 @@ class Network:
         _checks.finite(
             factors.outputs, "the model's outputs", "Check the inputs and the weights for NaN before fitting."
         )
+        if not factors._graph_outputs.requires_grad:
+            raise ValueError(
+                f"Expected parameters that act on the outputs, got {list(self.shapes)}, on none of which any output "
+                "depends. Choose those that do (a head whose outputs are not returned does not), and do not detach the "
+                "outputs or compute them under no_grad."
+            )
         self._check_independence(inputs, factors.outputs)
         self.n_outputs = factors.outputs.shape[1]
         n, calls, elsewhere = len(factors.outputs), factors._calls, dict(recorder.elsewhere)
         names = [(self._identities.get(id(call.weight)), self._identities.get(id(call.bias))) for call in calls]
+        used = heads.leaves(factors._graph_outputs) & self._identities.keys()
+        for name in {self._identities[own] for own in used}.difference(*names):  # inside torch.func.vmap, say
+            elsewhere.setdefault(name, "a function that cannot be looked into")
         for call, pair, layout in zip(calls, names, find_layouts(factors._graph_outputs, calls, names), strict=True):
             if layout is None:  # its output has no dimension for the data
                 elsewhere.update({name: type(call).__name__ for name in pair if name is not None})
@@ -555,17 +603,24 @@ class Network:
         self._largest_formed = max(several, default=1)
         self._check_factors(inputs)
 
+    def unreached(self, inputs: _data.Inputs) -> tuple[list[int], list[str], list[int]]:
+        """Outputs of variance zero, on which no covered parameter acts (:func:`~debiased_laplace.heads.unreached`)."""
+        if self.is_head and self.free is None:  # every output has a row of the weight
+            return [], [], []
+        inputs = _data.to_device(_data.some(inputs, 3), self.device)
+        copies = {name: self.snapshot.parameters[name].detach().requires_grad_() for name in self.snapshot.trainable}
+        copies |= {name: p.detach().requires_grad_() for name, p in self._leaves.items()}
+        free = {} if self.free is None else unflatten(self.free, self.shapes)
+        with gradients_enabled():
+            return heads.unreached(
+                lambda parameters: self.call(parameters, inputs), copies, {name: free.get(name) for name in self.shapes}
+            )
+
     def _last_layer(self, inputs: _data.Inputs) -> list[str]:
-        """Names of the parameters of the last linear layer or convolution."""
-        factors, _ = self._forward(inputs)
-        for call in reversed(factors._calls):
-            names = [self._identities.get(id(p)) for p in (call.weight, call.bias)]
-            if names[0] is not None and not call.exact:
-                return [name for name in names if name is not None]
-        raise _checks.UnsupportedLayerError(
-            "Expected a model that ends in a linear layer or a convolution with trainable parameters, found none. "
-            "Name the parameters of the last layer yourself."
-        )
+        """Names of the parameters that make the outputs."""
+        with heads.Trace(self.snapshot.parameters | self._leaves, _data.tensors(inputs)) as trace:
+            factors, _ = self._forward(inputs)
+        return heads.last_layer(trace, factors._graph_outputs, self._identities)
 
     def _check_independence(self, inputs: _data.Inputs, outputs: Tensor) -> None:
         """The outputs of the first data must not change when the last one is left out."""
@@ -600,6 +655,22 @@ class Network:
             name: torch.stack(g).to(self.dtype) for name, g in zip(names, zip(*by_datum, strict=True), strict=True)
         }
         largest = max(float(g.abs().max()) for g in expected.values())
+        wrong = self._misread(factors, inputs, vectors, expected, largest)
+        if wrong is not None and self.lone_blocks:  # batched derivatives of some operations are wrong in torch
+            self.one_by_one = True
+            factors, _ = self._forward(inputs)
+            wrong = self._misread(factors, inputs, vectors, expected, largest)
+        if wrong is not None:
+            raise _checks.UnsupportedLayerError(
+                f"The gradient of {wrong!r} could not be reconstructed from its layer's inputs and outputs. "
+                "Freeze it with requires_grad_(False) to leave it out of the posterior, and please report the "
+                "layer: this is an error of this package."
+            )
+
+    def _misread(
+        self, factors: Factors, inputs: _data.Inputs, vectors: Tensor, expected: dict[str, Tensor], largest: float
+    ) -> str | None:
+        """The first parameter whose gradient is not what the factors give."""
         back = [of_chunk for _, of_chunk in factors.backpropagate(vectors, self.vector_chunk)]
         for block, parts in zip(self.blocks, zip(*back, strict=True), strict=True):
             g = torch.cat(parts, 2)
@@ -608,11 +679,8 @@ class Network:
             for name in block.parameters:
                 difference = float((found[name] - expected[name]).abs().max())
                 if not difference <= 0.05 * float(expected[name].abs().max()) + 1e-4 * largest:
-                    raise _checks.UnsupportedLayerError(
-                        f"The gradient of {name!r} could not be reconstructed from its layer's inputs and outputs. "
-                        "Freeze it with requires_grad_(False) to leave it out of the posterior, and please report the "
-                        "layer: this is an error of this package."
-                    )
+                    return name
+        return None
 
 
 def match_parameters(model: nn.Module | Snapshot, patterns: str | Sequence[str]) -> list[str]:
@@ -623,14 +691,22 @@ def match_parameters(model: nn.Module | Snapshot, patterns: str | Sequence[str])
     Raises:
         ValueError: If a pattern matches nothing.
     """
-    return matching(_trainable_shapes(model), patterns)
+    aliases = model.aliases if isinstance(model, Snapshot) else aliases_of(model)
+    return matching(_trainable_shapes(model), patterns, aliases)
 
 
-def matching(names: Collection[str], patterns: str | Sequence[str]) -> list[str]:
-    """Those of some names of parameters that match a pattern, or any of several; see :func:`match_parameters`."""
+def matching(names: Collection[str], patterns: str | Sequence[str], aliases: Mapping[str, str]) -> list[str]:
+    """Those of some names of parameters that match a pattern, or any of several; see :func:`match_parameters`.
+
+    Args:
+        names: Each parameter's first one.
+        patterns: For any of their names.
+        aliases: All names of all parameters, and the first one of each.
+    """
+    every = [(alias, name) for alias, name in aliases.items() if name in names]
     matched: set[str] = set()
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
-        own = {name for name in names if fnmatchcase(name, pattern) or fnmatchcase(name, f"{pattern}.*")}
+        own = {first for name, first in every if fnmatchcase(name, pattern) or fnmatchcase(name, f"{pattern}.*")}
         if not own:
             raise ValueError(
                 f"Expected patterns of trainable parameters, got {pattern!r}, which matches none of {list(names)}."

@@ -82,6 +82,7 @@ class Snapshot:
         module: A copy of it in evaluation mode, with tensors of its own; to be read, and copied, not to be run.
         parameters: The tensors of its parameters by name, each once.
         trainable: Names of those that were trainable.
+        aliases: All names of every parameter, and the first one of each.
         scripted: Of which parameters the module is scripted or traced.
 
     Raises:
@@ -116,6 +117,7 @@ class Snapshot:
         frozen = sum(p.numel() * p.element_size() for n, p in parameters.items() if n not in free)
         self._shared = {n for n, p in parameters.items() if n not in free and (frozen > SHARED or not _is_plain(p))}
         self.trainable = [name for name in parameters if name in free]
+        self.aliases = aliases_of(model)
         self.parameters = {n: _own(p, copied=n not in self._shared) for n, p in parameters.items()}
         self.module = copied(model, {id(p): self.parameters[n] for n, p in parameters.items()})
         names = {id(p): name for name, p in parameters.items()}
@@ -460,6 +462,12 @@ def _leading_to(root: Any, targets: set[int]) -> set[int]:
 
 
 # -- tensors ---------------------------------------------------------------------------------------
+
+
+def aliases_of(model: nn.Module) -> dict[str, str]:
+    """All names of a model's parameters, of which ``named_parameters`` tells the first alone, and that first one."""
+    names = {id(p): name for name, p in model.named_parameters()}
+    return {name: names[id(p)] for name, p in model.named_parameters(remove_duplicate=False)}
 
 
 def _is_plain(tensor: Tensor) -> bool:

@@ -583,3 +583,42 @@ def test_a_snapshot_is_let_go() -> None:
     del la
     gc.collect()
     assert kept() is None
+
+
+class Distances(nn.Module):
+    """Centres of classes: the batched derivatives of cdist are wrong in some releases of torch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.centres = nn.Parameter(torch.randn(2, 4))
+
+    def forward(self, h: Tensor) -> Tensor:
+        return -torch.cdist(h, self.centres).square()
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: nn.Sequential(nn.Linear(3, 4), nn.PReLU(4), nn.Linear(4, 2)),
+        lambda: nn.Sequential(nn.Linear(3, 4), nn.Tanh(), Distances()),
+        lambda: nn.Sequential(nn.Unflatten(1, (3, 1)), nn.LSTM(1, 2, batch_first=True), Last(), nn.Linear(2, 2)),
+        lambda: nn.Sequential(nn.Unflatten(1, (3, 1)), nn.GRU(1, 2, batch_first=True), Last()),
+    ],
+    ids=["prelu", "cdist", "lstm", "gru"],
+)
+def test_parameters_that_torch_func_gets_wrong_or_not_at_all(build: Any) -> None:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = build().double()
+    la = fitted(model)
+    jacobians = _jacobian(model, X[:4])
+    assert_equal(
+        la._glm_predictive_distribution(X[:4])[1], jacobians @ torch.linalg.inv(la.posterior_precision) @ jacobians.mT
+    )
+    again = copy.deepcopy(la)
+    assert_equal(again(X[:4]), la(X[:4]), 1e-15)
+
+
+class Last(nn.Module):
+    def forward(self, both: Any) -> Tensor:
+        return both[0][:, -1]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import debiased_laplace
 from debiased_laplace import Single, UniformSampler
-from debiased_laplace._checks import NonFiniteError, UnsupportedLayerError
+from debiased_laplace._checks import NonFiniteError
 from debiased_laplace.fit import Fit, fit
 from debiased_laplace.gradients import CurvatureData, Network, match_parameters
 from debiased_laplace.likelihoods import Categorical, Gaussian
@@ -21,7 +21,7 @@ from debiased_laplace.predictive import functional_moments, joint_covariance, li
 from debiased_laplace.structures import Diagonal, Full, Kronecker, LowRank
 from debiased_laplace.testing import check_basis, check_curvatures, check_posterior, dense_basis
 from tests.datasets import targets, valid
-from tests.networks import ZOO, Apply
+from tests.networks import ZOO
 from tests.test_fit import Watched, watched_model
 from tests.tolerances import assert_equal
 
@@ -39,7 +39,7 @@ LAST = {
     "transformer": ("head", True),
     "transformer-sequence-first": ("head", True),
     "embedding": ("head", True),
-    "lone-parameters": ("head", False),
+    "lone-parameters": ("head temperature", False),
     "single-output": ("layers.2", False),
     "many-positions": ("2", False),
     "merged-images": ("head", True),
@@ -87,7 +87,7 @@ def assert_same(one: Fit, other: Fit, inputs: Tensor) -> None:
 def test_the_last_layer_is_as_if_all_else_were_frozen(name, structure):
     layer, is_head = LAST[name]
     result = fitted(ZOO[name].model(), name, structure=structure, parameters="last_layer")
-    names = [n for n, _ in ZOO[name].model().named_parameters() if n == layer or n.startswith(f"{layer}.")]
+    names = match_parameters(ZOO[name].model(), layer.split())
     assert list(result.network.shapes) == names
     assert result.network.is_head is is_head
     expected = fitted(frozen(name, names), name, structure=structure)
@@ -128,11 +128,11 @@ def test_the_last_layer_with_separate_biases():
     assert_same(result, expected, ZOO["cnn"].inputs(3, seed=9))
 
 
-def test_normalisation_after_the_last_layer_is_not_the_last_layer():
+def test_normalisation_after_the_last_layer_belongs_to_it():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2), nn.LayerNorm(2)).double()
     network = Network.discover(model, torch.randn(3, 3).double(), parameters="last_layer")
-    assert list(network.shapes) == ["2.weight", "2.bias"]
+    assert list(network.shapes) == ["2.weight", "2.bias", "3.weight", "3.bias"]
     assert not network.is_head
 
 
@@ -141,12 +141,6 @@ def test_a_frozen_part_of_the_last_layer_stays_out():
     model[2].bias.requires_grad_(False)
     network = Network.discover(model, ZOO["mlp"].inputs(3), parameters="last_layer")
     assert list(network.shapes) == ["2.weight"]
-
-
-def test_no_last_layer():
-    model = nn.Sequential(nn.Embedding(5, 3), Apply(lambda x: x.mean(1))).double()
-    with pytest.raises(UnsupportedLayerError, match=r"ends in a linear layer or a convolution.*Name the parameters"):
-        Network.discover(model, torch.zeros(3, 4).long(), parameters="last_layer")
 
 
 # -- names and patterns ----------------------------------------------------------------------------

@@ -245,6 +245,8 @@ class FittingLayer(SettingsLayer):
             "  ".join([*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[4]]).rstrip() for row in rows
         ]
         lines.append(f"{total} of {self._n_chosen} trainable parameters covered by {len(basis.parts)} blocks.")
+        if self.subset_of_weights == "last_layer":
+            lines.append(f"The last layer: {', '.join(network.shapes)}.")
         if left_out:
             what = "Frozen and left out" if self.subset_of_weights == "all" else "Left out"
             lines.append(f"{what}: {', '.join(left_out)}.")

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from debiased_laplace.gradients import FEATURE_REDUCTIONS, matching
+from debiased_laplace.snapshot import aliases_of
 
 SUBSETS = ("all", "last_layer", "subnetwork")
 
@@ -73,11 +74,11 @@ def chosen_parameters(
     if subnetwork_indices is not None:
         return covered_by(every, subnetwork_indices)
     if params is not None:
-        return matching(every, params), None
+        return matching(every, params, aliases_of(model)), None
     if last_layer_name is not None:
         if last_layer_name not in dict(model.named_modules()):
             raise ValueError(f"Expected last_layer_name to be a module of the model, got {last_layer_name!r}.")
-        return matching(every, last_layer_name), None
+        return matching(every, last_layer_name, aliases_of(model)), None
     return (list(every) if subset == "all" else None), None
 
 
