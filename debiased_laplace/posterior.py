@@ -6,10 +6,11 @@ r"""The Gaussian posterior over the parameters; every formula of it, once for al
 
 N, the noise variance, the temperature and the prior precision enter here and nowhere else.
 
-Prior precisions :math:`\Delta = \mathrm{diag}(\delta)` that differ between parameters whose directions are dense do not
+Prior precisions :math:`\Delta = \mathrm{diag}(\delta)` that differ between parameters whose directions mix them do not
 commute with U. In the coordinates :math:`\varphi = \Delta^{1/2}\theta` the prior is the unit matrix and the curvature
 :math:`W W^\top` with :math:`W = \Delta^{-1/2} U \mathrm{diag}(\lambda)^{1/2}`, whose singular vectors are directions
-for (3) again: that is :attr:`Posterior.normal_form`, and every formula is evaluated there.
+for (3) again: that is :attr:`Posterior.normal_form`, and every formula is evaluated there. Only the parts of the basis
+whose prior precisions differ are turned.
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ class Posterior:
         curvatures: ``[rank]``, per-datum mean curvatures along them, non-negative.
         n_data: N, the number of data in the training set (not of those the curvature was measured on).
         prior_precision: One number, one for each part of the basis, or one for each parameter: ``[1]``, ``[n_parts]``
-            or ``[D]``, float64. For each parameter only where the directions are dense or the parameters themselves.
+            or ``[D]``, float64. For each parameter where the directions are dense or the parameters themselves; along
+            Kronecker directions one for each parameter tensor.
         temperature: T; below one concentrates the posterior.
         noise_variance: The observation noise variance of a regression; one otherwise.
         prior_mean: A number, or ``[D]``.
@@ -79,34 +81,31 @@ class Posterior:
     def normal_form(self) -> Posterior:
         """The same Gaussian with one prior precision for each part, in other coordinates if need be."""
         prior, basis = self._prior, self.basis
-        dense = [isinstance(part, DenseBasis) for part in basis.parts]
-        if self.fixed is not None and all(dense) and len(self.prior_precision) in (1, len(basis.parts)):
-            return replace(self, coordinates=(~self.fixed).double(), fixed=None)
+        if self.coordinates is not None:
+            return self
+        if self.fixed is not None and len(self.prior_precision) in (1, len(basis.parts)):
+            if all(isinstance(part, DenseBasis) for part in basis.parts):
+                return replace(self, coordinates=(~self.fixed).double(), fixed=None)
         if len(prior) in (1, len(basis.parts)):
             return self
-        # Where all are equal there is nothing to turn, but the derivatives differ between parameters.
-        if not all(dense) or (not prior.requires_grad and all(basis.is_constant(prior))):
+        matrices = basis.matrices(prior)
+        turned = [
+            part.is_turned_by([matrices[i] for i in members], [basis.blocks[i] for i in members])
+            for part, members in zip(basis.parts, basis.members, strict=True)
+        ]
+        if not any(turned):
             return self
-        scales = prior.rsqrt()
+        here = basis.per_parameter(torch.tensor(turned, dtype=torch.float64, device=prior.device)) > 0
+        scales = torch.where(here, prior, 1.0).rsqrt()
         matrices = basis.matrices(scales)
-        parts, curvatures = [], []
-        for part, members, own in zip(basis.parts, basis.members, basis.split(self.curvatures.double()), strict=True):
-            assert isinstance(part, DenseBasis)
-            rows = torch.cat(
-                [(c * matrices[i] * own.sqrt()[:, None, None, None]).flatten(1)
-                 for c, i in zip(part.columns, members, strict=True)], 1
-            )  # fmt: skip
-            left, values, right = torch.linalg.svd(rows.detach(), full_matrices=False)
-            keep = values > values[0] * torch.finfo(values.dtype).eps * max(rows.shape)
-            # With fixed left vectors the squares have the derivatives of the eigenvalues, also of degenerate ones.
-            curvatures.append((left[:, keep].mT @ rows).square().sum(1))
-            columns = right[keep].split([c[0].numel() for c in part.columns], 1)
-            parts.append(DenseBasis(tuple(
-                v.unflatten(1, c.shape[1:]) for v, c in zip(columns, part.columns, strict=True)
-            )))  # fmt: skip
+        parts, curvatures = list(basis.parts), basis.split(self.curvatures.double())
+        for index, members in enumerate(basis.members):
+            if turned[index]:
+                parts[index], curvatures[index] = parts[index].turned([matrices[i] for i in members], curvatures[index])
+        basis = replace(basis, parts=parts)
         return replace(
-            self, basis=replace(basis, parts=parts), curvatures=torch.cat(curvatures),
-            prior_precision=prior.new_ones(1), coordinates=scales, fixed=None,
+            self, basis=basis, curvatures=basis.join(curvatures), prior_precision=torch.where(here, 1.0, prior),
+            coordinates=scales, fixed=None if self.fixed is None else self.fixed & ~here,
         )  # fmt: skip
 
     @cached_property
@@ -117,10 +116,10 @@ class Posterior:
         if self.coordinates is None or bool(((self.coordinates == 0) | (self.coordinates == 1)).all()):
             return self.basis  # its directions do not reach into fixed parameters
         scales = self.basis.matrices(self.coordinates.detach())
-        parts = []
-        for part, members in zip(self.basis.parts, self.basis.members, strict=True):
-            assert isinstance(part, DenseBasis)
-            parts.append(DenseBasis(tuple(c * scales[i] for c, i in zip(part.columns, members, strict=True))))
+        parts = [
+            part.scaled([scales[i] for i in members])
+            for part, members in zip(self.basis.parts, self.basis.members, strict=True)
+        ]
         return replace(self.basis, parts=parts)
 
     @property

@@ -61,7 +61,9 @@ class GaussianLayer(FittingLayer):
             prior = self.prior_precision_diag
             return prior if self.hessian_structure == "diag" else torch.diag(prior)
         posterior = self.posterior
-        if self.hessian_structure in ("kron", "diag"):
+        if self.hessian_structure == "kron":
+            return KroneckerPrecision.of(posterior, self._float_dtype)
+        if self.hessian_structure == "diag":
             return self._in_the_form_of_the_structure(posterior, posterior.precisions)
         scaled = posterior.scale * posterior.curvatures.double()
         curvature = self._in_the_form_of_the_structure(posterior, scaled)

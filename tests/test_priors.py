@@ -1,0 +1,204 @@
+"""One prior precision for each parameter tensor, of every structure and network, against dense matrices."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import laplace
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from debiased_laplace import basis as bases
+from debiased_laplace.curvatures import projected_curvatures
+from debiased_laplace.gradients import CurvatureData, Network
+from debiased_laplace.laplace_torch import DebiasedKronLaplace, DebiasedLaplace
+from debiased_laplace.laplace_torch.precision import KroneckerPrecision
+from debiased_laplace.likelihoods import Categorical
+from debiased_laplace.posterior import Posterior
+from debiased_laplace.predictive import functional_moments, joint_covariance
+from debiased_laplace.structures import Diagonal, Full, Kronecker, LowRank, Structure
+from debiased_laplace.testing import check_posterior, dense_basis, dense_jacobian, dense_posterior_precision, truncate
+from tests.datasets import example
+from tests.networks import ZOO
+from tests.tolerances import assert_equal
+
+NETWORKS = ["mlp", "cnn", "layer-norm", "lone-parameters"]
+STRUCTURES = {
+    "kron": Kronecker(), "diag": Diagonal(), "full": Full(), "full-layer": Full("layer"), "lowrank": LowRank(4),
+    "lowrank-layer": LowRank(2, "layer"),
+}  # fmt: skip
+
+
+def tensors_of(network: Network) -> list[int]:
+    return [shape.numel() for shape in network.shapes.values()]
+
+
+def fitted(
+    name: str, structure: Structure, *, separate_bias: bool = False
+) -> tuple[nn.Module, Network, Any, Posterior]:
+    """A posterior of a network of the zoo, with prior precision one."""
+    model, network, data = example(ZOO[name], Categorical(), separate_bias=separate_bias)
+    curvature = CurvatureData(network, data, Categorical())
+    found = structure.eigenbasis(network, structure.measure(network, curvature))
+    curvatures = projected_curvatures(network, found, curvature)
+    one = torch.ones(1, dtype=torch.float64)
+    return model, network, data, Posterior(network.mean(), found, curvatures, 30, one, temperature=0.7)
+
+
+def for_each_tensor(network: Network, priors: Tensor) -> Tensor:
+    return priors.repeat_interleave(torch.tensor(tensors_of(network)))
+
+
+def dense_curvature(posterior: Posterior) -> Tensor:
+    columns = dense_basis(posterior.basis)
+    return float(posterior.scale) * columns @ torch.diag(posterior.curvatures.double()) @ columns.mT
+
+
+@pytest.mark.parametrize(
+    ("structure", "name", "separate_bias"),
+    [(structure, name, False) for structure in STRUCTURES for name in NETWORKS]
+    + [("kron", name, True) for name in NETWORKS]
+    + [("kron", name, False) for name in ("batch-norm", "tied-weights", "frozen-in-convolutions")],
+)
+def test_the_gaussian_and_its_predictions(structure, name, separate_bias):
+    model, network, data, posterior = fitted(name, STRUCTURES[structure], separate_bias=separate_bias)
+    priors = torch.linspace(0.4, 3.0, len(network.shapes), dtype=torch.float64)
+    posterior = replace(posterior, prior_precision=for_each_tensor(network, priors))
+    check_posterior(posterior)
+    jacobian = dense_jacobian(model, data.inputs)
+    covariance = dense_posterior_precision(posterior).inverse()
+    expected = jacobian @ covariance @ jacobian.mT
+    mean, found = functional_moments(network, posterior, data.inputs)
+    assert_equal(found, expected)
+    _, variances = functional_moments(network, [posterior, posterior], data.inputs, covariance=False)
+    assert_equal(variances[1], expected.diagonal(dim1=1, dim2=2))
+    rows = jacobian.flatten(0, 1)
+    assert_equal(joint_covariance(network, posterior, data.inputs)[1], rows @ covariance @ rows.mT)
+
+
+@pytest.mark.parametrize("equal", [True, False])
+@pytest.mark.parametrize("structure", STRUCTURES)
+@pytest.mark.parametrize("name", NETWORKS)
+def test_the_evidence_and_its_gradient(name, structure, equal):
+    """Also where a training begins, with one prior precision for all of them."""
+    _, network, _, posterior = fitted(name, STRUCTURES[structure])
+    logarithms = (torch.zeros if equal else torch.rand)(len(network.shapes), dtype=torch.float64).requires_grad_()
+    own = replace(posterior, prior_precision=for_each_tensor(network, logarithms.exp()))
+    evidence = own.log_marginal_likelihood(-3.0)
+    (gradient,) = torch.autograd.grad(evidence, logarithms)
+    prior = for_each_tensor(network, logarithms.exp())
+    ratio = torch.logdet(dense_curvature(posterior) + torch.diag(prior)) - prior.log().sum()
+    expected = -3.0 - 0.5 * (ratio + (prior * posterior.mean.square()).sum())
+    assert_equal(evidence, expected)
+    assert_equal(gradient, torch.autograd.grad(expected, logarithms)[0])
+
+
+def test_directions_that_are_not_all_there():
+    """Kronecker directions that do not span their blocks."""
+    for name in ("mlp", "layer-norm"):
+        _, network, _, posterior = fitted(name, Kronecker())
+        cut = truncate(posterior.basis)
+        priors = torch.linspace(0.4, 3.0, len(network.shapes), dtype=torch.float64)
+        check_posterior(replace(
+            posterior, basis=cut, curvatures=torch.linspace(0.1, 2.0, cut.rank).double(),
+            prior_precision=for_each_tensor(network, priors),
+        ))  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["mlp", "cnn", "layer-norm", "batch-norm"])
+def test_the_precision_under_its_old_name(name):
+    _, network, _, posterior = fitted(name, Kronecker())
+    priors = torch.linspace(0.4, 3.0, len(network.shapes), dtype=torch.float64)
+    posterior = replace(posterior, prior_precision=for_each_tensor(network, priors))
+    precision, expected = KroneckerPrecision.of(posterior, torch.float64), dense_posterior_precision(posterior)
+    assert_equal(precision.to_matrix(), expected)
+    assert_equal(precision.to_matrix(-1), expected.inverse())
+    assert_equal(precision.diag(), expected.diagonal())
+    assert_equal(precision.logdet(), torch.logdet(expected))
+
+
+def test_priors_that_kronecker_directions_mix():
+    _, network, _, posterior = fitted("mlp", Kronecker())
+    each = torch.linspace(0.4, 3.0, network.n_params, dtype=torch.float64)
+    with pytest.raises(ValueError, match=r"each parameter tensor of a Kronecker block.*or use a diagonal"):
+        replace(posterior, prior_precision=each).log_det_precision.item()
+
+
+# -- laplace-torch's training ----------------------------------------------------------------------
+
+
+def normalised(kind: str) -> nn.Module:
+    layers = {"LayerNorm": nn.LayerNorm(5), "BatchNorm1d": nn.BatchNorm1d(5), "GroupNorm": nn.GroupNorm(1, 5)}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(3, 5), layers[kind], nn.Tanh(), nn.Linear(5, 2)).double()
+
+
+def loader() -> DataLoader:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(24, 3, generator=generator, dtype=torch.float64)
+    return DataLoader(TensorDataset(x, (x.sum(1) > 0).long()), batch_size=8)
+
+
+@pytest.mark.parametrize("kind", ["LayerNorm", "BatchNorm1d", "GroupNorm"])
+@pytest.mark.parametrize("structure", ["kron", "lowrank", "diag", "full"])
+def test_training_of_networks_with_normalisations(kind, structure):
+    """Its default is one prior precision for each tensor."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        la, model, evidences, _ = laplace.marglik_training(
+            normalised(kind), loader(), "classification", f"debiased_{structure}",
+            backend=laplace.curvature.CurvlinopsGGN, n_epochs=2, n_hypersteps=3, lr_hyp=0.3,
+        )  # fmt: skip
+    assert len(la.prior_precision) == len(set(la.prior_precision.tolist())) == 6
+    assert evidences[2] < evidences[1] < evidences[0]  # negative
+    prior = torch.cat([p.expand(t.numel()) for p, t in zip(la.prior_precision, model.parameters(), strict=True)])
+    assert_equal(la.prior_precision_diag, prior)
+    x = next(iter(loader()))[0]
+    jacobian = dense_jacobian(model, x)
+    precision = dense_curvature(la.posterior) + torch.diag(prior)
+    assert_equal(la._glm_predictive_distribution(x)[1], jacobian @ precision.inverse() @ jacobian.mT)
+    assert_equal(la.log_det_posterior_precision, torch.logdet(precision))
+
+
+def test_joint_blocks_take_a_prior_for_each_tensor_later():
+    joint = DebiasedKronLaplace(normalised("LayerNorm"), "classification")
+    joint.fit(loader())
+    six = torch.linspace(0.5, 2.0, 6, dtype=torch.float64)
+    joint.prior_precision = six
+    expected = dense_curvature(joint.posterior) + torch.diag(joint.prior_precision_diag)
+    assert_equal(joint.log_det_posterior_precision, torch.logdet(expected))
+    assert_equal(joint.posterior_precision.to_matrix(), expected)
+    before = joint.log_marginal_likelihood()
+    joint.optimize_prior_precision(init_prior_prec=six)
+    assert joint.prior_precision.shape == (6,)
+    assert joint.log_marginal_likelihood() > before
+
+
+def test_a_joint_block_that_is_too_large(monkeypatch):
+    monkeypatch.setattr(bases, "MAX_OUTPUTWISE", 50)
+    joint = DebiasedKronLaplace(normalised("LayerNorm"), "classification", prior_precision=3.0)
+    joint.fit(loader())
+    with pytest.raises(ValueError, match=r"5 outputs and 4 inputs.*separate_bias=True, biases in blocks of their own"):
+        joint.prior_precision = torch.linspace(0.5, 2.0, 6)
+    assert float(joint.prior_precision) == 3.0
+    as_told = DebiasedKronLaplace(normalised("LayerNorm"), "classification", separate_bias=True)
+    as_told.fit(loader())
+    as_told.prior_precision = torch.linspace(0.5, 2.0, 6)
+
+
+@pytest.mark.parametrize("structure", ["kron", "lowrank", "diag", "full"])
+@pytest.mark.parametrize("subset", ["last_layer", "subnetwork"])
+def test_a_part_of_the_network(subset, structure):
+    options: dict[str, Any] = {"params": ["0.bias", "1.*", "3.weight"]} if subset == "subnetwork" else {}
+    la = DebiasedLaplace(normalised("LayerNorm"), "classification", subset, structure, **options)
+    la.fit(loader())
+    n = len(la.network.shapes)
+    priors = torch.linspace(0.5, 2.0, n, dtype=torch.float64)
+    la.prior_precision = priors
+    prior = for_each_tensor(la.network, priors)
+    assert_equal(la.prior_precision_diag, prior)
+    assert_equal(la.log_det_posterior_precision, torch.logdet(dense_curvature(la.posterior) + torch.diag(prior)))
