@@ -3,7 +3,7 @@ r"""Prior precision: a whole grid in one pass over validation data, or the margi
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -167,7 +167,8 @@ class TunedNoise:
 
     Attributes:
         prior_precision: For all parameters.
-        noise_variance: Of the observations, the best for it; that of the posterior if all errors are zero.
+        noise_variance: Of the observations (divided by their profile), the best for it; that of the posterior if all
+            errors are zero.
         curve: The search; its prior precisions are meant at the best noise of each.
     """
 
@@ -183,13 +184,17 @@ def noise_search(
     batches: Iterable[Any],
     prior_precisions: Tensor,
     *,
+    profile: Tensor | None = None,
     targets_key: str = "labels",
     progress_bar: bool = False,
 ) -> TunedNoise:
-    r"""Prior precision and noise variance of a regression, jointly, in one pass over validation data.
+    r"""Prior precision and noise variance of a regression, jointly, on validation data.
 
     With :math:`v(\delta')` the functional variance at unit noise, that at noise :math:`\sigma^2` and prior precision
     :math:`\delta'/\sigma^2` is :math:`\sigma^2 v(\delta')`: the best noise has a closed form, see :func:`best_noise`.
+    Where to look for :math:`\delta'` depends on the units of the targets, so that the grid is one of prior precisions at
+    the noise that the network has without uncertainty, its mean squared error on these data: one pass for that, and one
+    for the whole grid. In other units the noise is the same, in these units, and the prior precision too.
 
     Args:
         network: The model with its blocks.
@@ -197,7 +202,9 @@ def noise_search(
             smaller the noise, the smaller the loss, without end, and it stays as it is.
         likelihood: Of a regression.
         batches: Validation data.
-        prior_precisions: ``[R]``, those at unit noise.
+        prior_precisions: ``[R]``, at the noise of the network alone.
+        profile: ``r: [C]``, ratios of the standard deviations of the outputs, which are part of the curvature; ones by
+            default. The noise variance is then that of the outputs divided by them.
         targets_key: Where dictionary-like batches have their targets.
         progress_bar: Show a tqdm bar.
 
@@ -209,31 +216,43 @@ def noise_search(
     """
     if not likelihood.is_regression:
         raise ValueError(f"Expected a regression to tune its noise, got {type(likelihood).__name__}.")
-    grid = [
-        replace(posterior, prior_precision=p.reshape(1), noise_variance=1.0)
-        for p in _checks.prior_precisions(prior_precisions)
-    ]
-    found, rounding = [], 0.0
+    prior_precisions = _checks.prior_precisions(prior_precisions)
+    batches = list(batches) if isinstance(batches, Iterator) else batches
+    alone = []
+    for inputs, targets, _ in _data.labelled(batches, targets_key):
+        likelihood.check_targets(targets, network.n_outputs)
+        outputs = network.outputs(inputs)
+        alone.append((outputs.double(), targets.to(outputs).double()))
+    if not alone:
+        raise ValueError(EMPTY)
+    outputs, targets = (torch.cat(column) for column in zip(*alone, strict=True))
+    ratios = torch.ones(network.n_outputs, dtype=torch.float64) if profile is None else profile
+    squares = ratios.to(outputs).square()
+    errors = targets - outputs
+    none_left = nothing_left(errors, targets, torch.finfo(network.dtype).eps)
+    fixed = torch.as_tensor(posterior.noise_variance, dtype=torch.float64).to(outputs)
+    unit = fixed if none_left else (errors.square() / squares).mean()
+    _checks.finite(unit, "the errors on the validation data", "Look for NaN in the validation data, or in the model.")
+    at_unit_noise = prior_precisions.to(unit) * unit
+    grid = [replace(posterior, prior_precision=p.reshape(1), noise_variance=1.0) for p in at_unit_noise]
+    found = []
     stream = _data.labelled(batches, targets_key)
     for inputs, targets, _ in tqdm(stream, desc="Noise and prior", unit="batch", disable=not progress_bar, leave=False):
-        likelihood.check_targets(targets, network.n_outputs)
         mean, variances = functional_moments(network, grid, inputs, covariance=False)
-        rounding = torch.finfo(mean.dtype).eps
         found.append((mean.double(), variances.double(), targets.to(mean).double()))
-    if not found:
-        raise ValueError(EMPTY)
     mean, targets = (torch.cat([own[i] for own in found]) for i in (0, 2))
     variances = torch.cat([own[1] for own in found], 1)
-    if nothing_left(targets - mean, targets, rounding):
+    if none_left:
         warn_undetermined("observation noise", ALL_ERRORS_ZERO.format("as it was"))
-        fixed = torch.as_tensor(posterior.noise_variance, dtype=torch.float64).to(mean)
-        noise = fixed.cpu().expand(len(grid))
-        losses = gaussian_nll(mean, fixed * variances, targets, fixed).mean(-1).cpu()
+        noise, losses = (
+            fixed.expand(len(grid)),
+            gaussian_nll(mean, fixed * variances, targets, fixed * squares).mean(-1),
+        )
     else:
-        noise, losses = (own.cpu() for own in best_noise(mean, variances, targets))
+        noise, losses = best_noise(mean, variances, targets, squares)
+    losses = losses.cpu()
     check_losses(losses)
-    own = torch.stack([p.prior_precision[0].cpu() for p in grid]) / noise
-    curve = PriorCurve(own, losses, "probit")
+    curve = PriorCurve((at_unit_noise / noise).cpu(), losses, "probit")
     curve.warn()
     return TunedNoise(curve.best, float(noise[curve.best_index]), curve)
 
@@ -255,19 +274,22 @@ def nothing_left(errors: Tensor, targets: Tensor, rounding: float) -> bool:
     return float(errors.abs().max()) <= 4 * rounding * float(targets.abs().max())
 
 
-def best_noise(mean: Tensor, variances: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    r"""The noise variance with the smallest loss, :math:`\sigma^2 = \mathrm{mean}\big((y - f)^2 / (1 + v)\big)`.
+def best_noise(
+    mean: Tensor, variances: Tensor, targets: Tensor, profile: float | Tensor = 1.0
+) -> tuple[Tensor, Tensor]:
+    r"""The noise variance with the smallest loss, :math:`\sigma^2 = \mathrm{mean}\big((y - f)^2 / (r^2 + v)\big)`.
 
     Args:
         mean: ``[N, C]``.
         variances: ``[R, N, C]``, functional variances v at unit noise.
         targets: ``[N, C]``.
+        profile: :math:`r^2`, one number or ``[C]``: the noise of an output is :math:`\sigma^2 r^2`.
 
     Returns:
         Noise variances and mean negative log predictive densities (nats for each datum), ``[R]``.
     """
-    noise = ((targets - mean).square() / (1 + variances)).mean((-2, -1))
-    total = noise[:, None, None] * (1 + variances)
+    noise = ((targets - mean).square() / (profile + variances)).mean((-2, -1))
+    total = noise[:, None, None] * (profile + variances)
     return noise, gaussian_nll(mean, total, targets, 0.0).mean(-1)
 
 

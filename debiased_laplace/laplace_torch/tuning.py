@@ -96,10 +96,11 @@ class TuningLayer(PredictiveLayer):
             tune_temperature: For the grid search of a likelihood with a link, with ``"glm"`` and the default ``loss``:
                 choose :attr:`output_temperature` jointly with the prior. ``self.tuned.temperature_alone`` says how far
                 a temperature without a posterior would have come. Otherwise the present one is used, as predictions do.
-            tune_sigma_noise: For a regression with one noise for all outputs, one prior precision, ``"glm"`` and the
-                default ``loss``: choose :attr:`sigma_noise` jointly with the prior. ``"marglik"`` maximises over both.
-                The grid is of prior precisions at unit noise; those of ``self.curve`` are divided by the best noise
-                variance of each.
+            tune_sigma_noise: For a regression, one prior precision, ``"glm"`` and the default ``loss``: choose
+                :attr:`sigma_noise` jointly with the prior, with the ratios between outputs as they are.
+                ``"marglik"`` maximises over both. The grid is of prior precisions at the network's own mean squared
+                error as noise variance, so that nothing depends on the units of the targets; those of ``self.curve``
+                are at the best noise of each.
             selection: For the grid search with ``"glm"`` and the default ``loss``: ``"best"``, or
                 ``"one_standard_error"``, the smallest prior precision whose loss is within one standard error of the
                 best. Together with ``tune_temperature`` and ``link_approx="mean_field"`` it keeps uncertainty for data
@@ -133,7 +134,8 @@ class TuningLayer(PredictiveLayer):
                     "val_loader has no effect with method='marglik'. Did you mean 'gridsearch'?", stacklevel=2
                 )
             if tune_sigma_noise:
-                self.prior_precision, self.sigma_noise = self._maximise_with_noise(init_prior_prec)
+                self.prior_precision, level = self._maximise_with_noise(init_prior_prec)
+                self.sigma_noise = self._noise_of_level(level)
             else:
                 self._maximise_marginal_likelihood(init_prior_prec, structure, n_steps, lr, progress_bar)
             self.tuned = None
@@ -165,9 +167,9 @@ class TuningLayer(PredictiveLayer):
                 if tune_sigma_noise:
                     found = noise_search(
                         self.network, self.posterior, self.output_likelihood, val_loader, grid,
-                        targets_key=self.dict_key_y, progress_bar=progress_bar,
+                        profile=self._noise_profile, targets_key=self.dict_key_y, progress_bar=progress_bar,
                     )  # fmt: skip
-                    self.curve, self.sigma_noise = found.curve, found.noise_variance**0.5
+                    self.curve, self.sigma_noise = found.curve, self._noise_of_level(found.noise_variance**0.5)
                 elif structure == "scalar" and not tune_temperature and selection == "best":
                     self.curve = self._search(pred_type, grid, val_loader, loss, link, n_samples, progress_bar)
                 else:
@@ -195,9 +197,8 @@ class TuningLayer(PredictiveLayer):
 
     def _check_noise_search(self, pred_type: str, method: str, structure: str, loss: Any, selection: str) -> None:
         """Raise a ``ValueError`` where the noise cannot be tuned."""
-        if self.likelihood != "regression" or self.sigma_noise.ndim:
-            got = self.likelihood if self.likelihood != "regression" else f"{self.sigma_noise.numel()} of them"
-            raise ValueError(f"Expected a regression with one sigma_noise for tune_sigma_noise=True, got {got}.")
+        if self.likelihood != "regression":
+            raise ValueError(f"Expected a regression for tune_sigma_noise=True, got {self.likelihood}.")
         if (structure, pred_type, loss, selection) != ("scalar", "glm", None, "best"):
             raise ValueError(
                 "tune_sigma_noise=True minimises the negative log predictive density of pred_type='glm', or maximises "
@@ -242,8 +243,12 @@ class TuningLayer(PredictiveLayer):
         by_tensor = basis.per_parameter(priors).split([shape.numel() for shape in basis.shapes.values()])
         return torch.stack([own[0] for own in by_tensor])
 
+    def _noise_of_level(self, level: float) -> Tensor:
+        """Standard deviations with a geometric mean, and the ratios between outputs that they have."""
+        return self.sigma_noise.detach().double() * (level / noise.level(self.sigma_noise.detach()))
+
     def _maximise_with_noise(self, initial: Any) -> tuple[Tensor, float]:
-        """The best prior precision and standard deviation of the noise."""
+        """The best prior precision, and level of the standard deviations of the noise."""
         if len(_checks.prior_precisions(initial)) > 1:
             raise ValueError("Expected one init_prior_prec with tune_sigma_noise=True, got several.")
         prior, noise_variance = maximise_with_noise(self.posterior, self._require_fit().mean_loss, self.n_outputs)
