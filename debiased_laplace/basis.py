@@ -87,6 +87,7 @@ class Part(ABC):
 
     def check_priors(self, priors: Sequence[Tensor]) -> None:
         """Raise a ``ValueError`` for prior precisions that the directions cannot be :meth:`turned` for."""
+        return
 
     def turned(self, scales: Sequence[Tensor], curvatures: Tensor) -> tuple[Part, Tensor]:
         r"""Directions and curvatures of :math:`D U \mathrm{diag}(\lambda) U^\top D`; complete ones stay complete.
@@ -267,9 +268,12 @@ class DenseBasis(Part):
 
     Attributes:
         columns: For each block ``[rank, G, O, I]``.
+        eigenspaces: ``[rank]``, numbers of the eigenspaces of the curvature that chose them, where one has several
+            directions: which ones is arbitrary there. None if all have their own.
     """
 
     columns: tuple[Tensor, ...]
+    eigenspaces: Tensor | None = None
 
     @property
     def shape(self) -> tuple[int]:
@@ -489,6 +493,17 @@ class Basis:
         return torch.cat(
             [c.flatten(c.ndim - len(part.shape)) for c, part in zip(coefficients, self.parts, strict=True)], -1
         )
+
+    def averaged(self, values: Tensor) -> Tensor:
+        """Values ``[rank]``, averaged over the directions of every eigenspace: then no choice within one matters."""
+        parts = list(self.split(values))
+        for index, part in enumerate(self.parts):
+            labels = part.eigenspaces if isinstance(part, DenseBasis) else None
+            if labels is not None:
+                labels = labels.to(values.device)
+                totals = values.new_zeros(int(labels[-1]) + 1).index_add(0, labels, parts[index])
+                parts[index] = (totals / labels.bincount())[labels]
+        return self.join(parts)
 
     def project(self, vector: Tensor) -> Tensor:
         r""":math:`U^\top v`, ``[..., D] -> [..., rank]``."""

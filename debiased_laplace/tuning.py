@@ -192,9 +192,9 @@ def noise_search(
 
     With :math:`v(\delta')` the functional variance at unit noise, that at noise :math:`\sigma^2` and prior precision
     :math:`\delta'/\sigma^2` is :math:`\sigma^2 v(\delta')`: the best noise has a closed form, see :func:`best_noise`.
-    Where to look for :math:`\delta'` depends on the units of the targets, so that the grid is one of prior precisions at
-    the noise that the network has without uncertainty, its mean squared error on these data: one pass for that, and one
-    for the whole grid. In other units the noise is the same, in these units, and the prior precision too.
+    Where to look for :math:`\delta'` depends on the units of the targets. So the grid is one of prior precisions at the
+    noise that the network has without uncertainty, its mean squared error on these data: one pass for that, and one for
+    the whole grid.
 
     Args:
         network: The model with its blocks.

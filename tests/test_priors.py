@@ -71,7 +71,7 @@ def test_the_gaussian_and_its_predictions(structure, name, separate_bias):
     jacobian = dense_jacobian(model, data.inputs)
     covariance = dense_posterior_precision(posterior).inverse()
     expected = jacobian @ covariance @ jacobian.mT
-    mean, found = functional_moments(network, posterior, data.inputs)
+    _, found = functional_moments(network, posterior, data.inputs)
     assert_equal(found, expected)
     _, variances = functional_moments(network, [posterior, posterior], data.inputs, covariance=False)
     assert_equal(variances[1], expected.diagonal(dim1=1, dim2=2))

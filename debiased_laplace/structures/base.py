@@ -96,6 +96,35 @@ def eigh(matrices: Tensor, name: str) -> tuple[Tensor, Tensor]:
     return values.flip(-1).to(matrices), vectors.flip(-1).to(matrices)
 
 
+def resolution(precision: float) -> float:
+    """Differences of eigenvalues, relative to the largest, that cannot be told from rounding.
+
+    Args:
+        precision: Relative precision of the entries of the matrix.
+    """
+    return 3 * max(4 * precision, 2e-13)
+
+
+def eigenspaces(values: Tensor, precision: float) -> Tensor | None:
+    """Which eigenvalues ``[k]``, descending, are one and the same up to rounding, as numbers ``[k]``; None if all differ.
+
+    Args:
+        values: Of one matrix, the largest first.
+        precision: Relative precision of its entries.
+    """
+    if not len(values):
+        return None
+    width, known = resolution(precision) * float(values[0].abs()), values.tolist()
+    labels, start = [0], known[0]
+    for value in known[1:]:
+        same = start - value <= width
+        labels.append(labels[-1] + (not same))
+        start = start if same else value
+    if labels[-1] == len(known) - 1:
+        return None
+    return torch.tensor(labels, device=values.device)
+
+
 def group_blocks(network: Network, blocks: str | Sequence[Sequence[str]] | None) -> list[tuple[int, ...]]:
     """Which blocks share one dense part.
 
