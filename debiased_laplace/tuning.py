@@ -3,12 +3,12 @@ r"""Prior precision: a whole grid in one pass over validation data, or the margi
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from scipy.optimize import brentq
+from scipy.optimize import brentq, minimize
 from torch import Tensor
 from tqdm import tqdm
 
@@ -379,6 +379,101 @@ def maximise_with_noise(
         upper += 1
     log_noise = lower if lower == upper else brentq(excess, lower, upper, xtol=1e-12, rtol=1e-14)
     return best_prior(log_noise), math.exp(log_noise)
+
+
+@dataclass(frozen=True)
+class MaximalEvidence:
+    """What :func:`maximise_over_priors` found.
+
+    Attributes:
+        prior_precisions: ``[K]``, float64.
+        gain: How much larger the log marginal likelihood is than at the start, in nats.
+        slope: The largest derivative there in the logarithm of a prior precision, in nats.
+        converged: Whether the iteration ended by itself.
+        undetermined: ``[K]``, boolean, which ones stay at the start, since there is no maximum in them.
+    """
+
+    prior_precisions: Tensor
+    gain: float
+    slope: float
+    converged: bool
+    undetermined: Tensor
+
+
+def maximise_over_priors(
+    posterior: Posterior,
+    start: Tensor,
+    expand: Callable[[Tensor], Tensor],
+    *,
+    max_iterations: int = 1000,
+    progress_bar: bool = False,
+) -> MaximalEvidence:
+    r"""Several prior precisions that maximise the Laplace marginal likelihood, of any structure.
+
+    With :math:`x = \log\delta`, :math:`\log\det P` is the logarithm of a polynomial in :math:`e^x` with coefficients
+    that are not negative (principal minors of the curvature), and therefore convex; so are the other terms of
+
+    .. math:: -2 \log p = \log\det P - \sum_t n_t x_t + \sum_t e^{x_t} \|\theta^*_t - \mu_{0t}\|^2 + \ldots
+
+    There is one maximum, :math:`\delta_t \|\theta^*_t - \mu_{0t}\|^2 = \gamma_t \leq n_t`, and L-BFGS-B finds it below
+    this bound (MacKay 1992; Byrd, Lu, Nocedal, Zhu 1995). Where there is none (parameters that equal the prior mean, or
+    have no curvature), a prior precision stays at the start.
+
+    Args:
+        posterior: Its prior precision has no effect.
+        start: ``[K]``.
+        expand: What the posterior takes, from ``[K]``; each of its entries is one of them.
+        max_iterations: Of L-BFGS-B.
+        progress_bar: Show a tqdm bar.
+
+    Raises:
+        ValueError: If there is no maximum in any of them.
+    """
+    basis = posterior.basis
+    free = torch.ones(basis.n_params, dtype=torch.bool) if posterior.fixed is None else ~posterior.fixed.cpu()
+    owners = (
+        basis.per_parameter(expand(torch.arange(1.0, len(start) + 1, dtype=torch.float64))).cpu().round().long() - 1
+    )
+    squares = (posterior.mean - posterior.prior_mean).double().square().cpu()
+    sizes, norms = (
+        torch.zeros(len(start), dtype=torch.float64).index_add(0, owners[free], values[free])
+        for values in (torch.ones_like(squares), squares)
+    )
+    start = start.detach().cpu().double()
+
+    def doubt(logarithms: Tensor) -> tuple[Tensor, Tensor]:
+        """Log-determinants, and their derivatives."""
+        with torch.inference_mode(False), torch.enable_grad():
+            leaf = logarithms.clone().requires_grad_()
+            ratio = replace(posterior, prior_precision=expand(leaf.exp())).log_det_ratio
+            return ratio.detach().cpu(), torch.autograd.grad(ratio, leaf)[0]
+
+    before, slope = doubt(start.log())
+    chosen = (norms > 0) & (-slope > 1e-12 * sizes)  # minus the slope is the effective number of parameters
+    if not bool(chosen.any()):
+        raise ValueError(
+            "The marginal likelihood has no maximum in any of the prior precisions: the parameters are equal to the "
+            'prior mean or without any curvature. Use method="gridsearch", or set prior_precision yourself.'
+        )
+    upper = (sizes / norms).log()[chosen]
+
+    def objective(values: Any) -> tuple[float, Any]:
+        own = start.log()
+        own[chosen] = torch.as_tensor(values, dtype=torch.float64)
+        ratio, derivatives = doubt(own)
+        scatter = own.exp() * norms
+        return 0.5 * float(ratio + scatter[chosen].sum()), (0.5 * (derivatives + scatter))[chosen].numpy()
+
+    with tqdm(desc="Marginal likelihood", disable=not progress_bar, leave=False) as bar:
+        found = minimize(
+            objective, start.log()[chosen].clamp_max(upper).numpy(), jac=True, method="L-BFGS-B",
+            bounds=[(None, float(bound)) for bound in upper], callback=lambda _: bar.update(),
+            options={"maxiter": max_iterations, "maxfun": 2 * max_iterations, "ftol": 1e-14, "gtol": 1e-7},
+        )  # fmt: skip
+    result = start.clone()
+    result[chosen] = torch.as_tensor(found.x, dtype=torch.float64).exp()
+    gain = 0.5 * float(before + (start * norms)[chosen].sum()) - float(found.fun)
+    return MaximalEvidence(result, gain, float(abs(found.jac).max()), found.status != 1, ~chosen)
 
 
 def _stationary(curvatures: Tensor, square_norm: float, name: str) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import laplace
@@ -14,13 +15,14 @@ from torch.utils.data import DataLoader, TensorDataset
 from debiased_laplace import basis as bases
 from debiased_laplace.curvatures import projected_curvatures
 from debiased_laplace.gradients import CurvatureData, Network
-from debiased_laplace.laplace_torch import DebiasedKronLaplace, DebiasedLaplace
+from debiased_laplace.laplace_torch import DebiasedKronLaplace, DebiasedLaplace, tuning
 from debiased_laplace.laplace_torch.precision import KroneckerPrecision
 from debiased_laplace.likelihoods import Categorical
 from debiased_laplace.posterior import Posterior
 from debiased_laplace.predictive import functional_moments, joint_covariance
 from debiased_laplace.structures import Diagonal, Full, Kronecker, LowRank, Structure
 from debiased_laplace.testing import check_posterior, dense_basis, dense_jacobian, dense_posterior_precision, truncate
+from debiased_laplace.tuning import maximise_over_priors
 from tests.datasets import example
 from tests.networks import ZOO
 from tests.tolerances import assert_equal
@@ -202,3 +204,113 @@ def test_a_part_of_the_network(subset, structure):
     prior = for_each_tensor(la.network, priors)
     assert_equal(la.prior_precision_diag, prior)
     assert_equal(la.log_det_posterior_precision, torch.logdet(dense_curvature(la.posterior) + torch.diag(prior)))
+
+
+# -- the maximum of the marginal likelihood --------------------------------------------------------
+
+
+def trained(structure: str, dtype: torch.dtype = torch.float64, **options: Any) -> Any:
+    model = normalised("LayerNorm").to(dtype)
+    x, y = loader().dataset.tensors
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
+    for _ in range(30):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(x.to(dtype)), y).backward()
+        optimizer.step()
+    la = DebiasedLaplace(model, "classification", hessian_structure=structure, **options)
+    la.fit([(x.to(dtype), y)], budget=None)
+    la.fitted = replace(la.fitted, uniform=None)  # warnings about predictions are tested elsewhere
+    return la
+
+
+@pytest.mark.parametrize(
+    ("structure", "prior"),
+    [(s, p) for s in ("lowrank", "diag", "full") for p in ("layerwise", "diag")] + [("kron", "tensors")],
+)
+def test_the_maximum_for_several_prior_precisions(structure, prior, recwarn):
+    """MacKay's equation for each of them, from dense matrices; it is a maximum, and there is one only."""
+    la = trained(structure)
+    start: dict[str, Any] = {"prior_structure": prior} if prior != "tensors" else {"init_prior_prec": torch.ones(6)}
+    la.optimize_prior_precision(**start)
+    best = la.prior_precision
+    assert len(best) == (42 if prior == "diag" else 6)
+    owners = (
+        torch.arange(42) if prior == "diag" else torch.arange(6).repeat_interleave(torch.tensor(tensors_of(la.network)))
+    )
+    covariance = (dense_curvature(la.posterior) + torch.diag(best[owners])).inverse()
+    n_effective = 1 - best[owners] * covariance.diagonal()
+    sums = torch.zeros(2, len(best), dtype=torch.float64).index_add(
+        1, owners, torch.stack([n_effective, best[owners] * la.mean.square()])
+    )
+    assert float((sums[0] - sums[1]).abs().max()) < 1e-6
+    most = float(la.log_marginal_likelihood())
+    la.optimize_prior_precision(init_prior_prec=torch.logspace(-3, 3, len(best)))
+    assert float(la.log_marginal_likelihood()) == pytest.approx(most, rel=1e-10)
+    for factor in (0.5, 2.0):
+        la.prior_precision = best * torch.where(torch.arange(len(best)) % 2 == 0, factor, 1.0)
+        assert float(la.log_marginal_likelihood()) < most
+    assert not recwarn.list
+
+
+def test_the_maximum_of_a_diagonal_curvature_in_closed_form():
+    r""":math:`\delta\theta^2(\beta\lambda + \delta) = \beta\lambda`, one quadratic equation for each parameter."""
+    la = trained("diag")
+    la.optimize_prior_precision(prior_structure="diag")
+    curvatures = la.posterior_precision - la.prior_precision
+    squares = la.mean.square()
+    root = (-curvatures * squares + ((curvatures * squares).square() + 4 * squares * curvatures).sqrt()) / (2 * squares)
+    worst = (la.prior_precision / root - 1).abs().max()
+    assert float(worst) < 1e-4  # of the precisions; the evidence is flat there
+    evidence = float(la.log_marginal_likelihood())
+    assert float(la.log_marginal_likelihood(root)) == pytest.approx(evidence, rel=1e-11)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("structure", ["lowrank", "diag", "full"])
+def test_steps_that_end_before_the_maximum_say_how_far_it_is(structure, dtype, recwarn):
+    la = trained(structure, dtype)
+    la.optimize_prior_precision(prior_structure="layerwise")
+    most = float(la.log_marginal_likelihood())
+    la.optimize_prior_precision(prior_structure="layerwise", n_steps=200)
+    assert not recwarn.list
+    for keywords in ({"n_steps": 3}, {"lr": 1e-3}, {"n_steps": 5, "lr": 1e-3}):
+        with pytest.warns(UserWarning, match=r"After \d+ steps.* nats below its maximum\. Leave n_steps") as caught:
+            la.optimize_prior_precision(prior_structure="layerwise", **keywords)
+        reached, text = float(la.log_marginal_likelihood()), str(caught[0].message)
+        assert f"After {keywords.get('n_steps', 100)} steps the marginal likelihood is {reached:.4g}" in text
+        assert float(text.partition("and ")[2].split()[0]) == pytest.approx(most - reached, rel=0.01)
+        assert caught[0].filename == __file__
+
+
+def test_a_search_that_runs_out_of_steps(monkeypatch):
+    la = trained("full")
+    monkeypatch.setattr(tuning, "maximise_over_priors", partial(maximise_over_priors, max_iterations=2))
+    with pytest.warns(UserWarning, match=r"ended before it was there: it still rises by up to .* nats for a prior"):
+        la.optimize_prior_precision(prior_structure="layerwise")
+    monkeypatch.undo()
+    reached = float(la.log_marginal_likelihood())
+    la.optimize_prior_precision(init_prior_prec=la.prior_precision)
+    assert float(la.log_marginal_likelihood()) > reached
+
+
+def test_prior_precisions_without_a_maximum():
+    """Of parameters that are zero, and of those without any curvature: they stay where the search starts."""
+    la = trained("diag")
+    with torch.no_grad():
+        la.model[3].bias.zero_()
+        la.model[0].weight[:, 1] = 0.3
+    x, y = loader().dataset.tensors
+    x = x * torch.tensor([1.0, 0.0, 1.0])  # the second input is dead
+    la.fit([(x, y)], budget=None)
+    la.fitted = replace(la.fitted, uniform=None)
+    with pytest.warns(UserWarning, match=r"no maximum in 7 of 42 prior precisions.*stay at init_prior_prec"):
+        la.optimize_prior_precision(prior_structure="diag", init_prior_prec=2.5)
+    stays = torch.zeros(42, dtype=torch.bool)
+    stays[1:15:3] = stays[-2:] = True
+    assert_equal(la.prior_precision[stays], torch.full((7,), 2.5, dtype=torch.float64))
+    assert bool((la.prior_precision[~stays] != 2.5).all())
+    with pytest.warns(UserWarning, match="no maximum in 1 of 6"):
+        la.optimize_prior_precision(prior_structure="layerwise")
+    la.prior_mean = la.mean.clone()
+    with pytest.raises(ValueError, match=r"no maximum in any of the prior precisions.*gridsearch"):
+        la.optimize_prior_precision(prior_structure="layerwise")

@@ -22,13 +22,14 @@ from debiased_laplace.laplace_torch.settings import plain
 from debiased_laplace.likelihoods import Likelihood
 from debiased_laplace.posterior import Posterior, standard_normals
 from debiased_laplace.predictive import functional_moments, linearized_samples, weight_samples
-from debiased_laplace.temperature import AS_GOOD
+from debiased_laplace.temperature import AS_GOOD, warn_the_caller
 from debiased_laplace.tuning import (
     PriorCurve,
     check_losses,
     gaussian_nll,
     grid_search,
     maximise_marginal_likelihood,
+    maximise_over_priors,
     maximise_with_noise,
     noise_search,
 )
@@ -36,6 +37,8 @@ from debiased_laplace.tuning import (
 METHODS = ("marglik", "gridsearch")
 PRIOR_STRUCTURES = ("scalar", "layerwise", "diag")
 Prediction = Tensor | tuple[Tensor, Tensor]
+#: Distance from the maximum of the marginal likelihood, in nats, from which on gradient steps that end there warn.
+NEAR_ENOUGH = 0.1
 
 
 class TuningLayer(PredictiveLayer):
@@ -45,8 +48,8 @@ class TuningLayer(PredictiveLayer):
         self,
         pred_type: str = "glm",
         method: str = "marglik",
-        n_steps: int = 100,
-        lr: float = 1e-1,
+        n_steps: int | None = None,
+        lr: float | None = None,
         init_prior_prec: float | Tensor = 1.0,
         prior_structure: str = "scalar",
         val_loader: Iterable[Any] | None = None,
@@ -70,10 +73,13 @@ class TuningLayer(PredictiveLayer):
             pred_type: What the grid search predicts with: ``"glm"``, ``"nn"`` or ``"linearized"``.
             method: ``"marglik"`` or ``"gridsearch"`` (one pass over ``val_loader`` for ``"glm"``; the curve is kept in
                 ``self.curve``, and what was found for several prior precisions or a temperature in ``self.tuned``).
-            n_steps: Gradient steps, where the marginal likelihood has no closed maximum: for ``"layerwise"`` and
-                ``"diag"`` priors of structures other than ``"kron"``. Elsewhere the maximum is exact.
-            lr: Their learning rate (Adam on the logarithms).
-            init_prior_prec: Where they start; with more than one entry it says the structure.
+            n_steps: Gradient steps instead of the maximum of the marginal likelihood, as in laplace-torch (Adam on the
+                logarithms, 100 if only ``lr`` is given), for ``"layerwise"`` and ``"diag"`` priors of structures other
+                than ``"kron"``; a warning tells how far they are from the maximum. By default, and elsewhere, the
+                maximum is found.
+            lr: Their learning rate, 0.1 if only ``n_steps`` is given.
+            init_prior_prec: Where the search starts; with more than one entry it says the structure. A prior precision
+                in which there is no maximum stays there.
             prior_structure: ``"scalar"``; ``"layerwise"``, one for each parameter tensor (``"kron"`` and the grid
                 search: for each line of :meth:`coverage`); or ``"diag"``, one for each parameter (not for ``"kron"``,
                 nor for the grid search). The layerwise grid search minimises the loss over all of them together,
@@ -112,7 +118,8 @@ class TuningLayer(PredictiveLayer):
         Warns:
             UserWarning: If the best value lies at an edge of the grid (with several, any of them at the lower edge), or
                 the validation data do not determine it: then the temperature is the one nearest to 1, and a prior
-                precision the smallest, of those that are equally good (within 1e-6 nats); if predictions with the
+                precision the smallest, of those that are equally good (within 1e-6 nats); if ``n_steps`` do not reach
+                the maximum of the marginal likelihood, or there is none in some of them; if predictions with the
                 maximum of the marginal likelihood are far less certain on training data than the network is right
                 about them (not after :meth:`load`, which brings no data).
         """
@@ -255,9 +262,14 @@ class TuningLayer(PredictiveLayer):
         return prior, noise_variance**0.5
 
     def _maximise_marginal_likelihood(
-        self, initial: Any, prior_structure: str, n_steps: int, lr: float, progress_bar: bool
+        self,
+        initial: Any,
+        prior_structure: str,
+        n_steps: int | None,
+        lr: float | None,
+        progress_bar: bool,
     ) -> None:
-        """In closed form where there is one, otherwise by laplace-torch's gradient steps on the logarithms."""
+        """In closed form where there is one, otherwise by L-BFGS-B, or by laplace-torch's gradient steps if told to."""
         fitted, kronecker = self._require_fit(), self.hessian_structure == "kron"
         basis = fitted.posterior.basis
         start = _checks.prior_precisions(initial)
@@ -274,6 +286,43 @@ class TuningLayer(PredictiveLayer):
         if len(start) == 1 or (kronecker and len(start) == len(basis.parts)):
             self.prior_precision = maximise_marginal_likelihood(self.posterior, per_block=len(start) > 1)
             return
+        posterior = self.posterior
+
+        def expand(priors: Tensor) -> Tensor:
+            return self._core_prior(priors.to(self._device), fitted)
+
+        if n_steps is None and lr is None:
+            found = maximise_over_priors(posterior, start, expand, progress_bar=progress_bar)
+            self.prior_precision = found.prior_precisions
+            if not found.converged:
+                warn_the_caller(
+                    "The search for the maximum of the marginal likelihood ended before it was there: it still rises "
+                    f"by up to {found.slope:.2g} nats for a prior precision times e. Start from the result with "
+                    "init_prior_prec=la.prior_precision."
+                )
+            if bool(found.undetermined.any()):
+                warn_the_caller(
+                    f"The marginal likelihood has no maximum in {int(found.undetermined.sum())} of {len(start)} prior "
+                    "precisions, of parameters that equal the prior mean or have no curvature: they stay at "
+                    "init_prior_prec. Use one for several parameters to have them determined."
+                )
+            return
+        n_steps = 100 if n_steps is None else n_steps
+        self._steps_on_the_marginal_likelihood(start, n_steps, 0.1 if lr is None else lr, progress_bar)
+        reached = self.prior_precision.double()
+        try:
+            found = maximise_over_priors(posterior, reached, expand, max_iterations=max(n_steps, 20))
+        except ValueError:  # there is none
+            return
+        if found.gain > NEAR_ENOUGH:
+            warn_the_caller(
+                f"After {n_steps} steps the marginal likelihood is {float(self.log_marginal_likelihood()):.4g}, "
+                f"and {'' if found.converged else 'at least '}{found.gain:.3g} nats below its maximum. Leave n_steps "
+                "and lr out to go there, or take more steps or larger ones."
+            )
+
+    def _steps_on_the_marginal_likelihood(self, start: Tensor, n_steps: int, lr: float, progress_bar: bool) -> None:
+        """laplace-torch's."""
         before = self.prior_precision
         logarithms = start.log().to(self._device, self._float_dtype).requires_grad_()
         optimizer = torch.optim.Adam([logarithms], lr=lr)

@@ -106,7 +106,7 @@ def resolution(precision: float) -> float:
 
 
 def eigenspaces(values: Tensor, precision: float) -> Tensor | None:
-    """Which eigenvalues ``[k]``, descending, are one and the same up to rounding, as numbers ``[k]``; None if all differ.
+    """Which eigenvalues ``[k]``, descending, are one up to rounding, as numbers ``[k]``; None if all differ.
 
     Args:
         values: Of one matrix, the largest first.

@@ -206,8 +206,8 @@ def whole_eigenspaces(
             wanted = min(2 * wanted, statistics.size)
             continue
         logger.info(
-            "A rank of %s cuts a repeated eigenvalue of the curvature of %s on the data that choose directions: there are "
-            "%d directions, with %s of its own.", rank, name, kept, "none" if kept == first else "all",
+            "A rank of %s cuts a repeated eigenvalue of the curvature of %s on the data that choose directions: there "
+            "are %d directions, with %s of its own.", rank, name, kept, "none" if kept == first else "all",
         )  # fmt: skip
         return values[:kept], vectors[:, :kept]
 
