@@ -57,6 +57,17 @@ class Measurement:
             total = total + values / len(rounds)
         return basis, basis.averaged(total + self._shared(basis, factored))
 
+    def left_out(self, split: Split, basis: Basis, curvatures: Tensor) -> Tensor | None:
+        """Trace of the curvature outside the directions of every part, ``[n_parts]``, where some are left out.
+
+        The trace of all is that of the data that chose the directions: it does not depend on these, and has no bias.
+        """
+        traces = None if basis.complete else self._structure.traces(self._estimate(split.final))
+        if traces is None:
+            return None
+        along = torch.stack([own.double().sum() for own in basis.split(curvatures)])
+        return (traces.to(along) - along).clamp_min(0)
+
     def _curvatures(self, folds: Sequence[int], basis: Basis, factored: bool, number: int = 0) -> Tensor:
         """Curvatures of some folds along a basis, unbiased for the stream together with :meth:`_shared`."""
         if factored or not self._structure.projects:

@@ -45,6 +45,8 @@ class Posterior:
             and the prior precision is meant; None for one. Set by :attr:`normal_form` alone.
         fixed: ``[D]``, boolean, parameters that have no uncertainty (an infinite prior precision), as if they were
             frozen; directions must not reach into them. None for none.
+        left_out: ``[n_parts]``, trace of the curvature outside the directions of every part, a per-datum mean, or None
+            if it is not known. The Gaussian does without it; :attr:`left_out_log_det` tells what that means.
     """
 
     mean: Tensor
@@ -57,6 +59,7 @@ class Posterior:
     prior_mean: float | Tensor = 0.0
     coordinates: Tensor | None = None
     fixed: Tensor | None = None
+    left_out: Tensor | None = None
 
     def __post_init__(self) -> None:
         _checks.prior_precisions(self.prior_precision, len(self.basis.parts), self.basis.n_params)
@@ -160,6 +163,41 @@ class Posterior:
         own = self.normal_form
         return torch.log1p(own.scale * own.curvatures.double() / own.column_prior).sum()
 
+    @property
+    def left_out_log_det(self) -> tuple[float, float]:
+        r"""What :attr:`log_det_ratio` lacks of all directions: least and most, in nats; zeros if nothing is left out.
+
+        Of a part let t be the trace of the curvature outside its K directions, which spread over R others. The
+        logarithm is concave: most if they share it equally, :math:`R \log(1 + \beta t / (R \delta))`, and no
+        choice of directions makes it more (inequalities of Fischer and Hadamard). Least if they are as few as they
+        can be, :math:`\frac{t}{\mu} \log(1 + \beta\mu/\delta)` with the smallest curvature :math:`\mu` along the K
+        above all outside, which is so if they are the leading eigenvectors and otherwise an estimate.
+
+        Raises:
+            ValueError: If the trace is not known.
+        """
+        basis = self.basis
+        if basis.complete:
+            return 0.0, 0.0
+        if self.left_out is None:
+            raise ValueError("Expected the trace of the curvature that is left out, got None. Fit again.")
+        priors = basis.matrices(basis.per_parameter(self._prior.detach()))
+        least = most = 0.0
+        scale, traces = float(self.scale), self.left_out.tolist()
+        for trace, members, own in zip(traces, basis.members, basis.split(self.curvatures.detach()), strict=True):
+            prior = torch.cat([priors[i].flatten() for i in members])
+            prior = prior[prior.isfinite()]
+            n_others, smallest = len(prior) - own.numel(), float(own.min())
+            if trace <= 0 or n_others < 1:
+                continue
+            most += n_others * math.log1p(scale * trace / n_others / float(prior.min()))
+            if smallest > 0:
+                n_least = min(trace / smallest, n_others)
+                least += n_least * math.log1p(scale * trace / n_least / float(prior.max()))
+            else:
+                least += n_others * math.log1p(scale * trace / n_others / float(prior.max()))
+        return min(least, most), most
+
     def matvec(self, vector: Tensor) -> Tensor:
         r""":math:`P v`, ``[..., D] -> [..., D]``; zero for fixed parameters."""
         own = self.normal_form
@@ -192,6 +230,9 @@ class Posterior:
 
         .. math:: \log p(\mathcal D \mid \theta^*)
             - \tfrac12 \big(\log\det P - \log\det P_0 + \|\theta^* - \mu_0\|^2_{P_0}\big)
+
+        Directions that an incomplete basis leaves out have no curvature here, so that it is larger than that of all
+        directions by half of :attr:`left_out_log_det`: compare it with others of the same structure and rank only.
         """
         return log_likelihood - 0.5 * (self.log_det_ratio + self.scatter())
 

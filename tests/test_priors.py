@@ -13,15 +13,25 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from debiased_laplace import basis as bases
+from debiased_laplace.blocks import Block
 from debiased_laplace.curvatures import projected_curvatures
+from debiased_laplace.fit import fit
 from debiased_laplace.gradients import CurvatureData, Network
 from debiased_laplace.laplace_torch import DebiasedKronLaplace, DebiasedLaplace, tuning
 from debiased_laplace.laplace_torch.precision import KroneckerPrecision
 from debiased_laplace.likelihoods import Categorical
 from debiased_laplace.posterior import Posterior
 from debiased_laplace.predictive import functional_moments, joint_covariance
+from debiased_laplace.sampling import UniformSampler
 from debiased_laplace.structures import Diagonal, Full, Kronecker, LowRank, Structure
-from debiased_laplace.testing import check_posterior, dense_basis, dense_jacobian, dense_posterior_precision, truncate
+from debiased_laplace.testing import (
+    check_posterior,
+    dense_basis,
+    dense_ggn,
+    dense_jacobian,
+    dense_posterior_precision,
+    truncate,
+)
 from debiased_laplace.tuning import maximise_over_priors
 from tests.datasets import example
 from tests.networks import ZOO
@@ -314,3 +324,98 @@ def test_prior_precisions_without_a_maximum():
     la.prior_mean = la.mean.clone()
     with pytest.raises(ValueError, match=r"no maximum in any of the prior precisions.*gridsearch"):
         la.optimize_prior_precision(prior_structure="layerwise")
+
+
+# -- what a low rank leaves out --------------------------------------------------------------------
+
+
+def spread_curvature(network: Network, data: Any, posterior: Posterior) -> Tensor:
+    ggn = dense_ggn(network.model, data.inputs, data.weights, Categorical(), data.targets)
+    return float(posterior.scale) * ggn
+
+
+@pytest.mark.parametrize("blocks", [None, "layer"])
+@pytest.mark.parametrize("rank", [1, 2, 4])
+@pytest.mark.parametrize("name", ["mlp", "layer-norm"])
+def test_the_evidence_of_all_directions_is_between_the_bounds(name, rank, blocks):
+    model, network, data, _ = fitted(name, Diagonal())
+    structure = LowRank(rank, blocks)
+    found = fit(
+        model, [(data.inputs, data.targets)], Categorical(), structure=structure, sampler=UniformSampler(None),
+        prior_precision=0.3,
+    )  # fmt: skip
+    posterior = found.posterior
+    uniform = replace(data, weights=torch.full_like(data.weights, 1 / len(data.inputs)))
+    every = spread_curvature(found.network, uniform, posterior)
+    if blocks == "layer":
+        mask = torch.zeros_like(every)
+        start = 0
+        for block in found.network.blocks:  # consecutive tensors
+            mask[start : start + block.size, start : start + block.size] = 1
+            start += block.size
+        every = every * mask
+    assert posterior.left_out is not None
+    along = dense_curvature(posterior)
+    assert_equal(posterior.left_out.sum(), (every.trace() - along.trace()) / posterior.scale)
+    for prior in (torch.full((1,), 0.01), torch.full((1,), 5.0), torch.linspace(0.2, 2.0, len(network.shapes))):
+        priors = prior.double() if len(prior) == 1 else for_each_tensor(network, prior.double())
+        own = replace(posterior, prior_precision=priors)
+        dense = torch.diag(own.parameter_prior)
+        lacking = float(torch.logdet(every + dense) - torch.logdet(along + dense))
+        least, most = own.left_out_log_det
+        assert 0 < least <= lacking <= most
+
+
+def test_bounds_that_are_attained():
+    """All left-out curvatures equal, and as few as there can be."""
+    shape = {"w": torch.Size([6])}
+    block = Block("w", ("w",), (shape["w"],), "exact", outputs=6)
+    columns = torch.eye(6, dtype=torch.float64)[:2].reshape(2, 1, 6, 1)
+    basis = bases.Basis([block], shape, [bases.DenseBasis((columns,))])
+    one = torch.ones(1, dtype=torch.float64)
+    for left_out, which in (([0.25, 0.25, 0.25, 0.25], 1), ([0.5, 0.5, 0.0, 0.0], 0)):
+        posterior = Posterior(
+            torch.zeros(6).double(), basis, torch.tensor([0.9, 0.5]).double(), 10, 0.3 * one,
+            left_out=torch.tensor([sum(left_out)]).double(),
+        )  # fmt: skip
+        expected = torch.log1p(10 * torch.tensor(left_out).double() / 0.3).sum()
+        assert posterior.left_out_log_det[which] == pytest.approx(float(expected), rel=1e-12)
+    with pytest.raises(ValueError, match=r"trace of the curvature that is left out, got None. Fit again"):
+        _ = replace(posterior, left_out=None).left_out_log_det
+
+
+def test_the_evidence_of_a_low_rank_says_what_it_lacks(tmp_path):
+    la = trained("lowrank")
+    x, y = loader().dataset.tensors
+    la.fit([(x, y)], budget=None, structure=LowRank(2))
+    with pytest.warns(UserWarning, match=r"too large to be compared.*log_marginal_likelihood_bounds\(\)") as caught:
+        for _ in range(3):
+            value = float(la.log_marginal_likelihood())
+    assert len(caught) == 1
+    assert caught[0].filename == __file__
+    full = trained("full")
+    low, high = la.log_marginal_likelihood_bounds()
+    assert low <= float(full.log_marginal_likelihood()) <= high < value
+    assert full.log_marginal_likelihood_bounds() == (float(full.log_marginal_likelihood()),) * 2
+    la.save(tmp_path / "posterior")
+    again = DebiasedLaplace.load(tmp_path / "posterior", la.model)
+    assert again.log_marginal_likelihood_bounds() == (low, high)
+
+
+def test_nothing_is_lacking(recwarn):
+    """Of all the directions that the data have, and of subnetworks."""
+    la = trained("lowrank")
+    x, y = loader().dataset.tensors
+    la.fit([(x, y)], budget=None, structure=LowRank(42))
+    full = float(trained("full").log_marginal_likelihood())
+    assert float(la.log_marginal_likelihood()) == pytest.approx(full, rel=1e-9)
+    assert la.log_marginal_likelihood_bounds() == pytest.approx((full, full), rel=1e-9)
+    some = DebiasedLaplace(
+        la.model, "classification", "subnetwork", "lowrank", subnetwork_indices=torch.arange(3, 30, 2)
+    )
+    some.fit([(x, y)], budget=None, structure=LowRank(2))
+    low, high = some.log_marginal_likelihood_bounds()
+    dense = DebiasedLaplace(la.model, "classification", "subnetwork", "full", subnetwork_indices=torch.arange(3, 30, 2))
+    dense.fit([(x, y)], budget=None)
+    assert low <= float(dense.log_marginal_likelihood()) <= high < float(some.log_marginal_likelihood())
+    assert not [own for own in recwarn.list if "low rank" in str(own.message)][1:]

@@ -37,6 +37,7 @@ class SettingsLayer(ParametricLaplace):
     tuned: TunedPrior | None = None
     _output_temperature: float = 1.0  # defaults of the class: what was pickled earlier has none of them
     feature_reduction: str | None = None
+    _told_what_is_left_out: bool = False  # of the log marginal likelihood of the present fit
 
     def __init__(
         self,

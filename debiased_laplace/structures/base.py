@@ -62,6 +62,10 @@ class Structure(ABC):
         """Statistics with the sum over :meth:`observe` in the place of what they know less well."""
         return statistics
 
+    def traces(self, statistics: Any) -> Tensor | None:
+        """Traces of the curvature of every part, ``[n_parts]``, of structures whose directions may leave some out."""
+        return None
+
     @abstractmethod
     def measure(self, network: Network, data: CurvatureData) -> Any:
         """Statistics of weighted data, in one pass."""

@@ -162,6 +162,11 @@ class LowRank(Structure):
                 columns[index].append(own.compact() if free is None else own.masked(free))
         return LowRankStatistics(columns, group_blocks(network, self.blocks))
 
+    def traces(self, statistics: LowRankStatistics) -> Tensor:
+        """Sums of the squares of the columns of V, float64."""
+        blocks = [torch.stack([own.second_moment().double().sum() for own in chunks]) for chunks in statistics.columns]
+        return torch.stack([torch.cat([blocks[i] for i in group]).sum() for group in statistics.groups])
+
     def eigenbasis(self, network: Network, statistics: LowRankStatistics, like: Basis | None = None) -> Basis:
         """The leading eigenvectors of every part, by descending eigenvalues; fewer if the curvature has lower rank."""
         parts = []
