@@ -155,8 +155,11 @@ def loader() -> DataLoader:
     return DataLoader(TensorDataset(x, (x.sum(1) > 0).long()), batch_size=8)
 
 
-@pytest.mark.parametrize("kind", ["LayerNorm", "BatchNorm1d", "GroupNorm"])
-@pytest.mark.parametrize("structure", ["kron", "lowrank", "diag", "full"])
+@pytest.mark.parametrize(
+    ("structure", "kind"),
+    [("kron", kind) for kind in ("LayerNorm", "BatchNorm1d", "GroupNorm")]
+    + [(structure, "LayerNorm") for structure in ("lowrank", "diag", "full")],
+)
 def test_training_of_networks_with_normalisations(kind, structure):
     """Its default is one prior precision for each tensor."""
     with torch.random.fork_rng(devices=[]):
