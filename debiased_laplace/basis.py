@@ -76,6 +76,36 @@ class Part(ABC):
     def diagonal_of(self, other: Any, values: Tensor) -> Tensor:
         r"""Of :math:`U' \mathrm{diag}(v) U'^\top` with another part, the diagonal along these columns."""
 
+    def is_turned_by(self, priors: Sequence[Tensor], blocks: Sequence[Block]) -> bool:
+        """Whether the directions have to be :meth:`turned` for prior precisions of the parameters.
+
+        Args:
+            priors: Matrices ``[G, O, I]`` for each block. Where their derivatives are wanted, they may differ.
+            blocks: What the blocks are.
+        """
+        return False
+
+    def check_priors(self, priors: Sequence[Tensor]) -> None:
+        """Raise a ``ValueError`` for prior precisions that the directions cannot be :meth:`turned` for."""
+        return
+
+    def turned(self, scales: Sequence[Tensor], curvatures: Tensor) -> tuple[Part, Tensor]:
+        r"""Directions and curvatures of :math:`D U \mathrm{diag}(\lambda) U^\top D`; complete ones stay complete.
+
+        Args:
+            scales: The diagonal D as matrices ``[G, O, I]`` for each block; curvatures are differentiable in it.
+            curvatures: Of the part's shape, float64.
+        """
+        raise NotImplementedError(f"The directions of {type(self).__name__} cannot be turned.")
+
+    def scaled(self, scales: Sequence[Tensor]) -> Part:
+        """The columns with their rows multiplied by matrices ``[G, O, I]``, which are one for all but turned parts."""
+        return self
+
+    def weighted_average(self, matrices: Sequence[Tensor]) -> Tensor:
+        r""":math:`\mathrm{diag}(U^\top \mathrm{diag}(v) U)` of values ``[G, O, I]`` for each block."""
+        raise NotImplementedError
+
     def prepare_inputs(self, inputs: Sequence[Tensor], n_vectors: int) -> Any:
         """What can be done once with the inputs ``[N, G, I, S]`` for all vectors of a batch."""
         return inputs
@@ -124,6 +154,43 @@ class KroneckerBasis(Part):
         outputs = (self.outputs.mT @ other.outputs).square()
         inputs = (self.inputs.mT @ other.inputs).square()
         return outputs @ values.to(outputs) @ inputs.mT
+
+    def is_turned_by(self, priors: Sequence[Tensor], blocks: Sequence[Block]) -> bool:
+        """If they differ; of single precisions for two tensors the derivatives do."""
+        return differ(priors) or (priors[0].requires_grad and len(blocks[0].parameters) > 1)
+
+    def check_priors(self, priors: Sequence[Tensor]) -> None:
+        (own,) = priors
+        if own.shape[-1] == 1 or not differ(priors):
+            return
+        if bool((own.detach() != own.detach()[:, :1]).any()):
+            raise ValueError(
+                "Expected one prior precision for each parameter tensor of a Kronecker block, got several for one "
+                "tensor, which its directions mix. Give one for each tensor, or use a diagonal, low-rank or full "
+                "structure."
+            )
+        groups, n_outputs, n_inputs = self.shape
+        if (size := groups * n_outputs * n_inputs * own.shape[-1]) > MAX_OUTPUTWISE:
+            raise ValueError(
+                "Expected a smaller layer for prior precisions that differ between its weight and its bias, got one "
+                f"of {groups * n_outputs} outputs and {n_inputs} inputs, for which they need {8e-9 * size:.1f} GB. "
+                "Use separate_bias=True, biases in blocks of their own, and fit again."
+            )
+
+    def turned(self, scales: Sequence[Tensor], curvatures: Tensor) -> tuple[Part, Tensor]:
+        """Dense where the block is (one input); otherwise other input directions for every output direction."""
+        self.check_priors(scales)
+        (own,) = scales
+        if own.shape[-1] == 1:
+            unit = torch.eye(self.rank, dtype=torch.float64, device=own.device).unflatten(1, self.shape)
+            columns = (self.outputs.double() @ unit @ self.inputs.double().mT,)
+            turned, values = DenseBasis(columns).turned(scales, curvatures.flatten())
+            return turned, values
+        return OutputwiseBasis.of(self, own, curvatures)
+
+    def weighted_average(self, matrices: Sequence[Tensor]) -> Tensor:
+        (matrix,) = matrices
+        return self.outputs.square().mT.to(matrix) @ matrix @ self.inputs.square().to(matrix)
 
     def prepare_inputs(self, inputs: Sequence[Tensor], n_vectors: int) -> tuple[Tensor, bool]:
         """The inputs, rotated if that is the cheaper order for this many vectors, and whether they are."""
@@ -180,6 +247,10 @@ class IdentityBasis(Part):
     def diagonal_of(self, other: IdentityBasis, values: Tensor) -> Tensor:
         return values
 
+    def weighted_average(self, matrices: Sequence[Tensor]) -> Tensor:
+        (matrix,) = matrices
+        return matrix
+
     def project_gradients(
         self, inputs: Sequence[Tensor], vectors: Sequence[Tensor], *, unit: bool = False
     ) -> Gradients:
@@ -197,9 +268,12 @@ class DenseBasis(Part):
 
     Attributes:
         columns: For each block ``[rank, G, O, I]``.
+        eigenspaces: ``[rank]``, numbers of the eigenspaces of the curvature that chose them, where one has several
+            directions: which ones is arbitrary there. None if all have their own.
     """
 
     columns: tuple[Tensor, ...]
+    eigenspaces: Tensor | None = None
 
     @property
     def shape(self) -> tuple[int]:
@@ -228,6 +302,30 @@ class DenseBasis(Part):
         pairs = zip(self.columns, other.columns, strict=True)
         overlaps = torch.stack([own.flatten(1) @ theirs.flatten(1).mT for own, theirs in pairs]).sum(0)
         return overlaps.square() @ values.to(overlaps)
+
+    def is_turned_by(self, priors: Sequence[Tensor], blocks: Sequence[Block]) -> bool:
+        """If they differ, or their derivatives do."""
+        return priors[0].requires_grad or differ(priors)
+
+    def turned(self, scales: Sequence[Tensor], curvatures: Tensor) -> tuple[DenseBasis, Tensor]:
+        weights = curvatures.sqrt()[:, None, None, None]
+        rows = torch.cat([(c * own * weights).flatten(1) for c, own in zip(self.columns, scales, strict=True)], 1)
+        left, values, right = torch.linalg.svd(rows.detach(), full_matrices=False)
+        if not self.complete:
+            keep = values > values[0] * torch.finfo(values.dtype).eps * max(rows.shape)
+            left, right = left[:, keep], right[keep]
+        # With fixed left vectors the squares have the derivatives of the eigenvalues, also of degenerate ones.
+        squares = (left.mT @ rows).square().sum(1)
+        split = right.split([c[0].numel() for c in self.columns], 1)
+        columns = tuple(own.unflatten(1, c.shape[1:]) for own, c in zip(split, self.columns, strict=True))
+        return DenseBasis(columns), squares
+
+    def scaled(self, scales: Sequence[Tensor]) -> DenseBasis:
+        return DenseBasis(tuple(c * own for c, own in zip(self.columns, scales, strict=True)))
+
+    def weighted_average(self, matrices: Sequence[Tensor]) -> Tensor:
+        own = [c.square().flatten(1).to(m) @ m.flatten() for c, m in zip(self.columns, matrices, strict=True)]
+        return torch.stack(own).sum(0)
 
     def project_gradients(
         self, inputs: Sequence[Tensor], vectors: Sequence[Tensor], *, unit: bool = False
@@ -262,19 +360,86 @@ class DenseProjection:
         return self.values.square().sum((0, 1))
 
     def covariances(self, scales: Tensor) -> Tensor:
-        """``[R, rank] -> [R, N, V, V]``."""
-        scales = scales.to(self.values.dtype)
+        """``[R, *shape] -> [R, N, V, V]``."""
+        scales = scales.flatten(1).to(self.values.dtype)
         if many_scales(scales, self.values.shape[1]):
             return covariances_of_rows(self.values, scales)
         return (self.values * scales[:, None, None]) @ self.values.mT
 
     def variances(self, scales: Tensor) -> Tensor:
-        """``[R, rank] -> [R, N, V]``."""
-        return torch.einsum("nvk,rk->rnv", self.values.square(), scales.to(self.values.dtype))
+        """``[R, *shape] -> [R, N, V]``."""
+        return torch.einsum("nvk,rk->rnv", self.values.square(), scales.flatten(1).to(self.values.dtype))
 
     def rows(self) -> Tensor:
         """``[N, V, rank]``."""
         return self.values
+
+
+#: Most numbers in an :class:`OutputwiseBasis`: half a gigabyte in double precision.
+MAX_OUTPUTWISE = 2**26
+
+
+@dataclass(frozen=True)
+class OutputwiseBasis(Part):
+    r"""Basis of one block, :math:`q_o \otimes R_o` for every output direction: its own basis of the inputs.
+
+    What Kronecker directions become where the prior precision of the bias is another than that of the weight.
+
+    Attributes:
+        outputs: ``Q_O: [G, O, o]``, orthonormal columns, float64.
+        inputs: ``R: [G, o, I, i]``, orthonormal columns for every output direction, float64.
+    """
+
+    outputs: Tensor
+    inputs: Tensor
+
+    @classmethod
+    def of(cls, part: KroneckerBasis, scales: Tensor, curvatures: Tensor) -> tuple[OutputwiseBasis, Tensor]:
+        r"""The singular vectors of :math:`\\mathrm{diag}(\\lambda_o)^{1/2} Q_I^\\top D` for every output direction o.
+
+        Args:
+            part: Kronecker directions.
+            scales: The diagonal D as ``[G, O, I]``, the same for all outputs of a group.
+            curvatures: ``[G, o, i]``.
+        """
+        rows = curvatures.sqrt()[..., None] * (part.inputs.double() * scales[:, 0, :, None]).mT[:, None]
+        left, _, right = torch.linalg.svd(rows.detach(), full_matrices=False)
+        # With fixed left vectors the squares have the derivatives of the eigenvalues, also of degenerate ones.
+        return cls(part.outputs.double(), right.mT), (left.mT @ rows).square().sum(-1)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """``(G, o, i)``."""
+        groups, n_outputs, _, n_inputs = self.inputs.shape
+        return groups, n_outputs, n_inputs
+
+    @property
+    def n_params(self) -> int:
+        return math.prod(self.outputs.shape[:2]) * self.inputs.shape[2]
+
+    def project(self, matrices: Sequence[Tensor]) -> Tensor:
+        (matrix,) = matrices
+        return ((self.outputs.mT @ matrix.to(self.outputs))[..., None, :] @ self.inputs)[..., 0, :]
+
+    def lift(self, coefficients: Tensor) -> list[Tensor]:
+        return [self.outputs @ (self.inputs @ coefficients.to(self.inputs)[..., None])[..., 0]]
+
+    def diagonal_of(self, other: Any, values: Tensor) -> Tensor:
+        raise NotImplementedError("Turned directions are those of one posterior, not of folds.")
+
+    def scaled(self, scales: Sequence[Tensor]) -> OutputwiseBasis:
+        return OutputwiseBasis(self.outputs, self.inputs * scales[0][:, :1, :, None])
+
+    def weighted_average(self, matrices: Sequence[Tensor]) -> Tensor:
+        return OutputwiseBasis(self.outputs.square(), self.inputs.square()).project(matrices)
+
+    def project_gradients(
+        self, inputs: Sequence[Tensor], vectors: Sequence[Tensor], *, unit: bool = False
+    ) -> DenseProjection:
+        (a,), (g,) = inputs, vectors
+        gradients = Gradients(a, g) if a.shape[-1] == 1 else Gradients(a, g).formed(self.outputs.dtype)
+        rows = gradients.rows().unflatten(-1, (len(self.outputs), self.outputs.shape[1], self.inputs.shape[2]))
+        return DenseProjection(self.project([rows]).flatten(2), [gradients])
 
 
 @dataclass(frozen=True)
@@ -328,6 +493,17 @@ class Basis:
         return torch.cat(
             [c.flatten(c.ndim - len(part.shape)) for c, part in zip(coefficients, self.parts, strict=True)], -1
         )
+
+    def averaged(self, values: Tensor) -> Tensor:
+        """Values ``[rank]``, averaged over the directions of every eigenspace: then no choice within one matters."""
+        parts = list(self.split(values))
+        for index, part in enumerate(self.parts):
+            labels = part.eigenspaces if isinstance(part, DenseBasis) else None
+            if labels is not None:
+                labels = labels.to(values.device)
+                totals = values.new_zeros(int(labels[-1]) + 1).index_add(0, labels, parts[index])
+                parts[index] = (totals / labels.bincount())[labels]
+        return self.join(parts)
 
     def project(self, vector: Tensor) -> Tensor:
         r""":math:`U^\top v`, ``[..., D] -> [..., rank]``."""
@@ -398,23 +574,35 @@ class Basis:
         parameters = unflatten(vector, self.shapes)
         return [block.gather(parameters) for block in self.blocks]
 
-    def is_constant(self, values: Tensor) -> list[bool]:
-        """For every part, whether values ``[D]`` are the same for all of its parameters."""
+    def check_priors(self, values: Tensor) -> None:
+        """Raise a ``ValueError`` for prior precisions of all parameters, ``[D]``, that the directions mix."""
         matrices = self.matrices(values)
-        return [all(bool((matrices[i] == matrices[own[0]].flatten()[0]).all()) for i in own) for own in self.members]
+        for part, members in zip(self.parts, self.members, strict=True):
+            part.check_priors([matrices[i] for i in members])
 
     def _column_values(self, values: Tensor) -> Tensor:
         matrices = self.matrices(values)
         columns = []
-        for part, own, constant in zip(self.parts, self.members, self.is_constant(values), strict=True):
+        for part, members in zip(self.parts, self.members, strict=True):
+            own = [matrices[i] for i in members]
             if isinstance(part, IdentityBasis):
-                columns.append(matrices[own[0]])
+                columns.append(own[0])
                 continue
-            if not constant:
-                names = [name for i in own for name in self.blocks[i].parameters]
+            if differ(own):
+                names = [name for i in members for name in self.blocks[i].parameters]
                 raise ValueError(
                     f"Expected one prior precision for all of {names}, whose directions mix them, got several. Give "
                     "one for each line of coverage(), or use a diagonal structure."
                 )
-            columns.append(matrices[own[0]].flatten()[0].expand(part.shape))
+            column = own[0].flatten()[0].expand(part.shape)
+            if values.requires_grad:  # each parameter has its share in the derivative
+                average = part.weighted_average(own)
+                column = column.detach() + average - average.detach()
+            columns.append(column)
         return self.join(columns)
+
+
+def differ(values: Sequence[Tensor]) -> bool:
+    """Whether the numbers of several tensors are not all the same."""
+    first = values[0].detach().flatten()[0]
+    return not all(bool((own.detach() == first).all()) for own in values)

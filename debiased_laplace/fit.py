@@ -274,12 +274,13 @@ def fit(
             )  # fmt: skip
             measurement = Measurement(structure, network, data, sample, observed, progress)
             basis, curvatures = measurement.cross(split, factored=estimator == "factored")
+            left_out = measurement.left_out(split, basis, curvatures)
         loss = mean_loss(network, likelihood, sample) if observed is None else observed.mean_loss
     measured = sorted({fold for own in split.rounds for fold in own.curvatures})
     precision = _checks.prior_precisions(prior_precision, len(basis.parts), basis.n_params).to(network.device)
     fitted = Fit(
         Posterior(network.mean(), basis, curvatures, sample.n_seen if n_data is None else n_data, precision,
-                  fixed=None if network.free is None else ~network.free, **posterior),
+                  fixed=None if network.free is None else ~network.free, left_out=left_out, **posterior),
         network, loss, sample.n_seen, sample.fold(split.final).indices, sample.fold(measured).indices, mc_samples,
         settings, sample, observed, uniform, Probe.of(network, sample.data.inputs),
     )  # fmt: skip

@@ -23,6 +23,7 @@ from debiased_laplace.temperature import (
     minimise,
     temperature_scaling,
     unit_of,
+    warn_the_caller,
     warn_undetermined,
 )
 from debiased_laplace.tuning import EMPTY, PriorCurve, check_losses, checked_temperature, gaussian_nll, warn_of_the_edge
@@ -394,6 +395,12 @@ class _Search:
             options = {"maxiter": 500, "ftol": 1e-13, "gtol": 1e-9}
             found.append(minimize(value_and_slope, start, jac=True, method="L-BFGS-B", bounds=bounds, options=options))
         best = min(found, key=lambda result: result.fun)
+        if best.status == 1:  # out of iterations
+            warn_the_caller(
+                f"The search of prior precisions ended after {best.nit} steps before it was at a minimum: the "
+                f"validation loss still falls by up to {abs(best.jac).max():.2g} nats for a factor e. Use one prior "
+                "precision for all, or a smaller grid."
+            )
         values = torch.as_tensor(best.x, dtype=torch.float64).exp()
         priors = values[:n_priors].clamp(self.precisions[0], self.precisions[-1])
         return priors, float(values[-1]) if self.fixed is None else self.fixed, float(best.fun)

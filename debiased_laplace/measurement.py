@@ -40,20 +40,33 @@ class Measurement:
         """The final directions, and curvatures along them, as the split says.
 
         Data that belong to all folds are measured along the final directions; the others along those of their round.
+        Directions of one eigenspace of the first data are arbitrary in it, and get the average of their curvatures.
         """
         structure, rounds = self._structure, split.rounds
         needs = structure.data_dependent or all(own.directions == own.curvatures for own in rounds)
         basis = self._basis(split.final) if needs else structure.eigenbasis(self._network, None)
         if list(self._parts) == [SHARED]:
-            return basis, self._curvatures(split.final, basis, factored) + self._shared(basis, factored)
+            return basis, basis.averaged(self._curvatures(split.final, basis, factored) + self._shared(basis, factored))
         total: Any = 0.0
         for number, own in enumerate(rounds):
             along = basis if own.directions == split.final else self._basis(own.directions, like=basis)
             values = self._curvatures(own.curvatures, along, factored, number)
             if along is not basis:
+                values = along.averaged(values)
                 values = basis.by_rank(along, values) if split.average == "rank" else basis.diagonal_of(along, values)
             total = total + values / len(rounds)
-        return basis, total + self._shared(basis, factored)
+        return basis, basis.averaged(total + self._shared(basis, factored))
+
+    def left_out(self, split: Split, basis: Basis, curvatures: Tensor) -> Tensor | None:
+        """Trace of the curvature outside the directions of every part, ``[n_parts]``, where some are left out.
+
+        The trace of all is that of the data that chose the directions: it does not depend on these, and has no bias.
+        """
+        traces = None if basis.complete else self._structure.traces(self._estimate(split.final))
+        if traces is None:
+            return None
+        along = torch.stack([own.double().sum() for own in basis.split(curvatures)])
+        return (traces.to(along) - along).clamp_min(0)
 
     def _curvatures(self, folds: Sequence[int], basis: Basis, factored: bool, number: int = 0) -> Tensor:
         """Curvatures of some folds along a basis, unbiased for the stream together with :meth:`_shared`."""

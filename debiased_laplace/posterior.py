@@ -6,10 +6,11 @@ r"""The Gaussian posterior over the parameters; every formula of it, once for al
 
 N, the noise variance, the temperature and the prior precision enter here and nowhere else.
 
-Prior precisions :math:`\Delta = \mathrm{diag}(\delta)` that differ between parameters whose directions are dense do not
+Prior precisions :math:`\Delta = \mathrm{diag}(\delta)` that differ between parameters whose directions mix them do not
 commute with U. In the coordinates :math:`\varphi = \Delta^{1/2}\theta` the prior is the unit matrix and the curvature
 :math:`W W^\top` with :math:`W = \Delta^{-1/2} U \mathrm{diag}(\lambda)^{1/2}`, whose singular vectors are directions
-for (3) again: that is :attr:`Posterior.normal_form`, and every formula is evaluated there.
+for (3) again: that is :attr:`Posterior.normal_form`, and every formula is evaluated there. Only the parts of the basis
+whose prior precisions differ are turned.
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ class Posterior:
         curvatures: ``[rank]``, per-datum mean curvatures along them, non-negative.
         n_data: N, the number of data in the training set (not of those the curvature was measured on).
         prior_precision: One number, one for each part of the basis, or one for each parameter: ``[1]``, ``[n_parts]``
-            or ``[D]``, float64. For each parameter only where the directions are dense or the parameters themselves.
+            or ``[D]``, float64. For each parameter where the directions are dense or the parameters themselves; along
+            Kronecker directions one for each parameter tensor.
         temperature: T; below one concentrates the posterior.
         noise_variance: The observation noise variance of a regression; one otherwise.
         prior_mean: A number, or ``[D]``.
@@ -43,6 +45,8 @@ class Posterior:
             and the prior precision is meant; None for one. Set by :attr:`normal_form` alone.
         fixed: ``[D]``, boolean, parameters that have no uncertainty (an infinite prior precision), as if they were
             frozen; directions must not reach into them. None for none.
+        left_out: ``[n_parts]``, trace of the curvature outside the directions of every part, a per-datum mean, or None
+            if it is not known. The Gaussian does without it; :attr:`left_out_log_det` tells what that means.
     """
 
     mean: Tensor
@@ -55,6 +59,7 @@ class Posterior:
     prior_mean: float | Tensor = 0.0
     coordinates: Tensor | None = None
     fixed: Tensor | None = None
+    left_out: Tensor | None = None
 
     def __post_init__(self) -> None:
         _checks.prior_precisions(self.prior_precision, len(self.basis.parts), self.basis.n_params)
@@ -79,34 +84,31 @@ class Posterior:
     def normal_form(self) -> Posterior:
         """The same Gaussian with one prior precision for each part, in other coordinates if need be."""
         prior, basis = self._prior, self.basis
-        dense = [isinstance(part, DenseBasis) for part in basis.parts]
-        if self.fixed is not None and all(dense) and len(self.prior_precision) in (1, len(basis.parts)):
-            return replace(self, coordinates=(~self.fixed).double(), fixed=None)
+        if self.coordinates is not None:
+            return self
+        if self.fixed is not None and len(self.prior_precision) in (1, len(basis.parts)):
+            if all(isinstance(part, DenseBasis) for part in basis.parts):
+                return replace(self, coordinates=(~self.fixed).double(), fixed=None)
         if len(prior) in (1, len(basis.parts)):
             return self
-        # Where all are equal there is nothing to turn, but the derivatives differ between parameters.
-        if not all(dense) or (not prior.requires_grad and all(basis.is_constant(prior))):
+        matrices = basis.matrices(prior)
+        turned = [
+            part.is_turned_by([matrices[i] for i in members], [basis.blocks[i] for i in members])
+            for part, members in zip(basis.parts, basis.members, strict=True)
+        ]
+        if not any(turned):
             return self
-        scales = prior.rsqrt()
+        here = basis.per_parameter(torch.tensor(turned, dtype=torch.float64, device=prior.device)) > 0
+        scales = torch.where(here, prior, 1.0).rsqrt()
         matrices = basis.matrices(scales)
-        parts, curvatures = [], []
-        for part, members, own in zip(basis.parts, basis.members, basis.split(self.curvatures.double()), strict=True):
-            assert isinstance(part, DenseBasis)
-            rows = torch.cat(
-                [(c * matrices[i] * own.sqrt()[:, None, None, None]).flatten(1)
-                 for c, i in zip(part.columns, members, strict=True)], 1
-            )  # fmt: skip
-            left, values, right = torch.linalg.svd(rows.detach(), full_matrices=False)
-            keep = values > values[0] * torch.finfo(values.dtype).eps * max(rows.shape)
-            # With fixed left vectors the squares have the derivatives of the eigenvalues, also of degenerate ones.
-            curvatures.append((left[:, keep].mT @ rows).square().sum(1))
-            columns = right[keep].split([c[0].numel() for c in part.columns], 1)
-            parts.append(DenseBasis(tuple(
-                v.unflatten(1, c.shape[1:]) for v, c in zip(columns, part.columns, strict=True)
-            )))  # fmt: skip
+        parts, curvatures = list(basis.parts), basis.split(self.curvatures.double())
+        for index, members in enumerate(basis.members):
+            if turned[index]:
+                parts[index], curvatures[index] = parts[index].turned([matrices[i] for i in members], curvatures[index])
+        basis = replace(basis, parts=parts)
         return replace(
-            self, basis=replace(basis, parts=parts), curvatures=torch.cat(curvatures),
-            prior_precision=prior.new_ones(1), coordinates=scales, fixed=None,
+            self, basis=basis, curvatures=basis.join(curvatures), prior_precision=torch.where(here, 1.0, prior),
+            coordinates=scales, fixed=None if self.fixed is None else self.fixed & ~here,
         )  # fmt: skip
 
     @cached_property
@@ -117,10 +119,10 @@ class Posterior:
         if self.coordinates is None or bool(((self.coordinates == 0) | (self.coordinates == 1)).all()):
             return self.basis  # its directions do not reach into fixed parameters
         scales = self.basis.matrices(self.coordinates.detach())
-        parts = []
-        for part, members in zip(self.basis.parts, self.basis.members, strict=True):
-            assert isinstance(part, DenseBasis)
-            parts.append(DenseBasis(tuple(c * scales[i] for c, i in zip(part.columns, members, strict=True))))
+        parts = [
+            part.scaled([scales[i] for i in members])
+            for part, members in zip(self.basis.parts, self.basis.members, strict=True)
+        ]
         return replace(self.basis, parts=parts)
 
     @property
@@ -161,6 +163,41 @@ class Posterior:
         own = self.normal_form
         return torch.log1p(own.scale * own.curvatures.double() / own.column_prior).sum()
 
+    @property
+    def left_out_log_det(self) -> tuple[float, float]:
+        r"""What :attr:`log_det_ratio` lacks of all directions: least and most, in nats; zeros if nothing is left out.
+
+        Of a part let t be the trace of the curvature outside its K directions, which spread over R others. The
+        logarithm is concave: most if they share it equally, :math:`R \log(1 + \beta t / (R \delta))`, and no
+        choice of directions makes it more (inequalities of Fischer and Hadamard). Least if they are as few as they
+        can be, :math:`\frac{t}{\mu} \log(1 + \beta\mu/\delta)` with the smallest curvature :math:`\mu` along the K
+        above all outside, which is so if they are the leading eigenvectors and otherwise an estimate.
+
+        Raises:
+            ValueError: If the trace is not known.
+        """
+        basis = self.basis
+        if basis.complete:
+            return 0.0, 0.0
+        if self.left_out is None:
+            raise ValueError("Expected the trace of the curvature that is left out, got None. Fit again.")
+        priors = basis.matrices(basis.per_parameter(self._prior.detach()))
+        least = most = 0.0
+        scale, traces = float(self.scale), self.left_out.tolist()
+        for trace, members, own in zip(traces, basis.members, basis.split(self.curvatures.detach()), strict=True):
+            prior = torch.cat([priors[i].flatten() for i in members])
+            prior = prior[prior.isfinite()]
+            n_others, smallest = len(prior) - own.numel(), float(own.min())
+            if trace <= 0 or n_others < 1:
+                continue
+            most += n_others * math.log1p(scale * trace / n_others / float(prior.min()))
+            if smallest > 0:
+                n_least = min(trace / smallest, n_others)
+                least += n_least * math.log1p(scale * trace / n_least / float(prior.max()))
+            else:
+                least += n_others * math.log1p(scale * trace / n_others / float(prior.max()))
+        return min(least, most), most
+
     def matvec(self, vector: Tensor) -> Tensor:
         r""":math:`P v`, ``[..., D] -> [..., D]``; zero for fixed parameters."""
         own = self.normal_form
@@ -193,6 +230,9 @@ class Posterior:
 
         .. math:: \log p(\mathcal D \mid \theta^*)
             - \tfrac12 \big(\log\det P - \log\det P_0 + \|\theta^* - \mu_0\|^2_{P_0}\big)
+
+        Directions that an incomplete basis leaves out have no curvature here, so that it is larger than that of all
+        directions by half of :attr:`left_out_log_det`: compare it with others of the same structure and rank only.
         """
         return log_likelihood - 0.5 * (self.log_det_ratio + self.scatter())
 

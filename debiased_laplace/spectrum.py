@@ -18,15 +18,15 @@ import torch
 from torch import Tensor, nn
 
 from debiased_laplace import _checks, _data
-from debiased_laplace.basis import Basis
+from debiased_laplace.basis import Basis, DenseBasis
 from debiased_laplace.blocks import flatten, unflatten
 from debiased_laplace.gradients import CurvatureData, Network
 from debiased_laplace.likelihoods import Likelihood, resolve_likelihood
 from debiased_laplace.sampling import WeightedData
 from debiased_laplace.snapshot import Snapshot
 from debiased_laplace.structures import LowRank, LowRankStatistics
-from debiased_laplace.structures.base import eigh
-from debiased_laplace.structures.lowrank import is_nonzero
+from debiased_laplace.structures.base import eigenspaces, eigh
+from debiased_laplace.structures.lowrank import is_nonzero, known_eigenpairs, lift_eigenvectors
 
 __all__ = ["GGN", "DirectionalDerivatives", "directional_derivatives"]
 
@@ -218,7 +218,8 @@ class GGN:
         """Leading eigenvalues ``[K]`` and eigenvectors (of every part); fewer if the curvature has lower rank.
 
         A repeated eigenvalue comes as often as it is one; of its eigenvectors only their span is determined, and if K
-        cuts it, not even that.
+        cuts it, not even that: what is made of them has to be averaged over it (a fit with :class:`.LowRank` is, and
+        keeps repeated eigenvalues as a whole).
 
         Args:
             rank: Number of them, or the fraction of the trace, in (0, 1), that they explain.
@@ -226,9 +227,17 @@ class GGN:
         Returns:
             The eigenvalues, and the eigenvectors as a basis: ``basis.lift(torch.eye(basis.rank))`` has them as rows.
         """
-        structure = LowRank(rank, self._structure.blocks)
-        basis = structure.eigenbasis(self.network, self.statistics)
-        return self.statistics.curvatures(basis), basis
+        LowRank(rank)  # checks it
+        network, statistics, parts = self.network, self.statistics, []
+        precision = torch.finfo(network.dtype).eps
+        for group in statistics.groups:
+            name = ", ".join(network.blocks[i].name for i in group)
+            values, vectors, total = known_eigenpairs(statistics, group, rank, name, precision)
+            k = rank if isinstance(rank, int) else int((values.cumsum(0) / total < rank).sum()) + 1
+            columns = lift_eigenvectors(network, statistics, group, values[:k], vectors[:, :k])
+            parts.append(DenseBasis(columns, eigenspaces(values[:k], precision)))
+        basis = Basis(network.blocks, network.shapes, parts, statistics.groups)
+        return statistics.curvatures(basis), basis
 
     def directional_derivatives(self, basis: Basis, data: WeightedData | None = None) -> DirectionalDerivatives:
         """Slopes and curvatures of every datum along directions, on this batch or on other data.

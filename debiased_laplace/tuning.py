@@ -3,12 +3,12 @@ r"""Prior precision: a whole grid in one pass over validation data, or the margi
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from scipy.optimize import brentq
+from scipy.optimize import brentq, minimize
 from torch import Tensor
 from tqdm import tqdm
 
@@ -167,7 +167,8 @@ class TunedNoise:
 
     Attributes:
         prior_precision: For all parameters.
-        noise_variance: Of the observations, the best for it; that of the posterior if all errors are zero.
+        noise_variance: Of the observations (divided by their profile), the best for it; that of the posterior if all
+            errors are zero.
         curve: The search; its prior precisions are meant at the best noise of each.
     """
 
@@ -183,13 +184,17 @@ def noise_search(
     batches: Iterable[Any],
     prior_precisions: Tensor,
     *,
+    profile: Tensor | None = None,
     targets_key: str = "labels",
     progress_bar: bool = False,
 ) -> TunedNoise:
-    r"""Prior precision and noise variance of a regression, jointly, in one pass over validation data.
+    r"""Prior precision and noise variance of a regression, jointly, on validation data.
 
     With :math:`v(\delta')` the functional variance at unit noise, that at noise :math:`\sigma^2` and prior precision
     :math:`\delta'/\sigma^2` is :math:`\sigma^2 v(\delta')`: the best noise has a closed form, see :func:`best_noise`.
+    Where to look for :math:`\delta'` depends on the units of the targets. So the grid is one of prior precisions at the
+    noise that the network has without uncertainty, its mean squared error on these data: one pass for that, and one for
+    the whole grid.
 
     Args:
         network: The model with its blocks.
@@ -197,7 +202,9 @@ def noise_search(
             smaller the noise, the smaller the loss, without end, and it stays as it is.
         likelihood: Of a regression.
         batches: Validation data.
-        prior_precisions: ``[R]``, those at unit noise.
+        prior_precisions: ``[R]``, at the noise of the network alone.
+        profile: ``r: [C]``, ratios of the standard deviations of the outputs, which are part of the curvature; ones by
+            default. The noise variance is then that of the outputs divided by them.
         targets_key: Where dictionary-like batches have their targets.
         progress_bar: Show a tqdm bar.
 
@@ -209,31 +216,43 @@ def noise_search(
     """
     if not likelihood.is_regression:
         raise ValueError(f"Expected a regression to tune its noise, got {type(likelihood).__name__}.")
-    grid = [
-        replace(posterior, prior_precision=p.reshape(1), noise_variance=1.0)
-        for p in _checks.prior_precisions(prior_precisions)
-    ]
-    found, rounding = [], 0.0
+    prior_precisions = _checks.prior_precisions(prior_precisions)
+    batches = list(batches) if isinstance(batches, Iterator) else batches
+    alone = []
+    for inputs, targets, _ in _data.labelled(batches, targets_key):
+        likelihood.check_targets(targets, network.n_outputs)
+        outputs = network.outputs(inputs)
+        alone.append((outputs.double(), targets.to(outputs).double()))
+    if not alone:
+        raise ValueError(EMPTY)
+    outputs, targets = (torch.cat(column) for column in zip(*alone, strict=True))
+    ratios = torch.ones(network.n_outputs, dtype=torch.float64) if profile is None else profile
+    squares = ratios.to(outputs).square()
+    errors = targets - outputs
+    none_left = nothing_left(errors, targets, torch.finfo(network.dtype).eps)
+    fixed = torch.as_tensor(posterior.noise_variance, dtype=torch.float64).to(outputs)
+    unit = fixed if none_left else (errors.square() / squares).mean()
+    _checks.finite(unit, "the errors on the validation data", "Look for NaN in the validation data, or in the model.")
+    at_unit_noise = prior_precisions.to(unit) * unit
+    grid = [replace(posterior, prior_precision=p.reshape(1), noise_variance=1.0) for p in at_unit_noise]
+    found = []
     stream = _data.labelled(batches, targets_key)
     for inputs, targets, _ in tqdm(stream, desc="Noise and prior", unit="batch", disable=not progress_bar, leave=False):
-        likelihood.check_targets(targets, network.n_outputs)
         mean, variances = functional_moments(network, grid, inputs, covariance=False)
-        rounding = torch.finfo(mean.dtype).eps
         found.append((mean.double(), variances.double(), targets.to(mean).double()))
-    if not found:
-        raise ValueError(EMPTY)
     mean, targets = (torch.cat([own[i] for own in found]) for i in (0, 2))
     variances = torch.cat([own[1] for own in found], 1)
-    if nothing_left(targets - mean, targets, rounding):
+    if none_left:
         warn_undetermined("observation noise", ALL_ERRORS_ZERO.format("as it was"))
-        fixed = torch.as_tensor(posterior.noise_variance, dtype=torch.float64).to(mean)
-        noise = fixed.cpu().expand(len(grid))
-        losses = gaussian_nll(mean, fixed * variances, targets, fixed).mean(-1).cpu()
+        noise, losses = (
+            fixed.expand(len(grid)),
+            gaussian_nll(mean, fixed * variances, targets, fixed * squares).mean(-1),
+        )
     else:
-        noise, losses = (own.cpu() for own in best_noise(mean, variances, targets))
+        noise, losses = best_noise(mean, variances, targets, squares)
+    losses = losses.cpu()
     check_losses(losses)
-    own = torch.stack([p.prior_precision[0].cpu() for p in grid]) / noise
-    curve = PriorCurve(own, losses, "probit")
+    curve = PriorCurve((at_unit_noise / noise).cpu(), losses, "probit")
     curve.warn()
     return TunedNoise(curve.best, float(noise[curve.best_index]), curve)
 
@@ -255,19 +274,22 @@ def nothing_left(errors: Tensor, targets: Tensor, rounding: float) -> bool:
     return float(errors.abs().max()) <= 4 * rounding * float(targets.abs().max())
 
 
-def best_noise(mean: Tensor, variances: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    r"""The noise variance with the smallest loss, :math:`\sigma^2 = \mathrm{mean}\big((y - f)^2 / (1 + v)\big)`.
+def best_noise(
+    mean: Tensor, variances: Tensor, targets: Tensor, profile: float | Tensor = 1.0
+) -> tuple[Tensor, Tensor]:
+    r"""The noise variance with the smallest loss, :math:`\sigma^2 = \mathrm{mean}\big((y - f)^2 / (r^2 + v)\big)`.
 
     Args:
         mean: ``[N, C]``.
         variances: ``[R, N, C]``, functional variances v at unit noise.
         targets: ``[N, C]``.
+        profile: :math:`r^2`, one number or ``[C]``: the noise of an output is :math:`\sigma^2 r^2`.
 
     Returns:
         Noise variances and mean negative log predictive densities (nats for each datum), ``[R]``.
     """
-    noise = ((targets - mean).square() / (1 + variances)).mean((-2, -1))
-    total = noise[:, None, None] * (1 + variances)
+    noise = ((targets - mean).square() / (profile + variances)).mean((-2, -1))
+    total = noise[:, None, None] * (profile + variances)
     return noise, gaussian_nll(mean, total, targets, 0.0).mean(-1)
 
 
@@ -357,6 +379,101 @@ def maximise_with_noise(
         upper += 1
     log_noise = lower if lower == upper else brentq(excess, lower, upper, xtol=1e-12, rtol=1e-14)
     return best_prior(log_noise), math.exp(log_noise)
+
+
+@dataclass(frozen=True)
+class MaximalEvidence:
+    """What :func:`maximise_over_priors` found.
+
+    Attributes:
+        prior_precisions: ``[K]``, float64.
+        gain: How much larger the log marginal likelihood is than at the start, in nats.
+        slope: The largest derivative there in the logarithm of a prior precision, in nats.
+        converged: Whether the iteration ended by itself.
+        undetermined: ``[K]``, boolean, which ones stay at the start, since there is no maximum in them.
+    """
+
+    prior_precisions: Tensor
+    gain: float
+    slope: float
+    converged: bool
+    undetermined: Tensor
+
+
+def maximise_over_priors(
+    posterior: Posterior,
+    start: Tensor,
+    expand: Callable[[Tensor], Tensor],
+    *,
+    max_iterations: int = 1000,
+    progress_bar: bool = False,
+) -> MaximalEvidence:
+    r"""Several prior precisions that maximise the Laplace marginal likelihood, of any structure.
+
+    With :math:`x = \log\delta`, :math:`\log\det P` is the logarithm of a polynomial in :math:`e^x` with coefficients
+    that are not negative (principal minors of the curvature), and therefore convex; so are the other terms of
+
+    .. math:: -2 \log p = \log\det P - \sum_t n_t x_t + \sum_t e^{x_t} \|\theta^*_t - \mu_{0t}\|^2 + \ldots
+
+    There is one maximum, :math:`\delta_t \|\theta^*_t - \mu_{0t}\|^2 = \gamma_t \leq n_t`, and L-BFGS-B finds it below
+    this bound (MacKay 1992; Byrd, Lu, Nocedal, Zhu 1995). Where there is none (parameters that equal the prior mean, or
+    have no curvature), a prior precision stays at the start.
+
+    Args:
+        posterior: Its prior precision has no effect.
+        start: ``[K]``.
+        expand: What the posterior takes, from ``[K]``; each of its entries is one of them.
+        max_iterations: Of L-BFGS-B.
+        progress_bar: Show a tqdm bar.
+
+    Raises:
+        ValueError: If there is no maximum in any of them.
+    """
+    basis = posterior.basis
+    free = torch.ones(basis.n_params, dtype=torch.bool) if posterior.fixed is None else ~posterior.fixed.cpu()
+    owners = (
+        basis.per_parameter(expand(torch.arange(1.0, len(start) + 1, dtype=torch.float64))).cpu().round().long() - 1
+    )
+    squares = (posterior.mean - posterior.prior_mean).double().square().cpu()
+    sizes, norms = (
+        torch.zeros(len(start), dtype=torch.float64).index_add(0, owners[free], values[free])
+        for values in (torch.ones_like(squares), squares)
+    )
+    start = start.detach().cpu().double()
+
+    def doubt(logarithms: Tensor) -> tuple[Tensor, Tensor]:
+        """Log-determinants, and their derivatives."""
+        with torch.inference_mode(False), torch.enable_grad():
+            leaf = logarithms.clone().requires_grad_()
+            ratio = replace(posterior, prior_precision=expand(leaf.exp())).log_det_ratio
+            return ratio.detach().cpu(), torch.autograd.grad(ratio, leaf)[0]
+
+    before, slope = doubt(start.log())
+    chosen = (norms > 0) & (-slope > 1e-12 * sizes)  # minus the slope is the effective number of parameters
+    if not bool(chosen.any()):
+        raise ValueError(
+            "The marginal likelihood has no maximum in any of the prior precisions: the parameters are equal to the "
+            'prior mean or without any curvature. Use method="gridsearch", or set prior_precision yourself.'
+        )
+    upper = (sizes / norms).log()[chosen]
+
+    def objective(values: Any) -> tuple[float, Any]:
+        own = start.log()
+        own[chosen] = torch.as_tensor(values, dtype=torch.float64)
+        ratio, derivatives = doubt(own)
+        scatter = own.exp() * norms
+        return 0.5 * float(ratio + scatter[chosen].sum()), (0.5 * (derivatives + scatter))[chosen].numpy()
+
+    with tqdm(desc="Marginal likelihood", disable=not progress_bar, leave=False) as bar:
+        found = minimize(
+            objective, start.log()[chosen].clamp_max(upper).numpy(), jac=True, method="L-BFGS-B",
+            bounds=[(None, float(bound)) for bound in upper], callback=lambda _: bar.update(),
+            options={"maxiter": max_iterations, "maxfun": 2 * max_iterations, "ftol": 1e-14, "gtol": 1e-7},
+        )  # fmt: skip
+    result = start.clone()
+    result[chosen] = torch.as_tensor(found.x, dtype=torch.float64).exp()
+    gain = 0.5 * float(before + (start * norms)[chosen].sum()) - float(found.fun)
+    return MaximalEvidence(result, gain, float(abs(found.jac).max()), found.status != 1, ~chosen)
 
 
 def _stationary(curvatures: Tensor, square_norm: float, name: str) -> float:

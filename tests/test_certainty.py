@@ -345,7 +345,7 @@ def test_noise_for_every_output():
     la.sigma_noise = torch.tensor([1.0, 3.0])
     message = complaint(la)
     assert "and a sigma_noise of 1, 3 predictions" in message
-    assert "tune_sigma_noise" not in message
+    assert "tune_sigma_noise=True" in message
 
 
 @pytest.mark.filterwarnings("ignore:The best prior precision:UserWarning")

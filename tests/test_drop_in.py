@@ -1469,16 +1469,15 @@ def test_biases_have_blocks_of_their_own_if_there_is_a_prior_for_each_tensor():
     joint = DebiasedKronLaplace(model_of(), "classification")
     joint.fit(loader)
     assert len(joint.network.blocks) == 2
-    with pytest.raises(ValueError, match=r"got 4.*separate_bias=True"):
-        joint.prior_precision = four
-    assert_equal(joint.prior_precision, torch.ones(1).double())
+    joint.prior_precision = four
+    assert_equal(joint.prior_precision_diag[-3:], torch.full((3,), 4.0).double())
     joint.prior_precision = torch.tensor([1.0, 2.0])
     joint.fit(loader)
     assert len(joint.network.blocks) == 2
-    refused = DebiasedKronLaplace(model_of(), "classification", prior_precision=four, separate_bias=False)
-    with pytest.raises(ValueError, match=r"got 4.*separate_bias=True"):
-        refused.fit(loader)
-    assert refused.fitted is None
+    kept = DebiasedKronLaplace(model_of(), "classification", prior_precision=four, separate_bias=False)
+    kept.fit(loader)
+    assert len(kept.network.blocks) == 2
+    assert_equal(kept.prior_precision_diag[-3:], torch.full((3,), 4.0).double())
     with pytest.raises(ValueError, match=r"4 parameter tensors, got 31.*mix parameters"):
         DebiasedKronLaplace(model_of(), "classification", prior_precision=torch.ones(31))
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from debiased_laplace import Single, TwoBatch, UniformSampler
+from debiased_laplace import GGN, CrossFit, Single, TwoBatch, UniformSampler
 from debiased_laplace._checks import NonFiniteError
 from debiased_laplace.fit import fit
 from debiased_laplace.gradients import CurvatureData, Network
@@ -439,3 +439,105 @@ def test_a_matrix_that_is_not_formed_with_bad_data(monkeypatch):
     statistics.columns[0][0].vectors[0] = torch.nan
     with pytest.raises(NonFiniteError, match="the curvature of"):
         LowRank(3).eigenbasis(network, statistics)
+
+
+# -- repeated eigenvalues --------------------------------------------------------------------------
+
+
+def three_outputs(rotation: Tensor | None = None, zero_head: bool = False) -> nn.Module:
+    """Every eigenvalue of the last layer's curvature is one three times in a regression."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double()
+    head = model[2]
+    if rotation is not None:
+        head.weight.data, head.bias.data = rotation @ head.weight.data, rotation @ head.bias.data
+    for parameter in head.parameters() if zero_head else ():
+        nn.init.zeros_(parameter)
+    return model
+
+
+def three_targets(n: int = 24) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    return tuple(torch.randn(n, k, generator=generator, dtype=torch.float64) for k in (4, 3))  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("split", [Single(), TwoBatch(), CrossFit(2), CrossFit(3, average="rotated")], ids=repr)
+@pytest.mark.parametrize("rank", [1, 2, 3, 4, 5, 7, 0.5])
+def test_nothing_depends_on_a_rotation_of_the_outputs(rank, split):
+    x, y = three_targets()
+    rotation = torch.linalg.qr(torch.randn(3, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64))[0]
+    results = []
+    for own in (torch.eye(3, dtype=torch.float64), rotation):
+        found = fit(
+            three_outputs(own), [(x, y @ own.mT)], Gaussian(), structure=LowRank(rank), split=split,
+            sampler=UniformSampler(20), parameters="last_layer",
+        )  # fmt: skip
+        _, covariance = functional_moments(found.network, found.posterior, x)
+        results.append((own.mT @ covariance @ own, found.posterior.curvatures, found.posterior.log_det_ratio))
+        expected = {1: 3, 2: 3, 3: 3, 4: 3, 5: 3, 7: 6}.get(rank, found.posterior.basis.rank // 3 * 3)
+        assert found.posterior.basis.rank == expected > 0
+    for one, other in zip(*results, strict=True):
+        assert_equal(other, one)
+
+
+@pytest.mark.parametrize("likelihood", [Gaussian(), Categorical()], ids=lambda x: type(x).__name__)
+@pytest.mark.parametrize("lanczos_from", [10**6, 40])
+def test_nothing_depends_on_the_order_of_the_data(likelihood, lanczos_from, monkeypatch):
+    """A head of zeros repeats every eigenvalue of a classifier as often as there are classes but one."""
+    monkeypatch.setattr(lowrank, "LANCZOS_SIZE", lanczos_from)
+    x, y = three_targets(60)
+    y = y if isinstance(likelihood, Gaussian) else y.argmax(1)
+    order = torch.randperm(60, generator=torch.Generator().manual_seed(0))
+    results = []
+    for own in (torch.arange(60), order):
+        found = fit(
+            three_outputs(zero_head=True), [(x[own], y[own])], likelihood, structure=LowRank(5), split=Single(),
+            sampler=UniformSampler(None), parameters="last_layer",
+        )  # fmt: skip
+        results.append(functional_moments(found.network, found.posterior, x)[1])
+        assert found.posterior.basis.rank == (3 if isinstance(likelihood, Gaussian) else 4)
+    assert_equal(results[1], results[0])
+
+
+def test_a_cut_eigenvalue_is_in_the_log(caplog):
+    x, y = three_targets()
+    caplog.set_level("INFO")
+
+    def directions(rank: int | float) -> int:
+        caplog.clear()
+        found = fit(
+            three_outputs(), [(x, y)], Gaussian(), structure=LowRank(rank), split=Single(),
+            sampler=UniformSampler(None), parameters="last_layer",
+        )  # fmt: skip
+        return found.posterior.basis.rank
+
+    assert directions(6) == 6
+    assert "cuts a repeated eigenvalue" not in caplog.text
+    assert directions(8) == 6
+    assert "A rank of 8 cuts a repeated eigenvalue of the curvature of 2" in caplog.text
+    assert "there are 6 directions, with none of its own" in caplog.text
+    assert directions(1) == 3
+    assert "there are 3 directions, with all of its own" in caplog.text
+    assert directions(18) == 18
+
+
+def test_eigenpairs_are_as_many_as_asked_for():
+    x, y = three_targets()
+    ggn = GGN(three_outputs(), x, y, Gaussian(), parameters="last_layer")
+    for k in (1, 3, 4, 8):
+        values, found = ggn.eigenpairs(k)
+        assert found.rank == k
+        assert_equal(values, ggn.eigenvalues()[:k])
+
+
+def test_many_eigenvalues_that_are_one(monkeypatch):
+    """More copies than were asked for, found step by step."""
+    monkeypatch.setattr(lowrank, "LANCZOS_SIZE", 40)
+    model = nn.Linear(12, 5, bias=False).double()
+    x = torch.eye(12, dtype=torch.float64).repeat(2, 1)
+    network = Network.discover(model, x)
+    data = CurvatureData(network, weighted(x, torch.zeros(24, 5), uniform=True), Gaussian())
+    found = LowRank(3).eigenbasis(network, LowRank(3).measure(network, data))
+    assert found.rank == 60
+    assert_equal(found.averaged(torch.arange(60.0).double()), torch.full((60,), 29.5).double())

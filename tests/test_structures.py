@@ -178,7 +178,7 @@ def test_kronecker_directions_mix_parameters():
     posterior = replace(base, prior_precision=torch.linspace(0.3, 3, 26, dtype=torch.float64))
     with pytest.raises(ValueError, match=r"one prior precision for all of \['0.weight', '0.bias'\], .*use a diagonal"):
         _ = posterior.precisions
-    with pytest.raises(ValueError, match="directions mix them"):
+    with pytest.raises(ValueError, match="for one tensor, which its directions mix"):
         posterior.sample(1)
 
 

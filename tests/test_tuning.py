@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from scipy.optimize import minimize_scalar
+from torch import nn
 
 from debiased_laplace import DebiasedLaplace, Single, UniformSampler
 from debiased_laplace._checks import NonFiniteError
@@ -651,10 +652,11 @@ def test_noise_and_prior_precision_against_brute_force() -> None:
         return float(gaussian_nll(mean, variance, targets, noise).mean())
 
     best = float(tuned.curve.losses.min())
+    alone = float((found.network.outputs(inputs) - targets).square().mean())
     assert loss(tuned.prior_precision, tuned.noise_variance) == pytest.approx(best, rel=EXACT)
     for noise in torch.logspace(-3, 1, 41, dtype=torch.float64).tolist():
-        for unit in grid.tolist():  # the grid at unit noise
-            assert loss(unit / noise, noise) >= best - EXACT
+        for prior in grid.tolist():  # the grid at the noise of the network alone
+            assert loss(prior * alone / noise, noise) >= best - EXACT
 
 
 def test_the_drop_in_tunes_its_noise() -> None:
@@ -673,12 +675,57 @@ def test_the_drop_in_tunes_its_noise() -> None:
         )
     classifier = DebiasedLaplace(ZOO["mlp"].model(), "classification")
     classifier.fit([data(Categorical(), 12)])
-    with pytest.raises(ValueError, match="a regression with one sigma_noise for tune_sigma_noise=True, got classif"):
+    with pytest.raises(ValueError, match="a regression for tune_sigma_noise=True, got classif"):
         classifier.optimize_prior_precision(method="gridsearch", val_loader=batches, tune_sigma_noise=True)
     with pytest.raises(ValueError, match="Expected a regression to tune its noise, got Categorical"):
         noise_search(classifier.network, classifier.posterior, Categorical(), batches, GRID)
     with pytest.raises(ValueError, match="empty val_loader"):
         noise_search(la.network, la.posterior, Gaussian(), [], GRID)
+
+
+class InUnits(nn.Module):
+    """Outputs in other units; the parameters stay."""
+
+    def __init__(self, unit: float | torch.Tensor) -> None:
+        super().__init__()
+        self.network, self.unit = ZOO["mlp"].model(), unit
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.unit * self.network(x)
+
+
+@pytest.mark.parametrize("method", ["gridsearch", "marglik"])
+@pytest.mark.parametrize("noise", [1.0, [0.5, 2.0]])
+def test_tuned_noise_does_not_depend_on_the_units_of_the_targets(method, noise) -> None:
+    train, found = data(Gaussian(), 12), []
+    for unit in (1.0, 1e3, 1e-3):
+        la = DebiasedLaplace(InUnits(unit), "regression", sigma_noise=noise)
+        la.fit([(train[0], unit * train[1])], budget=None)
+        validation = [(x, unit * y) for x, y in uncertain_data(fitted(Gaussian()))]
+        la.optimize_prior_precision(method=method, val_loader=validation if method == "gridsearch" else None,
+                                    tune_sigma_noise=True)  # fmt: skip
+        assert la.sigma_noise.shape == torch.as_tensor(noise).shape
+        found.append((la.sigma_noise / unit, la.prior_precision, la(3 * train[0])[1] / unit**2))
+    assert bool((found[0][0] != torch.as_tensor(noise)).all())
+    for other in found[1:]:
+        for own, expected in zip(other, found[0], strict=True):
+            assert_equal(own, expected)
+
+
+def test_the_noise_of_each_output_is_that_of_scaled_targets() -> None:
+    """With ratios between outputs: the same as one noise for outputs and targets divided by them."""
+    ratios = torch.tensor([0.5, 2.0], dtype=torch.float64)
+    train, validation = data(Gaussian(), 12), uncertain_data(fitted(Gaussian()))
+    results = []
+    for model, sigma, unit in ((InUnits(1.0), 3 * ratios, torch.ones(2)), (InUnits(1 / ratios), 3.0, ratios)):
+        la = DebiasedLaplace(model, "regression", sigma_noise=sigma)
+        la.fit([(train[0], train[1] / unit)], budget=None)
+        la.optimize_prior_precision(
+            method="gridsearch", val_loader=[(x, y / unit) for x, y in validation], tune_sigma_noise=True
+        )
+        results.append((la.prior_precision, la.sigma_noise * unit))
+    assert_equal(results[0][0], results[1][0])
+    assert_equal(results[0][1], results[1][1])
 
 
 # -- the most uncertainty that the data allow ------------------------------------------------------

@@ -75,7 +75,12 @@ def _moments(la: Any, inputs: Any) -> tuple[Tensor, Tensor]:
 def tune_peer(la: Any, validation: Iterable[Any], grid: Tensor, regression: bool) -> dict[str, Any]:
     """Choose its prior precision, and the noise of a regression; Jacobians are computed once for the whole grid."""
     means, spreads, labels = [], [], []
-    for inputs, targets, _ in _data.labelled(validation):
+    batches = list(_data.labelled(validation))
+    if regression:  # the grid is one at the noise of the network alone, as ours
+        alone = [(_moments(la, inputs)[1].detach().double(), targets) for inputs, targets, _ in batches]
+        errors = torch.cat([mean - targets.reshape(mean.shape).to(mean) for mean, targets in alone])
+        grid = grid * float(errors.square().mean())
+    for inputs, targets, _ in batches:
         jacobians, mean = _moments(la, inputs)
         own = []
         for value in grid.tolist():

@@ -94,7 +94,7 @@ class Certainty:
                 f"mean probability of the answers is {certainty:.1f} %"
             )
         more, otherwise = "", ""
-        if self.is_regression and not sigma_noise.ndim:
+        if self.is_regression:
             more, otherwise = ", tune_sigma_noise=True", ' Without such data: method="marglik", tune_sigma_noise=True.'
         return (
             f"With {settings} predictions are far less certain than they need be: on a uniform sample of {self.n} "

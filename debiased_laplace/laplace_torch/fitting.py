@@ -153,6 +153,7 @@ class FittingLayer(SettingsLayer):
         self.fitted = fitted
         self._noise_profile = profile
         self._posterior = self._draws = None
+        self._told_what_is_left_out = False
         self._choose(list(network.shapes))
         self.mean = restrict(fitted.posterior.mean, network.free)
         if self.subset_of_weights == "subnetwork":

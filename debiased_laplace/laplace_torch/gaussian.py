@@ -14,6 +14,13 @@ from debiased_laplace.laplace_torch.fitting import FittingLayer
 from debiased_laplace.laplace_torch.precision import KroneckerPrecision
 from debiased_laplace.laplace_torch.settings import embed, restrict
 from debiased_laplace.posterior import Posterior
+from debiased_laplace.temperature import warn_the_caller
+
+LEFT_OUT = (
+    "A low rank leaves directions without curvature, so that its log marginal likelihood is too large to be compared "
+    "with that of another structure or rank. Compare log_marginal_likelihood_bounds(), which makes up for them, or fit "
+    "with a larger rank."
+)
 
 
 class GaussianLayer(FittingLayer):
@@ -61,7 +68,9 @@ class GaussianLayer(FittingLayer):
             prior = self.prior_precision_diag
             return prior if self.hessian_structure == "diag" else torch.diag(prior)
         posterior = self.posterior
-        if self.hessian_structure in ("kron", "diag"):
+        if self.hessian_structure == "kron":
+            return KroneckerPrecision.of(posterior, self._float_dtype)
+        if self.hessian_structure == "diag":
             return self._in_the_form_of_the_structure(posterior, posterior.precisions)
         scaled = posterior.scale * posterior.curvatures.double()
         curvature = self._in_the_form_of_the_structure(posterior, scaled)
@@ -203,6 +212,10 @@ class GaussianLayer(FittingLayer):
         Args:
             prior_precision: A new prior precision.
             sigma_noise: A new standard deviation of the noise (regression).
+
+        Warns:
+            UserWarning: Once for a fit, if a low rank leaves out more than a nat, so that it cannot be compared with
+                that of other structures or ranks; :meth:`log_marginal_likelihood_bounds` can.
         """
         self._require_fit()
         self._of_the_model_of_the_fit()
@@ -214,7 +227,27 @@ class GaussianLayer(FittingLayer):
                     f"sigma_noise is only available for regression, got {sigma_noise!r} for {self.likelihood}."
                 )
             self.sigma_noise = sigma_noise
-        return self.posterior.log_marginal_likelihood(self._log_likelihood()).to(self._float_dtype)
+        posterior = self.posterior
+        if not (self._told_what_is_left_out or posterior.basis.complete or posterior.left_out is None):
+            if posterior.left_out_log_det[1] > 2.0:
+                self._told_what_is_left_out = True
+                warn_the_caller(LEFT_OUT)
+        return posterior.log_marginal_likelihood(self._log_likelihood()).to(self._float_dtype)
+
+    def log_marginal_likelihood_bounds(self) -> tuple[float, float]:
+        """Between what the log marginal likelihood is with the directions that a low rank leaves out, in nats.
+
+        From the trace of the curvature that they share: see
+        :attr:`~debiased_laplace.posterior.Posterior.left_out_log_det` for what is bounded and what is estimated. Of
+        other structures both are the log marginal likelihood itself.
+
+        Raises:
+            ValueError: If the trace is not known (a fit that an earlier version saved).
+        """
+        posterior = self.posterior
+        value = float(posterior.log_marginal_likelihood(self._log_likelihood()))
+        least, most = posterior.left_out_log_det
+        return value - 0.5 * most, value - 0.5 * least
 
     def sample(self, n_samples: int = 100, generator: torch.Generator | None = None) -> Tensor:
         """Samples of the parameters, ``[n_samples, D]``; without a generator, the next of this object's own.

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from debiased_laplace.basis import Basis
+from debiased_laplace.basis import Basis, KroneckerBasis, OutputwiseBasis, Part, differ
+from debiased_laplace.posterior import Posterior
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,22 @@ class KroneckerPrecision:
     eigenvalues: Tensor
     dtype: torch.dtype
 
+    @classmethod
+    def of(cls, posterior: Posterior, dtype: torch.dtype) -> KroneckerPrecision:
+        """The posterior precision; of parts whose parameters have several prior precisions, in eigenvectors of it."""
+        basis, prior = posterior.basis, posterior.prior_precision
+        if posterior.normal_form is posterior:
+            return cls(basis, posterior.precisions, dtype)
+        priors = basis.matrices(prior.to(posterior.curvatures.device, torch.float64))
+        parts, eigenvalues = [], []
+        curvatures = basis.split(posterior.scale * posterior.curvatures.double())
+        for index, (part, own) in enumerate(zip(basis.parts, curvatures, strict=True)):
+            turned, values = _eigenform(part, own, priors[index])
+            parts.append(turned)
+            eigenvalues.append(values)
+        own_basis = replace(basis, parts=parts)
+        return cls(own_basis, own_basis.join(eigenvalues), dtype)
+
     @property
     def shape(self) -> tuple[int, int]:
         """``(D, D)``."""
@@ -39,7 +56,7 @@ class KroneckerPrecision:
     def bmm(self, W: Tensor, exponent: float = -1) -> Tensor:
         r""":math:`P^e w` of vectors ``[..., D]``, in their shape."""
         along = self.basis.project(W) * self.eigenvalues.pow(exponent).to(W.dtype)
-        return self.basis.lift(along)
+        return self.basis.lift(along).to(W.dtype)
 
     def inv_square_form(self, W: Tensor) -> Tensor:
         r""":math:`W P^{-1} W^\top`, ``[N, C, D] -> [N, C, C]``."""
@@ -70,6 +87,20 @@ class KroneckerPrecision:
     def detach(self) -> KroneckerPrecision:
         """The same without gradients."""
         return replace(self, eigenvalues=self.eigenvalues.detach())
+
+
+def _eigenform(part: Any, curvatures: Tensor, prior: Tensor) -> tuple[Part, Tensor]:
+    r"""Orthonormal eigenvectors and eigenvalues of :math:`U \mathrm{diag}(\beta\lambda) U^\top + \Delta` of a block."""
+    if not differ([prior]):
+        return part, curvatures + prior.flatten()[0]
+    if prior.shape[-1] == 1:  # dense
+        matrix = (part.outputs.double() * curvatures.mT) @ part.outputs.double().mT + torch.diag_embed(prior[..., 0])
+        values, vectors = torch.linalg.eigh(matrix)
+        return KroneckerBasis(vectors, part.inputs.double()), values[..., None]
+    inputs = part.inputs.double()[:, None]
+    matrices = (inputs * curvatures[:, :, None, :]) @ inputs.mT + torch.diag_embed(prior[:, :1])
+    values, vectors = torch.linalg.eigh(matrices)
+    return OutputwiseBasis(part.outputs.double(), vectors), values
 
 
 def _squared(part: Any) -> Any:

@@ -38,6 +38,7 @@ class SettingsLayer(ParametricLaplace):
     _output_temperature: float = 1.0  # defaults of the class: what was pickled earlier has none of them
     feature_reduction: str | None = None
     _trainable: list[str] | None = None  # before the first look at the model
+    _told_what_is_left_out: bool = False  # of the log marginal likelihood of the present fit
 
     def __init__(
         self,
@@ -266,18 +267,11 @@ class SettingsLayer(ParametricLaplace):
         sizes = [shape.numel() for shape in basis.shapes.values()]
         length, n_parts, mixed = len(prior), len(basis.parts), isinstance(basis.parts[0], KroneckerBasis)
         n_chosen = sum(sizes) if free is None else int(free.sum())
-        if length == len(sizes) and length != n_parts:
-            repeats = torch.tensor(sizes, device=prior.device)
-            prior = prior.repeat_interleave(repeats)
-            if mixed and not all(basis.is_constant(prior.detach())):
-                raise ValueError(
-                    f"Expected one prior precision, or one for each of the {n_parts} blocks that coverage() lists, got "
-                    f"{length}. For one for each parameter tensor use separate_bias=True and fit again; normalisation "
-                    "layers keep one for their weight and bias."
-                )
+        # One for each part where the parts are the tensors, in their order.
+        if length == len(sizes) > 1 and (length != n_parts or basis.groups is not None):
+            prior = prior.repeat_interleave(torch.tensor(sizes, device=prior.device))
+            basis.check_priors(prior)
             return prior
-        if length == len(sizes) > 1 and basis.groups is not None:  # parts need not be in the order of the tensors
-            return prior.repeat_interleave(torch.tensor(sizes, device=prior.device))
         if length in (1, n_parts):
             return prior
         if length == n_chosen and not mixed:

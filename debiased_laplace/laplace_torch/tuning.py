@@ -22,13 +22,14 @@ from debiased_laplace.laplace_torch.settings import plain
 from debiased_laplace.likelihoods import Likelihood
 from debiased_laplace.posterior import Posterior, standard_normals
 from debiased_laplace.predictive import functional_moments, linearized_samples, weight_samples
-from debiased_laplace.temperature import AS_GOOD
+from debiased_laplace.temperature import AS_GOOD, warn_the_caller
 from debiased_laplace.tuning import (
     PriorCurve,
     check_losses,
     gaussian_nll,
     grid_search,
     maximise_marginal_likelihood,
+    maximise_over_priors,
     maximise_with_noise,
     noise_search,
 )
@@ -36,6 +37,8 @@ from debiased_laplace.tuning import (
 METHODS = ("marglik", "gridsearch")
 PRIOR_STRUCTURES = ("scalar", "layerwise", "diag")
 Prediction = Tensor | tuple[Tensor, Tensor]
+#: Distance from the maximum of the marginal likelihood, in nats, from which on gradient steps that end there warn.
+NEAR_ENOUGH = 0.1
 
 
 class TuningLayer(PredictiveLayer):
@@ -45,8 +48,8 @@ class TuningLayer(PredictiveLayer):
         self,
         pred_type: str = "glm",
         method: str = "marglik",
-        n_steps: int = 100,
-        lr: float = 1e-1,
+        n_steps: int | None = None,
+        lr: float | None = None,
         init_prior_prec: float | Tensor = 1.0,
         prior_structure: str = "scalar",
         val_loader: Iterable[Any] | None = None,
@@ -70,10 +73,13 @@ class TuningLayer(PredictiveLayer):
             pred_type: What the grid search predicts with: ``"glm"``, ``"nn"`` or ``"linearized"``.
             method: ``"marglik"`` or ``"gridsearch"`` (one pass over ``val_loader`` for ``"glm"``; the curve is kept in
                 ``self.curve``, and what was found for several prior precisions or a temperature in ``self.tuned``).
-            n_steps: Gradient steps, where the marginal likelihood has no closed maximum: for ``"layerwise"`` and
-                ``"diag"`` priors of structures other than ``"kron"``. Elsewhere the maximum is exact.
-            lr: Their learning rate (Adam on the logarithms).
-            init_prior_prec: Where they start; with more than one entry it says the structure.
+            n_steps: Gradient steps instead of the maximum of the marginal likelihood, as in laplace-torch (Adam on the
+                logarithms, 100 if only ``lr`` is given), for ``"layerwise"`` and ``"diag"`` priors of structures other
+                than ``"kron"``; a warning tells how far they are from the maximum. By default, and elsewhere, the
+                maximum is found.
+            lr: Their learning rate, 0.1 if only ``n_steps`` is given.
+            init_prior_prec: Where the search starts; with more than one entry it says the structure. A prior precision
+                in which there is no maximum stays there.
             prior_structure: ``"scalar"``; ``"layerwise"``, one for each parameter tensor (``"kron"`` and the grid
                 search: for each line of :meth:`coverage`); or ``"diag"``, one for each parameter (not for ``"kron"``,
                 nor for the grid search). The layerwise grid search minimises the loss over all of them together,
@@ -96,10 +102,11 @@ class TuningLayer(PredictiveLayer):
             tune_temperature: For the grid search of a likelihood with a link, with ``"glm"`` and the default ``loss``:
                 choose :attr:`output_temperature` jointly with the prior. ``self.tuned.temperature_alone`` says how far
                 a temperature without a posterior would have come. Otherwise the present one is used, as predictions do.
-            tune_sigma_noise: For a regression with one noise for all outputs, one prior precision, ``"glm"`` and the
-                default ``loss``: choose :attr:`sigma_noise` jointly with the prior. ``"marglik"`` maximises over both.
-                The grid is of prior precisions at unit noise; those of ``self.curve`` are divided by the best noise
-                variance of each.
+            tune_sigma_noise: For a regression, one prior precision, ``"glm"`` and the default ``loss``: choose
+                :attr:`sigma_noise` jointly with the prior, with the ratios between outputs as they are.
+                ``"marglik"`` maximises over both. The grid is of prior precisions at the network's own mean squared
+                error as noise variance, so that nothing depends on the units of the targets; those of ``self.curve``
+                are at the best noise of each.
             selection: For the grid search with ``"glm"`` and the default ``loss``: ``"best"``, or
                 ``"one_standard_error"``, the smallest prior precision whose loss is within one standard error of the
                 best. Together with ``tune_temperature`` and ``link_approx="mean_field"`` it keeps uncertainty for data
@@ -111,7 +118,8 @@ class TuningLayer(PredictiveLayer):
         Warns:
             UserWarning: If the best value lies at an edge of the grid (with several, any of them at the lower edge), or
                 the validation data do not determine it: then the temperature is the one nearest to 1, and a prior
-                precision the smallest, of those that are equally good (within 1e-6 nats); if predictions with the
+                precision the smallest, of those that are equally good (within 1e-6 nats); if ``n_steps`` do not reach
+                the maximum of the marginal likelihood, or there is none in some of them; if predictions with the
                 maximum of the marginal likelihood are far less certain on training data than the network is right
                 about them (not after :meth:`load`, which brings no data).
         """
@@ -134,7 +142,8 @@ class TuningLayer(PredictiveLayer):
                     "val_loader has no effect with method='marglik'. Did you mean 'gridsearch'?", stacklevel=2
                 )
             if tune_sigma_noise:
-                self.prior_precision, self.sigma_noise = self._maximise_with_noise(init_prior_prec)
+                self.prior_precision, level = self._maximise_with_noise(init_prior_prec)
+                self.sigma_noise = self._noise_of_level(level)
             else:
                 self._maximise_marginal_likelihood(init_prior_prec, structure, n_steps, lr, progress_bar)
             self.tuned = None
@@ -166,9 +175,9 @@ class TuningLayer(PredictiveLayer):
                 if tune_sigma_noise:
                     found = noise_search(
                         self.network, self.posterior, self.output_likelihood, val_loader, grid,
-                        targets_key=self.dict_key_y, progress_bar=progress_bar,
+                        profile=self._noise_profile, targets_key=self.dict_key_y, progress_bar=progress_bar,
                     )  # fmt: skip
-                    self.curve, self.sigma_noise = found.curve, found.noise_variance**0.5
+                    self.curve, self.sigma_noise = found.curve, self._noise_of_level(found.noise_variance**0.5)
                 elif structure == "scalar" and not tune_temperature and selection == "best":
                     self.curve = self._search(pred_type, grid, val_loader, loss, link, n_samples, progress_bar)
                 else:
@@ -196,9 +205,8 @@ class TuningLayer(PredictiveLayer):
 
     def _check_noise_search(self, pred_type: str, method: str, structure: str, loss: Any, selection: str) -> None:
         """Raise a ``ValueError`` where the noise cannot be tuned."""
-        if self.likelihood != "regression" or self.sigma_noise.ndim:
-            got = self.likelihood if self.likelihood != "regression" else f"{self.sigma_noise.numel()} of them"
-            raise ValueError(f"Expected a regression with one sigma_noise for tune_sigma_noise=True, got {got}.")
+        if self.likelihood != "regression":
+            raise ValueError(f"Expected a regression for tune_sigma_noise=True, got {self.likelihood}.")
         if (structure, pred_type, loss, selection) != ("scalar", "glm", None, "best"):
             raise ValueError(
                 "tune_sigma_noise=True minimises the negative log predictive density of pred_type='glm', or maximises "
@@ -243,17 +251,26 @@ class TuningLayer(PredictiveLayer):
         by_tensor = basis.per_parameter(priors).split([shape.numel() for shape in basis.shapes.values()])
         return torch.stack([own[0] for own in by_tensor])
 
+    def _noise_of_level(self, level: float) -> Tensor:
+        """Standard deviations with a geometric mean, and the ratios between outputs that they have."""
+        return self.sigma_noise.detach().double() * (level / noise.level(self.sigma_noise.detach()))
+
     def _maximise_with_noise(self, initial: Any) -> tuple[Tensor, float]:
-        """The best prior precision and standard deviation of the noise."""
+        """The best prior precision, and level of the standard deviations of the noise."""
         if len(_checks.prior_precisions(initial)) > 1:
             raise ValueError("Expected one init_prior_prec with tune_sigma_noise=True, got several.")
         prior, noise_variance = maximise_with_noise(self.posterior, self._require_fit().mean_loss, self.n_outputs)
         return prior, noise_variance**0.5
 
     def _maximise_marginal_likelihood(
-        self, initial: Any, prior_structure: str, n_steps: int, lr: float, progress_bar: bool
+        self,
+        initial: Any,
+        prior_structure: str,
+        n_steps: int | None,
+        lr: float | None,
+        progress_bar: bool,
     ) -> None:
-        """In closed form where there is one, otherwise by laplace-torch's gradient steps on the logarithms."""
+        """In closed form where there is one, otherwise by L-BFGS-B, or by laplace-torch's gradient steps if told to."""
         fitted, kronecker = self._require_fit(), self.hessian_structure == "kron"
         basis = fitted.posterior.basis
         start = _checks.prior_precisions(initial)
@@ -270,6 +287,43 @@ class TuningLayer(PredictiveLayer):
         if len(start) == 1 or (kronecker and len(start) == len(basis.parts)):
             self.prior_precision = maximise_marginal_likelihood(self.posterior, per_block=len(start) > 1)
             return
+        posterior = self.posterior
+
+        def expand(priors: Tensor) -> Tensor:
+            return self._core_prior(priors.to(self._device), fitted)
+
+        if n_steps is None and lr is None:
+            found = maximise_over_priors(posterior, start, expand, progress_bar=progress_bar)
+            self.prior_precision = found.prior_precisions
+            if not found.converged:
+                warn_the_caller(
+                    "The search for the maximum of the marginal likelihood ended before it was there: it still rises "
+                    f"by up to {found.slope:.2g} nats for a prior precision times e. Start from the result with "
+                    "init_prior_prec=la.prior_precision."
+                )
+            if bool(found.undetermined.any()):
+                warn_the_caller(
+                    f"The marginal likelihood has no maximum in {int(found.undetermined.sum())} of {len(start)} prior "
+                    "precisions, of parameters that equal the prior mean or have no curvature: they stay at "
+                    "init_prior_prec. Use one for several parameters to have them determined."
+                )
+            return
+        n_steps = 100 if n_steps is None else n_steps
+        self._steps_on_the_marginal_likelihood(start, n_steps, 0.1 if lr is None else lr, progress_bar)
+        reached = self.prior_precision.double()
+        try:
+            found = maximise_over_priors(posterior, reached, expand, max_iterations=max(n_steps, 20))
+        except ValueError:  # there is none
+            return
+        if found.gain > NEAR_ENOUGH:
+            warn_the_caller(
+                f"After {n_steps} steps the marginal likelihood is {float(self.log_marginal_likelihood()):.4g}, "
+                f"and {'' if found.converged else 'at least '}{found.gain:.3g} nats below its maximum. Leave n_steps "
+                "and lr out to go there, or take more steps or larger ones."
+            )
+
+    def _steps_on_the_marginal_likelihood(self, start: Tensor, n_steps: int, lr: float, progress_bar: bool) -> None:
+        """laplace-torch's."""
         before = self.prior_precision
         logarithms = start.log().to(self._device, self._float_dtype).requires_grad_()
         optimizer = torch.optim.Adam([logarithms], lr=lr)

@@ -62,6 +62,10 @@ class Structure(ABC):
         """Statistics with the sum over :meth:`observe` in the place of what they know less well."""
         return statistics
 
+    def traces(self, statistics: Any) -> Tensor | None:
+        """Traces of the curvature of every part, ``[n_parts]``, of structures whose directions may leave some out."""
+        return None
+
     @abstractmethod
     def measure(self, network: Network, data: CurvatureData) -> Any:
         """Statistics of weighted data, in one pass."""
@@ -94,6 +98,35 @@ def eigh(matrices: Tensor, name: str) -> tuple[Tensor, Tensor]:
                 f"The eigendecomposition of the curvature of {name!r} failed in double precision on the CPU: {error}"
             ) from error
     return values.flip(-1).to(matrices), vectors.flip(-1).to(matrices)
+
+
+def resolution(precision: float) -> float:
+    """Differences of eigenvalues, relative to the largest, that cannot be told from rounding.
+
+    Args:
+        precision: Relative precision of the entries of the matrix.
+    """
+    return 3 * max(4 * precision, 2e-13)
+
+
+def eigenspaces(values: Tensor, precision: float) -> Tensor | None:
+    """Which eigenvalues ``[k]``, descending, are one up to rounding, as numbers ``[k]``; None if all differ.
+
+    Args:
+        values: Of one matrix, the largest first.
+        precision: Relative precision of its entries.
+    """
+    if not len(values):
+        return None
+    width, known = resolution(precision) * float(values[0].abs()), values.tolist()
+    labels, start = [0], known[0]
+    for value in known[1:]:
+        same = start - value <= width
+        labels.append(labels[-1] + (not same))
+        start = start if same else value
+    if labels[-1] == len(known) - 1:
+        return None
+    return torch.tensor(labels, device=values.device)
 
 
 def group_blocks(network: Network, blocks: str | Sequence[Sequence[str]] | None) -> list[tuple[int, ...]]:

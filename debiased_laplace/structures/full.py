@@ -105,6 +105,10 @@ class Full(Structure):
             _checks.finite(matrix, f"the curvature of {names}", "Look for NaN in the data, or for an overflow.")
         return FullStatistics(matrices, groups, free)
 
+    def traces(self, statistics: FullStatistics) -> Tensor:
+        """Also of parameters that are fixed, which have no curvature."""
+        return torch.stack([matrix.trace() for matrix in statistics.matrices])
+
     def eigenbasis(self, network: Network, statistics: FullStatistics, like: Basis | None = None) -> Basis:
         """Eigenvectors of the matrices, by descending eigenvalues, in float64."""
         parts = []

@@ -11,6 +11,7 @@ Source: Dangel, Tatzel, Hennig (arXiv 2106.02624), section 3.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -22,8 +23,10 @@ from debiased_laplace import _checks
 from debiased_laplace.basis import Basis, DenseBasis
 from debiased_laplace.contractions import Gradients
 from debiased_laplace.gradients import CurvatureData, Network
-from debiased_laplace.structures.base import Structure, eigh, group_blocks
+from debiased_laplace.structures.base import Structure, eigenspaces, eigh, group_blocks, resolution
 from debiased_laplace.structures.lanczos import largest_eigenpairs
+
+logger = logging.getLogger(__name__)
 
 #: Size above which a few eigenpairs come from :func:`.largest_eigenpairs` instead of a whole decomposition (CPU).
 LANCZOS_SIZE = 1000
@@ -124,12 +127,13 @@ class LowRank(Structure):
     ``n V`` matrix. ``mc_samples=1`` makes it V times smaller; ``TwoBatch(folds=8, directions=1)`` chooses the
     directions from an eighth of the data and measures the curvature on the rest (curvature sub-sampling).
 
-    If the rank cuts the space of a repeated eigenvalue (with C outputs, regression repeats every one that a linear
-    last layer has C times), which of its directions are kept is not determined, and variances along it depend on that.
+    A repeated eigenvalue (with C outputs, regression repeats every one that a linear last layer has C times) keeps all
+    of its directions or none, since which ones would be arbitrary: where the rank cuts it, it is left out, unless it is
+    the largest, which is kept as a whole; a fraction of the trace keeps it. The log says so.
 
     Attributes:
-        rank: Number of directions of every part, or the fraction, in (0, 1), of the trace of the *first* data's
-            curvature that they have to explain.
+        rank: Largest number of directions of every part (see above), or the fraction, in (0, 1), of the trace of the
+            *first* data's curvature that they have to explain.
         blocks: None for directions across all layers, which see the curvature between layers; ``"layer"`` for
             directions of every block on its own; or groups of patterns of parameter names.
     """
@@ -158,21 +162,87 @@ class LowRank(Structure):
                 columns[index].append(own.compact() if free is None else own.masked(free))
         return LowRankStatistics(columns, group_blocks(network, self.blocks))
 
+    def traces(self, statistics: LowRankStatistics) -> Tensor:
+        """Sums of the squares of the columns of V, float64."""
+        blocks = [torch.stack([own.second_moment().double().sum() for own in chunks]) for chunks in statistics.columns]
+        return torch.stack([torch.cat([blocks[i] for i in group]).sum() for group in statistics.groups])
+
     def eigenbasis(self, network: Network, statistics: LowRankStatistics, like: Basis | None = None) -> Basis:
         """The leading eigenvectors of every part, by descending eigenvalues; fewer if the curvature has lower rank."""
         parts = []
+        precision = torch.finfo(network.dtype).eps
         ranks = [self.rank] * len(statistics.groups) if like is None else [part.rank for part in like.parts]
         for group, rank in zip(statistics.groups, ranks, strict=True):
             name = ", ".join(network.blocks[i].name for i in group)
-            precision = torch.finfo(network.dtype).eps
-            if isinstance(rank, int) and statistics.size > max(MATRIX_FREE_SIZE, 20 * rank):
-                values, vectors = matrix_free_eigenpairs(statistics, group, rank, name, precision)
-            else:
-                gram = statistics.gram(group)
-                _checks.finite(gram, f"the curvature of {name}", _REMEDY)
-                values, vectors = leading_eigenpairs(gram, rank, name, precision)
-            parts.append(DenseBasis(lift_eigenvectors(network, statistics, group, values, vectors)))
+            values, vectors = whole_eigenspaces(statistics, group, rank, name, precision, at_least=like is not None)
+            columns = lift_eigenvectors(network, statistics, group, values, vectors)
+            parts.append(DenseBasis(columns, eigenspaces(values, precision)))
         return Basis(network.blocks, network.shapes, parts, statistics.groups)
+
+
+def whole_eigenspaces(
+    statistics: LowRankStatistics, group: tuple[int, ...], rank: int | float, name: str, precision: float, *,
+    at_least: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The largest eigenvalues ``[K]`` and eigenvectors ``[N V, K]``; of repeated ones all or none.
+
+    Args:
+        statistics: The columns of V.
+        group: Positions of the blocks of a part.
+        rank: K, or a fraction of the trace.
+        name: For errors and the log.
+        precision: Relative precision of the columns.
+        at_least: Keep what the rank cuts, as a fraction always does; otherwise only the largest eigenvalue.
+    """
+    wanted = rank + 1 if isinstance(rank, int) else rank  # the next one tells whether the last is cut
+    while True:
+        values, vectors, total = known_eigenpairs(statistics, group, wanted, name, precision)
+        last = rank if isinstance(rank, int) else int((values.cumsum(0) / total < rank).sum()) + 1
+        if last >= len(values):
+            return values, vectors
+        width = resolution(precision) * float(values[0])
+        first = int((values - values[last] > width).sum())  # of the eigenspace of the next
+        if first >= last:
+            return values[:last], vectors[:, :last]
+        kept = int((values[first] - values <= width).sum()) + first
+        if first and isinstance(rank, int) and not at_least:
+            kept = first
+        elif isinstance(wanted, int) and kept == len(values) >= wanted < statistics.size:  # not all of it is known
+            wanted = min(2 * wanted, statistics.size)
+            continue
+        logger.info(
+            "A rank of %s cuts a repeated eigenvalue of the curvature of %s on the data that choose directions: there "
+            "are %d directions, with %s of its own.", rank, name, kept, "none" if kept == first else "all",
+        )  # fmt: skip
+        return values[:kept], vectors[:, :kept]
+
+
+def known_eigenpairs(
+    statistics: LowRankStatistics, group: tuple[int, ...], rank: int | float, name: str, precision: float
+) -> tuple[Tensor, Tensor, float]:
+    """The largest eigenvalues and eigenvectors of a Gram matrix, at least a rank of them (all for a fraction).
+
+    Returns:
+        ``[K]`` and ``[N V, K]``, without those that are rounding, and the sum of all that were computed.
+    """
+    if isinstance(rank, int) and statistics.size > max(MATRIX_FREE_SIZE, 20 * rank):
+        values, vectors = matrix_free_eigenpairs(statistics, group, rank, name, precision)
+    else:
+        gram = statistics.gram(group)
+        _checks.finite(gram, f"the curvature of {name}", _REMEDY)
+        size = len(gram)
+        if isinstance(rank, int) and size > LANCZOS_SIZE and rank <= size // 10 and gram.device.type == "cpu":
+            values, rows = largest_eigenpairs(gram, size, rank, precision=precision, name=name)
+            vectors = rows.mT
+        else:
+            values, vectors = eigh(gram, name)
+    if float(values[0]) <= 0:
+        raise ValueError(
+            f"The curvature of {name} is zero on the data that choose the directions, so there are none. Give more "
+            "data."
+        )
+    keep = is_nonzero(values, statistics.size, precision)
+    return values[keep], vectors[:, keep], float(values.sum())
 
 
 def is_nonzero(values: Tensor, size: int, precision: float) -> Tensor:
@@ -180,34 +250,10 @@ def is_nonzero(values: Tensor, size: int, precision: float) -> Tensor:
     return values > 10 * size**0.5 * precision * values[0]
 
 
-def leading_eigenpairs(gram: Tensor, rank: int | float, name: str, precision: float) -> tuple[Tensor, Tensor]:
-    """Largest eigenvalues ``[K]`` and eigenvectors ``[n, K]`` of a Gram matrix, without those that are rounding.
-
-    Args:
-        gram: ``[n, n]``, float64.
-        rank: K, or a fraction of the trace.
-        name: For errors.
-        precision: Relative precision of the entries of the matrix.
-    """
-    size = len(gram)
-    if isinstance(rank, int) and size > LANCZOS_SIZE and rank <= size // 10 and gram.device.type == "cpu":
-        values, rows = largest_eigenpairs(gram, size, rank, precision=precision, name=name)
-        vectors = rows.mT
-    else:
-        values, vectors = eigh(gram, name)
-    keep = _worth_keeping(values, size, name, precision)
-    if isinstance(rank, int):
-        keep[rank:] = False
-    else:
-        explained = values.cumsum(0) / gram.trace()
-        keep[int((explained < rank).sum()) + 1 :] = False
-    return values[keep], vectors[:, keep]
-
-
 def matrix_free_eigenpairs(
     statistics: LowRankStatistics, group: tuple[int, ...], rank: int, name: str, precision: float
 ) -> tuple[Tensor, Tensor]:
-    """The same with products of the factors; memory for the vectors alone (:func:`.largest_eigenpairs`)."""
+    """With products of the factors; memory for the vectors alone (:func:`.largest_eigenpairs`)."""
     size, device = statistics.size, statistics.columns[0][0].inputs.device
 
     def products(rows: Tensor) -> Tensor:
@@ -218,20 +264,10 @@ def matrix_free_eigenpairs(
         return total
 
     values, rows = largest_eigenpairs(products, size, rank, precision=precision, name=name, device=device)
-    keep = _worth_keeping(values, size, name, precision)
-    return values[keep], rows[keep].mT
+    return values, rows.mT
 
 
-_NO_CURVATURE = (
-    "The curvature of {name} is zero on the data that choose the directions, so there are none. Give more data."
-)
 _REMEDY = "Look for NaN in the data, or for an overflow."
-
-
-def _worth_keeping(values: Tensor, size: int, name: str, precision: float) -> Tensor:
-    if float(values[0]) <= 0:
-        raise ValueError(_NO_CURVATURE.format(name=name))
-    return is_nonzero(values, size, precision)
 
 
 def lift_eigenvectors(
