@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -249,7 +249,8 @@ def fit(
         uniform = kept_draw.get("uniform")  # earlier files have none
         generator.set_state(kept_draw["generator"])
         network = discover(sample.data.inputs)
-        likelihood.check_targets(sample.data.targets, network.n_outputs)
+        sample = _with_targets(sample, likelihood, network)
+        uniform = None if uniform is None else _with_targets(uniform, likelihood, network)
         mc_samples = _resolve_mc_samples(mc_samples, network.n_outputs)
         with tqdm(desc="Curvature", unit="datum", disable=not progress_bar, leave=False) as bar:
             data = CurvatureData(
@@ -270,6 +271,12 @@ def fit(
     if checkpoint is not None:
         progress.complete(fitted.state())
     return fitted
+
+
+def _with_targets(sample: Sample, likelihood: Likelihood, network: Network) -> Sample:
+    """The sample with targets as the likelihood takes them; raises what is wrong with them."""
+    targets = likelihood.prepare_targets(sample.data.targets, network.n_outputs)
+    return replace(sample, data=replace(sample.data, targets=targets))
 
 
 def _check_previous(previous: Fit, n_folds: int) -> None:

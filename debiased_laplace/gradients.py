@@ -60,6 +60,7 @@ class Factors:
     model_inputs: _data.Inputs
     _graph_outputs: Tensor
     _calls: list[Call]
+    _n_run: int  # data that the model was given: two for one that it must not have alone (:attr:`Network.fewest`)
     _lone: list[Tensor] | None = None
 
     def inputs(self, block: Block, part: slice | None = None, phase: int | None = None) -> Tensor:
@@ -68,8 +69,8 @@ class Factors:
         With ``part``, those of some of the data, formed for them alone where the layer allows it; with ``phase``, on a
         coarser grid of positions (:meth:`~debiased_laplace.layers.Call.inputs`).
         """
-        n, dtype = len(self.outputs), self.network.dtype
-        part = part or slice(0, n)
+        n, dtype = self._n_run, self.network.dtype
+        part = part or slice(0, len(self.outputs))
         size = part.stop - part.start
         for index in block.calls:
             if self._calls[index].input._version != self._calls[index].version:
@@ -98,7 +99,7 @@ class Factors:
         n, per_datum = len(self.outputs), 1
         among = among or slice(0, n)
         if block.kind == "kronecker":
-            outputs = sum(math.prod(self._calls[index].output_shape) for index in block.calls) // n
+            outputs = sum(math.prod(self._calls[index].output_shape) for index in block.calls) // self._n_run
             per_datum = outputs // block.outputs * block.inputs * (torch.finfo(self.network.dtype).bits // 8)
         size = n if self.network.device.type != "cpu" else max(1, CACHE_MEMORY // max(1, per_datum))
         for part in _data.slices(among.stop - among.start, size):
@@ -161,7 +162,7 @@ class Factors:
         return joined
 
     def _vectors_of(self, block: Block, gradients: list[tuple[Tensor, ...] | None], vector: Tensor) -> Tensor:
-        n, dtype = len(self.outputs), self.network.dtype
+        n, dtype = self._n_run, self.network.dtype
         if not block.calls:
             jacobian = self._lone_jacobian(block)  # [N, C, P]
             return torch.einsum("vnc,ncp->nvp", vector.to(dtype), jacobian)[:, None, :, :, None]
@@ -170,7 +171,7 @@ class Factors:
             call, layout, each = self._calls[index], self.network.layouts[index], gradients[index]
             if each is None:  # a layer without influence on the outputs
                 each = vector.new_zeros((len(vector), *call.output_shape)).unbind()
-            own = [call.outputs(g.to(dtype), n, layout) for g in each]
+            own = [call.outputs(g.to(dtype), n, layout)[: len(self.outputs)] for g in each]
             parts.append(own[0][:, :, None] if len(own) == 1 else torch.stack(own, 2))
         if len(parts) == 1:
             return parts[0]
@@ -222,6 +223,9 @@ class Network:
         self.blocks: list[Block] = []
         self.layouts: list[Layout] = []
         self.n_outputs = 0
+        #: Data that the model is given at least: two if it treats one alone otherwise (a bare ``squeeze()``), then the
+        #: one twice.
+        self.fewest = 1
         #: Which entries of the parameter vector are uncertain, ``[D]``; None for all.
         self.free: Tensor | None = None
         #: Whether the only block is a linear layer whose outputs are the model's: then nothing is back-propagated.
@@ -324,6 +328,7 @@ class Network:
         network.n_outputs, network._activations, network._largest_inputs, network._largest_formed = description["sizes"]
         network.is_head, network._datum_size = description["is_head"], description.get("datum_size", 0)
         network.free, network.feature_reduction = description["free"], description.get("feature_reduction")
+        network.fewest = description.get("fewest", 1)
         return network
 
     def description(self) -> dict[str, Any]:
@@ -337,6 +342,7 @@ class Network:
             "sizes": (self.n_outputs, self._activations, self._largest_inputs, self._largest_formed),
             "is_head": self.is_head,
             "datum_size": self._datum_size,
+            "fewest": self.fewest,
             "free": self.free,
             "feature_reduction": self.feature_reduction,
         }
@@ -378,14 +384,21 @@ class Network:
     def outputs(self, inputs: _data.Inputs) -> Tensor:
         """Outputs ``[N, C]`` in evaluation mode, without a graph."""
         with torch.no_grad(), evaluation_mode(self.model):
-            return self._check_outputs(
-                self.model(_data.copy(_data.to_device(inputs, self.device))), _data.count(inputs)
-            )
+            return self.rows(self.model, _data.to_device(inputs, self.device))
 
     def call(self, parameters: dict[str, Tensor], inputs: _data.Inputs) -> Tensor:
         """Outputs ``[N, C]`` under other parameters; the model's own are not touched."""
-        outputs = torch.func.functional_call(self.model, parameters, (_data.copy(inputs),))
-        return self._check_outputs(outputs, _data.count(inputs))
+        return self.rows(lambda own: torch.func.functional_call(self.model, parameters, (own,)), inputs)
+
+    def rows(self, model: Callable[[_data.Inputs], Any], inputs: _data.Inputs) -> Tensor:
+        """Outputs ``[N, C]`` of the model, called in some way, for N data; it is not called for none."""
+        n = _data.count(inputs)
+        if not n and self.n_outputs:
+            return torch.zeros(0, self.n_outputs, dtype=self.dtype, device=self.device)
+        given = _data.at_least(inputs, self.fewest)
+        with _data.own_forward_pass(given, self.dtype):
+            outputs = model(_data.copy(given))
+        return _data.rows(outputs, _data.count(given), self.n_outputs or None)[:n]
 
     def mean(self) -> Tensor:
         """The trainable parameters as one vector ``[D]`` (a copy)."""
@@ -406,7 +419,7 @@ class Network:
         lone = {name: parameters[name].detach() for block in self.lone_blocks for name in block.parameters}
 
         def outputs_of(lone: dict[str, Tensor], batch: _data.Inputs) -> Tensor:
-            return torch.func.functional_call(self.model, lone, (_data.copy(batch),)).reshape(-1)
+            return self.call(lone, batch)[0]
 
         # An inference tensor, or inference mode, would silently change what jacrev gives in some releases of torch.
         with gradients_enabled(), evaluation_mode(self.model):
@@ -455,16 +468,19 @@ class Network:
     def _forward(self, inputs: _data.Inputs) -> tuple[Factors, Recorder]:
         with gradients_enabled(), evaluation_mode(self.model):
             recorder = Recorder(self._identities)
-            with recorder:
+            n, given = _data.count(inputs), _data.at_least(inputs, self.fewest)
+            with recorder, _data.own_forward_pass(given, self.dtype):
                 if self._others:  # as constants, so that no graph is built for them
                     constants = {name: p.detach() for name, p in self._others.items()}
-                    outputs = torch.func.functional_call(self.model, constants, (_data.copy(inputs),))
+                    outputs = torch.func.functional_call(self.model, constants, (_data.copy(given),))
                 else:
-                    outputs = self.model(_data.copy(inputs))
-            outputs = self._check_outputs(outputs, _data.count(inputs))
+                    outputs = self.model(_data.copy(given))
+            n_run = _data.count(given)
+            outputs = _data.rows(outputs, n_run, self.n_outputs or None)
         if self.feature_reduction is not None:
             recorder.calls = [self._of_reduced_features(recorder.calls, outputs.detach())]
-        return Factors(self, outputs.detach(), inputs, outputs, recorder.calls), recorder
+        own = outputs if n == n_run else outputs[:n]
+        return Factors(self, own.detach(), inputs, own, recorder.calls, n_run), recorder
 
     def _of_reduced_features(self, calls: list[Call], outputs: Tensor) -> Call:
         """The last call, as if its input had been reduced before."""
@@ -492,34 +508,20 @@ class Network:
             self.reduction_error = max(self.reduction_error, relative)
         return features
 
-    @staticmethod
-    def _check_outputs(outputs: Any, n: int) -> Tensor:
-        if not isinstance(outputs, Tensor):
-            raise TypeError(
-                f"Expected a model that returns a tensor of outputs [N, C], got {type(outputs).__name__}. "
-                "Wrap it in a module whose forward returns the logits alone."
-            )
-        if outputs.ndim == 1:
-            outputs = outputs[:, None]
-        if outputs.ndim != 2 or len(outputs) != n:
-            raise ValueError(
-                f"Expected outputs of shape [{n}, C], one row for each datum, got {tuple(outputs.shape)}. "
-                "Wrap the model in one that pools or flattens its outputs."
-            )
-        return outputs
-
     # -- discovery -----------------------------------------------------------------------------
 
     def _discover(self, inputs: _data.Inputs, separate_bias: bool) -> None:
-        inputs = _data.to_device(_data.some(inputs, 3), self.device)
-        if _data.count(inputs) == 1:  # two data at least, to see which dimension counts them
-            inputs = _data.concatenate([inputs, inputs])
+        if not _data.count(inputs):
+            raise ValueError("Expected at least one datum to find the layers of the model with, got none.")
+        # Three, to see which dimension counts them, and what the model does for one and for two.
+        inputs = _data.at_least(_data.to_device(_data.some(inputs, 3), self.device), 3)
         factors, recorder = self._forward(inputs)
         _checks.finite(
             factors.outputs, "the model's outputs", "Check the inputs and the weights for NaN before fitting."
         )
         self._check_independence(inputs, factors.outputs)
         self.n_outputs = factors.outputs.shape[1]
+        self.fewest = 1 if self._takes_one(_data.take(inputs, slice(0, 1)), factors) else 2
         n, calls, elsewhere = len(factors.outputs), factors._calls, dict(recorder.elsewhere)
         names = [(self._identities.get(id(call.weight)), self._identities.get(id(call.bias))) for call in calls]
         for call, pair, layout in zip(calls, names, find_layouts(factors._graph_outputs, calls, names), strict=True):
@@ -560,12 +562,24 @@ class Network:
             fewer = self.outputs(_data.take(inputs, slice(0, len(outputs) - 1)))
         except ValueError as error:  # a normalisation by the statistics of one datum
             fewer, cause = torch.full_like(outputs[:-1], torch.nan), error
-        if not torch.allclose(fewer, outputs[:-1], rtol=0.01, atol=0.01 * float(outputs.abs().max())):
+        if not _close(fewer, outputs[:-1], outputs):
             raise ValueError(
                 "The output for one datum depends on other data of its batch. A posterior needs outputs that are "
                 "independent given the weights; a normalisation by batch statistics (track_running_stats=False) is the "
                 "usual cause. Replace it, or give it running statistics."
             ) from cause
+
+    def _takes_one(self, datum: _data.Inputs, among: Factors) -> bool:
+        """Whether the first of several data has the same outputs alone, by way of the same layers."""
+        try:
+            alone, _ = self._forward(datum)
+        except Exception:  # whatever a model fails with where it loses the batch dimension
+            return False
+        same = len(alone._calls) == len(among._calls) and all(
+            len(one.output_shape) == len(several.output_shape) and one.input.ndim == several.input.ndim
+            for one, several in zip(alone._calls, among._calls, strict=True)
+        )
+        return same and _close(alone.outputs, among.outputs[:1], among.outputs)
 
     def _check_factors(self, inputs: _data.Inputs) -> None:
         """The gradient of every datum's outputs must be what its own factors give, or a layer was misread."""
@@ -600,6 +614,11 @@ class Network:
                         "Freeze it with requires_grad_(False) to leave it out of the posterior, and please report the "
                         "layer: this is an error of this package."
                     )
+
+
+def _close(first: Tensor, second: Tensor, among: Tensor) -> bool:
+    """Equal but for rounding, which differs between batches of different sizes."""
+    return torch.allclose(first, second, rtol=0.01, atol=0.01 * float(among.abs().max()))
 
 
 def match_parameters(model: nn.Module, patterns: str | Sequence[str]) -> list[str]:

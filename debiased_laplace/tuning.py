@@ -114,9 +114,8 @@ def grid_search(
     for inputs, targets, n_batch in tqdm(
         stream, desc="Prior precision", unit="batch", disable=not progress_bar, leave=False
     ):
-        likelihood.check_targets(targets, network.n_outputs)
+        targets = likelihood.prepare_targets(targets, network.n_outputs).to(network.device)
         mean, spread = functional_moments(network, grid, inputs, covariance=covariance)
-        targets = targets.to(network.device)
         if likelihood.is_regression:
             losses = gaussian_nll(mean, spread, targets, posterior.noise_variance)
         else:
@@ -216,7 +215,7 @@ def noise_search(
     found, rounding = [], 0.0
     stream = _data.labelled(batches, targets_key)
     for inputs, targets, _ in tqdm(stream, desc="Noise and prior", unit="batch", disable=not progress_bar, leave=False):
-        likelihood.check_targets(targets, network.n_outputs)
+        targets = likelihood.prepare_targets(targets, network.n_outputs)
         mean, variances = functional_moments(network, grid, inputs, covariance=False)
         rounding = torch.finfo(mean.dtype).eps
         found.append((mean.double(), variances.double(), targets.to(mean).double()))

@@ -143,7 +143,7 @@ class PredictiveLayer(GaussianLayer):
         self, X: Any, joint: bool = False, diagonal_output: bool = False
     ) -> tuple[Tensor, Tensor]:
         posterior = self.posterior
-        if self.enable_backprop:
+        if self.enable_backprop and _data.count(X):
             return self._differentiable_distribution(X, joint, diagonal_output)
         if joint:
             mean, spread = joint_covariance(self.network, posterior, X)
@@ -294,8 +294,8 @@ def output_samples(
 def _call(network: Network, parameters: dict[str, Tensor], inputs: Any, model_kwargs: dict[str, Any]) -> Tensor:
     """Outputs ``[N, C]``; no gradient reaches the model's own parameters."""
     constants = {name: p.detach() for name, p in network.model.named_parameters()}
-    found = torch.func.functional_call(network.model, constants | parameters, (_data.copy(inputs),), model_kwargs)
-    return found[:, None] if found.ndim == 1 else found
+    weights = constants | parameters
+    return network.rows(lambda own: torch.func.functional_call(network.model, weights, (own,), model_kwargs), inputs)
 
 
 class Features(TorchFunctionMode):
