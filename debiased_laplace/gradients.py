@@ -400,6 +400,15 @@ class Network:
             outputs = model(_data.copy(given))
         return _data.rows(outputs, _data.count(given), self.n_outputs or None)[:n]
 
+    def try_one(self, datum: _data.Inputs) -> None:
+        """Set :attr:`fewest` by the outputs of one datum alone, without a look at the layers."""
+        twice = self.outputs(_data.at_least(datum, 2))
+        try:
+            same = _close(self.outputs(datum), twice[:1], twice)
+        except Exception:  # whatever a model fails with where it loses the batch dimension
+            same = False
+        self.fewest = 1 if same else 2
+
     def mean(self) -> Tensor:
         """The trainable parameters as one vector ``[D]`` (a copy)."""
         return self.to_vector({name: p.detach() for name, p in self.model.named_parameters() if name in self.shapes})

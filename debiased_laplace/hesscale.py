@@ -206,10 +206,8 @@ def _weights(weights: Tensor | None, outputs: Tensor) -> Tensor:
 
 def _loss_derivatives(outputs: Tensor, targets: Tensor, likelihood: Likelihood, method: str) -> tuple[Tensor, Tensor]:
     """Gradient and curvature of every datum's loss in the outputs, ``[N, C]`` each."""
-    targets = _data.to_device(torch.as_tensor(targets), outputs.device)
-    if targets.ndim and len(targets) != len(outputs):
-        raise ValueError(f"Expected one target for each of {len(outputs)} inputs, got {len(targets)}.")
-    targets = likelihood.prepare_targets(_data.as_targets(targets, len(outputs)), outputs.shape[1])
+    targets = _data.as_targets(targets, len(outputs)).to(outputs.device)
+    targets = likelihood.prepare_targets(targets, outputs.shape[1])
     leaf = outputs.detach().requires_grad_()
     (gradient,) = torch.autograd.grad(likelihood.loss(leaf, targets).sum(), leaf)
     if not isinstance(likelihood, Categorical):

@@ -127,6 +127,9 @@ class Quadratic:
         self._forward_mode: bool | None = None  # whether the model's operations have it; not known yet
         self._rounding: Tensor | None = None
         with torch.inference_mode(False):
+            single = next((inputs for inputs, targets in self._chunks() if len(targets) == 1), None)
+            if single is not None:
+                self._network.try_one(single)
             self.loss, self.gradient = self._loss_and_gradient()
 
     def __repr__(self) -> str:

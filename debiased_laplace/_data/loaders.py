@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -101,7 +102,10 @@ def as_targets(targets: Any, n: int, inputs: Inputs = None) -> Tensor:
     """
     try:
         several = isinstance(targets, (list, tuple)) and any(isinstance(target, Tensor) for target in targets)
-        found = torch.stack(list(targets)) if several else torch.as_tensor(targets)
+        if several:
+            found = torch.stack(list(targets))
+        else:  # Python's numbers in their own precision
+            found = targets if isinstance(targets, Tensor) else torch.from_numpy(np.array(targets))
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(
             f"Expected targets that are a tensor, an array or numbers, got {type(targets).__name__}: {error} "

@@ -35,7 +35,8 @@ def opened(node: Any) -> tuple[list[Any], list[Any], Rebuild] | None:
     attributes = _attributes(node)
     if attributes is None:
         return None
-    return list(attributes), list(attributes.values()), lambda others: _object(node, list(attributes), others)
+    names = list(attributes)
+    return names, list(attributes.values()), lambda others: _object(node, dict(zip(names, others, strict=True)))
 
 
 def sequence(node: list[Any] | tuple[Any, ...], values: list[Any]) -> Any:
@@ -67,9 +68,14 @@ def _attributes(node: Any) -> dict[str, Any] | None:
     if dataclasses.is_dataclass(node):
         names = [field.name for field in dataclasses.fields(node)]
         return {name: getattr(node, name) for name in names if hasattr(node, name)}
-    slots = [name for kind in type(node).__mro__ for name in _slots(kind) if hasattr(node, name)]
-    found = {name: getattr(node, name) for name in slots} | dict(getattr(node, "__dict__", {}))
+    found = _state(node)
     return found if any(map(_has_tensors, found.values())) else None
+
+
+def _state(node: Any) -> dict[str, Any]:
+    """All attributes of an object itself."""
+    slots = [name for kind in type(node).__mro__ for name in _slots(kind) if hasattr(node, name)]
+    return {name: getattr(node, name) for name in slots} | dict(getattr(node, "__dict__", {}))
 
 
 def _slots(kind: type) -> list[str]:
@@ -84,10 +90,13 @@ def _has_tensors(value: Any) -> bool:
     return isinstance(value, Tensor) or (isinstance(value, (list, tuple)) and any(map(_has_tensors, value)))
 
 
-def _object(node: Any, names: list[str], values: list[Any]) -> Any:
-    """A copy with other attributes; no code of its class decides about them, so that frozen ones do as well."""
-    made = copy.copy(node)
-    for name, value in zip(names, values, strict=True):
+def _object(node: Any, values: dict[str, Any]) -> Any:
+    """An object of the same class with other attributes; no code of the class is run, so that frozen ones do as well."""
+    try:
+        made = object.__new__(type(node))
+    except TypeError:  # written in C
+        made = copy.copy(node)
+    for name, value in (_state(node) | values).items():
         object.__setattr__(made, name, value)
     return made
 

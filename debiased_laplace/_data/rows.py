@@ -58,10 +58,11 @@ def target_rows(targets: Tensor, n_outputs: int) -> Tensor:
         ValueError: If there is not one target for each output.
     """
     if targets.ndim == 0 or [d for d in targets.shape[1:] if d != 1] != [d for d in (n_outputs,) if d != 1]:
+        classes = "" if targets.is_floating_point() else ' Class indices are for "classification".'
         raise ValueError(
             f"Expected targets of shape [N, {n_outputs}]{' or [N]' if n_outputs == 1 else ''}, one for each of the "
             f"model's {n_outputs} outputs, got {tuple(targets.shape)}. Nothing is repeated or summed over: give the "
-            "targets, or the model, the other's shape."
+            f"targets, or the model, the other's shape.{classes}"
         )
     return targets.reshape(len(targets), n_outputs)
 

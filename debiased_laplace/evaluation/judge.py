@@ -312,7 +312,7 @@ def _checked_targets(arrays: Mapping[str, Array], targets: Tensor, what: str) ->
                 f"Expected targets with {mean[0].size} number(s) for each datum of {what}, got shape "
                 f"{tuple(targets.shape)}."
             )
-        return targets
+        return targets.reshape(len(targets), *mean.shape[1:])
     n_classes = arrays["probabilities"].shape[1]
     if targets.numel() != len(targets) or targets.is_floating_point() or targets.dtype == torch.bool:
         raise ValueError(

@@ -283,7 +283,8 @@ def outputs_of(model: nn.Module, batches: Iterable[Any]) -> tuple[Tensor, Tensor
 def _outputs(model: nn.Module, inputs: _data.Inputs) -> Tensor:
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     with torch.no_grad(), evaluation_mode(model):
-        return _data.rows(model(_data.to_device(inputs, device)), _data.count(inputs))
+        given = _data.at_least(_data.to_device(inputs, device), 2)  # one datum has the outputs it has in a batch
+        return _data.rows(model(given), _data.count(given))[: _data.count(inputs)]
 
 
 # -- posteriors ------------------------------------------------------------------------------------

@@ -93,7 +93,7 @@ class PredictiveLayer(GaussianLayer):
                 )
             samples = self._output_samples(x, pred_type, n_samples, generator, model_kwargs)
             if regression:
-                return samples.mean(0), samples.var(0)
+                return samples.mean(0), samples.var(0) if samples.numel() else samples[0]
             return self._link(samples).mean(0)
 
     @contextmanager
