@@ -265,7 +265,7 @@ class Network:
         """
         if parameters == "last_layer":
             whole = cls(model)
-            sample = _data.to_device(_data.some(inputs, 2), whole.device)
+            sample = _data.at_least(_data.to_device(_data.some(inputs, 2), whole.device), 2)
             parameters = whole._last_layer(sample)
         elif parameters is not None:
             parameters = match_parameters(model, parameters)
@@ -486,9 +486,9 @@ class Network:
                     outputs = self.model(_data.copy(given))
             n_run = _data.count(given)
             outputs = _data.rows(outputs, n_run, self.n_outputs or None)
+            own = outputs if n == n_run else outputs[:n]
         if self.feature_reduction is not None:
             recorder.calls = [self._of_reduced_features(recorder.calls, outputs.detach())]
-        own = outputs if n == n_run else outputs[:n]
         return Factors(self, own.detach(), inputs, own, recorder.calls, n_run), recorder
 
     def _of_reduced_features(self, calls: list[Call], outputs: Tensor) -> Call:

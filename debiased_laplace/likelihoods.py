@@ -124,8 +124,7 @@ class Categorical(Likelihood):
             )
         if targets.ndim == 0 or targets.numel() != len(targets):
             raise ValueError(
-                "Expected targets of shape [N] or [N, 1] (one class index for each datum), got "
-                f"{tuple(targets.shape)}."
+                f"Expected targets of shape [N] or [N, 1] (one class index for each datum), got {tuple(targets.shape)}."
             )
         if n_outputs < 2:
             raise ValueError(

@@ -1,7 +1,8 @@
 """What a loader yields becomes inputs, targets and a number of data; nothing that it says of its length is believed.
 
-A batch is a pair ``(inputs, targets)``, or a mapping (or an object) that is given to the model whole and has its targets
-under a name. Batches without data are passed over. The table of what comes and what is done is in ``docs/batches.md``.
+A batch is a pair ``(inputs, targets)``, or a mapping (or an object) that is given to the model whole and has its
+targets under a name. Batches without data are passed over. ``docs/batches.md`` has the table of what comes and what is
+done.
 """
 
 from __future__ import annotations
@@ -44,9 +45,9 @@ def pairs(batches: Iterable[Any], targets_key: str = "labels") -> Iterator[tuple
                 f"{type(batch).__name__} of length {len(batch)}" if hasattr(batch, "__len__") else type(batch).__name__
             )
             raise TypeError(
-                f"Expected batches that are pairs (inputs, targets) or dictionaries, got a {kind}. Wrap the loader in a "
-                "generator that yields (inputs, targets), such as (((a, b), y) for a, b, y in loader) for a model that "
-                "takes the pair (a, b)."
+                f"Expected batches that are pairs (inputs, targets) or dictionaries, got a {kind}. Wrap the loader in "
+                "a generator that yields (inputs, targets), such as (((a, b), y) for a, b, y in loader) for a model "
+                "that takes the pair (a, b)."
             )
 
 
@@ -137,6 +138,7 @@ def joined_targets(parts: Sequence[Tensor]) -> Tensor:
     Raises:
         ValueError: If a datum has other numbers of targets in some batches than in others.
     """
+    parts = [own for own in parts if len(own)] or parts[:1]  # those of no data may have any shape
     first = parts[0].shape[1:]
     if any(own.shape[1:].numel() != first.numel() for own in parts):
         raise ValueError(

@@ -1,8 +1,9 @@
 """Walking through what a loader yields: containers of any kind with tensors and other things in them.
 
 Opened are mappings, lists, tuples, what torch's pytrees know, dataclasses, and other objects that have tensors among
-their attributes. Whatever a nesting is made of, it is made of again: a ``UserDict``, a ``BatchEncoding``, a dataclass or
-a class of the user's own reaches the model as what it was, with the attributes it had. The original is left as it is.
+their attributes. Whatever a nesting is made of, it is made of again: a ``UserDict``, a ``BatchEncoding``, a dataclass
+or a class of the user's own reaches the model as what it was, with the attributes it had. The original is left as it
+is.
 """
 
 from __future__ import annotations
@@ -91,7 +92,7 @@ def _has_tensors(value: Any) -> bool:
 
 
 def _object(node: Any, values: dict[str, Any]) -> Any:
-    """An object of the same class with other attributes; no code of the class is run, so that frozen ones do as well."""
+    """An object of the same class with other attributes, without its class being asked: frozen ones do as well."""
     try:
         made = object.__new__(type(node))
     except TypeError:  # written in C

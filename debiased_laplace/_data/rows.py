@@ -77,6 +77,6 @@ def own_forward_pass(inputs: Inputs, dtype: torch.dtype) -> Iterator[None]:
         if not others or "type" not in str(error):
             raise
         raise RuntimeError(
-            f"The model's own forward pass failed: {error} Inputs of {', '.join(sorted(map(str, others)))} went to it as "
-            f"they came, its parameters are {dtype}. Convert them in the loader, or in the model's forward."
+            f"The model's own forward pass failed: {error} Inputs of {', '.join(sorted(map(str, others)))} went to it "
+            f"as they came, its parameters are {dtype}. Convert them in the loader, or in the model's forward."
         ) from error

@@ -60,7 +60,8 @@ class PredictiveLayer(GaussianLayer):
 
         Returns:
             Class probabilities ``[N, C]``; for regression (and reward modelling) the mean and the epistemic
-            (co)variance, without observation noise.
+            (co)variance, without observation noise. A model with outputs ``[N]`` has C = 1. No inputs, ``x[:0]``, have
+            predictions of no rows.
         """
         if self._is_prior:
             warnings.warn(
@@ -323,7 +324,8 @@ class Features(TorchFunctionMode):
     def jacobians(self, network: Network, outputs: Tensor) -> dict[str, Tensor]:
         """Jacobians ``[N, C, *shape]`` of the layer's outputs for reduced features."""
         assert self.features is not None
-        features = network.reduce(self.features, outputs, *self.parameters.values())
+        # One datum may have been given twice.
+        features = network.reduce(self.features[: len(outputs)], outputs, *self.parameters.values())
         found = {}
         for name, p in self.parameters.items():
             unit = torch.eye(len(p), dtype=features.dtype, device=features.device).expand(len(features), -1, -1)
