@@ -664,8 +664,8 @@ def test_outputs_without_a_row_for_each_datum_are_refused():
         la(X[:5])
     with pytest.raises(ValueError, match=r"Expected outputs of shape \[2, C\].*got \(2, 3, 1\)"):
         _data.rows(y[:2, :, None], 2)
-    for n, c, given in ((1, 3, y[0]), (1, 1, y[0, 0]), (3, 1, y[0]), (0, 1, y[0, :0]), (0, 3, y[:0])):
-        assert _data.rows(given, n).shape == (n, c)
+    for n, c, returned in ((1, 3, y[0]), (1, 1, y[0, 0]), (3, 1, y[0]), (0, 1, y[0, :0]), (0, 3, y[:0])):
+        assert _data.rows(returned, n).shape == (n, c)
 
 
 # -- no data -----------------------------------------------------------------------------------------
@@ -723,10 +723,10 @@ def test_no_data_at_all_are_an_error():
     with pytest.raises(ValueError, match="at least one datum, got none"):
         GGN(core(2), X[:0], Y[:0], "regression")
     la.fit([(X, Y)], split=Single())
-    for settings in METHODS.values():
-        if "tune_temperature" not in settings:
+    for method in METHODS.values():
+        if "tune_temperature" not in method:
             with pytest.raises(ValueError, match="empty val_loader"):
-                la.optimize_prior_precision(method="gridsearch", val_loader=[(X[:0], Y[:0])], grid_size=2, **settings)
+                la.optimize_prior_precision(method="gridsearch", val_loader=[(X[:0], Y[:0])], grid_size=2, **method)
 
 
 # -- lengths -----------------------------------------------------------------------------------------
