@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -265,7 +265,8 @@ def fit(
         if parameters == "last_layer":
             logger.info("The last layer: %s.", ", ".join(network.shapes))
         _warn_of_unreached(network, sample.data.inputs)
-        likelihood.check_targets(sample.data.targets, network.n_outputs)
+        sample = _with_targets(sample, likelihood, network)
+        uniform = None if uniform is None else _with_targets(uniform, likelihood, network)
         mc_samples = _resolve_mc_samples(mc_samples, network.n_outputs)
         with tqdm(desc="Curvature", unit="datum", disable=not progress_bar, leave=False) as bar:
             data = CurvatureData(
@@ -305,6 +306,12 @@ def _warn_of_unreached(network: Network, inputs: _data.Inputs) -> None:
                 f"The variance of {len(silent)} of {network.n_outputs} outputs is zero: {some(silent)}. No parameter "
                 f"that the posterior is about acts on them, and {why}.", stacklevel=3,
             )  # fmt: skip
+
+
+def _with_targets(sample: Sample, likelihood: Likelihood, network: Network) -> Sample:
+    """The sample with targets as the likelihood takes them; raises what is wrong with them."""
+    targets = likelihood.prepare_targets(sample.data.targets, network.n_outputs)
+    return replace(sample, data=replace(sample.data, targets=targets))
 
 
 def _check_previous(previous: Fit, n_folds: int) -> None:

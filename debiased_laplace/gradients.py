@@ -61,6 +61,7 @@ class Factors:
     model_inputs: _data.Inputs
     _graph_outputs: Tensor
     _calls: list[Call]
+    _n_run: int  # data that the model was given: two for one that it must not have alone (:attr:`Network.fewest`)
     _lone: list[Tensor] | None = None
 
     def inputs(self, block: Block, part: slice | None = None, phase: int | None = None) -> Tensor:
@@ -69,8 +70,8 @@ class Factors:
         With ``part``, those of some of the data, formed for them alone where the layer allows it; with ``phase``, on a
         coarser grid of positions (:meth:`~debiased_laplace.layers.Call.inputs`).
         """
-        n, dtype = len(self.outputs), self.network.dtype
-        part = part or slice(0, n)
+        n, dtype = self._n_run, self.network.dtype
+        part = part or slice(0, len(self.outputs))
         size = part.stop - part.start
         for index in block.calls:
             if self._calls[index].input._version != self._calls[index].version:
@@ -99,7 +100,7 @@ class Factors:
         n, per_datum = len(self.outputs), 1
         among = among or slice(0, n)
         if block.kind == "kronecker":
-            outputs = sum(math.prod(self._calls[index].output_shape) for index in block.calls) // n
+            outputs = sum(math.prod(self._calls[index].output_shape) for index in block.calls) // self._n_run
             per_datum = outputs // block.outputs * block.inputs * (torch.finfo(self.network.dtype).bits // 8)
         size = n if self.network.device.type != "cpu" else max(1, CACHE_MEMORY // max(1, per_datum))
         for part in _data.slices(among.stop - among.start, size):
@@ -162,7 +163,7 @@ class Factors:
         return joined
 
     def _vectors_of(self, block: Block, gradients: list[tuple[Tensor, ...] | None], vector: Tensor) -> Tensor:
-        n, dtype = len(self.outputs), self.network.dtype
+        n, dtype = self._n_run, self.network.dtype
         if not block.calls:
             jacobian = self._lone_jacobian(block)  # [N, C, P]
             return torch.einsum("vnc,ncp->nvp", vector.to(dtype), jacobian)[:, None, :, :, None]
@@ -171,7 +172,7 @@ class Factors:
             call, layout, each = self._calls[index], self.network.layouts[index], gradients[index]
             if each is None:  # a layer without influence on the outputs
                 each = vector.new_zeros((len(vector), *call.output_shape)).unbind()
-            own = [call.outputs(g.to(dtype), n, layout) for g in each]
+            own = [call.outputs(g.to(dtype), n, layout)[: len(self.outputs)] for g in each]
             parts.append(own[0][:, :, None] if len(own) == 1 else torch.stack(own, 2))
         if len(parts) == 1:
             return parts[0]
@@ -221,6 +222,9 @@ class Network:
         self.blocks: list[Block] = []
         self.layouts: list[Layout] = []
         self.n_outputs = 0
+        #: Data that the model is given at least: two if it treats one alone otherwise (a bare ``squeeze()``), then the
+        #: one twice.
+        self.fewest = 1
         #: Which entries of the parameter vector are uncertain, ``[D]``; None for all.
         self.free: Tensor | None = None
         #: Whether the only block is a linear layer whose outputs are the model's: then nothing is back-propagated.
@@ -281,7 +285,7 @@ class Network:
         found = parameters == "last_layer"
         if found:
             whole = cls(model)
-            sample = _data.to_device(_data.some(inputs, 2), whole.device)
+            sample = _data.at_least(_data.to_device(_data.some(inputs, 2), whole.device), 2)
             parameters = whole._last_layer(sample)
         elif parameters is not None:
             parameters = match_parameters(model, parameters)
@@ -355,6 +359,7 @@ class Network:
         network.is_head, network._datum_size = description["is_head"], description.get("datum_size", 0)
         network.one_by_one = description.get("one_by_one", False)
         network.free, network.feature_reduction = description["free"], description.get("feature_reduction")
+        network.fewest = description.get("fewest", 1)
         return network
 
     def description(self) -> dict[str, Any]:
@@ -369,6 +374,7 @@ class Network:
             "is_head": self.is_head,
             "datum_size": self._datum_size,
             "one_by_one": self.one_by_one,
+            "fewest": self.fewest,
             "free": self.free,
             "feature_reduction": self.feature_reduction,
         }
@@ -410,13 +416,31 @@ class Network:
     def outputs(self, inputs: _data.Inputs) -> Tensor:
         """Outputs ``[N, C]`` in evaluation mode, without a graph."""
         with torch.no_grad(), self._replicas.one() as model:
-            return self._check_outputs(model(_data.copy(_data.to_device(inputs, self.device))), _data.count(inputs))
+            return self.rows(model, _data.to_device(inputs, self.device))
 
     def call(self, parameters: dict[str, Tensor], inputs: _data.Inputs, **keywords: Any) -> Tensor:
         """Outputs ``[N, C]`` under other parameters (of all names in :attr:`shapes`, and of others if need be)."""
         with self._replicas.one() as model:
-            outputs = torch.func.functional_call(model, parameters, (_data.copy(inputs),), keywords)
-        return self._check_outputs(outputs, _data.count(inputs))
+            return self.rows(lambda own: torch.func.functional_call(model, parameters, (own,), keywords), inputs)
+
+    def rows(self, model: Callable[[_data.Inputs], Any], inputs: _data.Inputs) -> Tensor:
+        """Outputs ``[N, C]`` of the model, called in some way, for N data; it is not called for none."""
+        n = _data.count(inputs)
+        if not n and self.n_outputs:
+            return torch.zeros(0, self.n_outputs, dtype=self.dtype, device=self.device)
+        given = _data.at_least(inputs, self.fewest)
+        with _data.own_forward_pass(given, self.dtype):
+            outputs = model(_data.copy(given))
+        return _data.rows(outputs, _data.count(given), self.n_outputs or None)[:n]
+
+    def try_one(self, datum: _data.Inputs) -> None:
+        """Set :attr:`fewest` by the outputs of one datum alone, without a look at the layers."""
+        twice = self.outputs(_data.at_least(datum, 2))
+        try:
+            same = _close(self.outputs(datum), twice[:1], twice)
+        except Exception:  # whatever a model fails with where it loses the batch dimension
+            same = False
+        self.fewest = 1 if same else 2
 
     def mean(self) -> Tensor:
         """The trainable parameters as one vector ``[D]`` (a copy)."""
@@ -437,12 +461,11 @@ class Network:
         if self.one_by_one:
             return self._lone_one_by_one(constants, lone, inputs)
 
+        def outputs_of(lone: dict[str, Tensor], batch: _data.Inputs) -> Tensor:
+            return self.call(constants | lone, batch)[0]
+
         # An inference tensor, or inference mode, would silently change what jacrev gives in some releases of torch.
-        with gradients_enabled(), self._replicas.one() as model:
-
-            def outputs_of(lone: dict[str, Tensor], batch: _data.Inputs) -> Tensor:
-                return torch.func.functional_call(model, constants | lone, (_data.copy(batch),)).reshape(-1)
-
+        with gradients_enabled():
             mapped = _data.columns(_data.copy(inputs))
             try:
                 if mapped is None:  # something that cannot be mapped over: one datum after the other
@@ -505,12 +528,15 @@ class Network:
     def _forward(self, inputs: _data.Inputs) -> tuple[Factors, Recorder]:
         with gradients_enabled():
             recorder = Recorder(self._identities)
-            with self._replicas.one() as model, recorder:
-                outputs = model(_data.copy(inputs))
-            outputs = self._check_outputs(outputs, _data.count(inputs))
+            n, given = _data.count(inputs), _data.at_least(inputs, self.fewest)
+            with self._replicas.one() as model, recorder, _data.own_forward_pass(given, self.dtype):
+                outputs = model(_data.copy(given))
+            n_run = _data.count(given)
+            outputs = _data.rows(outputs, n_run, self.n_outputs or None)
+            own = outputs if n == n_run else outputs[:n]
         if self.feature_reduction is not None:
             recorder.calls = [self._of_reduced_features(recorder.calls, outputs.detach())]
-        return Factors(self, outputs.detach(), inputs, outputs, recorder.calls), recorder
+        return Factors(self, own.detach(), inputs, own, recorder.calls, n_run), recorder
 
     def _of_reduced_features(self, calls: list[Call], outputs: Tensor) -> Call:
         """The last call, as if its input had been reduced before."""
@@ -544,29 +570,14 @@ class Network:
             self.reduction_error = max(self.reduction_error, relative)
         return features
 
-    @staticmethod
-    def _check_outputs(outputs: Any, n: int) -> Tensor:
-        if not isinstance(outputs, Tensor):
-            raise TypeError(
-                f"Expected a model that returns a tensor of outputs [N, C], got {type(outputs).__name__}. "
-                "Wrap it in a module whose forward returns the logits alone."
-            )
-        if outputs.ndim == 1:
-            outputs = outputs[:, None]
-        if outputs.ndim != 2 or len(outputs) != n:
-            raise ValueError(
-                f"Expected outputs of shape [{n}, C], one row for each datum, got {tuple(outputs.shape)}. "
-                "Wrap the model in one that pools or flattens its outputs."
-            )
-        return outputs
-
     # -- discovery -----------------------------------------------------------------------------
 
     def _discover(self, inputs: _data.Inputs, separate_bias: bool) -> None:
         _refuse_scripted(self.shapes, self.snapshot)
-        inputs = _data.to_device(_data.some(inputs, 3), self.device)
-        if _data.count(inputs) == 1:  # two data at least, to see which dimension counts them
-            inputs = _data.concatenate([inputs, inputs])
+        if not _data.count(inputs):
+            raise ValueError("Expected at least one datum to find the layers of the model with, got none.")
+        # Three, to see which dimension counts them, and what the model does for one and for two.
+        inputs = _data.at_least(_data.to_device(_data.some(inputs, 3), self.device), 3)
         factors, recorder = self._forward(inputs)
         _checks.finite(
             factors.outputs, "the model's outputs", "Check the inputs and the weights for NaN before fitting."
@@ -579,6 +590,7 @@ class Network:
             )
         self._check_independence(inputs, factors.outputs)
         self.n_outputs = factors.outputs.shape[1]
+        self.fewest = 1 if self._takes_one(_data.take(inputs, slice(0, 1)), factors) else 2
         n, calls, elsewhere = len(factors.outputs), factors._calls, dict(recorder.elsewhere)
         names = [(self._identities.get(id(call.weight)), self._identities.get(id(call.bias))) for call in calls]
         used = heads.leaves(factors._graph_outputs) & self._identities.keys()
@@ -629,12 +641,24 @@ class Network:
             fewer = self.outputs(_data.take(inputs, slice(0, len(outputs) - 1)))
         except ValueError as error:  # a normalisation by the statistics of one datum
             fewer, cause = torch.full_like(outputs[:-1], torch.nan), error
-        if not torch.allclose(fewer, outputs[:-1], rtol=0.01, atol=0.01 * float(outputs.abs().max())):
+        if not _close(fewer, outputs[:-1], outputs):
             raise ValueError(
                 "The output for one datum depends on other data of its batch. A posterior needs outputs that are "
                 "independent given the weights; a normalisation by batch statistics (track_running_stats=False) is the "
                 "usual cause. Replace it, or give it running statistics."
             ) from cause
+
+    def _takes_one(self, datum: _data.Inputs, among: Factors) -> bool:
+        """Whether the first of several data has the same outputs alone, by way of the same layers."""
+        try:
+            alone, _ = self._forward(datum)
+        except Exception:  # whatever a model fails with where it loses the batch dimension
+            return False
+        same = len(alone._calls) == len(among._calls) and all(
+            len(one.output_shape) == len(several.output_shape) and one.input.ndim == several.input.ndim
+            for one, several in zip(alone._calls, among._calls, strict=True)
+        )
+        return same and _close(alone.outputs, among.outputs[:1], among.outputs)
 
     def _check_factors(self, inputs: _data.Inputs) -> None:
         """The gradient of every datum's outputs must be what its own factors give, or a layer was misread."""
@@ -681,6 +705,11 @@ class Network:
                 if not difference <= 0.05 * float(expected[name].abs().max()) + 1e-4 * largest:
                     return name
         return None
+
+
+def _close(first: Tensor, second: Tensor, among: Tensor) -> bool:
+    """Equal but for rounding, which differs between batches of different sizes."""
+    return torch.allclose(first, second, rtol=0.01, atol=0.01 * float(among.abs().max()))
 
 
 def match_parameters(model: nn.Module | Snapshot, patterns: str | Sequence[str]) -> list[str]:

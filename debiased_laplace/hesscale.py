@@ -188,7 +188,7 @@ def _forward(
             output = module.forward(x.clone())
             inner.append((x, output.shape))
             x = output
-    outputs = x[:, None] if x.ndim == 1 else x
+    outputs = _data.rows(x, len(inputs)) if x.ndim < 2 else x
     if outputs.ndim != 2 or len(outputs) != len(inputs) or not outputs.numel():
         raise ValueError(f"Expected outputs [N, C], one row for each of {len(inputs)} data, got {tuple(x.shape)}.")
     _checks.finite(outputs, "the model's outputs", "Check the inputs and the weights for NaN or infinity.")
@@ -209,10 +209,8 @@ def _weights(weights: Tensor | None, outputs: Tensor) -> Tensor:
 
 def _loss_derivatives(outputs: Tensor, targets: Tensor, likelihood: Likelihood, method: str) -> tuple[Tensor, Tensor]:
     """Gradient and curvature of every datum's loss in the outputs, ``[N, C]`` each."""
-    targets = _data.to_device(torch.as_tensor(targets), outputs.device)
-    likelihood.check_targets(targets, outputs.shape[1])
-    if len(targets) != len(outputs):
-        raise ValueError(f"Expected one target for each of {len(outputs)} inputs, got {len(targets)}.")
+    targets = _data.as_targets(targets, len(outputs)).to(outputs.device)
+    targets = likelihood.prepare_targets(targets, outputs.shape[1])
     leaf = outputs.detach().requires_grad_()
     (gradient,) = torch.autograd.grad(likelihood.loss(leaf, targets).sum(), leaf)
     if not isinstance(likelihood, Categorical):

@@ -235,7 +235,7 @@ def _exact_loss(
         mean, variance = functional_moments(network, posterior, inputs, covariance=False)
         means.append(mean)
         variances.append(variance)
-        kept.append(targets)
+        kept.append(loss.likelihood.prepare_targets(targets, network.n_outputs))
     return float(loss.of(means, kept)(torch.cat(variances).double(), temperature))
 
 
@@ -255,7 +255,7 @@ def _tabulate(
             _data.labelled(batches, targets_key), desc="Prior precision", unit="batch", disable=not progress_bar,
             leave=False,
         ):  # fmt: skip
-            likelihood.check_targets(targets, network.n_outputs)
+            targets = likelihood.prepare_targets(targets, network.n_outputs)
             if per_part:
                 mean, spread = part_variances(network, posterior, inputs, precisions)
             else:

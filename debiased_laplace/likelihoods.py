@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from debiased_laplace import _checks
+from debiased_laplace import _checks, _data
 
 
 class Likelihood(ABC):
@@ -28,13 +28,26 @@ class Likelihood(ABC):
     def check_targets(self, targets: Tensor, n_outputs: int) -> None:
         """Raise a ``TypeError`` or ``ValueError`` that says what is wrong with the targets."""
 
+    def prepare_targets(self, targets: Tensor, n_outputs: int) -> Tensor:
+        """Targets as :meth:`loss` takes them, after :meth:`check_targets`; one number for each datum may be ``[N, 1]``.
+
+        Args:
+            targets: As a loader yields them.
+            n_outputs: C.
+
+        Returns:
+            ``[N]`` or ``[N, C]``; by default as they are.
+        """
+        self.check_targets(targets, n_outputs)
+        return targets
+
     @abstractmethod
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
         r"""Negative log-likelihood of every datum, up to the constants that (3) of the theory adds.
 
         Args:
             outputs: ``[N, C]``.
-            targets: ``[N]`` or ``[N, C]``.
+            targets: ``[N]`` or ``[N, C]``; for one output ``[N]`` and ``[N, 1]`` are the same.
 
         Returns:
             ``[N]``, in nats.
@@ -99,7 +112,7 @@ class Likelihood(ABC):
 
 
 class Categorical(Likelihood):
-    """Softmax and cross-entropy; targets are class indices, ``[N]``."""
+    """Softmax and cross-entropy; targets are class indices, ``[N]`` or ``[N, 1]``."""
 
     links = ("probit", "mc", "bridge", "bridge_norm", "mean_field")
 
@@ -109,9 +122,9 @@ class Categorical(Likelihood):
                 f"Expected class indices of an integer dtype as targets, got {targets.dtype}. "
                 "Use targets.long(), or argmax over a one-hot encoding."
             )
-        if targets.ndim != 1:
+        if targets.ndim == 0 or targets.numel() != len(targets):
             raise ValueError(
-                f"Expected targets of shape [N] (one class index for each datum), got {tuple(targets.shape)}."
+                f"Expected targets of shape [N] or [N, 1] (one class index for each datum), got {tuple(targets.shape)}."
             )
         if n_outputs < 2:
             raise ValueError(
@@ -124,7 +137,10 @@ class Categorical(Likelihood):
             )
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        return F.cross_entropy(outputs, targets.long(), reduction="none")
+        return F.cross_entropy(outputs, targets.long().reshape(len(outputs)), reduction="none")
+
+    def prepare_targets(self, targets: Tensor, n_outputs: int) -> Tensor:
+        return super().prepare_targets(targets, n_outputs).reshape(-1)
 
     def hessian_square_root(self, outputs: Tensor) -> Tensor:
         # S = diag(r) - p r^T with r = sqrt(p) has the null vector r. A Householder reflection that maps r to
@@ -162,7 +178,7 @@ class Categorical(Likelihood):
         return _laplace_bridge(mean, spread, normalise=link == "bridge_norm")
 
     def log_loss(self, probabilities: Tensor, targets: Tensor) -> Tensor:
-        index = targets.long().expand(probabilities.shape[:-1])[..., None]
+        index = targets.long().reshape(-1).expand(probabilities.shape[:-1])[..., None]
         return -probabilities.clamp_min(_smallest(probabilities)).gather(-1, index)[..., 0].log()
 
 
@@ -172,17 +188,18 @@ class Bernoulli(Likelihood):
     links = ("probit", "mc")
 
     def check_targets(self, targets: Tensor, n_outputs: int) -> None:
-        if targets.ndim > 2 or targets.numel() != len(targets) * n_outputs:
-            raise ValueError(
-                f"Expected targets of shape [N, {n_outputs}]{' or [N]' if n_outputs == 1 else ''}, "
-                f"got {tuple(targets.shape)}."
-            )
+        if targets.is_complex():
+            raise TypeError(f"Expected targets from 0 to 1, got {targets.dtype}.")
+        _data.target_rows(targets, n_outputs)
         if len(targets) and not bool(((targets >= 0) & (targets <= 1)).all()):
             raise ValueError(f"Expected targets from 0 to 1, got {float(targets.min()):g} to {float(targets.max()):g}.")
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        targets = targets.reshape(outputs.shape).to(outputs)
+        targets = _data.target_rows(targets, outputs.shape[1]).to(outputs)
         return F.binary_cross_entropy_with_logits(outputs, targets, reduction="none").sum(-1)
+
+    def prepare_targets(self, targets: Tensor, n_outputs: int) -> Tensor:
+        return _data.target_rows(super().prepare_targets(targets, n_outputs), n_outputs)
 
     def hessian_square_root(self, outputs: Tensor) -> Tensor:
         # sqrt(p (1 - p)), written so that it does not round to zero for large logits.
@@ -202,7 +219,7 @@ class Bernoulli(Likelihood):
         return _sampled_mean(mean, spread, normals, torch.nn.Sigmoid())
 
     def log_loss(self, probabilities: Tensor, targets: Tensor) -> Tensor:
-        targets = targets.reshape(probabilities.shape[-2:]).to(probabilities)
+        targets = _data.target_rows(targets, probabilities.shape[-1]).to(probabilities)
         # Where rounding made a probability one, it may have been less by a quarter of the precision.
         rest = (1 - probabilities).clamp_min(torch.finfo(probabilities.dtype).eps / 4)
         positive, negative = probabilities.clamp_min(_smallest(probabilities)).log(), rest.log()
@@ -210,7 +227,7 @@ class Bernoulli(Likelihood):
 
 
 class Gaussian(Likelihood):
-    r"""Unit-variance regression, :math:`\ell = \frac12 \|f - y\|^2`; targets ``[N, C]``.
+    r"""Unit-variance regression, :math:`\ell = \frac12 \|f - y\|^2`; targets ``[N, C]``, or ``[N]`` for one output.
 
     The noise variance :math:`\sigma^2` is part of the posterior, not of the likelihood: it enters in
     equation (3) and nowhere else.
@@ -220,17 +237,17 @@ class Gaussian(Likelihood):
     links = ("probit", "mc", "bridge", "bridge_norm")  # accepted and without effect, as in laplace-torch
 
     def check_targets(self, targets: Tensor, n_outputs: int) -> None:
-        if not targets.is_floating_point():
-            raise TypeError(f"Expected targets of a floating-point dtype for regression, got {targets.dtype}.")
-        if targets.ndim != 2 or targets.shape[1] != n_outputs:
-            raise ValueError(
-                f"Expected targets of shape [N, {n_outputs}], as the model's outputs have, got {tuple(targets.shape)}. "
-                "A target of shape [N] would broadcast against [N, 1]: use targets.unsqueeze(-1)."
-            )
+        if targets.is_complex() or targets.dtype == torch.bool:
+            raise TypeError(f"Expected real numbers as targets of a regression, got {targets.dtype}.")
+        _data.target_rows(targets, n_outputs)
         _checks.finite(targets, "the targets", "Look for NaN or infinity in the training data.")
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        return 0.5 * (outputs - targets.to(outputs)).square().sum(-1)
+        return 0.5 * (outputs - _data.target_rows(targets, outputs.shape[1]).to(outputs)).square().sum(-1)
+
+    def prepare_targets(self, targets: Tensor, n_outputs: int) -> Tensor:
+        rows = _data.target_rows(super().prepare_targets(targets, n_outputs), n_outputs)
+        return rows if rows.is_floating_point() else rows.double()
 
     def hessian_square_root(self, outputs: Tensor) -> Tensor:
         return unit_vectors(outputs)

@@ -60,6 +60,10 @@ def functional_moments(
         every = [torch.cat([own[index] for own in moments], index * dim) for index in (0, 1)]
         return inputs.in_order(every[0]), inputs.in_order(every[1], dim)
     several = not isinstance(posteriors, Posterior)
+    if not _data.count(inputs):
+        none = torch.zeros(0, network.n_outputs, dtype=network.dtype, device=network.device)
+        spread = torch.diag_embed(none) if covariance else none
+        return none, spread.expand(len(posteriors), *spread.shape) if isinstance(posteriors, Sequence) else spread
     grid = [p.normal_form for p in ([posteriors] if isinstance(posteriors, Posterior) else posteriors)]
     groups: dict[int, list[int]] = {}
     for index, posterior in enumerate(grid):
@@ -167,6 +171,9 @@ def joint_covariance(network: Network, posterior: Posterior, inputs: _data.Input
 
     Holds one part's gradients of all data at a time, ``N * C * size`` numbers.
     """
+    if not _data.count(inputs):
+        none = torch.zeros(0, dtype=network.dtype, device=network.device)
+        return none, torch.diag(none)
     posterior = posterior.normal_form
     basis = posterior.gradient_basis
     scales = posterior.precisions.reciprocal().split(basis.sizes)

@@ -123,6 +123,9 @@ class Quadratic:
         self._forward_mode: bool | None = None  # whether the model's operations have it; not known yet
         self._rounding: Tensor | None = None
         with torch.inference_mode(False):
+            single = next((inputs for inputs, targets in self._chunks() if len(targets) == 1), None)
+            if single is not None:
+                self._network.try_one(single)
             self.loss, self.gradient = self._loss_and_gradient()
 
     def __repr__(self) -> str:
@@ -357,8 +360,9 @@ class Quadratic:
             with self._graph(inputs) as (leaves, outputs):
                 self.n_outputs, self._outputs_dtype = outputs.shape[1], outputs.dtype
                 if not index:
-                    for _, own in self._batches:
-                        self.likelihood.check_targets(own, self.n_outputs)
+                    self._batches = [
+                        (data, self.likelihood.prepare_targets(own, self.n_outputs)) for data, own in self._batches
+                    ]
                 loss += float(self._losses(outputs.detach(), targets).double().sum())
                 gradient += self._pulled(outputs, leaves, scale * self._residual(outputs, targets)[None])[0] / scale
         loss = loss / self.n_data + 0.5 * self.l2 * float(self.center.square().sum())
@@ -546,10 +550,9 @@ def _names(model: Snapshot, parameters: str | Sequence[str] | None, inputs: _dat
 
 def _batches(batch: Any) -> list[tuple[_data.Inputs, Tensor]]:
     """One batch, or several, as pairs; a loader's global randomness is put back."""
-    is_pair = isinstance(batch, (tuple, list)) and len(batch) == 2 and isinstance(batch[1], Tensor)
     with global_random_state():
-        found = list(_data.labelled([batch] if is_pair or isinstance(batch, Mapping) else batch))
-    pairs = [(inputs, targets) for inputs, targets, n in found if n]
+        found = list(_data.labelled([batch] if _data.is_pair(batch) or isinstance(batch, Mapping) else batch))
+    pairs = [(inputs, targets) for inputs, targets, _ in found]
     if not pairs:
         raise ValueError("Expected a batch with data, or a list of such batches, got none.")
     return pairs

@@ -98,7 +98,7 @@ class Sample:
         one, two = self.data, other.data
         data = WeightedData(
             _data.concatenate([one.inputs, two.inputs]),
-            torch.cat([one.targets, two.targets]),
+            _data.joined_targets([one.targets, two.targets]),
             torch.cat([one.weights * (self.n_seen / n_seen), two.weights * (other.n_seen / n_seen)]),
             torch.cat([one.indices, two.indices + self.n_seen]),
         )
@@ -189,7 +189,7 @@ class Reservoir:
         if self.capacity is not None and len(self.keys) > self.capacity:
             smallest = self.keys.argsort(stable=True)[: self.capacity].sort().values  # in the order of the stream
             self._inputs = [_data.take(_data.concatenate(self._inputs), smallest)]
-            self._targets = [_data.take(torch.cat(self._targets), smallest)]
+            self._targets = [_data.take(_data.joined_targets(self._targets), smallest)]
             self.keys, self.scores = self.keys[smallest], self.scores[smallest]
             self.indices = self.indices[smallest]
 
@@ -214,7 +214,7 @@ class Reservoir:
 
     def content(self) -> tuple[_data.Inputs, Tensor]:
         """Inputs and targets of what is kept."""
-        return _data.concatenate(self._inputs), torch.cat(self._targets)
+        return _data.concatenate(self._inputs), _data.joined_targets(self._targets)
 
 
 @dataclass(frozen=True)
@@ -305,8 +305,6 @@ class PrioritySampler:
         reservoir = Reservoir(self.budget + 1)  # the next priority is the threshold
         for inputs, targets, n in _stream(batches, targets_key, progress_bar):
             uniforms = torch.rand(n, generator=generator, dtype=torch.float64).clamp_min_(1e-300)
-            if not n:
-                continue
             traces = likelihood.curvature(observe(inputs, targets)).double().cpu()
             _checks.finite(traces, "the curvature of the loss", "Look for NaN in the outputs of the model.")
             scores = traces + self.floor
@@ -349,7 +347,8 @@ def calibrated_threshold(scores: Tensor, total: float) -> float:
 
 
 def _stream(batches: Iterable[Any], targets_key: str, progress_bar: bool) -> Iterable[tuple[_data.Inputs, Tensor, int]]:
-    stream, total = _data.labelled(batches, targets_key), _data.length(batches)
+    # Not asked unless it is shown: torch complains about a length that was asked for and is wrong.
+    stream, total = _data.labelled(batches, targets_key), _data.length(batches) if progress_bar else None
     return tqdm(stream, desc="Drawing data", unit="batch", total=total, disable=not progress_bar, leave=False)
 
 

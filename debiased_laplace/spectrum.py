@@ -170,12 +170,14 @@ class GGN:
     ) -> None:
         self.likelihood = resolve_likelihood(likelihood)
         self.generator = torch.Generator().manual_seed(generator) if isinstance(generator, int) else generator
-        n = _data.count(inputs)
+        inputs, targets, n = _data.only((inputs, targets))
+        if not n:
+            raise ValueError("Expected at least one datum, got none.")
         if weights is None:
             weights = torch.full((n,), 1 / n, dtype=torch.float64)
-        self.data = WeightedData(inputs, targets, weights.double().cpu(), torch.arange(n))
         self.network = Network.discover(model, inputs, parameters=parameters)
-        self.likelihood.check_targets(targets, self.network.n_outputs)
+        targets = self.likelihood.prepare_targets(targets, self.network.n_outputs)
+        self.data = WeightedData(inputs, targets, weights.double().cpu(), torch.arange(n))
         self.mc_samples = mc_samples
         self.chunk_size = chunk_size
         used = self.data

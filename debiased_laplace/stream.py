@@ -82,7 +82,7 @@ class Stream:
         if self._network is None:
             self._network = self._discover(inputs)
         network = self._network
-        self._likelihood.check_targets(targets, network.n_outputs)
+        targets = self._likelihood.prepare_targets(targets, network.n_outputs)
         memory = STREAM_MEMORY["cpu" if network.device.type == "cpu" else "accelerator"]
         outputs = []
         size = self._chunk_size or network.chunk_size(memory, 0, inputs=inputs)

@@ -114,9 +114,8 @@ def grid_search(
     for inputs, targets, n_batch in tqdm(
         stream, desc="Prior precision", unit="batch", disable=not progress_bar, leave=False
     ):
-        likelihood.check_targets(targets, network.n_outputs)
+        targets = likelihood.prepare_targets(targets, network.n_outputs).to(network.device)
         mean, spread = functional_moments(network, grid, inputs, covariance=covariance)
-        targets = targets.to(network.device)
         if likelihood.is_regression:
             losses = gaussian_nll(mean, spread, targets, posterior.noise_variance)
         else:
@@ -220,7 +219,7 @@ def noise_search(
     batches = list(batches) if isinstance(batches, Iterator) else batches
     alone = []
     for inputs, targets, _ in _data.labelled(batches, targets_key):
-        likelihood.check_targets(targets, network.n_outputs)
+        targets = likelihood.prepare_targets(targets, network.n_outputs)
         outputs = network.outputs(inputs)
         alone.append((outputs.double(), targets.to(outputs).double()))
     if not alone:
@@ -239,6 +238,7 @@ def noise_search(
     stream = _data.labelled(batches, targets_key)
     for inputs, targets, _ in tqdm(stream, desc="Noise and prior", unit="batch", disable=not progress_bar, leave=False):
         mean, variances = functional_moments(network, grid, inputs, covariance=False)
+        targets = likelihood.prepare_targets(targets, network.n_outputs)
         found.append((mean.double(), variances.double(), targets.to(mean).double()))
     mean, targets = (torch.cat([own[i] for own in found]) for i in (0, 2))
     variances = torch.cat([own[1] for own in found], 1)

@@ -546,7 +546,7 @@ def test_the_dataset_is_longer_than_the_loader(caplog):
     la = DebiasedLaplace(model_of("dense"), "classification")
     with caplog.at_level(logging.WARNING, logger="debiased_laplace"):
         la.fit(loader)
-    assert "The loader gave 10 data, its dataset has 14" in caplog.text
+    assert "The loader gave 10 data, its dataset says that it has 14" in caplog.text
     assert la.n_data == 10
     caplog.clear()
     la.fit(loader, n_data=14)

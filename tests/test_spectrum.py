@@ -151,7 +151,7 @@ def test_bad_arguments():
     data: WeightedData = problem.data
     with pytest.raises(ValueError, match="to subsample between 1 and all 7 data, got 8"):
         ggn_of(problem, subsample=8)
-    with pytest.raises(TypeError, match="floating-point dtype for regression"):
+    with pytest.raises(ValueError, match=r"shape \[N, 3\].* got \(7,\).* Class indices are for"):
         GGN(problem.model, data.inputs, data.targets, Gaussian())
     with pytest.raises(ValueError, match="rank to be a positive number"):
         ggn_of(problem).eigenpairs(0)

@@ -201,10 +201,10 @@ def test_targets_of_a_regression_need_the_shape_of_the_outputs(tmp_path: Path) -
     text = (
         (BLOBS.parent / "wave.py")
         .read_text()
-        .replace("[data(100 + seed, 80)]", "[(data(9, 9)[0], data(9, 9)[1][:, 0])]")
+        .replace("[data(100 + seed, 80)]", "[(data(9, 9)[0], data(9, 9)[1].repeat(1, 2))]")
     )
     task = Task.load(write(tmp_path, text))
-    with pytest.raises(TaskError, match=r"train_loader\(\) of .*targets of shape \[N, 1\]"):
+    with pytest.raises(TaskError, match=r"train_loader\(\) of .*targets with 1 number.* got shape \(9, 2\)"):
         run(task, tmp_path, [0], Context(), options=Options(grid_size=3, n_resamples=2))
 
 

@@ -251,7 +251,7 @@ def preflight(
                 continue
             kinds[name] = "classification" if prediction.probabilities is not None else "regression"
             if condition.kind != "ood":
-                _check_targets(prediction.arrays(), targets, what)
+                _checked_targets(prediction.arrays(), targets, what)
         if images is not None and condition.kind != "shift" and "regression" not in kinds.values():
             _check_images(images, few, what)
         if len(set(kinds.values())) > 1:
@@ -293,26 +293,21 @@ def _peek(loader: Loader, what: str) -> tuple[Any, Loader]:
     if not isinstance(loader, Iterable):
         raise TypeError(f"Expected an iterable of batches for {what}, got {type(loader).__name__}.")
     iterator = iter(loader)
-    try:
-        first = next(iterator)
-    except StopIteration:
-        raise ValueError(f"Expected data, got an empty loader for {what}. A generator can be read only once.") from None
-    return first, chain([first], iterator) if iterator is loader else loader
+    for first in iterator:
+        if _data.count(_pair(first, what)[0]):
+            return first, chain([first], iterator) if iterator is loader else loader
+    raise ValueError(f"Expected data, got an empty loader for {what}. A generator can be read only once.")
 
 
 def _pair(batch: Any, what: str) -> tuple[Any, Tensor]:
-    ((inputs, targets),) = _data.pairs([batch])
-    n = _data.count(inputs)
-    targets = torch.as_tensor(targets)
-    if not n or targets.ndim == 0 or len(targets) != n:
-        raise ValueError(
-            f"Expected one target for each input of a batch of {what}, got {n} inputs and targets of shape "
-            f"{tuple(targets.shape)}."
-        )
-    return inputs, targets
+    try:
+        return _data.only(batch)[:2]
+    except ValueError as error:
+        raise ValueError(f"{error} It is a batch of {what}.") from error
 
 
-def _check_targets(arrays: Mapping[str, Array], targets: Tensor, what: str) -> None:
+def _checked_targets(arrays: Mapping[str, Array], targets: Tensor, what: str) -> Tensor:
+    """Targets as scores take them: class indices ``[N]``, or numbers as they came."""
     if "probabilities" not in arrays:
         mean = arrays["mean"]
         if not bool(targets.isfinite().all()):
@@ -322,9 +317,9 @@ def _check_targets(arrays: Mapping[str, Array], targets: Tensor, what: str) -> N
                 f"Expected targets with {mean[0].size} number(s) for each datum of {what}, got shape "
                 f"{tuple(targets.shape)}."
             )
-        return
+        return targets.reshape(len(targets), *mean.shape[1:])
     n_classes = arrays["probabilities"].shape[1]
-    if targets.ndim != 1 or targets.is_floating_point() or targets.dtype == torch.bool:
+    if targets.numel() != len(targets) or targets.is_floating_point() or targets.dtype == torch.bool:
         raise ValueError(
             f"Expected class indices [N] of an integer dtype as targets of {what}, got {targets.dtype} of shape "
             f"{tuple(targets.shape)}. Use argmax over a one-hot encoding."
@@ -335,6 +330,7 @@ def _check_targets(arrays: Mapping[str, Array], targets: Tensor, what: str) -> N
             f"Expected class indices from 0 to {n_classes - 1} in {what}, as the predictors have {n_classes} classes, "
             f"got {low} to {high}. Number the classes from zero."
         )
+    return targets.reshape(-1)
 
 
 # -- one pass --------------------------------------------------------------------------------------
@@ -349,6 +345,8 @@ def _predict(
     seconds, labels, shown, n, first = dict.fromkeys(predictors, 0.0), [], [], 0, ""
     for number, batch in enumerate(condition.loader, 1):
         inputs, targets = _pair(batch, f"{what}, batch {number}")
+        if not _data.count(inputs):
+            continue
         first = first or data_digest([(inputs, targets)])
         size = _data.count(inputs)
         for name, predictor in predictors.items():
@@ -363,7 +361,8 @@ def _predict(
         if len(failed) == len(predictors):
             raise ValueError(f"Nothing can be predicted on {what}; {'; '.join(f'{k}: {v}' for k, v in failed.items())}")
         if condition.kind != "ood":
-            _check_targets(next(parts[k][-1] for k in parts if k not in failed), targets, f"{what}, batch {number}")
+            predicted = next(parts[k][-1] for k in parts if k not in failed)
+            targets = _checked_targets(predicted, targets, f"{what}, batch {number}")
             labels.append(targets.cpu().numpy())
         if images is not None and condition.kind != "shift" and highlight not in failed:
             shown += _uncertain(parts[highlight][-1], inputs, targets, images, n)

@@ -157,9 +157,8 @@ class TwoClasses(nn.Module):
         Raises:
             ValueError: If the network has another number of outputs.
         """
-        outputs = self.model(inputs)
-        outputs = outputs[:, None] if outputs.ndim == 1 else outputs
-        if outputs.ndim != 2 or outputs.shape[1] != 1:
+        outputs = _data.rows(self.model(inputs), _data.count(inputs))
+        if outputs.shape[1] != 1:
             raise ValueError(
                 f"Expected a network with one output for the likelihood 'bernoulli', got {list(outputs.shape)}. Use "
                 "'classification' for several classes."
@@ -173,8 +172,7 @@ def two_classes(batch: Any) -> tuple[_data.Inputs, Tensor]:
     Raises:
         ValueError: If targets are others, or not one for each datum.
     """
-    ((inputs, targets),) = _data.pairs([batch])
-    targets, n = torch.as_tensor(targets), _data.count(inputs)
+    inputs, targets, n = _data.only(batch)
     if targets.numel() != n or targets.ndim not in (1, 2):
         raise ValueError(f"Expected targets [N] or [N, 1] of {n} data, got shape {tuple(targets.shape)}.")
     if not bool(((targets == 0) | (targets == 1)).all()):
@@ -284,9 +282,9 @@ def outputs_of(model: nn.Module, batches: Iterable[Any]) -> tuple[Tensor, Tensor
 
 def _outputs(model: nn.Module, inputs: _data.Inputs) -> Tensor:
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    given = _data.at_least(_data.to_device(inputs, device), 2)  # one datum has the outputs it has in a batch
     with torch.no_grad():
-        outputs = in_evaluation_mode(model)(_data.to_device(inputs, device))
-    return outputs[:, None] if outputs.ndim == 1 else outputs
+        return _data.rows(in_evaluation_mode(model)(given), _data.count(given))[: _data.count(inputs)]
 
 
 # -- posteriors ------------------------------------------------------------------------------------

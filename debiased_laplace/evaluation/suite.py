@@ -229,10 +229,11 @@ def _loader(task: Task, name: str, context: Context, n_outputs: int | None = Non
 
     def read(batch: Any) -> Any:
         batch = two_classes(batch) if task.likelihood == "bernoulli" else batch
+        inputs, targets, n = _data.only(batch)
         if n_outputs is not None:
-            ((_, targets, _),) = _data.labelled([batch])
             (Gaussian() if task.likelihood == "regression" else Categorical()).check_targets(targets, n_outputs)
-        return batch
+        one_class = task.likelihood != "regression" and targets.numel() == n
+        return inputs, targets.reshape(n) if one_class else targets
 
     return task.loader(name, context, read)
 

@@ -257,7 +257,7 @@ class Subsets:
     """
 
     def __init__(self, inputs: _data.Inputs, targets: Tensor, generator: torch.Generator | int = 0) -> None:
-        self.inputs, self.targets, self.n_data = inputs, targets, _data.count(inputs)
+        self.inputs, self.targets, self.n_data = _data.only((inputs, targets))
         self.generator = torch.Generator().manual_seed(generator) if isinstance(generator, int) else generator
 
     def __call__(self, size: int) -> tuple[_data.Inputs, Tensor]:

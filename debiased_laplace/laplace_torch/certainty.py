@@ -162,7 +162,8 @@ def compare(
         seed: Of these draws.
     """
     mean, covariances = mean.double(), covariances.double()
-    targets, weights = targets.to(mean.device), weights.to(mean)
+    targets = likelihood.prepare_targets(targets.to(mean.device), mean.shape[1])
+    weights = weights.to(mean)
     without = leave_one_out(likelihood, mean, covariances, targets, weight=weight)
     part = (1 - without.leverages).clamp_min(0)
     outputs = torch.where(part[:, None] > 0, without.outputs, mean)

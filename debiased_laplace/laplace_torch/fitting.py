@@ -91,6 +91,7 @@ class FittingLayer(SettingsLayer):
         # As laplace-torch has it: the diagonal is that of the reduced features, other curvature that of the model.
         reduction = self.feature_reduction if self.hessian_structure == "diag" else None
         sampler = sampler or default_sampler(budget, structure, curvature)
+        dataset_size = _data.dataset_length(train_loader)
         fitted = fit(
             Snapshot(self.model, self._trainable), train_loader,
             noise.with_noise(self.output_likelihood, self.sigma_noise), structure=structure, indices=self._indices,
@@ -107,11 +108,9 @@ class FittingLayer(SettingsLayer):
             few = None if fitted.sample is None else fitted.sample.data.inputs
             fitted = replace(fitted, network=fitted.network.reduced(self.feature_reduction, few))
         self._adopt(fitted, noise.profile(self.sigma_noise))
-        dataset = getattr(train_loader, "dataset", None)
-        dataset_size = None if dataset is None else _data.length(dataset)
         if n_data is None and dataset_size is not None and dataset_size != added:
             logger.warning(
-                "The loader gave %d data, its dataset has %d: the posterior is that of %d data. "
+                "The loader gave %d data, its dataset says that it has %d: the posterior is that of %d data. "
                 "Set n_data if the training set has another size.",
                 added, dataset_size, added,
             )  # fmt: skip

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from debiased_laplace import _data
 from debiased_laplace.likelihoods import Gaussian, Likelihood
 
 
@@ -36,7 +37,8 @@ class ProfiledGaussian(Gaussian):
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """``[N]``, in units of the noise variance of equation (3)."""
-        return 0.5 * ((outputs - targets.to(outputs)) / self.profile.to(outputs)).square().sum(-1)
+        errors = outputs - _data.target_rows(targets, outputs.shape[1]).to(outputs)
+        return 0.5 * (errors / self.profile.to(outputs)).square().sum(-1)
 
     def hessian_square_root(self, outputs: Tensor) -> Tensor:
         """``[C, N, C]``, the unit vectors divided by the profile."""

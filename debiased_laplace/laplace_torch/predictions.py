@@ -60,7 +60,8 @@ class PredictiveLayer(GaussianLayer):
 
         Returns:
             Class probabilities ``[N, C]``; for regression (and reward modelling) the mean and the epistemic
-            (co)variance, without observation noise.
+            (co)variance, without observation noise. A model with outputs ``[N]`` has C = 1. No inputs, ``x[:0]``, have
+            predictions of no rows.
         """
         if self._is_prior:
             warnings.warn(
@@ -93,7 +94,7 @@ class PredictiveLayer(GaussianLayer):
                 )
             samples = self._output_samples(x, pred_type, n_samples, generator, model_kwargs)
             if regression:
-                return samples.mean(0), samples.var(0)
+                return samples.mean(0), samples.var(0) if samples.numel() else samples[0]
             return self._link(samples).mean(0)
 
     def _fitted_to_nothing(self, x: Any) -> PredictiveLayer:
@@ -140,7 +141,7 @@ class PredictiveLayer(GaussianLayer):
         self, X: Any, joint: bool = False, diagonal_output: bool = False
     ) -> tuple[Tensor, Tensor]:
         posterior = self.posterior
-        if self.enable_backprop:
+        if self.enable_backprop and _data.count(X):
             return self._differentiable_distribution(X, joint, diagonal_output)
         if joint:
             mean, spread = joint_covariance(self.network, posterior, X)
@@ -318,7 +319,8 @@ class Features(TorchFunctionMode):
     def jacobians(self, network: Network, outputs: Tensor) -> dict[str, Tensor]:
         """Jacobians ``[N, C, *shape]`` of the layer's outputs for reduced features."""
         assert self.features is not None
-        features = network.reduce(self.features, outputs, *self.parameters.values())
+        # One datum may have been given twice.
+        features = network.reduce(self.features[: len(outputs)], outputs, *self.parameters.values())
         found = {}
         for name, p in self.parameters.items():
             unit = torch.eye(len(p), dtype=features.dtype, device=features.device).expand(len(features), -1, -1)

@@ -393,8 +393,7 @@ class TuningLayer(PredictiveLayer):
         normals = standard_normals((n_samples, network.n_outputs), like, generator) if link == "mc" else None
         covariance = likelihood.is_regression or likelihood.needs_covariance(link)
         for inputs, targets, _ in _data.labelled(batches, self.dict_key_y):
-            likelihood.check_targets(targets, network.n_outputs)
-            targets = targets.to(network.device)
+            targets = likelihood.prepare_targets(targets, network.n_outputs).to(network.device)
             mean, spread = functional_moments(network, posteriors, inputs, covariance=covariance)
             for index, own in enumerate(spread):
                 if likelihood.is_regression:
@@ -412,9 +411,8 @@ class TuningLayer(PredictiveLayer):
         for index, posterior in enumerate(posteriors):
             deviations = posterior.deviations(n_samples, torch.Generator().manual_seed(self.seed))
             for inputs, targets, _ in _data.labelled(kept, self.dict_key_y):
-                likelihood.check_targets(targets, network.n_outputs)
+                targets = likelihood.prepare_targets(targets, network.n_outputs).to(network.device)
                 samples = evaluate(network, posterior.mean, deviations, inputs)
-                targets = targets.to(network.device)
                 if likelihood.is_regression:
                     yield index, (samples.mean(0), samples.var(0)), targets
                 else:

@@ -107,7 +107,7 @@ def halves(batch: Any) -> tuple[Any, Any]:
     Raises:
         ValueError: For fewer than two data.
     """
-    ((_, targets, n),) = _data.labelled([batch])
+    _, targets, n = _data.only(batch)
     if n < 2:
         raise ValueError(f"Expected at least two data to split in halves, got {n}. Give a second batch, or more data.")
     parts = slice(0, (n + 1) // 2), slice((n + 1) // 2, n)

@@ -1,7 +1,6 @@
-"""Batches of data: inputs of any nesting (a tensor, a dictionary, a tuple), targets one tensor.
+"""Cutting, joining and moving inputs of any nesting (a tensor, a dictionary, a tuple, an object).
 
-Only the first dimension has a meaning here: it counts the data. Everything that cuts, moves or
-joins batches is in this file, so that a dictionary-like input works wherever a tensor does.
+Only the first dimension has a meaning here: it counts the data.
 
 Besides tensors an input may hold other things. What has an entry for each datum (a list of as many entries as there are
 data, a tuple of as many strings, a NumPy array) is cut and joined with the data; anything else, numbers and tensors
@@ -13,7 +12,7 @@ without dimensions among them, belongs to the batch and stays with its data. Dat
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from debiased_laplace import _nesting
+from debiased_laplace._data import nesting
 
 Inputs = Any  # a tensor, or a nesting of dictionaries, lists and tuples with tensors at the leaves
 
@@ -66,14 +65,14 @@ def map_tensors(function: Callable[[Tensor], Tensor], inputs: Inputs) -> Inputs:
         return function(inputs)
     if isinstance(inputs, Assorted):
         return replace(inputs, parts=tuple(map_tensors(function, part) for part in inputs.parts))
-    return _nesting.mapped(lambda leaf: function(leaf) if isinstance(leaf, Tensor) else leaf, inputs)
+    return nesting.mapped(lambda leaf: function(leaf) if isinstance(leaf, Tensor) else leaf, inputs)
 
 
 def tensors(inputs: Inputs) -> list[Tensor]:
     """All tensors of an input."""
     if isinstance(inputs, Assorted):
         return [leaf for part in inputs.parts for leaf in tensors(part)]
-    return [leaf for leaf in _nesting.leaves(inputs) if isinstance(leaf, Tensor)]
+    return [leaf for leaf in nesting.leaves(inputs) if isinstance(leaf, Tensor)]
 
 
 def count(inputs: Inputs) -> int:
@@ -106,9 +105,9 @@ def _has_entries(n: int) -> Callable[[Any], bool]:
     def has_entries(node: Any) -> bool:
         if isinstance(node, np.ndarray):
             return node.ndim > 0 and len(node) == n
-        if type(node) is tuple:  # of numbers, a tuple is rather a size; strings of data come as lists and as tuples
-            return len(node) == n and all(isinstance(entry, (str, bytes)) for entry in node)
-        return type(node) is list and len(node) == n and not tensors(node)
+        if isinstance(node, tuple):  # of numbers, a tuple is rather a size; strings of data come as lists and as tuples
+            return type(node) is tuple and len(node) == n and all(isinstance(entry, (str, bytes)) for entry in node)
+        return isinstance(node, list) and len(node) == n and not tensors(node)
 
     return has_entries
 
@@ -125,12 +124,13 @@ def take(inputs: Inputs, index: Tensor | slice) -> Inputs:
             return leaf
         if isinstance(leaf, np.ndarray):
             return leaf[index.cpu().numpy() if isinstance(index, Tensor) else index]
-        return type(leaf)(leaf[i] for i in index.tolist()) if isinstance(index, Tensor) else leaf[index]
+        chosen = range(len(leaf))[index] if isinstance(index, slice) else index.tolist()
+        return nesting.sequence(leaf, [leaf[i] for i in chosen])
 
     if isinstance(inputs, Tensor):
         return rows(inputs)
     has_entries = _has_entries(count(inputs))
-    return _nesting.mapped(rows, inputs, has_entries)
+    return nesting.mapped(rows, inputs, has_entries)
 
 
 def concatenate(batches: Sequence[Inputs]) -> Inputs:
@@ -185,7 +185,7 @@ def _joined(batches: Sequence[Inputs]) -> Inputs:
     if isinstance(batches[0], Tensor):
         return torch.cat(list(batches))
     predicates = [_has_entries(count(batch)) for batch in batches]
-    columns = zip(*(_nesting.leaves(batch, own) for batch, own in zip(batches, predicates, strict=True)), strict=True)
+    columns = zip(*(nesting.leaves(batch, own) for batch, own in zip(batches, predicates, strict=True)), strict=True)
 
     def joined(parts: Sequence[Any]) -> Any:
         first = parts[0]
@@ -195,10 +195,10 @@ def _joined(batches: Sequence[Inputs]) -> Inputs:
             return first
         if isinstance(first, np.ndarray):
             return np.concatenate(parts)
-        return type(first)(entry for part in parts for entry in part)
+        return nesting.sequence(first, [entry for part in parts for entry in part])
 
     results = iter([joined(parts) for parts in columns])
-    return _nesting.mapped(lambda _: next(results), batches[0], predicates[0])
+    return nesting.mapped(lambda _: next(results), batches[0], predicates[0])
 
 
 def _kind(inputs: Inputs) -> Any:
@@ -216,7 +216,7 @@ def _kind(inputs: Inputs) -> Any:
             return "entries", type(leaf)
         return type(leaf), leaf if isinstance(leaf, Hashable) else id(leaf)
 
-    return _nesting.shape(inputs, describe, has_entries)
+    return nesting.shape(inputs, describe, has_entries)
 
 
 def columns(inputs: Inputs) -> tuple[list[Tensor], Callable[[Sequence[Tensor]], Inputs]] | None:
@@ -225,7 +225,7 @@ def columns(inputs: Inputs) -> tuple[list[Tensor], Callable[[Sequence[Tensor]], 
     None if something else than tensors has entries for the data.
     """
     has_entries = _has_entries(count(inputs))
-    every = _nesting.leaves(inputs, has_entries)
+    every = nesting.leaves(inputs, has_entries)
     if any(not isinstance(leaf, Tensor) and has_entries(leaf) for leaf in every):
         return None
 
@@ -250,6 +250,12 @@ def some(inputs: Inputs, n: int) -> Inputs:
     if isinstance(inputs, Assorted):
         inputs = max(inputs.parts, key=size_of_datum)
     return take(inputs, slice(0, n))
+
+
+def at_least(inputs: Inputs, n: int) -> Inputs:
+    """The data, the first of them again and again after them if there are fewer than n."""
+    own = count(inputs)
+    return inputs if own >= n or not own else take(inputs, torch.arange(n) % own)
 
 
 def size_of_datum(inputs: Inputs) -> int:
@@ -278,73 +284,7 @@ def copy(inputs: Inputs) -> Inputs:
     def own(leaf: Any) -> Any:
         return leaf.clone() if isinstance(leaf, Tensor) else leaf.copy() if isinstance(leaf, np.ndarray) else leaf
 
-    return _nesting.mapped(own, inputs)
-
-
-def pairs(batches: Iterable[Any], targets_key: str = "labels") -> Iterator[tuple[Inputs, Tensor]]:
-    """Inputs and targets of every batch of any iterable.
-
-    A batch is a pair ``(inputs, targets)``, or a dictionary that is given to the model whole and
-    has its targets under ``targets_key``.
-
-    Raises:
-        TypeError: If the batches are not iterable, or a batch is neither a pair nor a dictionary.
-    """
-    if not isinstance(batches, Iterable):
-        raise TypeError(
-            f"Expected an iterable of batches (a DataLoader, a list, a generator), got {type(batches).__name__}."
-        )
-    for batch in batches:
-        if isinstance(batch, Mapping):
-            if targets_key not in batch:
-                raise TypeError(
-                    f"Expected a batch with its targets under {targets_key!r}, got the keys {sorted(batch)}. "
-                    "Name the right one with dict_key_y."
-                )
-            yield batch, batch[targets_key]
-        elif isinstance(batch, (tuple, list)) and len(batch) == 2:
-            yield batch[0], batch[1]
-        else:
-            kind = (
-                f"{type(batch).__name__} of length {len(batch)}" if hasattr(batch, "__len__") else type(batch).__name__
-            )
-            raise TypeError(
-                f"Expected batches that are pairs (inputs, targets) or dictionaries, got a {kind}. "
-                "Wrap the loader in a generator that yields (inputs, targets)."
-            )
-
-
-def labelled(batches: Iterable[Any], targets_key: str = "labels") -> Iterator[tuple[Inputs, Tensor, int]]:
-    """Inputs, targets and the number of data of every batch.
-
-    Raises:
-        ValueError: If a batch has not one target for each of its inputs.
-    """
-    for inputs, targets in pairs(batches, targets_key):
-        n, targets = count(inputs), torch.as_tensor(targets)
-        if targets.ndim == 0 or len(targets) != n:
-            raise ValueError(
-                f"Expected one target for each of the {n} inputs of a batch, got targets of shape "
-                f"{tuple(targets.shape)}."
-            )
-        yield inputs, targets, n
-
-
-def head(batches: Iterable[Any], n: int, targets_key: str = "labels") -> Iterator[tuple[Inputs, Tensor]]:
-    """The first n data of a loader, in its batches; no batch after them is asked for."""
-    for inputs, targets, size in labelled(batches, targets_key):
-        yield take(inputs, slice(0, n)), targets[:n]
-        n -= size
-        if n <= 0:
-            return
-
-
-def length(iterable: Any) -> int | None:
-    """Of a loader or a data set; None if it has none, also where it only finds out when asked (chained streams)."""
-    try:
-        return len(iterable)
-    except (TypeError, NotImplementedError):
-        return None
+    return nesting.mapped(own, inputs)
 
 
 def slices(n: int, size: int) -> Iterator[slice]:

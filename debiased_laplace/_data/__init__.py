@@ -1,0 +1,65 @@
+"""Everything that is assumed about a batch: inputs of any nesting, targets, outputs, loaders (``docs/batches.md``).
+
+``nesting`` walks through containers, ``batches`` cuts, joins and moves inputs, ``loaders`` reads what a loader yields,
+``rows`` says what outputs and targets mean. The others use them through the names below.
+"""
+
+from debiased_laplace._data.batches import (
+    Assorted,
+    Inputs,
+    at_least,
+    chunks,
+    columns,
+    concatenate,
+    copy,
+    count,
+    map_tensors,
+    size_of_datum,
+    slices,
+    some,
+    take,
+    tensors,
+    to_device,
+)
+from debiased_laplace._data.loaders import (
+    as_targets,
+    dataset_length,
+    head,
+    is_pair,
+    joined_targets,
+    labelled,
+    length,
+    only,
+    pairs,
+)
+from debiased_laplace._data.rows import own_forward_pass, rows, target_rows
+
+__all__ = [
+    "Assorted",
+    "Inputs",
+    "as_targets",
+    "at_least",
+    "chunks",
+    "columns",
+    "concatenate",
+    "copy",
+    "count",
+    "dataset_length",
+    "head",
+    "is_pair",
+    "joined_targets",
+    "labelled",
+    "length",
+    "map_tensors",
+    "only",
+    "own_forward_pass",
+    "pairs",
+    "rows",
+    "size_of_datum",
+    "slices",
+    "some",
+    "take",
+    "target_rows",
+    "tensors",
+    "to_device",
+]

@@ -1,0 +1,173 @@
+"""What a loader yields becomes inputs, targets and a number of data; nothing that it says of its length is believed.
+
+A batch is a pair ``(inputs, targets)``, or a mapping (or an object) that is given to the model whole and has its
+targets under a name. Batches without data are passed over. ``docs/batches.md`` has the table of what comes and what is
+done.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from debiased_laplace._data.batches import Inputs, count, map_tensors, take, tensors
+
+
+def pairs(batches: Iterable[Any], targets_key: str = "labels") -> Iterator[tuple[Inputs, Any]]:
+    """Inputs and targets of every batch of any iterable, as they came.
+
+    Raises:
+        TypeError: If the batches are not iterable, or a batch is neither a pair nor something that has its targets
+            under ``targets_key``.
+    """
+    if not isinstance(batches, Iterable):
+        raise TypeError(
+            f"Expected an iterable of batches (a DataLoader, a list, a generator), got {type(batches).__name__}."
+        )
+    for batch in batches:
+        if isinstance(batch, Mapping):
+            if targets_key not in batch:
+                raise TypeError(
+                    f"Expected a batch with its targets under {targets_key!r}, got the keys {list(batch)}. "
+                    "Name the right one with dict_key_y."
+                )
+            yield batch, batch[targets_key]
+        elif isinstance(batch, (tuple, list)) and len(batch) == 2:
+            yield batch[0], batch[1]
+        elif not isinstance(batch, (Tensor, tuple, list)) and hasattr(batch, targets_key):
+            yield batch, getattr(batch, targets_key)
+        else:
+            kind = (
+                f"{type(batch).__name__} of length {len(batch)}" if hasattr(batch, "__len__") else type(batch).__name__
+            )
+            raise TypeError(
+                f"Expected batches that are pairs (inputs, targets) or dictionaries, got a {kind}. Wrap the loader in "
+                "a generator that yields (inputs, targets), such as (((a, b), y) for a, b, y in loader) for a model "
+                "that takes the pair (a, b)."
+            )
+
+
+def labelled(batches: Iterable[Any], targets_key: str = "labels") -> Iterator[tuple[Inputs, Tensor, int]]:
+    """Inputs, targets and the number of data of every batch that has any.
+
+    What comes out takes no part in a graph of the caller's.
+
+    Raises:
+        TypeError: If inputs have no tensor, or targets are no numbers.
+        ValueError: If a batch has not one target for each of its inputs.
+    """
+    for inputs, targets in pairs(batches, targets_key):
+        n = count(inputs)
+        targets = as_targets(targets, n, inputs)
+        if n:
+            yield without_graph(inputs), targets, n
+
+
+def only(batch: Any, targets_key: str = "labels") -> tuple[Inputs, Tensor, int]:
+    """Inputs, targets and the number of data of one batch, which may be none; raises what :func:`labelled` does."""
+    ((inputs, targets),) = pairs([batch], targets_key)
+    n = count(inputs)
+    return without_graph(inputs), as_targets(targets, n, inputs), n
+
+
+def is_pair(batch: Any) -> bool:
+    """Whether something is one batch ``(inputs, targets)`` rather than two batches."""
+    if not isinstance(batch, (tuple, list)) or len(batch) != 2:
+        return False
+    second = batch[1]
+    return not isinstance(second, Mapping) and (isinstance(second, Tensor) or not tensors(second))
+
+
+def without_graph(inputs: Inputs) -> Inputs:
+    """The same data; detached if they require gradients."""
+    if not any(leaf.requires_grad for leaf in tensors(inputs)):
+        return inputs
+    return map_tensors(torch.Tensor.detach, inputs)
+
+
+def as_targets(targets: Any, n: int, inputs: Inputs = None) -> Tensor:
+    """Targets as a tensor ``[n, ...]``: of numbers, of arrays, or of tensors; a single datum may lack its dimension.
+
+    Args:
+        targets: As they came.
+        n: Number of data.
+        inputs: To say more where there are as many inputs of the model as targets.
+
+    Raises:
+        TypeError: If they are no numbers.
+        ValueError: If there is not one for each datum.
+    """
+    try:
+        several = isinstance(targets, (list, tuple)) and any(isinstance(target, Tensor) for target in targets)
+        if several:
+            found = torch.stack(list(targets))
+        else:  # Python's numbers in their own precision
+            found = targets if isinstance(targets, Tensor) else torch.from_numpy(np.array(targets))
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(
+            f"Expected targets that are a tensor, an array or numbers, got {type(targets).__name__}: {error} "
+            "Wrap the loader in a generator that yields (inputs, targets)."
+        ) from error
+    with torch.inference_mode(False):  # autograd cannot use tensors made in inference mode
+        found = found.clone() if found.is_inference() else found.detach()
+    if n == 1 and (found.ndim == 0 or (found.ndim == 1 and len(found) > 1)):  # squeezed
+        found = found[None]
+    if found.ndim == 0 or len(found) != n:
+        reason = ""
+        if isinstance(inputs, (list, tuple)) and found.ndim and len(found) == len(inputs):
+            reason = (
+                f" A {type(inputs).__name__} of tensors is taken for several inputs of the model, each with all data "
+                "along its first dimension; put data of different shapes into batches of their own."
+            )
+        elif found.ndim == 0:
+            reason = " A loader with batch_size=None yields single data: let it make batches."
+        raise ValueError(
+            f"Expected one target for each of the {n} inputs of a batch, got targets of shape {tuple(found.shape)}."
+            + reason
+        )
+    return found
+
+
+def joined_targets(parts: Sequence[Tensor]) -> Tensor:
+    """Targets of several batches, in the shape of the first: ``[n]`` and ``[n, 1]`` go together.
+
+    Raises:
+        ValueError: If a datum has other numbers of targets in some batches than in others.
+    """
+    parts = [own for own in parts if len(own)] or parts[:1]  # those of no data may have any shape
+    first = parts[0].shape[1:]
+    if any(own.shape[1:].numel() != first.numel() for own in parts):
+        raise ValueError(
+            "Expected as many targets for each datum in all batches, got shapes "
+            f"{list(dict.fromkeys(tuple(own.shape) for own in parts))}. Look at how the loader makes its last batch."
+        )
+    return torch.cat([own.reshape(len(own), *first) for own in parts])
+
+
+def head(batches: Iterable[Any], n: int, targets_key: str = "labels") -> Iterator[tuple[Inputs, Tensor]]:
+    """The first n data of a loader, in its batches; no batch after them is asked for."""
+    for inputs, targets, size in labelled(batches, targets_key):
+        yield take(inputs, slice(0, n)), targets[:n]
+        n -= size
+        if n <= 0:
+            return
+
+
+def length(iterable: Any) -> int | None:
+    """What a loader or a data set says of its length; None if it has none, or fails where it is asked."""
+    try:
+        return len(iterable)
+    except Exception:  # chained streams, samplers and classes of the user's own raise anything
+        return None
+
+
+def dataset_length(loader: Any) -> int | None:
+    """Likewise what the data set behind a loader says, which need not be what the loader yields."""
+    try:
+        return length(loader.dataset)
+    except Exception:  # no such attribute, or one that fails
+        return None
