@@ -141,6 +141,31 @@ class Progress:
             self._write()
         return result
 
+    @property
+    def has_file(self) -> bool:
+        """Whether anything is kept."""
+        return self._path is not None
+
+    @property
+    def is_due(self) -> bool:
+        """Whether so much time has passed since the last write that there should be another."""
+        return time.monotonic() - self._written >= self._interval
+
+    def keep(self, name: str, value: Any) -> None:
+        """Keep what the piece at work is in the middle of, in the place of what was kept under the name.
+
+        It is dropped when that piece is complete.
+        """
+        if self._path is None:
+            return
+        _store.to_plain(value, name)
+        self._results[self._inside + name] = value
+        self._write()
+
+    def kept(self, name: str) -> Any:
+        """What an interrupted run kept of the piece at work; None if it kept nothing."""
+        return self._results.get(self._inside + name)
+
     def accumulate(self, name: str, steps: Sequence[X], step: Callable[[X], T]) -> T:
         """The sum ``step(steps[0]) + step(steps[1]) + ...`` from left to right, kept as it grows.
 
@@ -168,7 +193,7 @@ class Progress:
                     continue
                 _store.to_plain(total, name)  # fails at the first step, and before it could spoil what is written
                 self._sums[name], self._pending = current, True
-                if index + 1 == len(steps) or time.monotonic() - self._written >= self._interval:
+                if index + 1 == len(steps) or self.is_due:
                     self._write()
         except BaseException:
             self._used.clear()

@@ -22,10 +22,11 @@ from debiased_laplace.likelihoods import Likelihood
 from debiased_laplace.measurement import Measurement
 from debiased_laplace.posterior import Posterior
 from debiased_laplace.probe import Probe
+from debiased_laplace.reading import Reading
 from debiased_laplace.sampling import PrioritySampler, Sample, Sampler, UniformSampler
 from debiased_laplace.snapshot import Snapshot
 from debiased_laplace.splits import CrossFit, Single, Split
-from debiased_laplace.stream import Observed, Stream, UniformDraw, mean_loss
+from debiased_laplace.stream import Observed, Stream, mean_loss
 from debiased_laplace.structures import Kronecker, Structure
 
 logger = logging.getLogger(__name__)
@@ -157,6 +158,7 @@ def fit(
     progress_bar: bool = False,
     previous: Fit | None = None,
     checkpoint: str | Path | None = None,
+    max_batches: int | None = None,
     **posterior: Any,
 ) -> Fit:
     """Fit a posterior around a trained model.
@@ -189,7 +191,11 @@ def fit(
         previous: An earlier fit of the same model to add these data to; everything is measured again on the data
             drawn in both.
         checkpoint: File that keeps the state of the fit while it runs. An interrupted fit goes on from there when
-            it is called again with the same arguments, with the same result; the data are then not read again.
+            it is called again with the same arguments and the same data, with the same result. What is complete is
+            taken from the file, after the data have been read again and compared, without the network; a pass that
+            was interrupted goes on after the batches that it had seen. The global generators that a loader may
+            shuffle by are seeded for that, and given back afterwards.
+        max_batches: End the pass over the data after so many, of a stream without an end.
         **posterior: Further fields of :class:`~debiased_laplace.posterior.Posterior`.
 
     Returns:
@@ -229,8 +235,6 @@ def fit(
             drawn_before = {"directions": previous.direction_indices, "curvatures": previous.curvature_indices}
             kept["previous"] = _store.fingerprint(drawn_before)
     progress = Progress(checkpoint, kept)
-    if progress.completed is not None:
-        return Fit.restore(model, progress.completed)
 
     def discover(inputs: _data.Inputs) -> Network:
         return Network.discover(
@@ -239,27 +243,48 @@ def fit(
         )  # fmt: skip
 
     with torch.inference_mode(False), global_random_state():
+        if not isinstance(batches, Iterable):
+            next(_data.labelled(batches))  # raises what is wrong
+        stream = Stream(discover, likelihood, structure, chunk_size)
+        # Not the numbers that the sampler draws, which leave the data of the fit and of another stream independent.
+        seed = (generator.initial_seed() + 0x5EED + (0 if previous is None else previous.n_seen)) % 2**63
+        reading = Reading(
+            batches, progress, generator, stream, budget=UNIFORM_BUDGET, seed=seed, targets_key=targets_key,
+            max_batches=max_batches,
+        )  # fmt: skip
+        if progress.completed is not None:
+            reading.check(progress.completed["seen"])
+            logger.warning("The fit is the complete one in %s, which was made from the same data.", checkpoint)
+            return Fit.restore(model, progress.completed["fit"])
 
         def draw() -> dict[str, Any]:
-            stream = Stream(discover, likelihood, structure, chunk_size)
-            watched = _watched(batches, generator, previous, targets_key)
-            drawn = sampler.draw(
-                watched, split.folds, generator, likelihood=likelihood, observe=stream, targets_key=targets_key,
-                progress_bar=progress_bar,
-            )  # fmt: skip
-            sample, observed = drawn, stream.observed
-            uniform = watched.sample if isinstance(watched, UniformDraw) else None
+            try:
+                drawn = sampler.draw(
+                    reading, split.folds, generator, likelihood=likelihood, observe=stream, targets_key=targets_key,
+                    progress_bar=progress_bar,
+                )  # fmt: skip
+            except BaseException:
+                reading.save()
+                raise
+            sample, observed, uniform = drawn, stream.observed, reading.sample
             if previous is not None:
                 now = discover(drawn.data.inputs)
                 same = previous.network.shapes == now.shapes and torch.equal(previous.posterior.mean, now.mean())
                 sample, observed = _added(previous, drawn, observed, same)
                 known = previous.uniform is not None and uniform is not None  # half of the data are not all of them
                 uniform = previous.uniform + uniform if known else None  # type: ignore[operator]
-            return {"sample": sample, "observed": observed, "uniform": uniform, "generator": generator.get_state()}
+            return {
+                "sample": sample, "observed": observed, "uniform": uniform, "generator": generator.get_state(),
+                "seen": reading.seen,
+            }  # fmt: skip
 
+        was_drawn = progress.kept("drawn") is not None
         kept_draw = progress.once("drawn", draw)
+        if was_drawn:
+            reading.check(kept_draw["seen"])
+            logger.warning("The fit goes on with the data that were drawn earlier, from the same, in %s.", checkpoint)
         sample, observed = kept_draw["sample"], kept_draw["observed"]
-        uniform = kept_draw.get("uniform")  # earlier files have none
+        uniform = kept_draw["uniform"]
         generator.set_state(kept_draw["generator"])
         network = discover(sample.data.inputs)
         if parameters == "last_layer":
@@ -286,7 +311,7 @@ def fit(
         settings, sample, observed, uniform, Probe.of(network, sample.data.inputs),
     )  # fmt: skip
     if checkpoint is not None:
-        progress.complete(fitted.state())
+        progress.complete({"fit": fitted.state(), "seen": kept_draw["seen"]})
     return fitted
 
 
@@ -325,16 +350,6 @@ def _check_previous(previous: Fit, n_folds: int) -> None:
         raise ValueError(
             f"Expected the split of the earlier fit, with {previous.sample.n_folds} folds, got one with {n_folds}."
         )
-
-
-def _watched(batches: Any, generator: torch.Generator, previous: Fit | None, targets_key: str) -> Any:
-    """The stream with a uniform draw on the way; what is no stream as it is, for the error that tells."""
-    if not isinstance(batches, Iterable):
-        return batches
-    n_before = 0 if previous is None else previous.n_seen
-    # Not the numbers that the sampler draws, which leave the data of the fit and of another stream independent of it.
-    seed = (generator.initial_seed() + 0x5EED + n_before) % 2**63
-    return UniformDraw(batches, UNIFORM_BUDGET, seed, targets_key)
 
 
 def _added(previous: Fit, drawn: Sample, observed: Observed | None, same_model: bool) -> tuple[Sample, Observed | None]:

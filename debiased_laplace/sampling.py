@@ -8,8 +8,9 @@ for the mean over the whole stream, :math:`E[\sum_n w_n g_n] = \frac1N \sum_n g_
 
 from __future__ import annotations
 
+import copy
 import logging
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -212,6 +213,27 @@ class Reservoir:
         )
         return taken
 
+    def copy(self) -> Reservoir:
+        """As it is now."""
+        taken = copy.copy(self)
+        taken._inputs, taken._targets = list(self._inputs), list(self._targets)
+        return taken
+
+    def state(self) -> dict[str, Any]:
+        """Everything, as plain containers; :meth:`of` is the inverse."""
+        named = {name: getattr(self, name) for name in ("capacity", "keys", "scores", "indices", "n_seen", "total")}
+        return named | {"content": self.content() if len(self.keys) else None}
+
+    @classmethod
+    def of(cls, state: Mapping[str, Any]) -> Reservoir:
+        """The reservoir of a :meth:`state`."""
+        made = cls(state["capacity"])
+        made.n_seen, made.total = state["n_seen"], state["total"]
+        if state["content"] is not None:
+            inputs, targets = state["content"]
+            made._keep(inputs, targets, state["keys"], state["scores"], state["indices"])
+        return made
+
     def content(self) -> tuple[_data.Inputs, Tensor]:
         """Inputs and targets of what is kept."""
         return _data.concatenate(self._inputs), _data.joined_targets(self._targets)
@@ -247,7 +269,7 @@ class UniformSampler:
     ) -> Sample:
         """Read the stream and deal the kept data to folds; see :meth:`Sampler.draw`."""
         _check_folds(self.budget, folds)
-        reservoir = Reservoir(self.budget)
+        reservoir = _begun(batches, Reservoir(self.budget))
         for inputs, targets, n in _stream(batches, targets_key, progress_bar):
             keys = torch.rand(n, generator=generator, dtype=torch.float64)
             reservoir.offer(inputs, targets, keys, torch.ones(n, dtype=torch.float64))
@@ -302,7 +324,7 @@ class PrioritySampler:
         if likelihood is None or observe is None:
             raise TypeError("Expected likelihood and observe, which tell what curvature a datum has, got None.")
         _check_folds(self.budget, folds)
-        reservoir = Reservoir(self.budget + 1)  # the next priority is the threshold
+        reservoir = _begun(batches, Reservoir(self.budget + 1))  # the next priority is the threshold
         for inputs, targets, n in _stream(batches, targets_key, progress_bar):
             uniforms = torch.rand(n, generator=generator, dtype=torch.float64).clamp_min_(1e-300)
             traces = likelihood.curvature(observe(inputs, targets)).double().cpu()
@@ -344,6 +366,12 @@ def calibrated_threshold(scores: Tensor, total: float) -> float:
     count = torch.arange(len(scores), 0, -1)
     thresholds = (total - larger) / count  # if this one and all smaller ones are below it
     return float(thresholds[(thresholds > ordered).nonzero()[0, 0]]) if bool((thresholds > ordered).any()) else 0.0
+
+
+def _begun(batches: Any, reservoir: Reservoir) -> Reservoir:
+    """The reservoir of a pass that was interrupted, if the batches know of one; or this, which they then know of."""
+    resume = getattr(batches, "resume", None)
+    return reservoir if resume is None else resume(reservoir)
 
 
 def _stream(batches: Iterable[Any], targets_key: str, progress_bar: bool) -> Iterable[tuple[_data.Inputs, Tensor, int]]:

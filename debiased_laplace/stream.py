@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from debiased_laplace import _data
 from debiased_laplace.gradients import Network
 from debiased_laplace.likelihoods import Likelihood
-from debiased_laplace.sampling import Reservoir, Sample, WeightedData
+from debiased_laplace.sampling import Sample
 from debiased_laplace.structures import Structure
 
 #: Data at the start of a stream that a structure observes at all positions of its layers. Then every WINDOW of data is
@@ -107,47 +107,6 @@ class Stream:
     def _observed(self, network: Network, outputs: Tensor, targets: Tensor) -> Observed:
         losses = self._likelihood.loss(outputs, targets.to(network.device))
         return Observed(len(losses), float(losses.double().sum()), None)
-
-
-class UniformDraw:
-    """A stream of batches as it is, of which a few data are kept on the way, each as likely as any other.
-
-    Data that were drawn by importance are no fair sample of how a network does on its training data: those it is sure
-    of, most of them, are hardly ever drawn. The draw is independent of the one that a fit is made with.
-
-    Args:
-        batches: The stream; read when this is.
-        budget: Data to keep.
-        seed: Of the draw.
-        targets_key: Where dictionary-like batches have their targets.
-    """
-
-    def __init__(self, batches: Iterable[Any], budget: int, seed: int, targets_key: str = "labels") -> None:
-        self._batches, self._budget, self._seed, self._targets_key = batches, budget, seed, targets_key
-        self._reservoir = Reservoir(budget)
-
-    def __len__(self) -> int:
-        return len(self._batches)  # type: ignore[arg-type]
-
-    def __iter__(self) -> Iterator[Any]:
-        self._reservoir = Reservoir(self._budget)
-        generator = torch.Generator().manual_seed(self._seed)
-        for batch in self._batches:
-            for inputs, targets, n in _data.labelled([batch], self._targets_key):
-                keys = torch.rand(n, generator=generator, dtype=torch.float64)
-                self._reservoir.offer(inputs, targets, keys, torch.ones(n, dtype=torch.float64))
-            yield batch
-
-    @property
-    def sample(self) -> Sample | None:
-        """What was kept, in one fold with equal weights; None if nothing was read."""
-        n = len(self._reservoir.keys)
-        if not n:
-            return None
-        inputs, targets = self._reservoir.content()
-        weights = torch.full((n,), 1 / n, dtype=torch.float64)
-        data = WeightedData(inputs, targets, weights, self._reservoir.indices)
-        return Sample(data, torch.zeros(n, dtype=torch.int64), 1, self._reservoir.n_seen)
 
 
 def mean_loss(network: Network, likelihood: Likelihood, sample: Sample) -> float:

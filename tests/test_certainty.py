@@ -16,9 +16,12 @@ from scipy.stats import binomtest
 from torch import Tensor, nn
 
 from debiased_laplace import Bernoulli, Categorical, DebiasedLaplace, Gaussian, PrioritySampler, UniformSampler
+from debiased_laplace.checkpoint import Progress
 from debiased_laplace.fit import UNIFORM_BUDGET, fit
 from debiased_laplace.laplace_torch.certainty import Certainty, certainty_on, wilson_lower
-from debiased_laplace.stream import UniformDraw
+from debiased_laplace.reading import Reading
+from debiased_laplace.stream import Stream
+from debiased_laplace.structures import Kronecker
 from debiased_laplace.testing import dense_jacobian
 from tests.tolerances import EXACT, assert_equal, assert_unbiased
 
@@ -115,18 +118,21 @@ def test_the_draw_depends_on_the_seed_and_the_positions_alone_and_is_not_the_fit
     assert not torch.equal(draws[7].sample.data.indices, draws[7].uniform.data.indices)
 
 
+def reading(batches):
+    stream = Stream(lambda inputs: None, Categorical(), Kronecker())
+    return Reading(batches, Progress(None, {}), torch.Generator(), stream, budget=4, seed=0)
+
+
 def test_batches_pass_as_they_are():
     batches = [(torch.zeros(3, 2), torch.zeros(3)), {"x": torch.ones(2, 2), "labels": torch.ones(2)}]
-    draw = UniformDraw(iter(batches), 4, 0)
+    draw = reading(iter(batches))
     assert draw.sample is None
     with pytest.raises(TypeError, match="has no len"):
         len(draw)  # as of any generator
-    draw = UniformDraw([batches[0], batches[0]], 4, 0)
+    draw = reading([batches[0], batches[0]])
     assert len(draw) == 2
     assert all(passed is batch for passed, batch in zip(draw, [batches[0]] * 2, strict=True))
     assert draw.sample.n_seen == 6
-    assert len(list(draw)) == 2
-    assert draw.sample.n_seen == 6  # read anew
 
 
 def test_an_online_fit_keeps_a_fair_draw_of_both_streams():

@@ -95,8 +95,9 @@ def test_the_sums_of_a_stream(size, monkeypatch):
 def test_the_chunk_size_is_the_users(structure):
     calls = []
     model = CASE.model()
-    network = Network.discover(model, CASE.inputs(3))
     model.register_forward_hook(lambda module, inputs, output: calls.append(len(output)))
+    network = Network.discover(model, CASE.inputs(3))
+    calls.clear()
     stream = Stream(lambda _: network, Categorical(), structure, chunk_size=4)
     stream(CASE.inputs(10), targets(Categorical(), 10, 2))
     assert calls == [4, 4, 2]

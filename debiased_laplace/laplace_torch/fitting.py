@@ -47,6 +47,7 @@ class FittingLayer(SettingsLayer):
         generator: torch.Generator | int | None = None,
         chunk_size: int | None = None,
         checkpoint: str | Path | None = None,
+        max_batches: int | None = None,
     ) -> None:
         """Fit the posterior at the model's parameters; the loader is read once.
 
@@ -72,7 +73,9 @@ class FittingLayer(SettingsLayer):
             curvature: ``"ggn"`` or ``"empirical_fisher"``; by default what the backend says, or else the former.
             generator: A CPU generator or a seed; ``seed`` by default.
             chunk_size: Data at a time; bounded by memory by default.
-            checkpoint: File that keeps the state of a long fit, to go on from there when it is called again.
+            checkpoint: File that keeps the state of a long fit, to go on from there when it is called again with the
+                same data.
+            max_batches: End the pass over the data after so many batches, of a stream without an end.
 
         Raises:
             ValueError: For an empty loader, targets that do not fit, or a prior precision of the wrong length.
@@ -100,6 +103,7 @@ class FittingLayer(SettingsLayer):
             curvature=curvature, separate_bias=self._separates_bias, feature_reduction=reduction,
             generator=self.seed if generator is None else generator, chunk_size=chunk_size,
             targets_key=self.dict_key_y, progress_bar=progress_bar, previous=previous, checkpoint=checkpoint,
+            max_batches=max_batches,
         )  # fmt: skip
         added = fitted.n_seen - (0 if previous is None else previous.n_seen)
         total = (added if n_data is None else n_data) + (0 if previous is None else previous.posterior.n_data)
