@@ -58,11 +58,13 @@ def _load() -> None:
 
 
 def jvp(
-    function: Callable[[dict[str, Tensor]], Tensor], at: dict[str, Tensor], along: dict[str, Tensor]
-) -> tuple[Tensor, Tensor]:
+    function: Callable[[dict[str, Tensor]], Tensor], at: dict[str, Tensor], along: dict[str, Tensor],
+    *, forward_only: bool = False,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Value of a function of named tensors, and its derivative along others; zero where it does not depend on them.
 
-    Where an operation has no forward mode (the kernel of weight normalisation), by two backward passes.
+    Where an operation has no forward mode (the kernel of weight normalisation), by two backward passes, or with
+    ``forward_only`` torch's ``NotImplementedError``.
     """
     along = {name: along[name].to(at[name]) for name in at}
     try:
@@ -72,6 +74,8 @@ def jvp(
             )
             return value, torch.zeros_like(value) if tangent is None else tangent
     except NotImplementedError:
+        if forward_only:
+            raise
         return _twice_back(function, at, along)
 
 

@@ -460,7 +460,8 @@ class Quadratic:
         """:math:`J u`, ``[N, C]``, for one vector."""
         at = {name: leaf.detach() for name, leaf in leaves.items()}
         with torch.no_grad():
-            return jvp(lambda own: self._call(own, inputs), at, self._network.from_vector(row))[1]
+            along = self._network.from_vector(row)
+            return jvp(lambda own: self._call(own, inputs), at, along, forward_only=True)[1]
 
     def _twice_back(self, parameters: list[Tensor], outputs: Tensor) -> Products:
         """:math:`J u` as the transpose of the pullback of w, which is linear in w."""

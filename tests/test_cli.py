@@ -243,7 +243,7 @@ def test_tasks() -> None:
         (["init-task", "file/task.py"], 2, "file"),
         (["init-task", "folder", "--force"], 2, "folder"),
         (["evaluate", "budget.py"], 1, "BUDGET"),
-        (["evaluate", "column.py"], 1, "targets of shape [N, 1]"),
+        (["evaluate", "column.py"], 1, "targets of shape [N, 1] or [N]"),
     ],
 )  # fmt: skip
 def test_errors_are_one_clear_message(
@@ -254,7 +254,7 @@ def test_errors_are_one_clear_message(
     (tmp_path / "file").write_text("mine")
     (tmp_path / "bad.py").write_text("1 / 0")
     (tmp_path / "budget.py").write_text(BLOBS.read_text().replace("BUDGET = 24", "BUDGET = 'many'"))
-    column = "    return [(inputs, targets[:, 0]) for inputs, targets in [data(100 + seed, 80)]]"
+    column = "    return [(inputs, targets.expand(-1, 2)) for inputs, targets in [data(100 + seed, 80)]]"
     (tmp_path / "column.py").write_text(WAVE.read_text().replace("    return [data(100 + seed, 80)]", column))
     result = invoke(*arguments)
     assert message in told(result)

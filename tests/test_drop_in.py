@@ -967,8 +967,11 @@ def test_targets_of_another_shape_are_refused(case):
     x, y = loader_of("regression").dataset.tensors
     la = CASES[case].own(model_of(outputs=1), "regression")
     la.fit([(x, y[:, :1])])
-    with pytest.raises(ValueError, match="unsqueeze"):
-        la.fit([(x, y[:, 0])])
+    precision = la.posterior.precisions
+    la.fit([(x, y[:, 0])])  # one number for each datum, with or without its dimension
+    assert_equal(la.posterior.precisions, precision, 1e-15)
+    with pytest.raises(ValueError, match=r"Expected targets of shape \[N, 1\] or \[N\]"):
+        la.fit([(x, y[:, :1].expand(-1, 2))])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])

@@ -22,11 +22,11 @@ def rows(outputs: Any, n: int, n_outputs: int | None = None) -> Tensor:
     Args:
         outputs: What it returned.
         n: N, the data that it was given.
-        n_outputs: C, if it is known.
+        n_outputs: C, if it is known; a matrix ``[N, C']`` says its own (a model of pairs that is given one of each).
 
     Raises:
         TypeError: If they are no tensor.
-        ValueError: If they have no row for each datum, or not C of each.
+        ValueError: If they have no row for each datum, or are one number for each where there were C.
     """
     if not isinstance(outputs, Tensor):
         raise TypeError(
@@ -43,7 +43,7 @@ def rows(outputs: Any, n: int, n_outputs: int | None = None) -> Tensor:
             f"Expected outputs of shape [{n}, C], one row for each datum, got {tuple(outputs.shape)}. "
             "Wrap the model in one that pools or flattens its outputs."
         )
-    if n_outputs is not None and n and found.shape[1] != n_outputs:
+    if n_outputs is not None and n and outputs.ndim != 2 and found.shape[1] != n_outputs:
         raise ValueError(
             f"Expected outputs of shape [{n}, {n_outputs}], since the model had {n_outputs} for each datum before, got "
             f"{tuple(outputs.shape)}. Let its outputs have the same shape for any number of data."

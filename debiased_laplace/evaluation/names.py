@@ -57,7 +57,8 @@ def markdown(text: str) -> str:
     line = re.sub(r"[`*~|]", r"\\\g<0>", line)
     line = re.sub(r"(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])", r"\\_", line)
     line = re.sub(r"\](?=[(\[:])", r"\\]", line)
-    return re.sub(r"^(\d*)(#|\+|-|=|[.)])", r"\1\\\2", line)
+    line = re.sub(r"^(\d+)([.)])(?=\s|$)", r"\1\\\2", line)
+    return re.sub(r"^(?=#|[-+=](\s|$)|--|==)", r"\\", line)
 
 
 class FolderInUseError(RuntimeError):

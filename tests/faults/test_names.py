@@ -95,7 +95,12 @@ def test_a_name_is_shown_as_it_is_everywhere(name: str, record: dict[str, Any], 
 @example(text="a](b) _c_ __d__ *e* `f` <g> & ~~h~~ | \\*")
 @example(text="# x")
 @example(text="1) x")
+@example(text="1.")
+@example(text="--- -")
+@example(text="- x")
+@example(text="==")
 def test_markdown_shows_a_text_as_it_is(text: str) -> None:
+    assert markdown("-0.25 ± 0.03 [0.1, 0.2]") == "-0.25 ± 0.03 [0.1, 0.2]"
     text = text.replace("\0", "").encode("utf-8", "ignore").decode()
     shown = MarkdownIt("js-default").render(markdown(text))
     plain = html.unescape(re.sub(r"</?p>", "", shown))
