@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from typing import Any
 
 import torch
@@ -50,10 +51,35 @@ def nonnegative(value: Any, name: str) -> float:
     return number
 
 
+def whole(value: Any, name: str, at_least: int = 1, *, otherwise: str = "", at_most: int = 2**63 - 1) -> None:
+    """Raise a ``ValueError`` for what is no whole number in a range.
+
+    Args:
+        value: Anything; ``None`` and strings are right where ``otherwise`` says what they mean.
+        name: Of the argument.
+        at_least: The smallest that is right.
+        otherwise: What else is right, in words, such as ``"None for all"``.
+        at_most: The largest.
+    """
+    if (value is None or isinstance(value, str)) and repr(value) in otherwise:
+        return
+    right = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+    if not right or not at_least <= int(value) <= at_most:
+        top = "" if at_most == 2**63 - 1 else f" and at most {at_most}"
+        raise ValueError(
+            f"Expected a whole number {name} of at least {at_least}{top}"
+            + (f", or {otherwise}" if otherwise else "") + f", got {value!r}."
+        )  # fmt: skip
+
+
+def seed(value: Any, name: str = "seed") -> None:
+    """Raise a ``ValueError`` for what torch's generators take for no seed."""
+    whole(value, name, -(2**63), at_most=2**64 - 1)
+
+
 def chunk_size(value: int | None) -> None:
     """Raise a ``ValueError`` for a number of data at a time below one."""
-    if value is not None and value < 1:
-        raise ValueError(f"Expected a chunk_size of at least one datum, or None to choose it, got {value}.")
+    whole(value, "chunk_size", otherwise="None to choose it")
 
 
 def prior_precisions(value: Any, n_parts: int | None = None, n_params: int | None = None) -> Tensor:

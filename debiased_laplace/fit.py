@@ -17,7 +17,7 @@ from tqdm import tqdm
 from debiased_laplace import _checks, _data, _store
 from debiased_laplace._guards import global_random_state
 from debiased_laplace.checkpoint import Progress
-from debiased_laplace.gradients import CURVATURES, CurvatureData, Network
+from debiased_laplace.gradients import CURVATURES, CurvatureData, Network, match_parameters
 from debiased_laplace.likelihoods import Likelihood
 from debiased_laplace.measurement import Measurement
 from debiased_laplace.posterior import Posterior
@@ -213,6 +213,16 @@ def fit(
     if curvature not in CURVATURES:
         raise ValueError(f"Expected a curvature out of {list(CURVATURES)}, got {curvature!r}.")
     _check_mc_samples(mc_samples)
+    _checks.whole(n_data, "n_data", otherwise="None for those that are seen")
+    n_data = None if n_data is None else int(n_data)
+    _checks.whole(max_batches, "max_batches", otherwise="None for all")
+    _checks.prior_precisions(prior_precision)
+    if parameters is not None and parameters != "last_layer":
+        match_parameters(model, parameters)
+    for name in ("temperature", "noise_variance"):
+        _checks.positive(posterior.get(name, 1.0), name.replace("_", " "))
+    if "prior_mean" in posterior:
+        _checks.finite(torch.as_tensor(posterior["prior_mean"]), "the prior mean", "Give other numbers.")
     if previous is not None:
         _check_previous(previous, split.folds)
     settings = {
@@ -375,7 +385,8 @@ def make_generator(generator: torch.Generator | int) -> torch.Generator:
                 f"Expected a generator on the CPU, got one on {generator.device}: draws are the same everywhere."
             )
         return generator
-    return torch.Generator().manual_seed(generator)
+    _checks.seed(generator, "generator")
+    return torch.Generator().manual_seed(int(generator))
 
 
 def _in_words(value: Any) -> str:
@@ -398,5 +409,6 @@ def _resolve_mc_samples(mc_samples: int | str | None, n_outputs: int) -> int | N
 
 
 def _check_mc_samples(mc_samples: Any) -> None:
-    if mc_samples not in (None, "auto") and (not isinstance(mc_samples, int) or mc_samples < 1):
-        raise ValueError(f"Expected mc_samples to be a positive number, None (exact) or 'auto', got {mc_samples!r}.")
+    if isinstance(mc_samples, str) and mc_samples != "auto":
+        raise ValueError(f"Expected mc_samples to be a whole number, None (exact) or 'auto', got {mc_samples!r}.")
+    _checks.whole(mc_samples, "mc_samples", otherwise="None (exact) or 'auto'")

@@ -678,7 +678,7 @@ class Network:
         expected = {
             name: torch.stack(g).to(self.dtype) for name, g in zip(names, zip(*by_datum, strict=True), strict=True)
         }
-        largest = max(float(g.abs().max()) for g in expected.values())
+        largest = max(float(g.abs().max()) for g in expected.values() if g.numel())
         wrong = self._misread(factors, inputs, vectors, expected, largest)
         if wrong is not None and self.lone_blocks:  # batched derivatives of some operations are wrong in torch
             self.one_by_one = True
@@ -700,7 +700,7 @@ class Network:
             g = torch.cat(parts, 2)
             own = g.diagonal(dim1=0, dim2=2)  # [G, O, S, N]: of the datum that the vector is for
             found = block.scatter(torch.einsum("gosn,ngis->ngoi", own, factors.inputs(block)))
-            for name in block.parameters:
+            for name in (name for name in block.parameters if expected[name].numel()):
                 difference = float((found[name] - expected[name]).abs().max())
                 if not difference <= 0.05 * float(expected[name].abs().max()) + 1e-4 * largest:
                     return name
@@ -733,6 +733,8 @@ def matching(names: Collection[str], patterns: str | Sequence[str], aliases: Map
         aliases: All names of all parameters, and the first one of each.
     """
     every = [(alias, name) for alias, name in aliases.items() if name in names]
+    if not isinstance(patterns, str) and not len(patterns):
+        raise ValueError(f"Expected patterns of trainable parameters, got none. There are {list(names)}.")
     matched: set[str] = set()
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
         own = {first for name, first in every if fnmatchcase(name, pattern) or fnmatchcase(name, f"{pattern}.*")}

@@ -45,7 +45,8 @@ class Layout:
         """``[leading..., trailing...] -> [N, S, trailing...]``."""
         trailing = tensor.shape[tensor.ndim - n_trailing :]
         if self.batch_dimension is None:
-            return tensor.reshape(n_data, -1, *trailing)
+            shared = math.prod(tensor.shape[: tensor.ndim - n_trailing]) // n_data
+            return tensor.reshape(n_data, shared, *trailing)
         after = math.prod(tensor.shape[self.batch_dimension + 1 : tensor.ndim - n_trailing])
         return tensor.reshape(-1, n_data, after, *trailing).transpose(0, 1).reshape(n_data, -1, *trailing)
 

@@ -264,8 +264,7 @@ class Posterior:
 
     def deviations(self, n_samples: int, generator: torch.Generator | None = None) -> Tensor:
         """Samples of the parameters minus the mean, ``[n_samples, D]``."""
-        if n_samples < 1:
-            raise ValueError(f"Expected at least one sample, got n_samples={n_samples}.")
+        _checks.whole(n_samples, "n_samples")
         return self.transform(standard_normals((n_samples, self.n_normals), self.mean, generator))
 
     def sample(self, n_samples: int, generator: torch.Generator | None = None) -> Tensor:

@@ -381,11 +381,7 @@ def _stream(batches: Iterable[Any], targets_key: str, progress_bar: bool) -> Ite
 
 
 def _check_budget(budget: Any, optional: bool = False) -> None:
-    if budget is None and optional:
-        return
-    if not isinstance(budget, int) or isinstance(budget, bool) or budget < 1:
-        or_none = ", or None for all data" if optional else ""
-        raise ValueError(f"Expected a budget of at least one datum{or_none}, got {budget!r}.")
+    _checks.whole(budget, "budget", otherwise="None for all data" if optional else "")
 
 
 def _check_counts(seen: int, budget: int | None, folds: int) -> None:

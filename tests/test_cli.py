@@ -243,7 +243,7 @@ def test_tasks() -> None:
         (["init-task", "file/task.py"], 2, "file"),
         (["init-task", "folder", "--force"], 2, "folder"),
         (["evaluate", "budget.py"], 1, "BUDGET"),
-        (["evaluate", "column.py"], 1, "targets of shape [N, 1] or [N]"),
+        (["evaluate", "column.py"], 1, "Expected targets with 1 number"),
     ],
 )  # fmt: skip
 def test_errors_are_one_clear_message(

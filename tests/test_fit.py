@@ -373,10 +373,10 @@ def test_a_batch_of_one_and_a_stream_of_one():
     [
         ({"loader": []}, ValueError, "empty loader"),
         ({"estimator": "kfac"}, ValueError, r"estimator out of \['projected', 'factored'\], got 'kfac'"),
-        ({"mc_samples": 0}, ValueError, "mc_samples to be a positive number, None .exact. or 'auto', got 0"),
+        ({"mc_samples": 0}, ValueError, "mc_samples of at least 1, or None .exact. or 'auto', got 0"),
         ({"mc_samples": "one"}, ValueError, "got 'one'"),
-        ({"n_data": -3}, ValueError, "positive number of training data n_data, got -3"),
-        ({"n_data": 0}, ValueError, "positive number of training data n_data, got 0"),
+        ({"n_data": -3}, ValueError, "n_data of at least 1, or None for those that are seen, got -3"),
+        ({"n_data": 0}, ValueError, "n_data of at least 1, or None for those that are seen, got 0"),
         ({"prior_precision": -1.0}, ValueError, "positive, finite prior precisions"),
         ({"prior_precision": [1.0, 2.0]}, ValueError, "one for each of the 3 parts"),
         ({"prior_precision": "strong"}, ValueError, "a number or a tensor, got 'strong'"),

@@ -659,8 +659,8 @@ def test_a_model_without_trainable_parameters():
         ({"pred_type": "gp"}, r"pred_type out of \['glm', 'nn', 'linearized'\], got 'gp'"),
         ({"link_approx": "sigmoid"}, "link_approx out of"),
         ({"pred_type": "nn", "link_approx": "probit"}, "Samples have no link approximation"),
-        ({"pred_type": "nn", "n_samples": 0}, "at least one sample"),
-        ({"link_approx": "mc", "n_samples": 0}, "at least one sample"),
+        ({"pred_type": "nn", "n_samples": 0}, "n_samples of at least 1"),
+        ({"link_approx": "mc", "n_samples": 0}, "n_samples of at least 1"),
     ],
 )
 def test_bad_predictions(keywords, match):

@@ -114,7 +114,7 @@ def test_part_variances_of_bad_priors():
     network, posterior = example("mlp")
     with pytest.raises(ValueError, match="positive, finite prior precisions"):
         part_variances(network, posterior, ZOO["mlp"].inputs(2), torch.tensor([1.0, 0.0]))
-    with pytest.raises(ValueError, match="chunk_size of at least one"):
+    with pytest.raises(ValueError, match="chunk_size of at least 1"):
         part_variances(network, posterior, ZOO["mlp"].inputs(2), torch.ones(1), chunk_size=0)
 
 

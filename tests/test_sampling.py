@@ -149,7 +149,7 @@ def test_dictionaries_keep_their_nesting():
 
 @pytest.mark.parametrize("budget", [0, -1, 2.5, "all"])
 def test_bad_budgets(budget):
-    with pytest.raises(ValueError, match="budget of at least one datum, or None"):
+    with pytest.raises(ValueError, match="budget of at least 1, or None"):
         UniformSampler(budget)
 
 
@@ -321,7 +321,7 @@ def test_reservoirs_of_two_parts_are_that_of_the_whole(capacity, cut):
 
 @pytest.mark.parametrize("budget", [0, -1, 2.5, None, True])
 def test_bad_priority_budgets(budget):
-    with pytest.raises(ValueError, match="a budget of at least one datum, got"):
+    with pytest.raises(ValueError, match="a whole number budget of at least 1, got"):
         PrioritySampler(budget)
 
 

@@ -84,6 +84,7 @@ class FittingLayer(SettingsLayer):
         """
         if sampler is not None and budget != 1024:
             raise ValueError("Expected either a budget or a sampler, got both. Give the budget to the sampler.")
+        _checks.whole(n_data, "n_data", otherwise="None for those that are seen")
         previous = None if override else self.fitted
         if previous is not None:
             noise.check_profile(self.sigma_noise, self._noise_profile, self.n_outputs)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from debiased_laplace import _data
+from debiased_laplace import _checks, _data
 from debiased_laplace.fit import Fit
 from debiased_laplace.forward_mode import PlainAttention, jvp
 from debiased_laplace.gradients import Network
@@ -63,6 +63,7 @@ class PredictiveLayer(GaussianLayer):
             (co)variance, without observation noise. A model with outputs ``[N]`` has C = 1. No inputs, ``x[:0]``, have
             predictions of no rows.
         """
+        _checks.whole(n_samples, "n_samples")
         if self._is_prior:
             warnings.warn(
                 "There was no fit: this is the prediction of the prior. Call fit(train_loader) for the posterior's.",
@@ -241,8 +242,7 @@ class PredictiveLayer(GaussianLayer):
         pred_type = self._check_pred_type(pred_type)
         generator = generator or self._generator
         self._require_fit()
-        if n_samples < 1:
-            raise ValueError(f"Expected at least one sample, got n_samples={n_samples}.")
+        _checks.whole(n_samples, "n_samples")
         with self._gradient_mode():
             if pred_type != "glm":
                 return self._output_samples(x, pred_type, n_samples, generator)

@@ -63,6 +63,7 @@ class SettingsLayer(ParametricLaplace):
         seed: int,
         feature_reduction: str | None,
     ) -> None:
+        _checks.seed(seed)
         self.subset_of_weights = _choice(subset_of_weights, subset.SUBSETS, "subset_of_weights")
         self.hessian_structure = _choice(hessian_structure, list(STRUCTURES), "hessian_structure")
         self.feature_reduction = subset.feature_reduction(self.subset_of_weights, plain(feature_reduction))

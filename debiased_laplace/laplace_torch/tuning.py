@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
@@ -154,9 +155,12 @@ class TuningLayer(PredictiveLayer):
                 raise ValueError("Expected a val_loader with validation batches for method='gridsearch', got None.")
             if loss is not None and not callable(loss):
                 raise ValueError(f"Expected loss to be a torchmetrics.Metric, a function or None, got {loss!r}.")
-            if not grid_size >= 1 or not log_prior_prec_min <= log_prior_prec_max:
+            _checks.whole(grid_size, "grid_size")
+            _checks.whole(n_samples, "n_samples")
+            _checks.positive(log_prior_prec_base, "log_prior_prec_base")
+            if not -math.inf < log_prior_prec_min <= log_prior_prec_max < math.inf:
                 raise ValueError(
-                    f"Expected grid_size of at least 1 and log_prior_prec_min <= log_prior_prec_max, got {grid_size}, "
+                    "Expected finite log_prior_prec_min <= log_prior_prec_max, got "
                     f"{log_prior_prec_min} and {log_prior_prec_max}."
                 )
             if pred_type != "glm" and link not in (None, "mc"):
