@@ -165,7 +165,9 @@ def fit(
         mc_samples: Random vectors for each datum; ``None`` for the exact loss Hessian; ``"auto"`` is exact
             up to 32 outputs and one vector above.
         curvature: ``"ggn"``, or ``"empirical_fisher"``.
-        n_data: Size of the training set, if the stream is not it; the number of data seen by default.
+        n_data: Size of the training set, if the stream is not it; the number of data seen by default. Of a larger one
+            the stream is taken for a random part, all of whose data stand for others too. With ``previous``, of the
+            training set that is added.
         prior_precision: One number, one for each part of the basis, or one for each parameter.
         separate_bias: Give biases blocks of their own.
         feature_reduction: Of a last layer, :meth:`~debiased_laplace.gradients.Network.reduced`.
@@ -234,6 +236,7 @@ def fit(
                 watched, split.folds, generator, likelihood=likelihood, observe=stream, targets_key=targets_key,
                 progress_bar=progress_bar,
             )  # fmt: skip
+            drawn = drawn.part_of(n_data, generator)
             sample, observed = drawn, stream.observed
             uniform = watched.sample if isinstance(watched, UniformDraw) else None
             if previous is not None:
@@ -262,7 +265,7 @@ def fit(
     measured = sorted({fold for own in split.rounds for fold in own.curvatures})
     precision = _checks.prior_precisions(prior_precision, len(basis.parts), basis.n_params).to(network.device)
     fitted = Fit(
-        Posterior(network.mean(), basis, curvatures, sample.n_seen if n_data is None else n_data, precision,
+        Posterior(network.mean(), basis, curvatures, sample.size, precision,
                   fixed=None if network.free is None else ~network.free, **posterior),
         network, loss, sample.n_seen, sample.fold(split.final).indices, sample.fold(measured).indices, mc_samples,
         settings, sample, observed, uniform,

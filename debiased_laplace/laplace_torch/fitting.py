@@ -98,10 +98,9 @@ class FittingLayer(SettingsLayer):
             curvature=curvature, separate_bias=self._separates_bias, feature_reduction=reduction,
             generator=self.seed if generator is None else generator, chunk_size=chunk_size,
             targets_key=self.dict_key_y, progress_bar=progress_bar, previous=previous, checkpoint=checkpoint,
+            n_data=n_data,
         )  # fmt: skip
         added = fitted.n_seen - (0 if previous is None else previous.n_seen)
-        total = (added if n_data is None else n_data) + (0 if previous is None else previous.posterior.n_data)
-        fitted = replace(fitted, posterior=replace(fitted.posterior, n_data=total))
         if self.feature_reduction is not None and reduction is None:
             few = None if fitted.sample is None else fitted.sample.data.inputs
             fitted = replace(fitted, network=fitted.network.reduced(self.feature_reduction, few))
