@@ -125,7 +125,9 @@ class Measurement:
         selves = _sum(self._of(fold, "selves") for fold in self._parts)
         both = _sum([selves, *(self._of(fold, "others") * share for fold, share in shares.items())])
         found = self._completed(both).curvatures(basis)
-        return found if number is None else found - self._completed(selves).curvatures(basis)
+        if number is None:
+            return found
+        return (found - self._completed(selves).curvatures(basis)).clamp_min(0)  # below zero only by rounding
 
     def _basis(self, folds: Sequence[int], like: Basis | None = None) -> Basis:
         return self._structure.eigenbasis(self._network, self._estimate(folds), like)
