@@ -63,6 +63,8 @@ class Measurement:
             if bool((weights - self._selves[fold] > ROUNDING * weights).any()):
                 self._others[fold] = weights - self._selves[fold]
         self._statistics: dict[tuple[int, str], Any] = {}
+        #: Standard errors of the curvatures that :meth:`cross` gave, ``[rank]``, if several rounds tell them.
+        self.errors: Tensor | None = None
 
     def cross(self, split: Split, *, factored: bool) -> tuple[Basis, Tensor]:
         """The final directions, and curvatures along them, as the split says."""
@@ -76,10 +78,17 @@ class Measurement:
             for fold, share in self._shares(one).items() if one not in crossed else ():
                 shares[fold] = shares.get(fold, 0.0) + share / len(rounds)
         total = measure(final, shares)
+        mean, squares = torch.zeros_like(total), torch.zeros_like(total)
         for number, one in enumerate(crossed):
             along = self._basis(one.directions, like=final)
-            values = measure(along, self._shares(one), number) / len(rounds)
-            total = total + (final.by_rank if split.average == "rank" else final.diagonal_of)(along, values)
+            values = measure(along, self._shares(one), number)
+            values = (final.by_rank if split.average == "rank" else final.diagonal_of)(along, values)
+            total = total + values / len(rounds)
+            off = values - mean  # Welford's algorithm
+            mean = mean + off / (number + 1)
+            squares = squares + off * (values - mean)
+        if len(crossed) > 1:
+            self.errors = (squares / (len(crossed) - 1) * len(crossed)).sqrt() / len(rounds)
         return final, total
 
     def _rounds(self, split: Split) -> list[Round]:

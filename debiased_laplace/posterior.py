@@ -193,6 +193,8 @@ class Posterior:
 
         .. math:: \log p(\mathcal D \mid \theta^*)
             - \tfrac12 \big(\log\det P - \log\det P_0 + \|\theta^* - \mu_0\|^2_{P_0}\big)
+
+        For temperature one alone: the likelihood to another power is no density of the data.
         """
         return log_likelihood - 0.5 * (self.log_det_ratio + self.scatter())
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -91,6 +92,39 @@ def test_a_pool_drawn_as_a_whole_has_its_own_curvatures(options, split, sampler)
     if not isinstance(split, TwoBatch) and not isinstance(options["structure"], Diagonal):
         whole = fitted(0, sampler=UniformSampler(None), split=Single(), **options)
         assert_equal(curvatures, whole.posterior.curvatures)
+
+
+def test_what_convexity_does_to_variances_and_the_determinant():
+    """The spread of the rounds tells the size: against those of the pool's curvatures along the same directions."""
+    options: dict[str, Any] = {"structure": Full(), "sampler": UniformSampler(24), "split": CrossFit(8)}
+    results = [fitted(seed, **options) for seed in range(100)]
+    told = torch.tensor([result.convexity() for result in results], dtype=torch.float64).mean(0)
+    found = torch.stack([result.posterior.precisions for result in results])
+    true = torch.stack([1 + N * along(pool()[2].mean(0), dense_basis(r.posterior.basis)) for r in results])
+    variances = float((1 / found).sum() / (1 / true).sum() - 1)
+    log_det = float((found.log() - true.log()).sum(1).mean())
+    print(told, variances, log_det)
+    assert variances > 0.02
+    assert log_det < -0.1
+    assert 0.5 < float(told[0]) / variances < 2
+    assert 0.5 < float(told[1]) / log_det < 2
+    results = results[:1]
+    assert fitted(0, **options | {"split": TwoBatch()}).convexity() is None
+    tuned = replace(results[0].posterior, prior_precision=torch.tensor([1e9], dtype=torch.float64))
+    assert results[0].convexity(tuned) == pytest.approx((0, 0), abs=1e-6)
+
+
+def test_errors_are_those_of_the_mean_over_rounds():
+    """Of directions that do not depend on data, by hand."""
+    result = fitted(0, structure=LowRank(2), sampler=UniformSampler(20), split=CrossFit(4))
+    model, inputs, matrices = pool()
+    sample, rounds = result.sample, []
+    assert sample is not None and result.curvature_errors is not None
+    for fold in range(4):
+        others, own = (sample.data.indices[chosen] for chosen in (sample.folds != fold, sample.folds == fold))
+        directions = torch.linalg.eigh(matrices[others].mean(0)).eigenvectors.flip(1)[:, :2]
+        rounds.append(along(matrices[own].mean(0), directions) * (1 - 20 / N))
+    assert_equal(result.curvature_errors, torch.stack(rounds).std(0) / 2)
 
 
 # -- what a datum stands for -----------------------------------------------------------------------

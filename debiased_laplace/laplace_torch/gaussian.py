@@ -14,6 +14,7 @@ from debiased_laplace.laplace_torch.fitting import FittingLayer
 from debiased_laplace.laplace_torch.precision import KroneckerPrecision
 from debiased_laplace.laplace_torch.settings import embed, restrict
 from debiased_laplace.posterior import Posterior
+from debiased_laplace.temperature import warn_of_no_evidence
 
 
 class GaussianLayer(FittingLayer):
@@ -198,7 +199,8 @@ class GaussianLayer(FittingLayer):
     ) -> Tensor:
         """Laplace approximation of the log marginal likelihood, in nats.
 
-        Differentiable in both arguments; given ones are kept, as in laplace-torch.
+        Differentiable in both arguments; given ones are kept, as in laplace-torch. At another :attr:`temperature` than
+        one it is none, and a warning says so.
 
         Args:
             prior_precision: A new prior precision.
@@ -213,6 +215,7 @@ class GaussianLayer(FittingLayer):
                     f"sigma_noise is only available for regression, got {sigma_noise!r} for {self.likelihood}."
                 )
             self.sigma_noise = sigma_noise
+        warn_of_no_evidence(self.temperature)
         return self.posterior.log_marginal_likelihood(self._log_likelihood()).to(self._float_dtype)
 
     def sample(self, n_samples: int = 100, generator: torch.Generator | None = None) -> Tensor:

@@ -22,7 +22,7 @@ from debiased_laplace.laplace_torch.settings import plain
 from debiased_laplace.likelihoods import Likelihood
 from debiased_laplace.posterior import Posterior, standard_normals
 from debiased_laplace.predictive import functional_moments, linearized_samples, weight_samples
-from debiased_laplace.temperature import AS_GOOD
+from debiased_laplace.temperature import AS_GOOD, warn_of_no_evidence
 from debiased_laplace.tuning import (
     PriorCurve,
     check_losses,
@@ -113,7 +113,8 @@ class TuningLayer(PredictiveLayer):
                 the validation data do not determine it: then the temperature is the one nearest to 1, and a prior
                 precision the smallest, of those that are equally good (within 1e-6 nats); if predictions with the
                 maximum of the marginal likelihood are far less certain on training data than the network is right
-                about them (not after :meth:`load`, which brings no data).
+                about them (not after :meth:`load`, which brings no data); if the :attr:`temperature` is not one, at
+                which there is no marginal likelihood.
         """
         self._require_fit()
         pred_type, method, link = self._check_pred_type(pred_type), plain(method), plain(link_approx)
@@ -132,6 +133,7 @@ class TuningLayer(PredictiveLayer):
                 warnings.warn(
                     "val_loader has no effect with method='marglik'. Did you mean 'gridsearch'?", stacklevel=2
                 )
+            warn_of_no_evidence(self.temperature)
             if tune_sigma_noise:
                 self.prior_precision, self.sigma_noise = self._maximise_with_noise(init_prior_prec)
             else:
