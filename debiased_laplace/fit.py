@@ -75,7 +75,8 @@ class Fit:
 
         With :math:`r_i = \beta s_i / (\beta \lambda_i + \delta)`, where :math:`s_i` is the standard error of the
         curvature i, the expected variance along i is :math:`1 + r_i^2` times that of the expected curvature, and the
-        expected :math:`\log\det P` lower by :math:`\frac12 \sum_i r_i^2`: unbiased curvatures give neither.
+        expected :math:`\log\det P` lower by :math:`\frac12 \sum_i r_i^2`: unbiased curvatures give neither. It tells
+        the order of magnitude, rather too small: rounds do not show what directions that the data hardly determine add.
 
         Args:
             posterior: The fit's posterior with other settings, such as a tuned prior precision.

@@ -296,12 +296,12 @@ class PrioritySampler:
     With a uniform :math:`u_n`, the ``budget`` data of highest priority :math:`\omega_n / u_n` are kept, with weights
     :math:`\max(\omega_n, t) / (\omega_n N)` (Duffield, Lund, Thorup: Priority sampling for estimation of arbitrary
     subset sums, JACM 2007). With the next priority as threshold t they are exactly unbiased. ``calibrated``, the
-    threshold is that for which the weighted sum of the kept :math:`\omega_n` is the sum over the stream, which is known:
-    a ratio estimator, less noisy, with a bias that vanishes with the budget. For equal :math:`\omega_n` (a regression)
-    the calibrated draw is the uniform one.
+    threshold is that for which the weighted sum of the kept :math:`\omega_n` is the sum over the stream, which is
+    known: a ratio estimator, less noisy, with a bias that vanishes with the budget. For equal :math:`\omega_n` (a
+    regression) the calibrated draw is the uniform one.
 
-    Data whose :math:`\omega_n` is at least t and the next priority are kept for certain: they stand for themselves alone,
-    and belong to all folds. If fewer others are left than there are folds, the first folds have none.
+    Data whose :math:`\omega_n` is at least t and the next priority are kept for certain: they stand for themselves
+    alone, and belong to all folds. If fewer others are left than there are folds, the first folds have none.
 
     Attributes:
         budget: Number of data to keep in all folds together.

@@ -57,10 +57,11 @@ class FittingLayer(SettingsLayer):
             progress_bar: Show tqdm bars.
             budget: Data to draw from the loader for curvature, directions and measurement together; ``None`` for all,
                 the full-data fit.
-            n_data: Size of the training set that the loader stands for, if its data are not it.
-            split: ``CrossFit()`` by default, every datum in both roles but never at once (``Single()`` for ``"diag"``
-                and with all data, where there is no bias); ``TwoBatch()`` is the source paper's, ``Single()`` the
-                usual, biased practice.
+            n_data: Size of the training set that the loader stands for, if its data are not it. Of a larger one they
+                are taken for a random part, and none of them is kept for certain.
+            split: ``CrossFit()`` by default, for others no datum along directions that it chose (``Single()`` for
+                ``"diag"`` and with all data and no ``n_data``, where there is no bias); ``TwoBatch()`` is the source
+                paper's, ``Single()`` the usual, biased practice.
             sampler: Instead of a draw of ``budget`` data by importance, ``PrioritySampler(budget)``, with one forward
                 pass over the whole loader; ``UniformSampler(budget)`` is the usual one, needs no forward pass, and is
                 the default for the empirical Fisher and for HesScale.
