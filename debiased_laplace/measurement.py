@@ -2,22 +2,21 @@ r"""Directions from some folds, curvatures along them from others, for the train
 
 Of its weight :math:`w_n`, a datum stands for itself with :math:`1/N`, and for data that were not drawn with the rest.
 About itself it is right along any direction, also one that it chose; about the others only along directions that it had
-no part in choosing. With U the final directions and :math:`U_r` those of a round r, which folds :math:`F_r` measure,
+no part in choosing. With U the final directions and :math:`U_{-j}` those of round j, equation (6),
 
 .. math::
-    \lambda_i = \sum_n \frac1N \lambda_n(u_i) + \frac1R \sum_r \phi_r \sum_{n \in F_r} \Big(w_n - \frac1N\Big)
-    \lambda_n(u_{r,i}), \qquad \lambda_n(u) = \sum_v (u^\top J_n^\top s_{nv})^2,
+    \lambda_i = \sum_n \frac1N \lambda_n(u_i) + \frac1K \sum_j \varphi_j \sum_{n \in j} \Big(w_n - \frac1N\Big)
+    \lambda_n(u_{-j,i}), \qquad \lambda_n(u) = \sum_v (u^\top J_n^\top s_{nv})^2,
 
-where :math:`\phi_r` lets the data of the round stand for all that do not belong to all folds. For a uniform draw in two
-batches this is :math:`\frac{n_A}{N} \lambda_A + (1 - \frac{n_A}{N}) \lambda_B`; the second batch alone stands for the
-data that are not in the first, and not for all of them. Data kept for certain have nothing but themselves to stand for,
-and once all data are drawn none has: the curvatures are then those of a fit on all data.
+where :math:`\varphi_j` lets the data of the round stand for all that do not belong to all folds. For a uniform draw in
+two batches this is :math:`\frac{n_A}{N} \lambda_A + (1 - \frac{n_A}{N}) \lambda_B`; the second batch alone stands for
+the data that are not in the first, and not for all of them. Data kept for certain have nothing but themselves to stand
+for, and once all data are drawn none has: the curvatures are then those of a fit on all data.
 """
 
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -33,6 +32,7 @@ from debiased_laplace.sampling import SHARED, Sample
 from debiased_laplace.splits import Round, Split
 from debiased_laplace.stream import Observed
 from debiased_laplace.structures import Structure
+from debiased_laplace.temperature import warn_the_caller
 
 #: Chunks of data that are measured in one step; a fit can be interrupted between two steps.
 STEP_CHUNKS = 16
@@ -101,10 +101,9 @@ class Measurement:
         ]  # fmt: skip
         if rounds:
             return rounds
-        warnings.warn(
+        warn_the_caller(
             "Expected data to choose directions and others to measure the curvature along them, got "
-            f"{len(self._sample.folds)} in all: they have both roles, and the curvature is overstated. Give more data.",
-            stacklevel=2,
+            f"{len(self._sample.folds)} in all: they have both roles, and the curvature is overstated. Give more data."
         )
         return [Round(split.final, tuple(self._others))]
 

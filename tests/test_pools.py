@@ -112,7 +112,7 @@ def test_what_convexity_does_to_variances_and_the_determinant():
 def test_errors_are_those_of_the_mean_over_rounds():
     """Of directions that do not depend on data, by hand."""
     result = fitted(0, structure=LowRank(2), sampler=UniformSampler(20), split=CrossFit(4))
-    model, inputs, matrices = pool()
+    matrices = pool()[2]
     sample, rounds = result.sample, []
     assert sample is not None and result.curvature_errors is not None
     for fold in range(4):
@@ -238,8 +238,10 @@ def test_the_fit_of_few_uncertain_data_is_unbiased():
 
 
 def test_one_datum_for_both_roles_is_said():
-    with pytest.warns(UserWarning, match="others to measure the curvature along them, got 1 in all.*overstated"):
+    match = "others to measure the curvature along them, got 1 in all.*overstated"
+    with pytest.warns(UserWarning, match=match) as caught:
         fitted(0, n=1, n_data=50, structure=Full(), sampler=PrioritySampler(4))
+    assert caught[0].filename == __file__
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         fitted(0, n=2, n_data=50, structure=Full(), sampler=PrioritySampler(4))

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from scipy.optimize import minimize_scalar
+from torch import nn
 
 from debiased_laplace import DebiasedLaplace, Single, UniformSampler
 from debiased_laplace._checks import NonFiniteError
@@ -731,6 +732,22 @@ def test_the_one_standard_error_rule_against_loops(link: str, temperature: bool)
     assert float(tuned.prior_precisions) == pytest.approx(float(grid[chosen]), rel=EXACT)
     assert tuned.temperature == pytest.approx(taus[chosen], rel=1e-4)
     assert tuned.loss == pytest.approx(float(table[chosen].mean()), rel=1e-6)
+
+
+def test_there_is_no_evidence_at_another_temperature() -> None:
+    model = nn.Linear(3, 2)
+    la = DebiasedLaplace(model, "classification", temperature=0.5)
+    la.fit([(torch.randn(8, 3, generator=torch.Generator().manual_seed(0)), torch.arange(8) % 2)])
+    match = "at temperature=0.5 is not the evidence.*Use temperature=1"
+    with pytest.warns(UserWarning, match=match) as caught:
+        la.log_marginal_likelihood()
+    assert caught[0].filename == __file__
+    with pytest.warns(UserWarning, match=match):
+        la.optimize_prior_precision(method="marglik")
+    la.temperature = 1.0
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        la.log_marginal_likelihood()
 
 
 def test_the_one_standard_error_rule_does_not_stop_at_a_value_that_fails() -> None:
