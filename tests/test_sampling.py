@@ -225,8 +225,8 @@ def test_priority_weights_are_unbiased(folds):
         assert filled == list(range(folds - len(filled), folds))  # if few are not certain, the first have none
         drawn = [sample.data, *(sample.fold([fold]) for fold in range(folds))]
         own_sums = torch.stack([own.weights @ values[own.indices] for own in drawn])
-        empty = [fold + 1 for fold in range(folds - len(filled))] if filled else []
-        own_sums[empty] = own_sums[-1]
+        if filled:
+            own_sums[1 : 1 + folds - len(filled)] = own_sums[-1].clone()
         found.append(own_sums)
     assert_unbiased(torch.stack(found), values.mean(0).expand(folds + 1, 3))
 
