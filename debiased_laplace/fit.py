@@ -216,7 +216,8 @@ def fit(
     if sampler is None:
         sampler = default_sampler(1024, structure, curvature)
     if split is None:  # with all data there is nothing to overstate, unless they are a part of the training set
-        part = sampler != UniformSampler(None) or n_data is not None
+        in_one = previous is not None and previous.sample is not None and previous.sample.n_folds == 1
+        part = sampler != UniformSampler(None) or (n_data is not None and not in_one)
         split = CrossFit() if structure.data_dependent and part else Single()
     generator = make_generator(generator)
     _checks.chunk_size(chunk_size)
