@@ -50,11 +50,13 @@ class Fit:
             at all of them.
         n_seen: Number of data in the stream.
         direction_indices: Positions in the stream of the data that chose the final directions.
-        curvature_indices: Of those that measured curvatures.
+        curvature_indices: Of those that measured curvatures for data that were not drawn.
         mc_samples: Random vectors for each datum, or None for the exact loss Hessian.
         settings: What the fit was called with, in words, and the seed.
         sample: The data drawn, to which a later fit can add; None for a fit that was loaded.
         observed: What the pass over the stream told, if the sampler made one; None for a fit that was loaded.
+        curvature_errors: Standard errors of the curvatures, ``[rank]``, as the rounds of the split differ; None for
+            fewer than two. They say how convexity biases what is no mean (:meth:`convexity`).
         uniform: A few data of the stream, drawn uniformly and apart from ``sample``, that stand for its ordinary data;
             None for a fit that was loaded.
         probe: What the network gives for a few made-up inputs, by which it is known again when a fit is loaded.
@@ -71,7 +73,30 @@ class Fit:
     sample: Sample | None = None
     observed: Observed | None = None
     uniform: Sample | None = None
+    curvature_errors: Tensor | None = None
     probe: Probe | None = None
+
+    def convexity(self, posterior: Posterior | None = None) -> tuple[float, float] | None:
+        r"""What errors of the curvatures add to variances and take from the log-determinant, to second order.
+
+        With :math:`r_i = \beta s_i / (\beta \lambda_i + \delta)`, where :math:`s_i` is the standard error of the
+        curvature i, the expected variance along i is :math:`1 + r_i^2` times that of the expected curvature, and the
+        expected :math:`\log\det P` lower by :math:`\frac12 \sum_i r_i^2`: unbiased curvatures give neither. It tells
+        the order of magnitude, rather too small: rounds do not show what directions that the data hardly determine add.
+
+        Args:
+            posterior: The fit's posterior with other settings, such as a tuned prior precision.
+
+        Returns:
+            The relative bias of the sum of the variances along the directions, and the bias of the log-determinant in
+            nats; None without errors.
+        """
+        if self.curvature_errors is None:
+            return None
+        posterior = self.posterior if posterior is None else posterior
+        precisions = posterior.precisions
+        squares = (posterior.scale * self.curvature_errors.double() / precisions).square()
+        return float((squares / precisions).sum() / (1 / precisions).sum()), -0.5 * float(squares.sum())
 
     def state(self) -> dict[str, Any]:
         """Everything but the model and the data, as tensors and plain Python objects."""
@@ -88,8 +113,8 @@ class Fit:
         """
         own = _store.from_plain(state)
         network = Network.restore(model, own.pop("network"))
-        for name, value in _store.tensors_of(own["posterior"]).items():
-            _checks.finite(value, f"the {name} of the stored posterior", "The file was changed: make it again.")
+        for name, value in _store.tensors_of({key: own.get(key) for key in ("posterior", "curvature_errors")}).items():
+            _checks.finite(value, f"the {name} of the stored fit", "The file was changed: make it again.")
         moved = _pytree.tree_map_only(Tensor, lambda t: t.to(network.device), _store.to_plain(own.pop("posterior")))
         posterior = _store.from_plain(moved)
         if not torch.equal(posterior.mean, network.mean()):
@@ -174,13 +199,16 @@ def fit(
         sampler: Which data to keep of the stream; 1,024 by default, by importance (for ``"ggn"``: what a datum adds to
             another curvature does not follow from the outputs alone, and the draw is uniform).
         split: Which of them choose directions and which measure curvatures; ``CrossFit()`` by default, ``Single()`` for
-            a structure whose directions do not depend on data, and with ``UniformSampler(None)``, all data.
+            a structure whose directions do not depend on data, and with ``UniformSampler(None)``, all data, unless
+            ``n_data`` says that they may be a part of the training set.
         estimator: ``"projected"``, equation (2), or ``"factored"``, from the structure's own statistics of the second
             data (classical K-FAC; the same thing for the other structures).
         mc_samples: Random vectors for each datum; ``None`` for the exact loss Hessian; ``"auto"`` is exact
             up to 32 outputs and one vector above.
         curvature: ``"ggn"``, or ``"empirical_fisher"``.
-        n_data: Size of the training set, if the stream is not it; the number of data seen by default.
+        n_data: Size of the training set, if the stream is not it; the number of data seen by default. Of a larger one
+            the stream is taken for a random part, all of whose data stand for others too. With ``previous``, of the
+            training set that is added.
         prior_precision: One number, one for each part of the basis, or one for each parameter.
         separate_bias: Give biases blocks of their own.
         feature_reduction: Of a last layer, :meth:`~debiased_laplace.gradients.Network.reduced`.
@@ -206,8 +234,10 @@ def fit(
     structure = structure if structure is not None else Kronecker()
     if sampler is None:
         sampler = default_sampler(1024, structure, curvature)
-    if split is None:  # with all data there is nothing to overstate
-        split = CrossFit() if structure.data_dependent and sampler != UniformSampler(None) else Single()
+    if split is None:  # with all data there is nothing to overstate, unless they are a part of the training set
+        in_one = previous is not None and previous.sample is not None and previous.sample.n_folds == 1
+        part = sampler != UniformSampler(None) or (n_data is not None and not in_one)
+        split = CrossFit() if structure.data_dependent and part else Single()
     generator, model = make_generator(generator), Snapshot.of(model)
     _checks.chunk_size(chunk_size)
     if curvature not in CURVATURES:
@@ -276,6 +306,7 @@ def fit(
             except BaseException:
                 reading.save()
                 raise
+            drawn = drawn.part_of(n_data, generator)
             sample, observed, uniform = drawn, stream.observed, reading.sample
             if previous is not None:
                 now = discover(drawn.data.inputs)
@@ -315,10 +346,10 @@ def fit(
     measured = sorted({fold for own in split.rounds for fold in own.curvatures})
     precision = _checks.prior_precisions(prior_precision, len(basis.parts), basis.n_params).to(network.device)
     fitted = Fit(
-        Posterior(network.mean(), basis, curvatures, sample.n_seen if n_data is None else n_data, precision,
+        Posterior(network.mean(), basis, curvatures, sample.size, precision,
                   fixed=None if network.free is None else ~network.free, left_out=left_out, **posterior),
         network, loss, sample.n_seen, sample.fold(split.final).indices, sample.fold(measured).indices, mc_samples,
-        settings, sample, observed, uniform, Probe.of(network, sample.data.inputs),
+        settings, sample, observed, uniform, measurement.errors, Probe.of(network, sample.data.inputs),
     )  # fmt: skip
     if checkpoint is not None:
         progress.complete({"fit": fitted.state(), "seen": kept_draw["seen"]})
@@ -371,7 +402,7 @@ def _added(previous: Fit, drawn: Sample, observed: Observed | None, same_model: 
 
 
 def default_sampler(budget: int | None, structure: Structure, curvature: str) -> Sampler:
-    """By importance where the outputs tell it: what a datum adds to the GGN is bounded by its loss Hessian's trace."""
+    """By importance where the outputs tell it: what a datum adds to the GGN is small if its loss Hessian is."""
     if budget is None or curvature != "ggn" or not structure.projects:
         return UniformSampler(budget)
     return PrioritySampler(budget)

@@ -167,7 +167,8 @@ def joint_search(
     profile = [(search.profile(index)[1], index, search.profile(index)[0]) for index in sorted(ends)]
     least, index, tau = min([(float(losses[best]), best, start), *profile])  # of the grid: without interpolation
     if selection == "one_standard_error":
-        least, index, tau = search.most_uncertain(index, tau)
+        start = min(range(len(precisions)), key=lambda position: search.profile(position)[1])
+        least, index, tau = search.most_uncertain(start, search.profile(start)[0])
     elif covariance:
         least, index, tau = search.as_good_below(least, index, tau)
     found, flat = precisions[index].repeat(table.shape[1]), [False] * table.shape[1]
@@ -356,17 +357,19 @@ class _Search:
         return torch.where(changed, found.exp(), priors), flat
 
     def most_uncertain(self, best: int, temperature: float) -> tuple[float, int, float]:
-        """The one-standard-error rule from a position downwards: loss, position, and temperature."""
+        """The one-standard-error rule: loss, position, and temperature of the smallest that is not told from the best.
+
+        All smaller ones are looked at, not only those next to the best: losses need not be unimodal along the grid, nor
+        are their differences as certain everywhere.
+        """
         losses = self.loss.of_data(self.table[best].double().sum(0), temperature)
-        found = float(losses.mean()), best, temperature
-        for index in range(best - 1, -1, -1):
+        for index in range(best if len(losses) > 1 else 0):
             own = self.profile(index)[0]
             here = self.loss.of_data(self.table[index].double().sum(0), own)
             difference = here - losses
-            if len(losses) < 2 or float(difference.mean()) > float(difference.std()) / math.sqrt(len(losses)):
-                break
-            found = float(here.mean()), index, own
-        return found
+            if float(difference.mean()) <= float(difference.std()) / math.sqrt(len(losses)):
+                return float(here.mean()), index, own
+        return float(losses.mean()), best, temperature
 
     def descend(self, starts: Sequence[tuple[int, float]]) -> tuple[Tensor, float, float]:
         """The best local minimum of the interpolated loss: prior precisions, temperature, and the interpolated loss.

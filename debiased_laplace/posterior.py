@@ -183,7 +183,7 @@ class Posterior:
             raise ValueError("Expected the trace of the curvature that is left out, got None. Fit again.")
         priors = basis.matrices(basis.per_parameter(self._prior.detach()))
         least = most = 0.0
-        scale, traces = float(self.scale), self.left_out.tolist()
+        scale, traces = float(torch.as_tensor(self.scale).detach()), self.left_out.tolist()
         for trace, members, own in zip(traces, basis.members, basis.split(self.curvatures.detach()), strict=True):
             prior = torch.cat([priors[i].flatten() for i in members])
             prior = prior[prior.isfinite()]
@@ -233,6 +233,8 @@ class Posterior:
 
         Directions that an incomplete basis leaves out have no curvature here, so that it is larger than that of all
         directions by half of :attr:`left_out_log_det`: compare it with others of the same structure and rank only.
+
+        For temperature one alone: the likelihood to another power is no density of the data.
         """
         return log_likelihood - 0.5 * (self.log_det_ratio + self.scatter())
 

@@ -215,8 +215,8 @@ class Reading:
                 "from.", type(error).__name__, error,
             )  # fmt: skip
             return
-        if not seen.n and isinstance(self._batches, Iterator):
-            logger.warning("The iterator gives no data, which so are not compared with those of the checkpoint.")
+        if not seen.n:  # an iterator that was read, or nothing on purpose
+            logger.warning("There are no data to compare with those of the checkpoint, which is used as it is.")
             return
         if (seen.n, seen.total) != (expected.n, expected.total):
             raise ValueError(

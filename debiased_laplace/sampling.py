@@ -2,8 +2,9 @@ r"""A stream of batches becomes a weighted sample of it, dealt to folds.
 
 Data are seen once: the loader may be a generator, may augment at random, may have no length. What
 the fit needs again is kept, up to the budget. Weights make weighted sums of the sample, and of every fold, unbiased
-for the mean over the whole stream, :math:`E[\sum_n w_n g_n] = \frac1N \sum_n g_n`; those of a calibrated
-:class:`PrioritySampler` almost, for less noise.
+for the mean over the whole stream, :math:`E[\sum_n w_n g_n] = \frac1N \sum_n g_n`, for g that do not depend on the
+draw; those of a calibrated :class:`PrioritySampler` almost, for less noise. For g that some of the data have chosen
+(directions) there are :attr:`Sample.self_weights`.
 """
 
 from __future__ import annotations
@@ -37,7 +38,8 @@ class WeightedData:
     Attributes:
         inputs: As the model takes them, ``n`` data.
         targets: ``[n, ...]``.
-        weights: ``[n]``, float64; ``sum_n w_n g_n`` is unbiased for the mean of ``g`` over the stream.
+        weights: ``[n]``, float64; ``sum_n w_n g_n`` estimates the mean of ``g`` over the stream, without bias or, for
+            calibrated weights, with one that vanishes with their number.
         indices: ``[n]``, positions in the stream.
     """
 
@@ -58,22 +60,49 @@ class WeightedData:
 
 @dataclass(frozen=True)
 class Sample:
-    """What a sampler keeps of a stream.
+    r"""What a sampler keeps of a stream, without replacement.
 
-    Data that were kept for certain stand for themselves alone (their weight is 1/N). They carry no sampling error, so
-    that nothing can be overstated on them, and they belong to all folds. The others are dealt to the folds at random.
+    Every datum stands for itself with 1/N of its weight, and with the rest for data that were not drawn. Those that
+    were kept for certain stand for themselves alone: they carry no sampling error, so that nothing can be overstated on
+    them, and they belong to all folds. The others are dealt to the folds at random.
 
     Attributes:
         data: With the weights of the whole sample.
         folds: ``[n]``, the fold of every datum, or :data:`SHARED`.
         n_folds: Number of folds.
         n_seen: Number of data in the stream.
+        n_data: Size of the training set that the stream is a part of (:meth:`part_of`); None if it is all of it.
     """
 
     data: WeightedData
     folds: Tensor
     n_folds: int
     n_seen: int
+    n_data: int | None = None
+
+    @property
+    def size(self) -> int:
+        """Number of training data that the sample stands for."""
+        return self.n_seen if self.n_data is None else self.n_data
+
+    @property
+    def self_weights(self) -> Tensor:
+        """``[n]``, the part of every weight with which a datum stands for itself; the rest is for others."""
+        weights = self.data.weights
+        return torch.where(self.folds == SHARED, weights, weights.clamp_max(1 / max(self.n_seen, self.size)))
+
+    def part_of(self, n_data: int | None, generator: torch.Generator) -> Sample:
+        """The same sample of a training set of another size, of which the stream is a random part.
+
+        Of a larger one, every datum of the stream stands for others too: none is kept for certain, and all are dealt
+        to folds.
+        """
+        if n_data is None or n_data <= self.n_seen:
+            return replace(self, n_data=n_data)
+        folds = self.folds
+        if bool((folds == SHARED).any()):
+            folds = _dealt(torch.rand(len(folds), generator=generator, dtype=torch.float64), self.n_folds)
+        return replace(self, folds=folds, n_data=n_data)
 
     def part(self, fold: int) -> WeightedData:
         """The data of one fold, or the shared ones (:data:`SHARED`), with the weights of the whole sample."""
@@ -92,18 +121,19 @@ class Sample:
         return replace(own, weights=weights)
 
     def __add__(self, other: Sample) -> Sample:
-        """The sample of both streams, one after the other, fold by fold."""
+        """The sample of both streams, one after the other, fold by fold, for both training sets."""
         if self.n_folds != other.n_folds:
             raise ValueError(f"Expected a sample with {self.n_folds} folds, got one with {other.n_folds}.")
-        n_seen = self.n_seen + other.n_seen
+        n_seen, size = self.n_seen + other.n_seen, self.size + other.size
         one, two = self.data, other.data
         data = WeightedData(
             _data.concatenate([one.inputs, two.inputs]),
             _data.joined_targets([one.targets, two.targets]),
-            torch.cat([one.weights * (self.n_seen / n_seen), two.weights * (other.n_seen / n_seen)]),
+            torch.cat([one.weights * (self.size / size), two.weights * (other.size / size)]),
             torch.cat([one.indices, two.indices + self.n_seen]),
         )
-        return Sample(data, torch.cat([self.folds, other.folds]), self.n_folds, n_seen)
+        n_data = None if self.n_data is other.n_data is None else size
+        return Sample(data, torch.cat([self.folds, other.folds]), self.n_folds, n_seen, n_data)
 
 
 class Sampler(Protocol):
@@ -286,14 +316,14 @@ class PrioritySampler:
     On a trained network few data have any curvature left. The trace of the loss Hessian at the outputs,
     :math:`\omega_n = \mathrm{tr}\,\nabla^2_f \ell_n` and a small floor, tells which, and needs a forward pass only.
     With a uniform :math:`u_n`, the ``budget`` data of highest priority :math:`\omega_n / u_n` are kept, with weights
-    :math:`\max(\omega_n, \tau) / (\omega_n N)` (Duffield, Lund, Thorup: Priority sampling for estimation of arbitrary
-    subset sums, JACM 2007). With the next priority as threshold :math:`\tau` they are exactly unbiased. ``calibrated``,
-    the threshold is that for which the weighted sum of the kept :math:`\omega_n` is the sum over the stream, which is
+    :math:`\max(\omega_n, t) / (\omega_n N)` (Duffield, Lund, Thorup: Priority sampling for estimation of arbitrary
+    subset sums, JACM 2007). With the next priority as threshold t they are exactly unbiased. ``calibrated``, the
+    threshold is that for which the weighted sum of the kept :math:`\omega_n` is the sum over the stream, which is
     known: a ratio estimator, less noisy, with a bias that vanishes with the budget. For equal :math:`\omega_n` (a
     regression) the calibrated draw is the uniform one.
 
-    Data with :math:`\omega_n \geq \tau` are kept for certain: they stand for themselves alone, and belong to all folds.
-    So do the others if there is not one of them for each fold.
+    Data whose :math:`\omega_n` is at least t and the next priority are kept for certain: they stand for themselves
+    alone, and belong to all folds. If fewer others are left than there are folds, the first folds have none.
 
     Attributes:
         budget: Number of data to keep in all folds together.
@@ -338,24 +368,22 @@ class PrioritySampler:
     def _weighted(self, reservoir: Reservoir, folds: int, generator: torch.Generator) -> Sample:
         kept, scores = len(reservoir.keys), reservoir.scores
         if kept <= self.budget:  # the whole stream
-            certain, threshold = torch.ones(kept, dtype=torch.bool), 0.0
+            next_priority = threshold = 0.0
         else:
             smallest = reservoir.keys.argsort(stable=True)[: self.budget].sort().values
             next_priority = 1 / float(reservoir.keys.max())
             reservoir, scores = reservoir.take(smallest), scores[smallest]
             threshold = calibrated_threshold(scores, reservoir.total) if self.calibrated else next_priority
-            certain = scores >= threshold
         weights = scores.clamp_min(threshold) / (scores * reservoir.n_seen)
+        certain = scores >= max(threshold, next_priority)  # below the next priority a datum was kept by chance
         assigned = torch.full((len(scores),), SHARED)
-        if int((~certain).sum()) < folds:  # not one for each
-            return _sample(reservoir, weights, assigned, folds)
         # Keys are uniform only for equal scores: which fold a datum falls into is a draw of its own.
         assigned[~certain] = _dealt(torch.rand(int((~certain).sum()), generator=generator, dtype=torch.float64), folds)
         return _sample(reservoir, weights, assigned, folds)
 
 
 def calibrated_threshold(scores: Tensor, total: float) -> float:
-    r"""The :math:`\tau` for which :math:`\sum_n \max(\omega_n, \tau)` over the kept data is a total.
+    r"""The t for which :math:`\sum_n \max(\omega_n, t)` over the kept data is a total.
 
     Args:
         scores: :math:`\omega_n` of the kept data, ``[n]``.
@@ -403,9 +431,9 @@ def _check_folds(budget: int | None, folds: int) -> None:
 
 
 def _dealt(keys: Tensor, folds: int) -> Tensor:
-    """Folds of equal size in a random order, that of the keys."""
+    """Folds of equal size in a random order, that of the keys; of fewer data than folds the last, which measure."""
     assigned = torch.empty(len(keys), dtype=torch.int64)
-    assigned[keys.argsort(stable=True)] = torch.arange(len(keys)) % folds
+    assigned[keys.argsort(stable=True)] = torch.arange(len(keys)) % folds + max(0, folds - len(keys))
     return assigned
 
 

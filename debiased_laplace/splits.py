@@ -19,8 +19,8 @@ class Round(NamedTuple):
 class Split(Protocol):
     """Assigns the two roles to folds.
 
-    Data that belong to all folds (:class:`~debiased_laplace.sampling.Sample`) carry no sampling error, and always have
-    both roles.
+    What a datum says of itself, and all that data kept for certain say, carries no sampling error and is measured along
+    the final directions; the roles are about data that were not drawn (:mod:`debiased_laplace.measurement`).
     """
 
     @property
@@ -75,7 +75,9 @@ class Single:
 class TwoBatch:
     """Directions from one half of the data, curvatures along them from the other half.
 
-    Given the directions, the curvatures are unbiased (Tatzel et al., arXiv 2410.14325, section 4).
+    Given the directions, the curvatures are unbiased for independent batches (Tatzel et al., arXiv 2410.14325, section
+    4), and for a finite training set, where the second batch is drawn from what the first has left, with the first's
+    own curvature put back in its share (:mod:`debiased_laplace.measurement`).
 
     Attributes:
         folds: Number of folds.
@@ -109,16 +111,19 @@ class TwoBatch:
 
 @dataclass(frozen=True)
 class CrossFit:
-    """Every fold in both roles, and never in both at once.
+    """Every fold in both roles.
 
-    For each fold the others choose directions, and the fold measures the curvature along them; curvatures are averaged
-    over the folds, and the directions of the posterior come from all of them.
+    For each fold the others choose directions, and the fold measures along them what the data that were not drawn have;
+    this is averaged over the folds. The directions of the posterior come from all of them, and what the data drawn say
+    of themselves is measured along these.
 
     Attributes:
         folds: Number of folds, K. Directions come from (K - 1) / K of the data; the cost is K + 1 eigendecompositions,
-            and as many passes over every fold as over a single batch.
+            and one pass over the data more than for a single batch.
         average: ``"rank"``, the k-th largest of every round together (Bartz, arXiv 1611.00798); or ``"rotated"``, the
-            diagonal, along the final directions, of the average of the rounds' matrices (NERCOME: Lam 2016).
+            diagonal, along the final directions, of the average of the rounds' matrices (NERCOME: Lam 2016). The latter
+            is closer with a few dozen data, overstates on known pools, and loses what lies outside of the directions of
+            a low-rank structure (docs/theory.md, "Folds").
     """
 
     folds: int = 4

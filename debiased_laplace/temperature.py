@@ -147,6 +147,16 @@ def warn_the_caller(text: str) -> None:
     warnings.warn(text, stacklevel=level)
 
 
+def warn_of_no_evidence(temperature: float) -> None:
+    """Say that a marginal likelihood at another temperature of the posterior than one is none."""
+    if temperature != 1:
+        warn_the_caller(
+            f"The marginal likelihood at temperature={temperature:g} is not the evidence: the likelihood to the power "
+            f"{1 / temperature:g} is no density of the data, so that values at different temperatures, or those of "
+            "other models, are not to be compared. Use temperature=1, or choose on validation data."
+        )
+
+
 def undetermined_in(texts: Sequence[str]) -> list[str]:
     """The quantities that warnings say are not determined, each once."""
     found = [text.removeprefix(_START).partition(":")[0] for text in texts if text.startswith(_START)]

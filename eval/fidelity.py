@@ -195,7 +195,8 @@ class Independent:
             torch.cat([d.weights / folds for d in data]), torch.cat([d.indices for d in data]),
         )  # fmt: skip
         labels = torch.cat([torch.full((len(d),), fold) for fold, d in enumerate(data)])
-        return Sample(joined, labels, folds, drawn[0].n_seen)
+        # Drawn with replacement, a datum does not stand for itself: as if of an endless training set.
+        return Sample(joined, labels, folds, drawn[0].n_seen, n_data=10**15)
 
 
 @dataclass(frozen=True)

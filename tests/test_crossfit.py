@@ -1,7 +1,8 @@
-"""Every fold in both roles and never in both at once; importance and folds together."""
+"""Every fold in both roles; importance and folds together."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -51,10 +52,6 @@ def dense(result: Fit) -> Tensor:
     return (columns * result.posterior.curvatures) @ columns.mT
 
 
-def scaled(data: WeightedData, factor: float) -> WeightedData:
-    return WeightedData(data.inputs, data.targets, factor * data.weights, data.indices)
-
-
 def by_hand(result: Fit, structure: Any, split: Any, inputs_of_all: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Final directions ``[D, rank]`` and curvatures, from the folds of a fit, by the dense matrix where it can be."""
     network, sample = result.network, result.sample
@@ -76,18 +73,17 @@ def by_hand(result: Fit, structure: Any, split: Any, inputs_of_all: Tensor | Non
         return torch.einsum("dr,de,er->r", columns, ggn, columns)
 
     final = basis_of(split.final)
-    total = torch.zeros(final.rank, dtype=torch.float64)
+    selves = sample.data.weights.clamp_max(1 / sample.n_seen)
+    total = quadratic(dense_basis(final), replace(sample.data, weights=selves))
     for own in split.rounds:
         along = basis_of(own.directions, final)
-        light = [sample.part(fold) for fold in own.curvatures]
-        factor = n_light / sum(len(part) for part in light)
-        values = sum(quadratic(dense_basis(along), scaled(part, factor)) for part in light)
+        index = torch.isin(sample.folds, torch.tensor(own.curvatures)).nonzero()[:, 0]
+        weights = (sample.data.weights - selves)[index] * n_light / len(index)
+        values = quadratic(dense_basis(along), replace(sample.data.take(index), weights=weights))
         if split.average == "rotated":
             overlaps = dense_basis(final).mT @ dense_basis(along)
             values = overlaps.square() @ values
         total += values / len(split.rounds)
-    if bool((sample.folds == SHARED).any()):
-        total += quadratic(dense_basis(final), sample.part(SHARED))
     return dense_basis(final), total
 
 
@@ -114,14 +110,14 @@ def test_dense_directions_are_cross_fitted_too(average):
     inputs = torch.randn(60, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * SPECTRUM[:4].sqrt()
     split = CrossFit(3, average)
     result = fit(model, [(inputs, torch.zeros(60, 1).double())], Gaussian(), structure=Full(), split=split,
-                 sampler=UniformSampler(None))  # fmt: skip
-    total = torch.zeros(4, dtype=torch.float64)
+                 sampler=UniformSampler(None), n_data=240)  # fmt: skip
     final = torch.linalg.eigh(inputs.mT @ inputs).eigenvectors.flip(1)
+    total = (inputs @ final).square().mean(0) / 4
     for fold in range(3):
         own, others = (inputs[result.sample.folds == fold], inputs[result.sample.folds != fold])
         vectors = torch.linalg.eigh(others.mT @ others).eigenvectors.flip(1)
         values = (own @ vectors).square().mean(0)
-        total += (values if average == "rank" else (final.mT @ vectors).square() @ values) / 3
+        total += (values if average == "rank" else (final.mT @ vectors).square() @ values) * 3 / 4 / 3
     assert_equal(result.posterior.curvatures, total)
 
 

@@ -79,6 +79,7 @@ def test_not_a_number_in_the_measuring_data_names_the_block():
 # -- the bias, on a population that is known -------------------------------------------------------
 
 SEEDS = 240
+POPULATION = 10**12  # so that the data stand for nearly nothing but others
 SPECTRUM = torch.tensor([4.0, 2.0, 1.0, 0.5, 0.25, 0.125], dtype=torch.float64)
 
 
@@ -91,7 +92,9 @@ def population(seed: int, n: int) -> torch.Tensor:
 def fitted(inputs: torch.Tensor, split, estimator: str = "projected"):
     model = nn.Linear(inputs.shape[1], 1, bias=False).double()
     batches = [(inputs, torch.zeros(len(inputs), 1, dtype=torch.float64))]
-    return fit(model, batches, Gaussian(), sampler=UniformSampler(None), split=split, estimator=estimator).posterior
+    return fit(
+        model, batches, Gaussian(), sampler=UniformSampler(None), split=split, estimator=estimator, n_data=POPULATION
+    ).posterior  # fmt: skip
 
 
 def measured_and_true(split, estimator: str, n: int = 16) -> tuple[torch.Tensor, torch.Tensor]:

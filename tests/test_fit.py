@@ -72,9 +72,12 @@ def assert_identical(one: Fit, other: Fit) -> None:
 def test_curvatures_are_those_of_the_measuring_data(split, budget, device):
     model = CASE.model().to(device)
     result = fitted(model=model, budget=budget, split=split)
-    inputs, targets = (tensor[result.curvature_indices].to(device) for tensor in data())
-    weights = torch.full((len(inputs),), 1 / len(inputs), dtype=torch.float64, device=device)
-    ggn = dense_ggn(model, inputs, weights, Categorical(), targets)
+    drawn, measured = result.sample.data.indices, result.curvature_indices
+    weights = torch.zeros(N, dtype=torch.float64)
+    weights[drawn] = 1 / N  # for themselves; those that measure stand for all others
+    weights[measured] += (1 - len(drawn) / N) / len(measured)
+    inputs, targets = (tensor.to(device) for tensor in data())
+    ggn = dense_ggn(model, inputs, weights.to(device), Categorical(), targets)
     columns = dense_basis(result.posterior.basis)
     assert_equal(result.posterior.curvatures, torch.einsum("dr,de,er->r", columns, ggn, columns))
     overlap = set(result.direction_indices.tolist()) & set(result.curvature_indices.tolist())
@@ -205,7 +208,9 @@ def test_a_deep_copy_of_the_model_gives_the_same():
 
 def test_the_size_of_the_training_set_can_be_said():
     assert fitted(n_data=1000).posterior.n_data == 1000
-    assert torch.equal(fitted(n_data=1000).posterior.curvatures, fitted().posterior.curvatures)
+    assert torch.equal(
+        fitted(n_data=1000, split=Single()).posterior.curvatures, fitted(split=Single()).posterior.curvatures
+    )
 
 
 def test_posterior_fields_are_passed_on():

@@ -153,7 +153,7 @@ def test_negative_and_undefined_curvatures():
 
 
 def test_no_samples():
-    with pytest.raises(ValueError, match="at least one sample, got n_samples=0"):
+    with pytest.raises(ValueError, match="n_samples of at least 1, got 0"):
         example("mlp").sample(0)
 
 

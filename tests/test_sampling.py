@@ -221,9 +221,28 @@ def test_priority_weights_are_unbiased(folds):
     found = []
     for seed in range(3000):
         sample = priority_draw(SCORES, 12, folds, seed=seed, calibrated=False)
+        filled = [fold for fold in range(folds) if bool((sample.folds == fold).any())]
+        assert filled == list(range(folds - len(filled), folds))  # if few are not certain, the first have none
         drawn = [sample.data, *(sample.fold([fold]) for fold in range(folds))]
-        found.append(torch.stack([own.weights @ values[own.indices] for own in drawn]))
+        own_sums = torch.stack([own.weights @ values[own.indices] for own in drawn])
+        if filled:
+            own_sums[1 : 1 + folds - len(filled)] = own_sums[-1].clone()
+        found.append(own_sums)
     assert_unbiased(torch.stack(found), values.mean(0).expand(folds + 1, 3))
+
+
+def test_data_that_were_kept_by_chance_are_not_certain():
+    """Each of those that belong to all folds is kept whatever its random number: at least the next priority."""
+    chance = 0
+    for seed in range(200):
+        sample, generator = priority_draw(SCORES, 12, 2, seed=seed), torch.Generator().manual_seed(seed)
+        uniforms = torch.rand(40, generator=generator, dtype=torch.float64)
+        next_priority = (SCORES / uniforms).sort(descending=True).values[12]
+        certain = sample.data.indices[sample.folds == SHARED]
+        assert bool((SCORES[certain] >= next_priority).all())
+        threshold = calibrated_threshold(SCORES[sample.data.indices], float(SCORES.sum()))
+        chance += int(((SCORES >= threshold) & (SCORES < next_priority))[sample.data.indices].sum())
+    assert chance > 10  # which the calibrated threshold alone would have called certain
 
 
 def test_calibrated_weights_know_the_total_of_the_scores():

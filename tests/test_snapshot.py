@@ -214,12 +214,13 @@ def test_predictions_are_those_of_the_model_itself(name: str) -> None:
     jacobians = _jacobian(own, X[:4])
     assert_equal(variance, jacobians @ torch.linalg.inv(la.posterior_precision) @ jacobians.mT)
     with torch.no_grad():
-        assert_equal(la.network.outputs(X[:4]), own(X[:4]))
+        assert_equal(la.network.outputs(X[:4]), own(X[:4].to(la.network.device)))
 
 
 def _jacobian(model: nn.Module, x: Tensor) -> Tensor:
     """Row by row, without any function of this package or of torch.func."""
-    parameters, outputs = list(model.parameters()), model(x)
+    parameters = list(model.parameters())
+    outputs = model(x.to(parameters[0].device))
     rows = [
         torch.cat([g.flatten() for g in torch.autograd.grad(outputs[n, c], parameters, retain_graph=True)])
         for n in range(len(x)) for c in range(outputs.shape[1])

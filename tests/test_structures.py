@@ -285,6 +285,7 @@ def test_fits_measure_the_second_data(structure, likelihood):
         structure=structure,
         sampler=UniformSampler(None),
         split=TwoBatch(),
+        n_data=10**12,  # so that the data stand for nearly nothing but others
     )
     own = result.curvature_indices
     data = replace(result.sample.part(1), weights=torch.full((7,), 1 / 7, dtype=torch.float64))

@@ -771,16 +771,51 @@ def test_the_one_standard_error_rule_against_loops(link: str, temperature: bool)
     taus = [best_tau(prior) for prior in grid.tolist()]
     table = torch.stack([losses(prior, tau) for prior, tau in zip(grid.tolist(), taus, strict=True)])
     best = int(table.mean(1).argmin())
-    chosen = best
-    while chosen > 0:
-        difference = table[chosen - 1] - table[best]
-        if difference.mean() > difference.std() / math.sqrt(len(difference)):
-            break
-        chosen -= 1
+    difference = table - table[best]
+    close = difference.mean(1) <= difference.std(1) / math.sqrt(difference.shape[1])
+    chosen = min(int(close.nonzero()[0, 0]), best)
     assert chosen < best  # the rule does something here
     assert float(tuned.prior_precisions) == pytest.approx(float(grid[chosen]), rel=EXACT)
     assert tuned.temperature == pytest.approx(taus[chosen], rel=1e-4)
     assert tuned.loss == pytest.approx(float(table[chosen].mean()), rel=1e-6)
+
+
+def test_there_is_no_evidence_at_another_temperature() -> None:
+    model = nn.Linear(3, 2)
+    la = DebiasedLaplace(model, "classification", temperature=0.5)
+    la.fit([(torch.randn(8, 3, generator=torch.Generator().manual_seed(0)), torch.arange(8) % 2)])
+    match = "at temperature=0.5 is not the evidence.*Use temperature=1"
+    with pytest.warns(UserWarning, match=match) as caught:
+        la.log_marginal_likelihood()
+    assert caught[0].filename == __file__
+    with pytest.warns(UserWarning, match=match):
+        la.optimize_prior_precision(method="marglik")
+    la.temperature = 1.0
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        la.log_marginal_likelihood()
+
+
+def test_the_one_standard_error_rule_does_not_stop_at_a_value_that_fails() -> None:
+    """Losses of 100 data at five prior precisions: the smallest within one standard error, beyond two that are not.
+
+    The best is the last: a search that climbs from the second (which no neighbour betters) would not see it.
+    """
+    noise = torch.linspace(-1, 1, 100, dtype=torch.float64)
+    rows = torch.stack([1.04 + noise, 1.02 + 0 * noise, 1.2 + 0 * noise, 1.1 + 0 * noise, 1.0 + 0 * noise])
+
+    class Loss:
+        def of_data(self, spread: torch.Tensor, temperature: float) -> torch.Tensor:
+            return spread
+
+        def __call__(self, spread: torch.Tensor, temperature: float) -> torch.Tensor:
+            return spread.mean()
+
+    for keep, expected in ((rows, 0), (rows[1:], 3)):  # one standard error of the first difference is 0.058
+        search = _Search(Loss(), keep[:, None], torch.arange(1.0, 1 + len(keep)), 1.0)  # type: ignore[arg-type]
+        loss, index, temperature = search.most_uncertain(len(keep) - 1, 1.0)
+        assert (index, temperature) == (expected, 1.0)
+        assert loss == pytest.approx(float(keep[expected].mean()), rel=1e-12)
 
 
 def test_the_rule_in_the_drop_in() -> None:

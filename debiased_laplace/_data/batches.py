@@ -269,7 +269,7 @@ def to_device(inputs: Inputs, device: torch.device) -> Inputs:
     """Move a batch; tensors created in inference mode are copied, since autograd cannot use them."""
 
     def move(leaf: Tensor) -> Tensor:
-        leaf = leaf.to(device, non_blocking=True)
+        leaf = leaf.to(device, non_blocking=device.type != "cpu")  # the CPU would read before it is there
         return leaf.clone() if leaf.is_inference() else leaf
 
     with torch.inference_mode(False):  # a copy made in inference mode would be no better

@@ -136,8 +136,8 @@ def standard_methods(
         ),
         Method(
             "debiased K-FAC", fit={"budget": budget}, tune=tuned, role="candidate",
-            description=f"{budget} training data chosen by importance, each for directions and for curvatures along "
-            "those of others.",
+            description=f"{budget} training data chosen by importance; for the data not drawn they measure curvature "
+            "only along directions that they had no part in.",
         ),
         Method(
             "full-data K-FAC", fit=full, tune=tuned, role="reference",

@@ -59,10 +59,11 @@ class FittingLayer(SettingsLayer):
             progress_bar: Show tqdm bars.
             budget: Data to draw from the loader for curvature, directions and measurement together; ``None`` for all,
                 the full-data fit.
-            n_data: Size of the training set that the loader stands for, if its data are not it.
-            split: ``CrossFit()`` by default, every datum in both roles but never at once (``Single()`` for ``"diag"``
-                and with all data, where there is no bias); ``TwoBatch()`` is the source paper's, ``Single()`` the
-                usual, biased practice.
+            n_data: Size of the training set that the loader stands for, if its data are not it. Of a larger one they
+                are taken for a random part, and none of them is kept for certain.
+            split: ``CrossFit()`` by default, for others no datum along directions that it chose (``Single()`` for
+                ``"diag"`` and with all data and no ``n_data``, where there is no bias); ``TwoBatch()`` is the source
+                paper's, ``Single()`` the usual, biased practice.
             sampler: Instead of a draw of ``budget`` data by importance, ``PrioritySampler(budget)``, with one forward
                 pass over the whole loader; ``UniformSampler(budget)`` is the usual one, needs no forward pass, and is
                 the default for the empirical Fisher and for HesScale.
@@ -104,11 +105,9 @@ class FittingLayer(SettingsLayer):
             curvature=curvature, separate_bias=self._separates_bias, feature_reduction=reduction,
             generator=self.seed if generator is None else generator, chunk_size=chunk_size,
             targets_key=self.dict_key_y, progress_bar=progress_bar, previous=previous, checkpoint=checkpoint,
-            max_batches=max_batches,
+            max_batches=max_batches, n_data=n_data,
         )  # fmt: skip
         added = fitted.n_seen - (0 if previous is None else previous.n_seen)
-        total = (added if n_data is None else n_data) + (0 if previous is None else previous.posterior.n_data)
-        fitted = replace(fitted, posterior=replace(fitted.posterior, n_data=total))
         if self.feature_reduction is not None and reduction is None:
             few = None if fitted.sample is None else fitted.sample.data.inputs
             fitted = replace(fitted, network=fitted.network.reduced(self.feature_reduction, few))

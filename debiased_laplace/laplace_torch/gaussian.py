@@ -14,7 +14,7 @@ from debiased_laplace.laplace_torch.fitting import FittingLayer
 from debiased_laplace.laplace_torch.precision import KroneckerPrecision
 from debiased_laplace.laplace_torch.settings import embed, restrict
 from debiased_laplace.posterior import Posterior
-from debiased_laplace.temperature import warn_the_caller
+from debiased_laplace.temperature import warn_of_no_evidence, warn_the_caller
 
 LEFT_OUT = (
     "A low rank leaves directions without curvature, so that its log marginal likelihood is too large to be compared "
@@ -207,7 +207,8 @@ class GaussianLayer(FittingLayer):
     ) -> Tensor:
         """Laplace approximation of the log marginal likelihood, in nats.
 
-        Differentiable in both arguments; given ones are kept, as in laplace-torch.
+        Differentiable in both arguments; given ones are kept, as in laplace-torch. At another :attr:`temperature` than
+        one it is none, and a warning says so.
 
         Args:
             prior_precision: A new prior precision.
@@ -228,6 +229,7 @@ class GaussianLayer(FittingLayer):
                 )
             self.sigma_noise = sigma_noise
         posterior = self.posterior
+        warn_of_no_evidence(self.temperature)
         if not (self._told_what_is_left_out or posterior.basis.complete or posterior.left_out is None):
             if posterior.left_out_log_det[1] > 2.0:
                 self._told_what_is_left_out = True

@@ -23,7 +23,7 @@ from debiased_laplace.laplace_torch.settings import plain
 from debiased_laplace.likelihoods import Likelihood
 from debiased_laplace.posterior import Posterior, standard_normals
 from debiased_laplace.predictive import functional_moments, linearized_samples, weight_samples
-from debiased_laplace.temperature import AS_GOOD, warn_the_caller
+from debiased_laplace.temperature import AS_GOOD, warn_of_no_evidence, warn_the_caller
 from debiased_laplace.tuning import (
     PriorCurve,
     check_losses,
@@ -122,7 +122,8 @@ class TuningLayer(PredictiveLayer):
                 precision the smallest, of those that are equally good (within 1e-6 nats); if ``n_steps`` do not reach
                 the maximum of the marginal likelihood, or there is none in some of them; if predictions with the
                 maximum of the marginal likelihood are far less certain on training data than the network is right
-                about them (not after :meth:`load`, which brings no data).
+                about them (not after :meth:`load`, which brings no data); if the :attr:`temperature` is not one, at
+                which there is no marginal likelihood.
         """
         self._require_fit()
         self._of_the_model_of_the_fit(thorough=True)
@@ -142,6 +143,7 @@ class TuningLayer(PredictiveLayer):
                 warnings.warn(
                     "val_loader has no effect with method='marglik'. Did you mean 'gridsearch'?", stacklevel=2
                 )
+            warn_of_no_evidence(self.temperature)
             if tune_sigma_noise:
                 self.prior_precision, level = self._maximise_with_noise(init_prior_prec)
                 self.sigma_noise = self._noise_of_level(level)
