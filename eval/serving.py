@@ -4,7 +4,7 @@
 
 Threads of Python call one posterior, each with inputs of its own; torch has one thread in each. Reported are
 predictions in a second, over those of one thread in the same round (median over rounds, smallest and largest), and the
-median time of a prediction for one input over that of the network's forward pass. The numbers are checked: all
+median time of a prediction over that of the network's forward pass for the same inputs. The numbers are checked: all
 predictions of all threads must be those that one thread makes.
 """
 
@@ -39,6 +39,10 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "30 linearised samples": ("all", {"pred_type": "linearized", "n_samples": 30}),
 }
 N_THREADS = (1, 2, 4)
+#: Network, kind of prediction, inputs at a time.
+CASES = [(name, kind, 1) for name in NETWORKS for kind in KINDS] + [
+    ("LeNet", "exact", 64), ("LeNet", "last layer", 64), ("ResNet-20", "exact", 16), ("ResNet-20", "last layer", 64),
+]  # fmt: skip
 
 
 def throughput(predict: Callable[[Tensor], Tensor], inputs: list[Tensor], n_threads: int, seconds: float) -> float:
@@ -75,25 +79,22 @@ def seconds_for(call: Callable[[], Any], repetitions: int) -> float:
     return median(times)
 
 
-def measure(name: str, kind: str, rounds: int, seconds: float) -> dict[str, Any]:
+def measure(name: str, kind: str, size: int, rounds: int, seconds: float) -> dict[str, Any]:
     torch.manual_seed(0)
     build, datum = NETWORKS[name]
     subset, keywords = KINDS[kind]
     model = build().eval()
     la = DebiasedLaplace(model, "classification", subset)
     la.fit([(torch.randn(64, *datum), torch.randint(10, (64,)))])
-    inputs = [torch.randn(1, *datum) for _ in range(8)]
+    inputs = [torch.randn(size, *datum) for _ in range(8)]
 
     def predict(x: Tensor) -> Tensor:
         return la(x, **keywords)
 
     with torch.no_grad():
         forward = seconds_for(lambda: model(inputs[0]), 50)
-    record: dict[str, Any] = {
-        "network": name,
-        "kind": kind,
-        "latency": seconds_for(lambda: predict(inputs[0]), 15) / forward,
-    }
+    latency = seconds_for(lambda: predict(inputs[0]), 15) / forward
+    record: dict[str, Any] = {"network": name, "kind": kind, "inputs": size, "latency": latency}
     found = [[throughput(predict, inputs, n, seconds) for n in N_THREADS] for _ in range(rounds)]
     for index, n in enumerate(N_THREADS[1:], 1):
         ratios = sorted(own[index] / own[0] for own in found)
@@ -108,15 +109,15 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("serving.json"))
     options = parser.parse_args()
     torch.set_num_threads(1)
-    records = [measure(name, kind, options.rounds, options.seconds) for name in NETWORKS for kind in KINDS]
-    machine = {"cpus": os.cpu_count(), "python": platform.python_version(), "torch": torch.__version__}
-    options.out.write_text(
-        json.dumps({"machine": machine | {"gflops": round(gigaflops())}, "records": records}, indent=1)
-    )
-    print("| network | prediction | one input, in forward passes | two threads | four threads |\n|---|---|---|---|---|")
+    records = [measure(*case, options.rounds, options.seconds) for case in CASES]
+    machine: dict[str, Any] = {"cpus": os.cpu_count(), "python": platform.python_version(), "torch": torch.__version__}
+    machine["gflops"] = round(gigaflops())
+    options.out.write_text(json.dumps({"machine": machine, "records": records}, indent=1) + "\n")
+    print("| network | prediction | inputs | time, in forward passes of them | two threads | four threads |")
+    print("|---|---|---|---|---|---|")
     for own in records:
         two, four = (f"{m:.2f} ({low:.2f} to {high:.2f})" for m, low, high in (own["2 threads"], own["4 threads"]))
-        print(f"| {own['network']} | {own['kind']} | {own['latency']:.1f} | {two} | {four} |")
+        print(f"| {own['network']} | {own['kind']} | {own['inputs']} | {own['latency']:.1f} | {two} | {four} |")
 
 
 if __name__ == "__main__":
