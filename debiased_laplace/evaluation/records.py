@@ -23,7 +23,7 @@ import torch
 
 import debiased_laplace
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 PACKAGES = ("torch", "numpy", "scipy", "scikit-learn", "netcal", "laplace-torch")
 _NUMBERS = {"Infinity": math.inf, "-Infinity": -math.inf, "NaN": math.nan}
 _LOOKS_LIKE_ONE = re.compile(r"\\*(-?Infinity|NaN)")

@@ -15,6 +15,9 @@ from debiased_laplace.laplace_torch.precision import KroneckerPrecision
 from debiased_laplace.laplace_torch.settings import embed, restrict
 from debiased_laplace.posterior import Posterior
 
+#: Structures whose precision is a vector.
+DIAGONAL = ("diag", "isotropic")
+
 
 class GaussianLayer(FittingLayer):
     """The layer of :class:`~debiased_laplace.DebiasedLaplace` that knows the Gaussian."""
@@ -31,7 +34,7 @@ class GaussianLayer(FittingLayer):
         if self.fitted is None:
             if not self._is_prior:
                 return None
-            shape = (self._n_chosen or 0,) * (1 if self.hessian_structure == "diag" else 2)
+            shape = (self._n_chosen or 0,) * (1 if self.hessian_structure in DIAGONAL else 2)
             return torch.zeros(shape, device=self._device, dtype=self._float_dtype)
         posterior = self.fitted.posterior
         return self._in_the_form_of_the_structure(posterior, posterior.n_data * posterior.curvatures.double())
@@ -40,7 +43,7 @@ class GaussianLayer(FittingLayer):
         basis, free, dtype = posterior.basis, self.network.free, self._float_dtype
         if self.hessian_structure == "kron":
             return KroneckerPrecision(basis, eigenvalues, dtype)
-        if self.hessian_structure == "diag":
+        if self.hessian_structure in DIAGONAL:
             return restrict(basis.lift(eigenvalues), free).to(dtype)
         columns = restrict(basis.lift(torch.eye(basis.rank, dtype=torch.float64, device=eigenvalues.device)), free).mT
         if self.hessian_structure == "lowrank":
@@ -53,15 +56,15 @@ class GaussianLayer(FittingLayer):
 
         Returns:
             ``"kron"``: a :class:`KroneckerPrecision`, with the methods of laplace-torch's ``KronDecomposed``;
-            ``"diag"``: ``[D]``; ``"full"``: ``[D, D]``; ``"lowrank"``: ``((U: [D, K], eigenvalues: [K]), prior: [D])``,
-            of which it is ``U diag(eigenvalues) U^T + diag(prior)``. Before a fit the prior's for ``"diag"`` and
-            ``"full"``, as in laplace-torch.
+            ``"diag"`` and ``"isotropic"``: ``[D]``; ``"full"``: ``[D, D]``; ``"lowrank"``: ``((U: [D, K], eigenvalues:
+            [K]), prior: [D])``, of which it is ``U diag(eigenvalues) U^T + diag(prior)``. Before a fit the prior's for
+            ``"diag"``, ``"isotropic"`` and ``"full"``, as in laplace-torch.
         """
         if self._is_prior:
             prior = self.prior_precision_diag
-            return prior if self.hessian_structure == "diag" else torch.diag(prior)
+            return prior if self.hessian_structure in DIAGONAL else torch.diag(prior)
         posterior = self.posterior
-        if self.hessian_structure in ("kron", "diag"):
+        if self.hessian_structure in ("kron", *DIAGONAL):
             return self._in_the_form_of_the_structure(posterior, posterior.precisions)
         scaled = posterior.scale * posterior.curvatures.double()
         curvature = self._in_the_form_of_the_structure(posterior, scaled)
@@ -79,15 +82,15 @@ class GaussianLayer(FittingLayer):
     @property
     def posterior_scale(self) -> Tensor:
         """Square root of the covariance: of ``"full"`` triangular ``[D, D]``, of ``"diag"`` its diagonal ``[D]``."""
-        self._only_for("posterior_scale", "full", "diag")
-        if self.hessian_structure == "diag":
+        self._only_for("posterior_scale", "full", *DIAGONAL)
+        if self.hessian_structure in DIAGONAL:
             return self.posterior_precision.rsqrt()
         return torch.linalg.cholesky(self.posterior_covariance.double()).to(self._float_dtype)
 
     @property
     def posterior_variance(self) -> Tensor:
         """Posterior variances ``[D]``, of ``"diag"``."""
-        self._only_for("posterior_variance", "diag")
+        self._only_for("posterior_variance", *DIAGONAL)
         return self.posterior_precision.reciprocal()
 
     def _only_for(self, name: str, *structures: str) -> None:
@@ -101,7 +104,7 @@ class GaussianLayer(FittingLayer):
     @property
     def _is_prior(self) -> bool:
         """Whether there was no fit, and the posterior is one that laplace-torch has before a fit: the prior."""
-        return self.fitted is None and self._names is not None and self.hessian_structure in ("diag", "full")
+        return self.fitted is None and self._names is not None and self.hessian_structure in ("full", *DIAGONAL)
 
     # -- the Gaussian --------------------------------------------------------------------------
 
