@@ -69,7 +69,7 @@ def apart(result: dict[str, Any]) -> None:
                 equal["differences"][plain] = {key.removesuffix(EQUAL): own for key, own in found.items()}
             for part in ("curves", "histograms", "calibrated", "draws"):
                 entry.get(part, {}).pop(name, None)
-        if equal["scores"] and result["ood"].count(entry) == 0:
+        if equal["scores"] and "histograms" not in entry:
             entry["equal_settings"] = equal
 
 

@@ -583,7 +583,7 @@ class _Shift:
 
 def _together(shifts: Sequence[_Shift], groups: Groups, n_resamples: int) -> dict[str, Any]:
     """Mean NLL over shifts as one score: copies of the same data are one sample of them, drawn jointly."""
-    sizes = [next(iter(own.losses.values())).n for own in shifts]
+    sizes = [score.n for own in shifts for score in own.losses.values() if score.n is not None]
     found = {}
     for name in shifts[0].losses:
         own = [shift.losses[name] for shift in shifts]
@@ -606,7 +606,7 @@ def _together(shifts: Sequence[_Shift], groups: Groups, n_resamples: int) -> dic
         )
 
     return {
-        "shifts": [shift.title for shift in shifts], "n": min(size for size in sizes if size is not None),
+        "shifts": [shift.title for shift in shifts], "n": min(sizes),
         "sets": len({shift.labels for shift in shifts}), "scores": groups.scores(found),
         "draws": groups.values(found), "differences": groups.differences(found, same),
     }  # fmt: skip
