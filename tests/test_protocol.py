@@ -170,7 +170,7 @@ def test_scores_are_means_over_draws(drawn: dict[str, Any]) -> None:
     assert difference[1] > spread
     assert difference[3] - difference[2] > 2 * student.ppf(0.975, 2) * spread
     found = summarise([drawn])
-    assert found["units"] == {"networks": 1, "splits": 1, "draws": 3, "train": 0}
+    assert found["units"] == {"networks": 1, "splits": 1, "draws": 3, "rest": 0}
     assert unit(found, 70) == "70 data and 3 draws of the curvature data, one network"
     (table,) = [table for table in tables(found) if table.title.startswith("Draws of the curvature data")]
     assert CANDIDATE in [row[0] for row in table.sections[0][1]]
@@ -304,12 +304,16 @@ def test_the_unit_of_splits_is_said(drawn: dict[str, Any]) -> None:
     other["test"]["targets"] = "others"
     other["inputs"]["network"] = "another"
     found = summarise([drawn, other])
-    assert found["units"] == {"networks": 2, "splits": 2, "draws": 3, "train": 100}
+    assert found["units"] == {"networks": 2, "splits": 2, "draws": 3, "rest": 100}
     assert unit(found, 70) == (
         "2 splits with 70 data each (they overlap: corrected for 70 test data to 100 training data) and 2 networks and "
         "3 draws of the curvature data"
     )
     assert any("2 splits with 70 data each" in sentence for sentence in statement(found)["details"])
+    other["inputs"]["network"] = drawn["inputs"]["network"]  # then the data that tune and judge are what is split
+    found = summarise([drawn, other])
+    assert found["units"]["rest"] == 60
+    assert "corrected for 70 test data to 60 validation data)" in unit(found, 70)
 
 
 # -- marks -----------------------------------------------------------------------------------------
@@ -433,7 +437,9 @@ def test_data_that_tune_and_judge_are_named_and_comparisons_counted(drawn: dict[
     count = comparisons(found)
     shown = next(table for table in tables(found) if table.title == f"{CANDIDATE} against the others, test data")
     rows = sum(len(rows) for _, rows in shown.sections)
-    assert rows < count < 2 * rows
+    strong = next(table for table in tables(found) if table.title == "Strong shift: mean NLL")
+    cells = sum(bool(cell) for _, rows in strong.sections for row in rows for cell in row[2:])
+    assert count == rows + cells + 2  # and two at equal settings
     assert any(f"make {count} comparisons with a verdict" in sentence for sentence in details)
     assert not any("was chosen on this task" in sentence for sentence in details)
     found["task"]["name"] = CHOSEN_ON[0]

@@ -64,8 +64,9 @@ def unit(summary: Summary, n: int, *, sets: int = 0) -> str:
     parts = [f"{n:,} data" + (", drawn together with all their copies" if sets == 1 else "")]
     if units["splits"] > 1:
         parts[0] = f"{units['splits']} splits with {parts[0]} each"
-    if units["train"]:
-        parts[0] += f" (they overlap: corrected for {n:,} test data to {units['train']:,} training data)"
+    if units["rest"]:
+        other = "training" if units["networks"] > 1 else "validation"
+        parts[0] += f" (they overlap: corrected for {n:,} test data to {units['rest']:,} {other} data)"
     for name in ("networks", "draws"):
         if units[name] > 1:
             parts.append(f"{units[name]} {name}" + " of the curvature data" * (name == "draws"))

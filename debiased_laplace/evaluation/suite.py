@@ -352,7 +352,7 @@ class _Bench:
             if found:
                 draws.add(predictors, groups, method.name, found)
         self._require(predictors, about)
-        names = {method.role: method.name for method in methods if method.role}
+        names: dict[str, str] = {method.role: method.name for method in methods if method.role}
         settings = self._at_equal_settings(names, predictors, groups)
         candidate = names.get("candidate")
         try:
@@ -555,6 +555,7 @@ class _Bench:
             "curve": {"prior_precisions": curve.prior_precisions.tolist(), "losses": curve.losses.tolist()},
             "validation_nll": float(curve.losses.min()),
             "coverage": la.coverage(),
+            "link": la.link,
         }
         if joint is not None:
             result |= {

@@ -128,19 +128,21 @@ def _units(records: Sequence[dict[str, Any]], same_data: bool) -> dict[str, Any]
         (len(about["draws"]) for r in records for about in r["predictors"].values() if "draws" in about), default=1
     )
     data, independent = records[0]["data"], records[0]["task"]["independent_seeds"]
-    trained = data["train"] or data["validation"]
+    networks = len({record["inputs"]["network"] for record in records})
+    # What a split divides: with one network for all, the data that tune and those that judge.
+    rest = data["train"] if networks > 1 and data["train"] else data["validation"]
     return {
-        "networks": len({record["inputs"]["network"] for record in records}),
+        "networks": networks,
         "splits": len({record["test"]["targets"] for record in records}),
         "draws": draws,
         # Of seeds with data of their own nothing else is known: splits of one set, unless the task says otherwise.
-        "train": 0 if same_data or independent or len(records) == 1 else trained,
+        "rest": 0 if same_data or independent or len(records) == 1 else rest,
     }
 
 
 def _overlap(units: Mapping[str, Any], n: int) -> float:
-    """Test data over training data of splits that share data; zero for others."""
-    return n / units["train"] if units["train"] else 0.0
+    """Test data over the others of splits that share data; zero for data that share nothing."""
+    return n / units["rest"] if units["rest"] else 0.0
 
 
 _OF_EACH_SEED = (
@@ -245,7 +247,7 @@ def _about(entries: Sequence[dict[str, Any]]) -> dict[str, Any]:
     for key in _OF_EACH_SEED:
         if key in first:
             found[key] = [entry[key] for entry in entries]
-    for key in ("coverage", "layers", "members"):
+    for key in ("coverage", "layers", "link", "members"):
         if key in first:
             found[key] = first[key]
     if first.get("curve"):
@@ -314,13 +316,24 @@ def is_worse_than_uniform(summary: Mapping[str, Any], score: str, cell: Sequence
 
 
 def comparisons(summary: Mapping[str, Any]) -> int:
-    """How many differences of the candidate the tables give a verdict on: test data, and all strong shifts as one."""
-    candidate, count = by_role(summary, "candidate"), 0
-    for entry in (summary["test"], summary["strong_shift"] or {}):
-        for found in (entry, entry.get("equal_settings", {})):
-            for others in found.get("differences", {}).values():
-                count += sum(not is_undirected(score) for score in others.get(candidate, {}))
-    return count
+    """How many differences have a verdict in the tables.
+
+    On test data those of the candidate, one for each score with a direction; over all strong shifts those of every
+    method; at equal settings one each.
+    """
+    candidate = by_role(summary, "candidate")
+    strong = summary["strong_shift"] or {"differences": {}}
+    own = [others.get(candidate, {}) for others in summary["test"]["differences"].values()]
+    equal = [
+        others
+        for entry in (summary["test"], strong)
+        for others in entry.get("equal_settings", {}).get("differences", {}).values()
+    ]
+    return (
+        sum(not is_undirected(score) for scores in own for score in scores)
+        + sum(len(others) for others in strong["differences"].values())
+        + len(equal)
+    )
 
 
 def is_undirected(score: str) -> bool:
