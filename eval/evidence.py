@@ -17,7 +17,7 @@ import json
 import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -371,7 +371,12 @@ def parts(records: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     classes = {name: seeds for name, seeds in by_task.items() if not name.startswith("uci-")}
     if classes:
         made["posteriors"] = posteriors(classes)
-    return made | {"warnings": warned(by_task)}
+    every = [own for seeds in by_task.values() for kinds in seeds.values() for kind in kinds.values()
+             for own in kind["certainty"].values()]  # fmt: skip
+    wanted = {field.name for field in fields(Certainty)}
+    if all(wanted <= set(own) for own in every):  # records of an earlier version lack some of it
+        made["warnings"] = warned(by_task)
+    return made
 
 
 def rounded(value: Any) -> Any:

@@ -598,12 +598,8 @@ def _together(shifts: Sequence[_Shift], groups: Groups, n_resamples: int) -> dic
             }  # fmt: skip
 
     def same(first: str, second: str) -> bool:
-        return all(
-            shift.losses[first].contributions is not None
-            and shift.losses[second].contributions is not None
-            and np.array_equal(shift.losses[first].contributions, shift.losses[second].contributions)
-            for shift in shifts
-        )
+        pairs = [(shift.losses[first].contributions, shift.losses[second].contributions) for shift in shifts]
+        return all(a is not None and b is not None and np.array_equal(a, b) for a, b in pairs)
 
     return {
         "shifts": [shift.title for shift in shifts], "n": min(sizes),
