@@ -627,6 +627,7 @@ def test_without_a_candidate_nothing_is_compared(two: list[dict[str, Any]]) -> N
 def test_edges_of_the_grid_are_told(summary: dict[str, Any]) -> None:
     found = copy.deepcopy(summary)
     marked = {
+        "debiased, layers": [{"prior precision (2 of 4)": "largest"}, {"prior precision (1 of 4)": "largest"}],
         CANDIDATE: [{"prior precision": "largest", "temperature": "smallest"}, {}],
         BASELINE: [{"prior precision": "smallest"}] * 2,
         TEMPERATURE_RULE: [{}, {"temperature": "largest"}],
@@ -636,6 +637,7 @@ def test_edges_of_the_grid_are_told(summary: dict[str, Any]) -> None:
     (said,) = [d for d in statement(found)["details"] if d.startswith("At the end of their search")]
     for part in (
         f"{CANDIDATE} (prior precision, largest, 1 of 2 seeds)", f"{CANDIDATE} (temperature, smallest, 1 of 2 seeds)",
+        "debiased, layers (prior precision of some layers, largest, 2 of 2 seeds)",
         f"{BASELINE} (prior precision, smallest, 2 of 2 seeds)", f"{TEMPERATURE_RULE} (temperature, largest, 1 of 2",
     ):  # fmt: skip
         assert part in said

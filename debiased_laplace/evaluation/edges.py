@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ from debiased_laplace.temperature import at_the_end
 
 #: Which end of the search each setting is at: ``"smallest"`` or ``"largest"``.
 Edges = dict[str, str]
+_COUNT = re.compile(r" \(\d+ of \d+\)")
 #: In tables.
 MARK = {"smallest": "↓", "largest": "↑"}
 #: A warning of what is tuned without a posterior; :func:`told` finds it.
@@ -64,7 +66,9 @@ def sentence(predictors: Mapping[str, Mapping[str, Any]]) -> str:
     """
     said = []
     for name, about in predictors.items():
-        every = about.get("edges", [])
+        every = [
+            {_COUNT.sub(" of some layers", what): side for what, side in own.items()} for own in about.get("edges", [])
+        ]
         for what, side in sorted({item for own in every for item in own.items()}):
             count = sum(own.get(what) == side for own in every)
             some = f", {count} of {len(every)} seeds" if len(every) > 1 else ""

@@ -61,9 +61,10 @@ def unit(summary: Summary, n: int, *, sets: int = 0) -> str:
         sets: Of copies of the data, resampled together; one if they are all copies of the same.
     """
     units = summary["units"]
-    parts = [f"{n:,} data" + (", drawn together with all their copies" if sets == 1 else "")]
+    parts = [f"{n:,} data"]
     if units["splits"] > 1:
         parts[0] = f"{units['splits']} splits with {parts[0]} each"
+    parts[0] += ", drawn together with all their copies" * (sets == 1)
     if units["rest"]:
         other = "training" if units["networks"] > 1 else "validation"
         parts[0] += f" (they overlap: corrected for {n:,} test data to {units['rest']:,} {other} data)"
