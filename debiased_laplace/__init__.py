@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from debiased_laplace.sampling import PrioritySampler, UniformSampler
     from debiased_laplace.spectrum import GGN, directional_derivatives
     from debiased_laplace.splits import CrossFit, Single, TwoBatch
-    from debiased_laplace.structures import Diagonal, Full, Kronecker, LowRank
+    from debiased_laplace.structures import Diagonal, Full, Isotropic, Kronecker, LowRank
 
 __version__ = "0.1.0"
 
@@ -47,6 +47,7 @@ _HOMES = {
     "TwoBatch": "splits",
     "Diagonal": "structures",
     "Full": "structures",
+    "Isotropic": "structures",
     "Kronecker": "structures",
     "LowRank": "structures",
     "GGN": "spectrum",
@@ -69,6 +70,7 @@ __all__ = [
     "Fit",
     "Full",
     "Gaussian",
+    "Isotropic",
     "Kronecker",
     "LowRank",
     "Posterior",

@@ -103,6 +103,12 @@ def evaluate(
     cache: CacheOption = None,
     device: DeviceOption = None,
     only: Annotated[list[str] | None, typer.Option(help="Only this method; may be given several times.")] = None,
+    draws: Annotated[
+        int | None, typer.Option(min=1, help="Draws of the data for curvature in each seed; 2, or 1 with --quick.")
+    ] = None,
+    equal_seconds: Annotated[
+        bool, typer.Option("--equal-seconds", help="Also a single batch that takes as long as the debiased fit.")
+    ] = False,
     processes: ProcessesOption = 1,
     quick: QuickOption = False,
 ) -> None:
@@ -117,14 +123,14 @@ def evaluate(
         from debiased_laplace.evaluation.summary import summarise
     loaded, context = _task(task, device, data_dir, cache or out / "cache", quick)
     n_seeds = seeds or (1 if quick else int(loaded.constant("SEEDS", 1)))
-    methods = methods_of(loaded)
+    methods = methods_of(loaded, equal_seconds=equal_seconds)
     if only:
         unknown = sorted(set(only) - {method.name for method in methods})
         if unknown:
             names = ", ".join(method.name for method in methods)
             raise typer.BadParameter(f"Expected methods out of {names}, got {unknown}.", param_hint="--only")
         methods = tuple(method for method in methods if method.name in only)
-    options = Options(n_resamples=200 if quick else 1000)
+    options = Options(n_resamples=200 if quick else 1000, draws=draws or (1 if quick else 2))
     _evaluate(
         out, n_seeds, quick,
         lambda progress: summarise(
@@ -196,7 +202,7 @@ def fit(
     out: Annotated[Path, typer.Option(help="File for the posterior.")] = Path("posterior.safetensors"),
     seed: SeedOption = 0,
     budget: Annotated[int | None, typer.Option(min=0, help="Training data for curvature; 0 for all of them.")] = None,
-    structure: Annotated[str, typer.Option(help="kron, lowrank, diag or full.")] = "kron",
+    structure: Annotated[str, typer.Option(help="kron, lowrank, diag, full or isotropic.")] = "kron",
     data_dir: DataOption = None,
     cache: FixedCacheOption = Path("cache"),
     device: DeviceOption = None,

@@ -42,6 +42,8 @@ _PACKAGE = __name__.partition(".")[0]
 _START = "Validation data do not determine the "
 # So many times the inverse of the largest output of a datum, probabilities are zero and one unless outputs are equal.
 _SATURATED = 1e20
+# Temperatures looked at for the largest that is as good, from the best to the end of the range.
+_STEPS = 257
 
 
 @dataclass(frozen=True)
@@ -103,6 +105,54 @@ def temperature_scaling(likelihood: Likelihood, outputs: Tensor, targets: Tensor
         return TunedTemperature(value, loss(value), why)
     value = math.exp(brentq(slope, low, high, xtol=1e-13, rtol=1e-14)) if slope(low) > 0 else math.exp(low)
     return TunedTemperature(value, loss(value))
+
+
+def most_uncertain_temperature(likelihood: Likelihood, outputs: Tensor, targets: Tensor) -> TunedTemperature:
+    r"""The largest temperature that the data do not tell from the best: one standard error of the paired difference.
+
+    With :math:`d_n` the loss of a datum less that at the best temperature, the largest :math:`\tau` of
+    :data:`TEMPERATURES` with :math:`\bar d \leq s_d / \sqrt N` (Breiman et al. 1984): what
+    ``selection="one_standard_error"`` of :func:`~debiased_laplace.joint.joint_search` does for a posterior. Where the
+    data determine no best temperature it is that of :func:`temperature_scaling`.
+
+    Args:
+        likelihood: With a link: of classes, or Bernoulli.
+        outputs: ``[N, C]``; computed in float64.
+        targets: As the likelihood takes them.
+
+    Raises:
+        NonFiniteError: If outputs are not finite.
+    """
+    best = temperature_scaling(likelihood, outputs, targets)
+    if best.undetermined or len(outputs) < 2:
+        return best
+    outputs = outputs.double()
+    least = likelihood.loss(outputs / best.value, targets)
+
+    def excess(logarithm: float) -> float:
+        difference = likelihood.loss(outputs / math.exp(logarithm), targets) - least
+        return float(difference.mean() - difference.std() / math.sqrt(len(least)))
+
+    start, end = math.log(best.value), math.log(unit_of(best.value) * TEMPERATURES[1])
+    values = torch.linspace(start, max(start, end), _STEPS, dtype=torch.float64).tolist()
+    last = max([0, *(index for index, value in enumerate(values) if excess(value) <= 0)])
+    found = values[last]
+    if last + 1 < len(values):  # it is allowed here, and not at the next value
+        found = brentq(excess, found, values[last + 1], xtol=1e-12) if excess(found) < 0 else found
+    value = math.exp(found)
+    return TunedTemperature(value, float(likelihood.loss(outputs / value, targets).mean()))
+
+
+def at_the_end(value: float, alone: float = 1.0) -> str | None:
+    """Which end of the range of :data:`TEMPERATURES` a temperature is at, ``"smallest"`` or ``"largest"``, if any.
+
+    Args:
+        value: A tuned temperature.
+        alone: That of the network alone, which decides the unit of the range.
+    """
+    low, high = (math.log(unit_of(alone) * end) for end in TEMPERATURES)
+    near = 1e-3 * (high - low)  # what searches by sections never reaches the end itself
+    return "smallest" if math.log(value) <= low + near else "largest" if math.log(value) >= high - near else None
 
 
 def unit_of(alone: float) -> float:

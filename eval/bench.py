@@ -320,11 +320,9 @@ def hardware(device: str) -> str:
     return f"{torch.get_num_threads()} threads of {cpu}"
 
 
-def report(records: list[dict[str, Any]], title: str) -> str:
-    """Markdown tables, one row for each side."""
+def report(records: list[dict[str, Any]]) -> str:
+    """A Markdown table, one row for each side."""
     lines = [
-        title,
-        "",
         "| what | side | median time | in units | against ours | memory growth |",
         "|---|---|---|---|---|---|",
     ]
@@ -404,7 +402,7 @@ def main() -> None:
         path.with_suffix(".part").replace(path)
     records = [known_records[key] for key in known_cases if key in known_records]
     where = f"{here['hardware']}; " + ", ".join(f"{name} {version}" for name, version in versions.items())
-    table = report(records, where)
+    table = f"{where}\n\n{report(records)}"
     path.with_suffix(".md").write_text(table + "\n")
     print(table)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,18 @@ def summary(found: dict[str, dict[str, Any]]) -> str:
     return markdown([*columns, "within another's span", "CG steps uphill"], rows)
 
 
+def parts(found: Mapping[str, dict[str, Any]]) -> dict[str, str]:
+    """The generated parts of the document, from its records."""
+    made = {}
+    for name, own in found.items():
+        said = statement(own)
+        made[f"bias {name}"] = "\n".join([
+            f"**{said['answer']}**", "", *(f"- {sentence}" for sentence in said["details"]), "",
+            *(table.markdown(4) for table in tables(own)),
+        ])  # fmt: skip
+    return made | ({"networks": summary(dict(found))} if set(found) == set(OPTIONS) else {})
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tasks", nargs="+", choices=list(OPTIONS), default=list(OPTIONS))
@@ -74,23 +87,17 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="little of everything")
     options = parser.parse_args()
     docs = options.docs or (None if options.quick else Path("docs"))
-    found, parts = {name: measure(name, options) for name in options.tasks}, {}
+    found = {name: measure(name, options) for name in options.tasks}
     for name, own in found.items():
         paths = write_outputs(options.out / name, own)
         if docs is None:
             continue
-        said = statement(own)
-        parts[f"bias {name}"] = "\n".join([
-            f"**{said['answer']}**", "", *(f"- {sentence}" for sentence in said["details"]), "",
-            *(table.markdown(4) for table in tables(own)),
-        ])  # fmt: skip
         for figure in SHOWN.get(name, ()):
             png = paths[f"bias-{figure}.png"].read_bytes()
             save_small(png, docs / f"bias-{name}-{figure}.png")
-        write_json(docs / "records" / f"bias-{name}.json", own | {"statement": said})
+        write_json(docs / "records" / f"bias-{name}.json", own | {"statement": statement(own)})
     if docs is not None:
-        complete = set(found) == set(OPTIONS)
-        fill(docs / "bias.md", parts | ({"networks": summary(found)} if complete else {}))
+        fill(docs / "bias.md", parts(found))
 
 
 if __name__ == "__main__":

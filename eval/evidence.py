@@ -17,7 +17,7 @@ import json
 import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -345,23 +345,38 @@ Seeds = Mapping[int, Mapping[str, Any]]  # the records of the posteriors of ever
 
 
 def document(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
-    """Fill the tables, and keep the records."""
+    """Keep the records that are complete, and fill the tables from them."""
+    used = [rounded(own[kind]) for seeds in complete(records).values() for own in seeds.values() for kind in POSTERIORS]
+    kept = path.parent / "records" / "evidence.json"
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    kept.write_text(json.dumps(used, separators=(",", ":")) + "\n")
+    fill(path, parts(used))
+
+
+def complete(records: Sequence[Mapping[str, Any]]) -> dict[str, Seeds]:
+    """Seeds of each task that have all posteriors."""
     found: dict[str, dict[int, dict[str, Any]]] = {name: {} for name in TASKS}
     for own in records:
         found[own["task"]].setdefault(own["seed"], {})[own["posterior"]] = own
-    complete = {
+    whole = {
         name: {seed: own for seed, own in seeds.items() if set(own) == set(POSTERIORS)} for name, seeds in found.items()
     }
-    complete = {name: seeds for name, seeds in complete.items() if seeds}
-    parts = {f"evidence {name}": table(seeds) for name, seeds in complete.items()}
-    classes = {name: seeds for name, seeds in complete.items() if not name.startswith("uci-")}
+    return {name: seeds for name, seeds in whole.items() if seeds}
+
+
+def parts(records: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """The generated parts of the document, from its records."""
+    by_task = complete(records)
+    made = {f"evidence {name}": table(seeds) for name, seeds in by_task.items()}
+    classes = {name: seeds for name, seeds in by_task.items() if not name.startswith("uci-")}
     if classes:
-        parts["posteriors"] = posteriors(classes)
-    fill(path, parts | {"warnings": warned(complete)})
-    kept = path.parent / "records" / "evidence.json"
-    kept.parent.mkdir(parents=True, exist_ok=True)
-    used = [rounded(own[kind]) for seeds in complete.values() for own in seeds.values() for kind in POSTERIORS]
-    kept.write_text(json.dumps(used, separators=(",", ":")) + "\n")
+        made["posteriors"] = posteriors(classes)
+    every = [own for seeds in by_task.values() for kinds in seeds.values() for kind in kinds.values()
+             for own in kind["certainty"].values()]  # fmt: skip
+    wanted = {field.name for field in fields(Certainty)}
+    if all(wanted <= set(own) for own in every):  # records of an earlier version lack some of it
+        made["warnings"] = warned(by_task)
+    return made
 
 
 def rounded(value: Any) -> Any:

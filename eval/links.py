@@ -3,15 +3,14 @@
     python eval/links.py --tasks digits fashion-mnist cifar10 --data-dir <folder> [--images 500] [--docs docs]
 
 For each task the debiased posterior of one seed is tuned on the validation data in every way, and scored on test and
-shifted data. Records are in ``<out>/links``; what is there already is used. The tables of ``docs/results.md`` between
-``<!-- links TASK -->`` and ``<!-- end -->`` are filled.
+shifted data. Records are in ``<out>/links``; what is there already is used, and ``<docs>/records/links.json`` has them.
+The tables of ``docs/results.md`` between ``<!-- links TASK -->`` and ``<!-- end -->`` are filled from there.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
-import json
 import sys
 import warnings
 from collections.abc import Mapping
@@ -24,7 +23,7 @@ from documents import fill, markdown
 from debiased_laplace import DebiasedLaplace, _data
 from debiased_laplace.evaluation.methods import Options
 from debiased_laplace.evaluation.predictors import outputs_of, tuned_temperature
-from debiased_laplace.evaluation.records import write_json
+from debiased_laplace.evaluation.records import read_json, write_json
 from debiased_laplace.evaluation.tasks import Context, Task, resolve_device
 from debiased_laplace.likelihoods import Categorical
 from debiased_laplace.posterior import standard_normals
@@ -123,12 +122,20 @@ def main() -> None:
     parser.add_argument("--docs", type=Path, default=Path("docs"))
     parser.add_argument("--quick", action="store_true")
     options = parser.parse_args()
-    path = options.docs / "results.md"
+    path, record = options.docs / "results.md", options.docs / "records" / "links.json"
+    found = read_json(record) if record.exists() else {}
     for name in options.tasks:
         kept = options.out / "links" / f"{name}.{options.seed}.{options.images}{'.quick' * options.quick}.json"
         if not kept.exists():
             write_json(kept, measure(name, options))
-        fill(path, {f"links {name}": table(json.loads(kept.read_text()))})
+        found[name] = read_json(kept)
+        write_json(record, found)
+    fill(path, parts(found))
+
+
+def parts(found: Mapping[str, Any]) -> dict[str, str]:
+    """The generated parts of the document, from the record."""
+    return {f"links {name}": table(own) for name, own in found.items()}
 
 
 if __name__ == "__main__":

@@ -2,8 +2,8 @@
 
     python eval/report.py [--results eval/results] [--docs docs]
 
-What lies between ``<!-- table NAME -->`` and ``<!-- end -->`` in the document is replaced; the text around it stays.
-The means and standard errors that the tables show are written to ``<docs>/records/fidelity.json`` too.
+Every number that the tables need is written to ``<docs>/records/fidelity.json``, and they are made from there: what
+lies between ``<!-- table NAME -->`` and ``<!-- end -->`` in the document is replaced; the text around it stays.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import json
 import math
 import sys
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,8 @@ import matplotlib
 import numpy as np
 from documents import fill, markdown
 from fidelity import ABLATION, DEFAULT, MAIN, ONE, TWO
+
+from debiased_laplace.evaluation.records import encode, read_json
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -262,18 +264,17 @@ def exact(records: Records) -> str:
     return markdown(["network", "budget", *MAIN], rows)
 
 
-def time_table(folder: Path) -> str:
+def time_table(timing: Mapping[str, Any]) -> str:
     """Seconds of the steps of whole fits."""
     rows = []
-    for path in sorted(folder.glob("*.json")):
-        found = json.loads(path.read_text())
+    for network, found in timing.items():
         whole = found["all data"]["total"]
         for fitted, shares in found.items():
             cells = ", ".join(
                 f"{name} {100 * value / shares['total']:.0f} %" for name, value in shares.items() if name != "total"
             )
             rows.append([
-                NETWORKS[path.stem], fitted, f"{shares['total']:.1f}", f"1/{whole / shares['total']:.1f}", cells,
+                NETWORKS[network], fitted, f"{shares['total']:.1f}", f"1/{whole / shares['total']:.1f}", cells,
             ])  # fmt: skip
     return markdown(["network", "fit", "seconds", "of the full fit", "shares"], rows)
 
@@ -321,35 +322,59 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=Path("eval/results"))
     parser.add_argument("--docs", type=Path, default=Path("docs"))
     options = parser.parse_args()
-    records = Records(load(options.results / "fidelity"))
+    timing = {path.stem: rounded(read_json(path)) for path in sorted((options.results / "timing").glob("*.json"))}
+    found = load(options.results / "fidelity")
+    summary = [
+        {"network": key[0], "structure": key[1], "method": key[2], "budget": key[3], "seeds": len(own)}
+        | {
+            f"{field}, prior {prior}": {k: float(f"{v:.4g}") for k, v in value.items() if k in ("mean", "se")}
+            for prior in ("1", "tuned") for field in ("abs_log_ratio", "log_ratio")
+            if (value := statistics(own, "priors", prior, field)) is not None
+        }
+        | ratios(own)
+        | {"records": [rounded({name: one[name] for name in SHOWN if name in one}) for one in own]}
+        for key, own in sorted(found.items())
+    ]  # fmt: skip
+    target = options.docs / "records" / "fidelity.json"
+    target.parent.mkdir(exist_ok=True)
+    lines = ",\n".join(json.dumps(encode(entry), allow_nan=False) for entry in [*summary, {"timing": timing}])
+    target.write_text(f"[\n{lines}\n]\n")
+    fill(options.docs / "fidelity.md", parts(read_json(target)))
+    figure(Records(found), "1", options.docs / "fidelity.png")
+
+
+#: Of a record, what tables are made of.
+SHOWN = ("seed", "n_pool", "priors", "curvature_ratio")
+
+
+def rounded(value: Any) -> Any:
+    """Five digits."""
+    if isinstance(value, Mapping):
+        return {key: rounded(own) for key, own in value.items()}
+    if isinstance(value, list):
+        return [rounded(own) for own in value]
+    return float(f"{value:.5g}") if isinstance(value, float) else value
+
+
+def parts(record: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """The generated parts of the document, from its record."""
+    *entries, last = record
+    records = Records({
+        (own["network"], own["structure"], own["method"], own["budget"]): own["records"] for own in entries
+    })  # fmt: skip
     tables = {
         "claims": claims(records),
         "prior 1": main_table(records, "1"),
         "prior tuned": main_table(records, "tuned"),
         "ablation": ablation(records),
-        "time": time_table(options.results / "timing"),
+        "ablation tuned": ablation(records, "tuned"),
+        "time": time_table(last["timing"]),
         "predictions": predictions(records),
         "low rank": low_rank(records),
         "diagonal": diagonal(records),
         "exact": exact(records),
     }
-    fill(options.docs / "fidelity.md", {f"table {name}": own for name, own in tables.items()})
-    figure(records, "1", options.docs / "fidelity.png")
-    fields = ("abs_log_ratio", "log_ratio")
-    summary = [
-        {"network": key[0], "structure": key[1], "method": key[2], "budget": key[3], "seeds": len(own)}
-        | {
-            f"{field}, prior {prior}": {k: float(f"{v:.4g}") for k, v in value.items() if k in ("mean", "se")}
-            for prior in ("1", "tuned") for field in fields
-            if (value := statistics(own, "priors", prior, field)) is not None
-        }
-        | ratios(own)
-        for key, own in sorted(records.found.items())
-    ]  # fmt: skip
-    target = options.docs / "records" / "fidelity.json"
-    target.parent.mkdir(exist_ok=True)
-    lines = ",\n".join(json.dumps(entry) for entry in summary)
-    target.write_text(f"[\n{lines}\n]\n")
+    return {f"table {name}": own for name, own in tables.items()}
 
 
 if __name__ == "__main__":

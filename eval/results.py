@@ -20,17 +20,19 @@ from documents import fill, markdown, save_small
 
 from debiased_laplace.evaluation import suite
 from debiased_laplace.evaluation.figures import pictures
-from debiased_laplace.evaluation.methods import MAP, TEMPERATURE, Options
-from debiased_laplace.evaluation.records import write_json
+from debiased_laplace.evaluation.methods import MAP, TEMPERATURE, TEMPERATURE_RULE, Options, methods_of
+from debiased_laplace.evaluation.records import read_json, write_json
 from debiased_laplace.evaluation.report import write_outputs
-from debiased_laplace.evaluation.statement import plus_minus, statement, with_interval
-from debiased_laplace.evaluation.summary import by_role, differences, is_strong, summarise, verdict
+from debiased_laplace.evaluation.statement import plus_minus, statement, unit, with_interval
+from debiased_laplace.evaluation.summary import by_role, summarise, verdict
 from debiased_laplace.evaluation.tables import tables
 from debiased_laplace.evaluation.tasks import Context, Task, resolve_device
 
 TASKS = (
     "digits", "fashion-mnist", "cifar10", "uci-concrete", "uci-energy", "uci-power-plant", "uci-wine-quality-red",
 )  # fmt: skip
+#: What a posterior is compared with that has none.
+POINTS = (MAP, TEMPERATURE, TEMPERATURE_RULE)
 Summary = dict[str, Any]
 
 
@@ -43,7 +45,8 @@ def evaluate(name: str, options: argparse.Namespace) -> Summary:
     )  # fmt: skip
     n_seeds = options.seeds or (1 if options.quick else int(task.constant("SEEDS", 1)))
     records = suite.run(
-        task, out, range(n_seeds), context, options=Options(n_resamples=200 if options.quick else 1000),
+        task, out, range(n_seeds), context, methods=methods_of(task, equal_seconds=True),
+        options=Options(n_resamples=200 if options.quick else 1000, draws=options.draws or (1 if options.quick else 4)),
         progress=lambda seed, step: print(f"{name}, seed {seed}: {step}", file=sys.stderr, flush=True),
     )  # fmt: skip
     summary = summarise(records)
@@ -55,49 +58,65 @@ def evaluate(name: str, options: argparse.Namespace) -> Summary:
 
 
 def document(path: Path, found: Mapping[str, Summary]) -> None:
-    """Fill the marked parts of the document, and write its figures and its record."""
+    """Write the record and the figures, and fill the marked parts of the document from the record."""
+    for name, summary in found.items():
+        picture = next(iter(pictures(summary)), None)
+        if not summary["regression"] and picture is not None and summary["shifts"]:
+            save_small(picture.png, path.parent / f"results-{name}.png")
+    record = path.parent / "records" / "results.json"
+    record.parent.mkdir(parents=True, exist_ok=True)
+    write_json(record, {name: compact(summary) for name, summary in found.items()})
+    fill(path, parts(read_json(record)))
+
+
+def parts(found: Mapping[str, Summary]) -> dict[str, str]:
+    """The parts of the document, from its record alone."""
     classifiers = {name: s for name, s in found.items() if not s["regression"]}
     regressions = {name: s for name, s in found.items() if s["regression"]}
-    parts = {"answers": answers(found)}
+    made = {"answers": answers(found)}
     if classifiers:
-        parts |= {"aims": aims(classifiers), "shift": shift(classifiers)}
+        made |= {"aims": aims(classifiers), "shift": shift(classifiers)}
     if regressions:
-        parts["uci"] = uci(regressions)
+        made["uci"] = uci(regressions)
     for name, summary in classifiers.items():
         shown = [table for table in tables(summary) if table.title in titles(summary)]
         foreign = [table for table in tables(summary, short=True) if table.title == "Foreign data"]
-        parts[f"task {name}"] = "\n".join(table.markdown(3) for table in [*shown, *foreign])
-        picture = next(iter(pictures(summary)), None)
-        if picture is not None and summary["shifts"]:
-            save_small(picture.png, path.parent / f"results-{name}.png")
-    fill(path, parts)
-    kept = {name: {key: s[key] for key in ("seeds", "environments")} | compact(s) for name, s in found.items()}
-    record = path.parent / "records" / "results.json"
-    record.parent.mkdir(parents=True, exist_ok=True)
-    write_json(record, kept)
+        made[f"task {name}"] = "\n".join(table.markdown(3) for table in [*shown, *foreign])
+    return made
 
 
 def titles(summary: Summary) -> list[str]:
     """Of the tables that the document shows; the report pages have the others."""
     candidate, baseline = by_role(summary, "candidate"), by_role(summary, "baseline")
-    against = [f"Shifted data: NLL of {candidate} minus {second}" for second in (TEMPERATURE, baseline)]
-    return ["Test data", *against, "Distance to the posterior of all training data", "Tuning and cost"]
+    against = [f"Shifted data: NLL of {candidate} minus {second}" for second in (TEMPERATURE_RULE, baseline)]
+    equal = f"NLL of {candidate} minus {baseline}, at equal settings"
+    shown = ["Test data", "Strong shift: mean NLL", *against, equal, "Draws of the curvature data: NLL on test data"]
+    return [*shown, "Distance to the posterior of all training data", "Tuning and cost"]
 
 
-def compact(summary: Summary) -> dict[str, Any]:
-    """The scores that tables show: value, standard error and interval, four digits."""
+#: What a record leaves out of a summary: what figures alone show, and texts.
+LEFT_OUT = ("curves", "curve", "histograms", "most_uncertain", "coverage", "settings")
 
-    def rounded(entry: Mapping[str, Any]) -> dict[str, Any]:
-        return {
-            method: {score: [float(f"{value:.4g}") for value in cell] for score, cell in own.items()}
-            for method, own in entry["scores"].items()
+
+def compact(summary: Summary) -> Summary:
+    """Everything that tables and sentences show, five digits; of shifted data the differences of the candidate."""
+    candidate = by_role(summary, "candidate")
+    kept: Summary = rounded({key: own for key, own in summary.items() if key not in LEFT_OUT})
+    for entry in (*kept["shifts"], *kept["ood"]):
+        entry["differences"] = {
+            second: {first: scores for first, scores in others.items() if first == candidate}
+            for second, others in entry["differences"].items()
         }
+    return kept
 
-    return {
-        "test": rounded(summary["test"]),
-        "shifts": {f"{e['name']} {e['severity']}": rounded(e) for e in summary["shifts"]},
-        "ood": {e["name"]: rounded(e) for e in summary["ood"]},
-    }
+
+def rounded(value: Any) -> Any:
+    """The same with five digits, without what is left out."""
+    if isinstance(value, Mapping):
+        return {key: rounded(own) for key, own in value.items() if key not in LEFT_OUT}
+    if isinstance(value, (list, tuple)):
+        return [rounded(own) for own in value]
+    return float(f"{value:.5g}") if isinstance(value, float) else value
 
 
 def answers(found: Mapping[str, Summary]) -> str:
@@ -106,20 +125,17 @@ def answers(found: Mapping[str, Summary]) -> str:
 
 
 def aims(found: Mapping[str, Summary]) -> str:
-    """Every posterior against temperature scaling, a single batch and all data."""
+    """Every posterior against temperature scaling by both rules, a single batch and all data."""
     rows = []
     for name, summary in found.items():
-        posteriors = [m for m in summary["test"]["scores"] if m not in (MAP, TEMPERATURE)]
-        for method in posteriors:
+        for method in [m for m in summary["test"]["scores"] if m not in POINTS]:
             cells = [name, method]
-            for second in (MAP, TEMPERATURE, by_role(summary, "baseline"), by_role(summary, "reference")):
+            for second in (*POINTS, by_role(summary, "baseline"), by_role(summary, "reference")):
                 cell = summary["test"]["differences"].get(second, {}).get(method, {}).get("nll")
                 cells.append("" if cell is None else f"{with_interval(cell, 4)}{_mark('nll', cell)}")
-            ece = summary["test"]["differences"].get(TEMPERATURE, {}).get(method, {}).get("ece")
-            cells.append("" if ece is None else f"{with_interval(ece, 2, scale=100)}{_mark('ece', ece)}")
             rows.append(cells)
-    columns = ["task", "method", f"NLL minus {MAP}", f"minus {TEMPERATURE}", "minus single batch", "minus full data"]
-    return markdown([*columns, f"ECE % minus {TEMPERATURE}"], rows)
+    columns = ["task", "method", f"NLL minus {MAP}", f"minus {TEMPERATURE}", f"minus {TEMPERATURE_RULE}"]
+    return markdown([*columns, "minus single batch", "minus full data"], rows)
 
 
 def _mark(score: str, cell: list[float]) -> str:
@@ -127,21 +143,20 @@ def _mark(score: str, cell: list[float]) -> str:
 
 
 def shift(found: Mapping[str, Summary]) -> str:
-    """How often a posterior is shown to be better or worse than others under strong shift."""
+    """Mean NLL over the strong shifts, one comparison for each task: images are drawn jointly over all of them."""
     rows = []
     for name, summary in found.items():
-        for method in [m for m in summary["test"]["scores"] if m not in (MAP, TEMPERATURE)]:
-            cells = [name, method]
-            for score in ("nll", "ece"):
-                for second in (TEMPERATURE, by_role(summary, "baseline")):
-                    own = [cell for e, cell in differences(summary, method, str(second), score) if is_strong(e)]
-                    said = [verdict(score, cell) for cell in own]
-                    cells.append(f"{said.count('better')} to {said.count('worse')} of {len(said)}" if own else "")
-            rows.append(cells)
-    columns = ["task", "method"]
-    for score in ("NLL", "ECE"):
-        columns += [f"{score} against {TEMPERATURE}", f"{score} against single batch"]
-    return markdown(columns, rows)
+        strong = summary["strong_shift"]
+        if strong is None:
+            continue
+        for method, own in strong["scores"].items():
+            cells = [name, method, plus_minus(own["nll"], 3)]
+            for second in (TEMPERATURE, TEMPERATURE_RULE, by_role(summary, "baseline")):
+                cell = strong["differences"].get(second, {}).get(method, {}).get("nll")
+                cells.append("" if cell is None else f"{with_interval(cell, 3)}{_mark('nll', cell)}")
+            rows.append([*cells, unit(summary, strong["n"], sets=strong["sets"])])
+    columns = ["task", "method", "mean NLL", f"minus {TEMPERATURE}", f"minus {TEMPERATURE_RULE}", "minus single batch"]
+    return markdown([*columns, "intervals over"], rows)
 
 
 def uci(found: Mapping[str, Summary]) -> str:
@@ -157,13 +172,16 @@ def uci(found: Mapping[str, Summary]) -> str:
                     "" if cell is None else f"{with_interval(cell, 3)}{_mark('nll', cell)}",
                 ]
             )  # fmt: skip
-    return markdown(["set", "method", "RMSE", "NLL", "CRPS", "95 % interval holds %", f"NLL minus {MAP}"], rows)
+    columns = ["set", "method", "RMSE", "NLL", "CRPS", "95 % interval holds %", f"NLL minus {MAP}"]
+    over = {unit(summary, summary["test"]["n"]) for summary in found.values()}
+    return markdown(columns, rows) + f"\n\nIntervals over {'; '.join(sorted(over))}."
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     parser.add_argument("--seeds", type=int, default=None, help="by default what a task says")
+    parser.add_argument("--draws", type=int, default=None, help="of the data for curvature in each seed, 4 by default")
     parser.add_argument("--data-dir", type=Path, default=None)
     parser.add_argument("--cache", type=Path, default=None, help="for trained weights; <out>/<task>/cache by default")
     parser.add_argument("--device", default=None)

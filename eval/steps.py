@@ -21,7 +21,7 @@ import json
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -592,7 +592,7 @@ def training_table(records: list[Any]) -> str:
     for own in sorted(records, key=lambda r: r["network"]):
         for budget, methods in own["budgets"].items():
             for name, about in methods.items():
-                last = [curve[-1] for curve in about["curves"]]
+                last = about["curves"]  # of which a record has the ends
                 setting = ", ".join(f"{key} {value:g}" for key, value in about["setting"].items())
                 rows.append([
                     own["network"], budget, name, setting, f"{np.mean([x['samples'] for x in last]):,.0f}",
@@ -604,21 +604,22 @@ def training_table(records: list[Any]) -> str:
 
 
 def document(options: argparse.Namespace) -> None:
-    """Fill the tables of the document from all records that are there, and copy its figures and their numbers."""
+    """Keep the numbers of all records that are there, fill the tables from them, and copy the figures."""
     found: dict[str, list[Any]] = {}
     for path in sorted(options.out.glob("*.json")):
-        found.setdefault(path.stem.split("-")[0], []).append(json.loads(path.read_text()))
-    makers = {"figure5": figure5_table, "directional": directional_table, "training": training_table}
-    parts = {name: make(found[name]) for name, make in makers.items() if name in found}
-    if "noisy" in found:
-        parts["noisy quadratic"] = quadratic_table(found["noisy"][0])
-    fill(options.docs / "steps.md", parts)
+        found.setdefault(path.stem.split("-")[0], []).append(compact(json.loads(path.read_text())))
+    write_json(options.docs / "records" / "steps.json", found)
+    fill(options.docs / "steps.md", parts_of(found))
     for name in SHOWN:
         if (options.out / f"{name}.png").exists():
             save_small((options.out / f"{name}.png").read_bytes(), options.docs / f"steps-{name}.png")
-    write_json(
-        options.docs / "records" / "steps.json", {name: [compact(own) for own in kind] for name, kind in found.items()}
-    )
+
+
+def parts_of(found: Mapping[str, list[Any]]) -> dict[str, str]:
+    """The generated parts of the document, from its record."""
+    makers = {"figure5": figure5_table, "directional": directional_table, "training": training_table}
+    made = {name: make(found[name]) for name, make in makers.items() if name in found}
+    return made | ({"noisy quadratic": quadratic_table(found["noisy"][0])} if "noisy" in found else {})
 
 
 def compact(record: Any) -> Any:

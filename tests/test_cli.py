@@ -236,7 +236,7 @@ def test_tasks() -> None:
         (["predict", BLOBS, "missing.safetensors"], 2, "missing.safetensors does not exist. `debiased-laplace fit`"),
         (["other"], 2, "No such command"),
         # what follows was a traceback
-        (["fit", BLOBS, "--structure", "magic"], 2, "out of ['kron', 'lowrank', 'diag', 'full'], got 'magic'"),
+        (["fit", BLOBS, "--structure", "magic"], 2, "'lowrank', 'diag', 'full', 'isotropic'], got 'magic'"),
         (["fit", BLOBS, "--budget", "-3"], 2, "--budget"),
         (["fit", BLOBS, "--out", "folder"], 2, "folder"),
         (["predict", BLOBS, "bad.py"], 1, "Expected a file of debiased-laplace, got bad.py"),

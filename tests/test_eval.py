@@ -87,7 +87,7 @@ def test_the_report_fills_its_tables(results, tmp_path):
     assert done.returncode == 0, done.stderr
     text = (docs / "fidelity.md").read_text()
     row = next(line for line in text.splitlines() if line.startswith("| CNN on digits | 64 |"))
-    summary = json.loads((docs / "records" / "fidelity.json").read_text())
+    *summary, _ = json.loads((docs / "records" / "fidelity.json").read_text())
     (own,) = [e for e in summary if (e["structure"], e["method"], e["budget"]) == ("kron", "default", 64)]
     shown = float(row.split("|")[5].split("±")[0])
     assert shown == pytest.approx(own["abs_log_ratio, prior 1"]["mean"], abs=1e-4)
@@ -121,7 +121,11 @@ def test_the_results_of_the_shipped_tasks(tmp_path, few_digits, request):
     assert done.returncode == 0, done.stderr
     text = (docs / "results.md").read_text()
     kept = json.loads((docs / "records" / "results.json").read_text())["digits"]
-    own = kept["test"]["debiased K-FAC"]["nll"]
+    own = kept["test"]["scores"]["debiased K-FAC"]["nll"]
+    cell = kept["strong_shift"]["differences"]["temperature, one standard error"]["debiased K-FAC"]["nll"]
+    assert len(cell) == 4
+    assert kept["predictors"]["debiased K-FAC"]["prior_precision"]
+    assert kept["distances"]["equal"]["debiased K-FAC"]["absolute"][0] > 0
     part = text.split("<!-- task digits -->")[1].split("<!-- end -->")[0]
     row = next(line for line in part.splitlines() if line.startswith("| debiased K-FAC |"))
     assert float(row.split("|")[3].split("±")[0]) == pytest.approx(own[0], abs=1e-3)

@@ -105,7 +105,7 @@ def test_everything_is_written_whichever_posterior_fails(
     methods = tuple(method for method in methods_of(task) if method.role or method.kind in ("map", "temperature"))
     (record,) = run(task, tmp_path, [0], Context(), methods=methods, options=OPTIONS)
     found = summarise([record])
-    assert failing not in found["test"]["scores"] and len(found["test"]["scores"]) == 4
+    assert failing not in found["test"]["scores"] and len(found["test"]["scores"]) == 5
     assert bool(found["distances"]) == (failing != "full-data K-FAC")
     assert f"{failing} did not run: RuntimeError: out of everything." in statement(found)["details"]
     assert markdown(found, title="t")

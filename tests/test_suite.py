@@ -107,7 +107,8 @@ def test_a_record_is_complete_and_is_the_file(blobs: SimpleNamespace) -> None:
         assert ("prior_precisions" in about) == ("tune_temperature" in method.tune)
         assert "failed" not in about
     assert set(record["test"]["differences"]) == {
-        "MAP", "temperature scaling", "single-batch K-FAC", "full-data K-FAC", "laplace-torch"
+        "MAP", "temperature scaling", "temperature, one standard error", "single-batch K-FAC", "full-data K-FAC",
+        "laplace-torch",
     }  # fmt: skip
     assert [step for seed, step in blobs.steps if seed == 1] == [
         "model", *(f"fit: {method.name}" for method in methods), "predict: test", "predict: moved 1",
@@ -213,14 +214,15 @@ def test_the_users_random_state_is_left_alone(tmp_path: Path) -> None:
 def test_methods_that_share_a_fit_are_fitted_once(tmp_path: Path, fits: list[dict[str, Any]]) -> None:
     task = task_of(tmp_path)
     (record,) = run(task, tmp_path, [3], Context(), options=OPTIONS)
-    assert len(fits) == 4  # last layer, one batch, debiased, all data
+    assert len(fits) == 6  # last layer, identity, one batch, debiased, all data, one batch by importance
     assert all(keywords["generator"] == 3 for keywords in fits)
-    assert sorted(str(keywords.get("budget", "one batch")) for keywords in fits) == ["24", "None", "None", "one batch"]
+    budgets = sorted(str(keywords.get("budget", "one batch")) for keywords in fits)
+    assert budgets == ["1", "24", "None", "None", "one batch", "one batch"]
     # what was tuned for one of them has no effect on the next
     names = ("debiased, layers", "debiased, probit", "debiased K-FAC")
     backwards = tuple(method for name in names for method in methods_of(task) if method.name == name)
     (other,) = run(task, tmp_path, [3], Context(), methods=backwards, options=OPTIONS)
-    assert len(fits) == 5
+    assert len(fits) == 7
     for name in names:
         for score, cell in other["test"]["scores"][name].items():
             assert cell == pytest.approx(record["test"]["scores"][name][score], rel=FLOAT32, abs=1e-9)
@@ -228,7 +230,7 @@ def test_methods_that_share_a_fit_are_fitted_once(tmp_path: Path, fits: list[dic
 
 
 STOPS = {
-    "laplace-torch": 3, "full-data K-FAC": 1, "debiased, probit": 0, "predict: test": 0, "predict: moved 3": 0,
+    "laplace-torch": 5, "full-data K-FAC": 2, "debiased, probit": 0, "predict: test": 0, "predict: moved 3": 0,
     "distances": 0,
 }  # fmt: skip
 
@@ -277,7 +279,7 @@ def test_an_interrupted_run_gives_the_same_scores(
 
 @pytest.mark.parametrize("stop", STOPS)
 def test_an_interrupted_run_fits_nothing_twice(resumed: Callable[[str], SimpleNamespace], stop: str) -> None:
-    assert resumed(stop).fits == [4 - STOPS[stop], STOPS[stop]]
+    assert resumed(stop).fits == [6 - STOPS[stop], STOPS[stop]]
 
 
 def test_an_interrupted_run_keeps_its_warnings(
@@ -330,7 +332,7 @@ def test_the_edge_of_the_grid_is_recorded_and_not_shouted(tmp_path: Path, recwar
         options = Options(grid_size=3, log_prior_prec_min=low, log_prior_prec_max=high, n_resamples=2)
         (record,) = run(task_of(tmp_path), tmp_path, [1], Context(), methods=methods, options=options)
         about = record["predictors"]["debiased"]
-        assert about["edge"] == edge
+        assert about["edges"] == {"prior precision": edge}
         assert f"is the {edge} of the grid" in about["warnings"][0]
     assert not [w for w in recwarn if issubclass(w.category, UserWarning)]
 
@@ -352,9 +354,9 @@ def test_the_edge_is_that_of_the_prior_precision_in_use(tmp_path: Path) -> None:
         about = record["predictors"]["temperature"]
         (prior,) = about["prior_precisions"]
         at = "smallest" if prior <= 1.0001 else "largest" if prior >= 0.9999e4 else None
-        assert about["edge"] == at
+        assert about["edges"].get("prior precision") == at
         assert about["prior_precision"] == pytest.approx(prior)
-        found += record["predictors"]["alone"]["edge"] != at
+        found += record["predictors"]["alone"]["edges"].get("prior precision") != at
     assert found
 
 

@@ -12,11 +12,12 @@ from debiased_laplace.basis import KroneckerBasis
 from debiased_laplace.gradients import CurvatureData, Network
 from debiased_laplace.likelihoods import Bernoulli, Categorical, Gaussian
 from debiased_laplace.posterior import Posterior
-from debiased_laplace.structures import Diagonal, Full, Kronecker, LowRank
+from debiased_laplace.structures import Diagonal, Full, Isotropic, Kronecker, LowRank
 from tests.tolerances import EXACT, assert_equal
 
 STRUCTURES = [
-    Kronecker(), Diagonal(), Full(), Full(blocks="layer"), LowRank(), LowRank(rank=4), LowRank(rank=2, blocks="layer"),
+    Kronecker(), Diagonal(), Isotropic(), Full(), Full(blocks="layer"), LowRank(), LowRank(rank=4),
+    LowRank(rank=2, blocks="layer"),
 ]  # fmt: skip
 
 

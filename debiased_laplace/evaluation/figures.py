@@ -18,7 +18,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
-from debiased_laplace.evaluation.methods import MAP, TEMPERATURE
+from debiased_laplace.evaluation.methods import MAP, TEMPERATURE, is_variant
 from debiased_laplace.evaluation.metrics import N_BINS
 from debiased_laplace.evaluation.statement import number, plus_minus
 from debiased_laplace.evaluation.summary import added, by_role, shifts
@@ -37,6 +37,10 @@ STYLES: tuple[tuple[str, str, Any], ...] = (
     ("#8B4513", "<", (0, (7, 2))),
     ("#666666", ">", (0, (3, 1, 1, 1))),
     ("#4B0082", "*", (0, (2, 1))),
+    ("#999933", "h", (0, (9, 1))),
+    ("#882255", "p", (0, (4, 1, 1, 1))),
+    ("#117733", "d", (0, (1, 1, 3, 1))),
+    ("#AA4499", "H", (0, (6, 3))),
 )
 #: Bins with fewer data are left out of reliability diagrams: their accuracy is noise.
 SMALLEST_BIN = 10
@@ -63,7 +67,12 @@ class Picture:
 
 def style(summary: Summary) -> dict[str, tuple[str, str, Any]]:
     """A colour, a marker and a dash pattern for every method, the same in all figures."""
-    return {name: STYLES[index % len(STYLES)] for index, name in enumerate(summary["test"]["scores"])}
+    return {name: STYLES[index % len(STYLES)] for index, name in enumerate(drawn(summary))}
+
+
+def drawn(summary: Summary) -> list[str]:
+    """Methods in figures: tables alone have further single batches, and methods tuned by another rule."""
+    return [name for name in summary["test"]["scores"] if not is_variant(name)]
 
 
 def pictures(summary: Summary) -> list[Picture]:
@@ -80,7 +89,7 @@ def reliability_pictures(summary: Summary) -> list[Picture]:
     if summary["regression"]:
         return []
     found = []
-    for name in summary["test"]["scores"]:
+    for name in drawn(summary):
         figure = Figure(figsize=(4.2, 4.2), layout="constrained")
         lines = _reliability(figure.subplots(), summary, name)
         alternative = f"Reliability diagram of {name}: accuracy against confidence. {'; '.join(lines)}."
@@ -94,7 +103,7 @@ def reliability_png(summary: Summary) -> bytes:
         picture = _calibration_curve(summary)
         assert picture is not None
         return picture.png
-    names = list(summary["test"]["scores"])
+    names = drawn(summary)
     columns = min(3, len(names))
     rows = math.ceil(len(names) / columns)
     figure = Figure(figsize=(4 * columns, 4.1 * rows), layout="constrained")
@@ -284,7 +293,9 @@ def _score(name: str) -> str:
 def _tuning(summary: Summary) -> Picture | None:
     """Validation loss against prior precision."""
     styles = style(summary)
-    curves = {name: about["curve"] for name, about in summary["predictors"].items() if "curve" in about}
+    curves = {
+        name: about["curve"] for name, about in summary["predictors"].items() if "curve" in about and name in styles
+    }
     lines = {
         n: curve for n, curve in curves.items() if len(summary["predictors"][n].get("prior_precisions", [[]])[0]) < 2
     }

@@ -134,6 +134,26 @@ def mean(contributions: Array, confidence: float) -> Interval:
     return min(bounds), max(bounds)
 
 
+def overlap_factor(n_resamplings: int, overlap: float) -> float:
+    r"""By what the variance over splits of one data set has to be divided for that of their mean.
+
+    Splits share data, so that the variance of a mean over J of them is not :math:`s^2 / J` but about
+
+    .. math:: \Big(\frac1J + \frac{n_\text{test}}{n_\text{train}}\Big) s^2.
+
+    Args:
+        n_resamplings: J.
+        overlap: :math:`n_\text{test} / n_\text{train}`; zero for independent data.
+
+    Source: Nadeau and Bengio, "Inference for the generalization error", Machine Learning 52 (2003), 239-281.
+
+    Example:
+        >>> round((20 / overlap_factor(20, 1 / 9)) ** 0.5, 2)
+        1.79
+    """
+    return 1 / (1 / n_resamplings + overlap)
+
+
 def expanded(confidence: float, n: int) -> float:
     r"""Lower level at which percentiles of n data have the width of Student's interval.
 

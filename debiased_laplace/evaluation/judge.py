@@ -25,11 +25,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from debiased_laplace import _data
-from debiased_laplace.evaluation import bootstrap, metrics, records, regression
+from debiased_laplace.evaluation import bootstrap, calibrated, metrics, records, regression
 from debiased_laplace.evaluation.names import check_name, slug
 from debiased_laplace.evaluation.predictors import Prediction, Predictor, as_prediction, scores_of_foreignness
 from debiased_laplace.evaluation.provenance import data_digest
 from debiased_laplace.evaluation.replicates import Replicates
+from debiased_laplace.evaluation.summary import combine, is_strong
 
 Array = NDArray[Any]
 Loader = Iterable[Any]
@@ -107,7 +108,8 @@ def evaluate(
     shifted: Mapping[str, Any] | None = None,
     out_of_distribution: Mapping[str, Loader] | None = None,
     *,
-    compare_with: Sequence[str] = ("MAP", "temperature scaling"),
+    compare_with: Sequence[str] | Mapping[str, Sequence[str]] = ("MAP", "temperature scaling"),
+    groups: Mapping[str, Sequence[str]] | None = None,
     highlight: str | None = None,
     images: Images | None = None,
     target_scale: float = 1.0,
@@ -130,7 +132,10 @@ def evaluate(
         shifted: For each shift a loader, or a dictionary from severity (1 to 5) to loader.
         out_of_distribution: For each kind of foreign data a loader; foreign is positive.
         compare_with: Predictors that every other is compared with, datum by datum; names that are not there are
-            left out.
+            left out. A mapping names the others for each.
+        groups: Names of methods with the predictors that are draws of each: the method has the mean of their scores,
+            and of their differences draw by draw, with an interval that knows data and draws. By default each
+            predictor is a method.
         highlight: The predictor whose most uncertain inputs are kept; the last one by default.
         images: From inputs to images ``[N, channels, H, W]`` in [0, 1], to keep the most uncertain ones as pictures.
         target_scale: Of a regression: standard deviation by which targets were divided, so that scores are in the
@@ -144,9 +149,9 @@ def evaluate(
         progress: Called with the title of each condition before it is read.
 
     Returns:
-        ``predictors`` (seconds of each), ``failures`` (reasons of those that failed), ``test``, ``shifts`` and ``ood``:
-        see docs/evaluation.md for the schema. A score is a list ``[value, standard error, lower, upper]`` with the 95 %
-        interval of the bootstrap.
+        ``predictors`` (seconds of each), ``failures`` (reasons of those that failed), ``test``, ``shifts``, ``ood`` and
+        ``strong_shift`` (all strong shifts as one): see docs/evaluation.md for the schema. A score is a list ``[value,
+        standard error, lower, upper]`` with the 95 % interval of the bootstrap.
 
     Raises:
         TypeError: If a loader's batches, or what a predictor returns, are of no known kind.
@@ -165,6 +170,12 @@ def evaluate(
     if not predictors:
         raise ValueError("Expected at least one predictor, got none.")
     names = list(predictors)
+    groups = {name: [name] for name in names} if groups is None else dict(groups)
+    wrong = [name for own in groups.values() for name in own if name not in predictors]
+    if wrong or not groups:
+        raise ValueError(f"Expected groups of the predictors {names}, got {wrong or 'none'}.")
+    if not isinstance(compare_with, Mapping):
+        compare_with = {second: list(groups) for second in compare_with}
     highlight = highlight or names[-1]
     if highlight not in predictors:
         raise ValueError(f"Expected highlight to be one of the predictors {names}, got {highlight!r}.")
@@ -175,6 +186,8 @@ def evaluate(
     result: dict[str, Any] = {"shifts": [], "ood": []}
     inside: dict[str, dict[str, Array]] = {}
     failures: dict[str, list[str]] = {}
+    seeds: dict[str, int] = {}
+    strong: list[_Shift] = []
     for condition in read:
         progress(condition.title)
         kept = None if folder is None else Path(folder) / f"{condition.kind}-{_slug(condition.title)}.npz"
@@ -194,13 +207,25 @@ def evaluate(
                 failures.setdefault(name, []).append(f"{condition.described}, {found['failed'][name]}")
         arrays, targets = found["arrays"], found["targets"]
         if condition.kind == "test":
-            inside = arrays
-        against = [name for name in compare_with if name in inside]
+            groups = {name: own for name, own in groups.items() if all(one in arrays for one in own)}
+            if not groups:
+                raise ConditionError(f"No method could predict {condition.described} in all of its draws.", "test")
+            inside = {name: arrays[name] for own in groups.values() for name in own}
+        among = Groups(groups, compare_with)
+        arrays = {name: own for name, own in arrays.items() if name in inside}
         if condition.kind == "ood":
-            entry = _detection(inside, arrays, against, n_resamples, seed)
+            entry = _detection(inside, arrays, among, n_resamples, seed)
         else:
-            whole = condition.kind == "test"
-            entry = _scores(arrays, targets, against, n_resamples, seed, target_scale, list(inside), risk=whole)
+            labels = records.digest({"targets": targets.ravel().tolist()})
+            # Copies of the same data are resampled together, other data on their own.
+            own_seed = seeds.setdefault(labels, seed + len(seeds))
+            entry, losses = _scores(
+                arrays, targets, among, n_resamples, own_seed, target_scale, list(inside),
+                risk=condition.kind == "test",
+            )  # fmt: skip
+            entry["targets"] = labels
+            if condition.kind == "shift" and is_strong({"severity": condition.severity}):
+                strong.append(_Shift(condition.title, labels, losses))
         entry = {"name": condition.name, "severity": condition.severity, "n": found["n"]} | entry
         if found["shown"]:
             entry["most_uncertain"] = {"predictor": shown_by, "inputs": found["shown"]}
@@ -208,6 +233,7 @@ def evaluate(
             result["test"] = entry
         else:
             result["shifts" if condition.kind == "shift" else "ood"].append(entry)
+    result["strong_shift"] = _together(strong, Groups(groups, compare_with), n_resamples) if strong else None
     result["predictors"] = {name: {"seconds": {"predict": seconds[name]}} for name in names}
     result["failures"] = failures
     result["regression"] = "mean" in next(iter(inside.values()))
@@ -495,33 +521,137 @@ def cell(found: Replicates) -> list[float]:
     return [float(value) for value in (found.value, found.standard_error, *found.interval())]
 
 
+@dataclass(frozen=True)
+class Groups:
+    """Methods with the predictors that are their draws, and which of them are compared.
+
+    Attributes:
+        draws: Predictors of each method.
+        against: For a method the others that are compared with it.
+    """
+
+    draws: Mapping[str, Sequence[str]]
+    against: Mapping[str, Sequence[str]]
+
+    def scores(self, found: Mapping[str, Mapping[str, Replicates]]) -> dict[str, dict[str, list[float]]]:
+        """Cells of every method: means over draws."""
+        return {
+            name: {key: combine([cell(found[one][key]) for one in own], True) for key in found[own[0]]}
+            for name, own in self.draws.items()
+        }
+
+    def values(self, found: Mapping[str, Mapping[str, Replicates]]) -> dict[str, dict[str, list[float]]]:
+        """The score of every draw, of methods that have several."""
+        return {
+            name: {key: [float(found[one][key].value) for one in own] for key in found[own[0]]}
+            for name, own in self.draws.items()
+            if len(own) > 1
+        }
+
+    def differences(
+        self, found: Mapping[str, Mapping[str, Replicates]], same: Callable[[str, str], bool]
+    ) -> dict[str, dict[str, Any]]:
+        """For each method to compare with, others minus it, draw by draw."""
+
+        def of(first: str, second: str, key: str) -> list[float]:
+            one, two = self.draws[first], self.draws[second]
+            pairs = [(one[i % len(one)], two[i % len(two)]) for i in range(max(len(one), len(two)))]
+            return combine(
+                [
+                    [0.0] * 4
+                    if math.isfinite(found[a][key].value) and same(a, b)
+                    else cell(found[a][key] - found[b][key])
+                    for a, b in pairs
+                ],
+                True,
+            )
+
+        return {
+            second: {
+                first: {
+                    key: of(first, second, key)
+                    for key in found[self.draws[first][0]]
+                    if key in found[self.draws[second][0]]
+                }
+                for first in firsts
+                if first != second and first in self.draws
+            }
+            for second, firsts in self.against.items()
+            if second in self.draws
+        }
+
+
+@dataclass(frozen=True)
+class _Shift:
+    """Losses under one strong shift; ``labels`` is the same for copies of the same data."""
+
+    title: str
+    labels: str
+    losses: Mapping[str, Replicates]
+
+
+def _together(shifts: Sequence[_Shift], groups: Groups, n_resamples: int) -> dict[str, Any]:
+    """Mean NLL over shifts as one score: copies of the same data are one sample of them, drawn jointly."""
+    sizes = [score.n for own in shifts for score in own.losses.values() if score.n is not None]
+    found = {}
+    for name in shifts[0].losses:
+        own = [shift.losses[name] for shift in shifts]
+        one = len({shift.labels for shift in shifts}) == 1 and all(r.contributions is not None for r in own)
+        with np.errstate(invalid="ignore"):
+            found[name] = {
+                "nll": Replicates(
+                    float(np.mean([r.value for r in own])), np.mean([r.replicates for r in own], axis=0),
+                    min((r.n for r in own if r.n is not None), default=None), "mean" if one else "statistic",
+                    np.mean([r.contributions for r in own if r.contributions is not None], axis=0) if one else None,
+                )
+            }  # fmt: skip
+
+    def same(first: str, second: str) -> bool:
+        pairs = [(shift.losses[first].contributions, shift.losses[second].contributions) for shift in shifts]
+        return all(a is not None and b is not None and np.array_equal(a, b) for a, b in pairs)
+
+    return {
+        "shifts": [shift.title for shift in shifts], "n": min(sizes),
+        "sets": len({shift.labels for shift in shifts}), "scores": groups.scores(found),
+        "draws": groups.values(found), "differences": groups.differences(found, same),
+    }  # fmt: skip
+
+
 def _scores(
-    arrays: Mapping[str, dict[str, Array]], targets: Array, against: Sequence[str], n_resamples: int, seed: int,
+    arrays: Mapping[str, dict[str, Array]], targets: Array, groups: Groups, n_resamples: int, seed: int,
     target_scale: float, names: Sequence[str], *, risk: bool,
-) -> dict[str, Any]:  # fmt: skip
-    """Scores, differences and curves of one condition; that of the risk is drawn for the test data alone."""
+) -> tuple[dict[str, Any], dict[str, Replicates]]:  # fmt: skip
+    """Scores, differences and curves of one condition, and the losses; risk is drawn for the test data alone."""
     weights = bootstrap.resample_weights(len(targets), n_resamples, seed)
-    entry: dict[str, Any] = {"targets": records.digest({"targets": targets.ravel().tolist()})}
-    found, entry["curves"] = {}, {}
+    entry: dict[str, Any] = {"curves": {}, "calibrated": {}}
+    found = {}
+    firsts = {own[0]: name for name, own in groups.draws.items()}
     others = _mean([own["probabilities"] for own in arrays.values() if "probabilities" in own])
     for name, own in arrays.items():
         if "probabilities" in own:
             found[name] = bootstrap.classification_replicates(own["probabilities"], targets, weights, others)
-            entry["curves"][name] = _classification_curves(own["probabilities"], targets, risk)
         else:
             # In the original units: a scale of the targets scales means and standard deviations.
             mean, variance = own["mean"] * target_scale, own["variance"] * target_scale**2
             labels = targets.reshape(mean.shape) * target_scale
             found[name] = bootstrap.regression_replicates(mean, variance, labels, weights)
+        if name not in firsts:
+            continue
+        if "probabilities" in own:
+            entry["curves"][firsts[name]] = _classification_curves(own["probabilities"], targets, risk)
+            entry["calibrated"][firsts[name]] = calibrated.expected_errors(
+                own["probabilities"], min(n_resamples, calibrated.N_DRAWS), seed, classwise=risk
+            )
+        else:
             expected, observed = regression.calibration_curve(mean, variance, labels)
-            entry["curves"][name] = {"expected": _rounded(expected), "observed": _rounded(observed)}
-    failed = [name for name in names if name not in found]
+            entry["curves"][firsts[name]] = {"expected": _rounded(expected), "observed": _rounded(observed)}
     like = next(iter(found.values()))
-    entry["curves"] |= {name: _empty(next(iter(entry["curves"].values()))) for name in failed}
+    empty = _empty(next(iter(entry["curves"].values()))) if entry["curves"] else {}
+    entry["curves"] |= {name: empty for name in groups.draws if name not in entry["curves"]}
     found = {name: found.get(name) or _undefined(like, n_resamples) for name in names}
-    entry["scores"] = {name: {key: cell(value) for key, value in own.items()} for name, own in found.items()}
-    entry["differences"] = _differences(found, against, _twins(arrays))
-    return entry
+    entry["scores"], entry["draws"] = groups.scores(found), groups.values(found)
+    entry["differences"] = groups.differences(found, _twins(arrays))
+    return entry, {name: own["nll"] for name, own in found.items()}
 
 
 def _undefined(like: Iterable[str], n_resamples: int) -> dict[str, Replicates]:
@@ -557,26 +687,6 @@ def _twins(*conditions: Mapping[str, Mapping[str, Array]]) -> Callable[[str, str
     return same
 
 
-def _differences(
-    found: Mapping[str, Mapping[str, Any]], against: Sequence[str], same: Callable[[str, str], bool]
-) -> dict[str, dict[str, Any]]:
-    """For each predictor to compare with, all others minus it."""
-    return {
-        second: {
-            first: {
-                key: [0.0] * 4
-                if math.isfinite(own[key].value) and same(first, second)
-                else cell(own[key] - found[second][key])
-                for key in own
-                if key in found[second]
-            }
-            for first, own in found.items()
-            if first != second
-        }
-        for second in against
-    }
-
-
 def _classification_curves(probabilities: Array, targets: Array, risk: bool) -> dict[str, Any]:
     bins = metrics.reliability(probabilities, targets)
     found: dict[str, Any] = {
@@ -589,7 +699,7 @@ def _classification_curves(probabilities: Array, targets: Array, risk: bool) -> 
 
 
 def _detection(
-    inside: Mapping[str, dict[str, Array]], outside: Mapping[str, dict[str, Array]], against: Sequence[str],
+    inside: Mapping[str, dict[str, Array]], outside: Mapping[str, dict[str, Array]], groups: Groups,
     n_resamples: int, seed: int,
 ) -> dict[str, Any]:  # fmt: skip
     """How well every score of every predictor tells foreign data from the test data."""
@@ -610,9 +720,10 @@ def _detection(
             found[name] |= {f"{score}, {key}": value for key, value in replicates.items()}
             histograms[name][score] = _histogram(known[score], foreign[score])
     return {
-        "scores": {name: {key: cell(value) for key, value in own.items()} for name, own in found.items()},
-        "differences": _differences(found, against, _twins(inside, outside)),
-        "histograms": histograms,
+        "scores": groups.scores(found),
+        "draws": groups.values(found),
+        "differences": groups.differences(found, _twins(inside, outside)),
+        "histograms": {name: histograms[own[0]] for name, own in groups.draws.items()},
     }
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from debiased_laplace import _data
+from debiased_laplace.evaluation import edges
 from debiased_laplace.evaluation.predictors import Prediction
 from debiased_laplace.likelihoods import Categorical
 from debiased_laplace.tuning import PriorCurve, best_noise
@@ -95,6 +96,7 @@ def tune_peer(la: Any, validation: Iterable[Any], grid: Tensor, regression: bool
         best = PriorCurve(grid, losses.cpu(), "probit").best_index
         la.sigma_noise, la.prior_precision = float(noise[best].sqrt()), float(grid[best] / noise[best])
         return {
+            "edges": edges.of_prior([float(grid[best])], grid),
             "prior_precision": float(la.prior_precision),
             "noise": float(la.sigma_noise),
             "validation_nll": float(losses[best]),
@@ -102,7 +104,8 @@ def tune_peer(la: Any, validation: Iterable[Any], grid: Tensor, regression: bool
     likelihood = Categorical()
     losses = likelihood.log_loss(likelihood.predictive(mean, spread, "probit"), known.long()).mean(-1)
     la.prior_precision = prior = PriorCurve(grid, losses.cpu(), "probit").best  # by the rule of all methods
-    return {"prior_precision": prior, "validation_nll": float(losses.min())}
+    at_the_end = edges.of_prior([prior], grid)
+    return {"prior_precision": prior, "validation_nll": float(losses.min()), "edges": at_the_end}
 
 
 class _Sized:

@@ -21,17 +21,26 @@ from scipy.optimize import minimize_scalar
 from torch import Tensor, nn
 
 from debiased_laplace import DebiasedLaplace, _data
+from debiased_laplace.evaluation import edges
 from debiased_laplace.evaluation.metrics import entropy, foreignness, row_sum_tolerance
 from debiased_laplace.gradients import Network
+from debiased_laplace.joint import SELECTIONS
 from debiased_laplace.likelihoods import Bernoulli, Categorical, Likelihood
 from debiased_laplace.posterior import Posterior, standard_normals
 from debiased_laplace.predictive import functional_moments
 from debiased_laplace.snapshot import in_evaluation_mode
-from debiased_laplace.temperature import temperature_scaling, warn_undetermined
+from debiased_laplace.temperature import (
+    most_uncertain_temperature,
+    temperature_scaling,
+    warn_the_caller,
+    warn_undetermined,
+)
 from debiased_laplace.tuning import ALL_ERRORS_ZERO, gaussian_nll, nothing_left
 
 #: Draws of the outputs for the mutual information.
 N_SAMPLES = 30
+#: Where the noise variance of an ensemble is looked for: natural logarithms, relative to the members' squared errors.
+NOISE_RANGE = -10.0, 3.0
 
 
 @dataclass(frozen=True)
@@ -232,7 +241,8 @@ def tuned_noise(models: Sequence[nn.Module], validation: Iterable[Any]) -> float
     """The noise variance of an ensemble with the smallest validation loss; of one network, its mean squared error.
 
     Warns:
-        UserWarning: If all errors are zero up to rounding: then it is 1, as that of a posterior that is not tuned.
+        UserWarning: If all errors are zero up to rounding: then it is 1, as that of a posterior that is not tuned. If
+            it is at the end of its search.
     """
     batches = list(_data.labelled(validation))
     found = [outputs_of(model, [(inputs, targets) for inputs, targets, _ in batches]) for model in models]
@@ -250,14 +260,23 @@ def tuned_noise(models: Sequence[nn.Module], validation: Iterable[Any]) -> float
     def loss(logarithm: float) -> float:
         return float(gaussian_nll(mean, variance, targets, math.exp(logarithm)).mean())
 
-    best = minimize_scalar(loss, bounds=(middle - 10, middle + 3), method="bounded", options={"xatol": 1e-8})
+    low, high = middle + NOISE_RANGE[0], middle + NOISE_RANGE[1]
+    best = minimize_scalar(loss, bounds=(low, high), method="bounded", options={"xatol": 1e-8})
+    if (side := edges.near_the_end(best.x, low, high)) is not None:
+        warn_the_caller(edges.AT_THE_END.format("noise", side, f"{math.exp(best.x):.3g}"))
     return math.exp(best.x)
 
 
-def tuned_temperature(model: nn.Module, validation: Iterable[Any]) -> tuple[float, float]:
+def tuned_temperature(model: nn.Module, validation: Iterable[Any], selection: str = "best") -> tuple[float, float]:
     """The temperature with the smallest validation loss, see :func:`~debiased_laplace.temperature.temperature_scaling`.
 
     On the outputs themselves: probabilities of a confident network have lost what a temperature needs.
+
+    Args:
+        model: A classifier.
+        validation: Held-out batches.
+        selection: ``"best"``, or ``"one_standard_error"`` for the largest that the data do not tell from the best, see
+            :func:`~debiased_laplace.temperature.most_uncertain_temperature`.
 
     Returns:
         The temperature, and the mean negative log-likelihood there, in nats.
@@ -265,7 +284,10 @@ def tuned_temperature(model: nn.Module, validation: Iterable[Any]) -> tuple[floa
     Warns:
         UserWarning: If the data determine none.
     """
-    found = temperature_scaling(Categorical(), *outputs_of(model, validation))
+    if selection not in SELECTIONS:
+        raise ValueError(f"Expected selection out of {list(SELECTIONS)}, got {selection!r}.")
+    search = temperature_scaling if selection == "best" else most_uncertain_temperature
+    found = search(Categorical(), *outputs_of(model, validation))
     if found.undetermined:
         warn_undetermined("temperature", found.undetermined)
     return found.value, found.loss

@@ -23,7 +23,7 @@ import torch
 import debiased_laplace
 from debiased_laplace import _files
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 CHECKSUM = "sha256"
 PACKAGES = ("torch", "numpy", "scipy", "scikit-learn", "netcal", "laplace-torch")
 _NUMBERS = {"Infinity": math.inf, "-Infinity": -math.inf, "NaN": math.nan}

@@ -8,8 +8,16 @@ from typing import Any
 
 import numpy as np
 
-from debiased_laplace.evaluation.methods import MAP, TEMPERATURE
-from debiased_laplace.evaluation.summary import by_role, differences, is_strong, judged
+from debiased_laplace.evaluation import edges
+from debiased_laplace.evaluation.methods import CHOSEN_ON, MAP, TEMPERATURE, TEMPERATURE_RULE
+from debiased_laplace.evaluation.summary import (
+    STRONG,
+    by_role,
+    comparisons,
+    is_worse_than_uniform,
+    judged,
+    title,
+)
 
 MINUS = "\N{MINUS SIGN}"
 Summary = Mapping[str, Any]
@@ -34,8 +42,38 @@ def statement(summary: Summary) -> dict[str, Any]:
         answer, details = _regression(summary, candidate)
     else:
         answer, details = _classification(summary, candidate)
-    details += [*_posteriors(summary, candidate), *_distance(summary, candidate), *_tuning(summary), *failures(summary)]
-    return {"answer": answer, "details": details}
+    details += [*_strong_shift(summary, candidate), *_posteriors(summary, candidate), *_equal(summary, candidate)]
+    details += [*_distance(summary, candidate), *_tuning(summary), *_of_no_use(summary), *_protocol(summary)]
+    return {"answer": answer, "details": details + failures(summary)}
+
+
+def same_rule(summary: Summary) -> str | None:
+    """The temperature that was chosen by the rule of the posteriors, or the best one, or none."""
+    return next((name for name in (TEMPERATURE_RULE, TEMPERATURE) if name in summary["test"]["scores"]), None)
+
+
+def unit(summary: Summary, n: int, *, sets: int = 0) -> str:
+    """What an interval is over, in words.
+
+    Args:
+        summary: From :func:`~debiased_laplace.evaluation.summary.summarise`.
+        n: Data in a seed.
+        sets: Of copies of the data, resampled together; one if they are all copies of the same.
+    """
+    units = summary["units"]
+    parts = [f"{n:,} data"]
+    if units["splits"] > 1:
+        parts[0] = f"{units['splits']} splits with {parts[0]} each"
+    parts[0] += ", drawn together with all their copies" * (sets == 1)
+    if units["rest"]:
+        other = "training" if units["networks"] > 1 else "validation"
+        parts[0] += f" (they overlap: corrected for {n:,} test data to {units['rest']:,} {other} data)"
+    for name in ("networks", "draws"):
+        if units[name] > 1:
+            parts.append(f"{units[name]} {name}" + " of the curvature data" * (name == "draws"))
+    if units["networks"] == 1 and len(summary["seeds"]) > 1 and units["splits"] == 1:
+        parts.append(seeds(summary))
+    return " and ".join(parts) + (", one network" if units["networks"] == 1 else "")
 
 
 def _classification(summary: Summary, candidate: str) -> tuple[str, list[str]]:
@@ -46,8 +84,6 @@ def _classification(summary: Summary, candidate: str) -> tuple[str, list[str]]:
         return f"On {name} there is no point network to compare with.", []
     point = judged("nll", against_point)
     temperature = None if against_temperature is None else judged("nll", against_temperature)
-    strong = [(entry, cell) for entry, cell in differences(summary, candidate, TEMPERATURE, "nll") if is_strong(entry)]
-    wins, losses = (sum(judged("nll", cell) == word for _, cell in strong) for word in ("better", "worse"))
     helped = {
         "better": "are better than the network's own",
         "worse": "are worse than the network's own",
@@ -56,73 +92,102 @@ def _classification(summary: Summary, candidate: str) -> tuple[str, list[str]]:
         "not defined": "cannot be compared with the network's own, since neither loss is finite",
     }[point]
     answer = f"On data like the training data of {name}, the probabilities of {candidate} {helped}"
-    if temperature is not None:
+    answer += _interval(against_point)
+    if temperature is not None and against_temperature is not None:
         joint = ", but" if (point == "better") != (temperature == "better") else ", and"
         answer += (
             joint
             + {
                 "better": " are better than with the simplest remedy, dividing the outputs by one tuned number",
                 "worse": " dividing the outputs by one tuned number (a temperature) does better",
-                "no difference shown": " dividing the outputs by one tuned number (a temperature) would have done",
-                "negligible": " dividing the outputs by one tuned number (a temperature) would have done",
+                "no difference shown": " no difference to dividing the outputs by one tuned number (a temperature) is "
+                "shown",
+                "negligible": " dividing the outputs by one tuned number (a temperature) does practically the same",
                 "not defined": " there is no comparison with dividing the outputs by one tuned number (a temperature)",
             }[temperature]
+            + _interval(against_temperature)
         )
-    if strong:
-        where = f"under strong shift (severity 3 and more, {len(strong)} cases)"
-        if wins or losses:
-            answer += f"; {where} it beats the temperature in {wins} and loses to it in {losses}"
-        else:
-            answer += f"; {where} no difference to the temperature is shown"
-    details = [_scores(summary, [MAP, TEMPERATURE, candidate])]
-    for second, cell in ((MAP, against_point), (TEMPERATURE, against_temperature)):
-        if cell is not None:
+    strong, rule = summary["strong_shift"], same_rule(summary)
+    cell = None if strong is None or rule is None else strong["differences"].get(rule, {}).get(candidate, {}).get("nll")
+    if cell is not None:
+        of = " that is chosen by the same rule" if rule == TEMPERATURE_RULE else ""
+        answer += {
+            "better": f"; under strong shift it is better than a temperature{of}",
+            "worse": f"; under strong shift it is worse than a temperature{of}",
+            "no difference shown": f"; under strong shift no difference to a temperature{of} is shown",
+            "negligible": f"; under strong shift it does practically the same as a temperature{of}",
+            "not defined": f"; under strong shift there is no comparison with a temperature{of}",
+        }[judged("nll", cell)] + _interval(cell, "mean NLL")  # fmt: skip
+    details = [_scores(summary, [MAP, TEMPERATURE, TEMPERATURE_RULE, candidate])]
+    for second in (MAP, TEMPERATURE, TEMPERATURE_RULE):
+        found = _test(summary, candidate, second, "nll")
+        if found is not None:
             details.append(
-                f"Negative log-likelihood, {candidate} minus {second}, test data: {with_interval(cell, 4)} "
-                f"({judged('nll', cell)})."
+                f"Negative log-likelihood, {candidate} minus {second}, test data: {with_interval(found, 4)} "
+                f"({judged('nll', found)})."
             )
-    details += _best(summary, candidate)
+    details += _best(summary)
     details += _foreign(summary, candidate)
     return answer + ".", details
+
+
+def _interval(cell: Sequence[float], what: str = "NLL") -> str:
+    """In brackets, for sentences that everybody reads."""
+    return "" if math.isnan(cell[0]) else f" ({what} {with_interval(cell, 3)})"
 
 
 def _scores(summary: Summary, names: Sequence[str]) -> str:
     cells = summary["test"]["scores"]
     parts = [
         f"{name} NLL {plus_minus(cells[name]['nll'], 3)}, ECE {plus_minus(cells[name]['ece'], 1, scale=100)} %"
+        f"{if_calibrated(summary['test'], name, 'ece')}"
         for name in names
         if name in cells
     ]
     return f"Test data: {'; '.join(parts)}."
 
 
-def _best(summary: Summary, candidate: str) -> list[str]:
-    """Which method has the lowest loss, in distribution and under strong shift."""
+def if_calibrated(entry: Mapping[str, Any], name: str, score: str, digits: int = 1) -> str:
+    """The calibration error that a predictor would have if it were calibrated, in brackets."""
+    found = entry.get("calibrated", {}).get(name, {}).get(score)
+    if found is None:
+        return ""
+    value, low, high = (number(found[i], digits, scale=100) for i in (0, 2, 3))
+    return f" (calibrated: {value} [{low}, {high}])"
+
+
+def _best(summary: Summary) -> list[str]:
+    """Which method has the lowest loss on test data."""
     cells = summary["test"]["scores"]
     best = min(cells, key=lambda name: _last_if_undefined(cells[name]["nll"][0]))
-    sentences = [f"The lowest NLL on test data has {best} ({plus_minus(cells[best]['nll'], 3)})."]
     if not math.isfinite(cells[best]["nll"][0]):
-        sentences = ["No method has a finite NLL on the test data: each gives some target the probability zero."]
-    strong = [entry for entry in summary["shifts"] if is_strong(entry)]
-    if strong:
-        means = {name: sum(e["scores"][name]["nll"][0] for e in strong) / len(strong) for name in cells}
-        order = sorted(means, key=lambda name: _last_if_undefined(means[name]))
-        listed = ", ".join(f"{name} {number(means[name], 3)}" for name in order)
-        sentences.append(f"Mean NLL over the {len(strong)} strong shifts: {listed}.")
-        counts = []
-        for first in [name for name in order if name not in (MAP, TEMPERATURE)]:
-            found = [
-                judged("nll", cell)
-                for entry, cell in differences(summary, first, TEMPERATURE, "nll")
-                if is_strong(entry)
-            ]
-            if found:
-                counts.append(f"{first} {found.count('better')} to {found.count('worse')}")
-        if counts:
-            sentences.append(
-                f"Of these, how often NLL is shown to be better than that of {TEMPERATURE}, and how often worse: "
-                f"{', '.join(counts)}."
-            )
+        return ["No method has a finite NLL on the test data: each gives some target the probability zero."]
+    return [
+        f"The lowest NLL on test data has {best} ({plus_minus(cells[best]['nll'], 3)}), the lowest of {len(cells)} "
+        "methods on the data that chose it."
+    ]
+
+
+def _strong_shift(summary: Summary, candidate: str) -> list[str]:
+    """All strong shifts as one comparison."""
+    strong = summary["strong_shift"]
+    if strong is None:
+        return []
+    cells = {name: own["nll"] for name, own in strong["scores"].items()}
+    order = sorted(cells, key=lambda name: _last_if_undefined(cells[name][0]))
+    listed = ", ".join(f"{name} {plus_minus(cells[name], 3)}" for name in order)
+    several = len(strong["shifts"])
+    sentences = [
+        f"Mean NLL over the {several} strong shift{'s' * (several > 1)} (severity {STRONG} and more), which are one "
+        f"comparison, over {unit(summary, strong['n'], sets=strong['sets'])}: {listed}."
+    ]
+    parts = [
+        f"{second} {with_interval(found[candidate]['nll'], 3)} ({judged('nll', found[candidate]['nll'])})"
+        for second, found in strong["differences"].items()
+        if candidate in found
+    ]
+    if parts:
+        sentences.append(f"There, {candidate} minus others: {'; '.join(parts)}.")
     return sentences
 
 
@@ -159,7 +224,7 @@ def _regression(summary: Summary, candidate: str) -> tuple[str, list[str]]:
     }[judged("nll", cell)]
     coverage = cells[candidate]["coverage_95"]
     answer = (
-        f"On {name}, the uncertainty of {candidate} {said}; its 95 % intervals hold "
+        f"On {name}, the uncertainty of {candidate} {said}{_interval(cell)}; its 95 % intervals hold "
         f"{plus_minus(coverage, 1, scale=100)} % of the test targets"
     )
     details = [
@@ -170,24 +235,36 @@ def _regression(summary: Summary, candidate: str) -> tuple[str, list[str]]:
 
 
 def _posteriors(summary: Summary, candidate: str) -> list[str]:
-    """Debiased against single-batch and full-data posteriors, and laplace-torch's."""
+    """Debiased against single-batch and full-data posteriors."""
     sentences = []
     for role, what in (("baseline", "the single batch at the same budget"), ("reference", "all the training data")):
         other = by_role(summary, role)
         cell = None if other is None else _test(summary, candidate, other, "nll")
         if cell is None:
             continue
-        found = [judged("nll", c) for _, c in differences(summary, candidate, str(other), "nll")]
-        shifted = (
-            f"; over {len(found)} shifted data better in {found.count('better')}, worse in {found.count('worse')}"
-            if found
-            else ""
-        )
         sentences.append(
-            f"{candidate} against {what} ({other}), NLL on test data: {with_interval(cell, 4)} ({judged('nll', cell)})"
-            f"{shifted}."
+            f"{candidate} against {what} ({other}), each tuned, NLL on test data: {with_interval(cell, 4)} "
+            f"({judged('nll', cell)})."
         )
     return sentences
+
+
+def _equal(summary: Summary, candidate: str) -> list[str]:
+    """Debiased against a single batch at the same settings."""
+    settings = [own for own in summary["equal_settings"] if own]
+    baseline = by_role(summary, "baseline")
+    if not settings or baseline is None:
+        return []
+    parts = []
+    for where, entry in (("test data", summary["test"]), ("the strong shifts", summary["strong_shift"])):
+        found = (entry or {}).get("equal_settings", {}).get("differences", {}).get(baseline, {}).get(candidate)
+        if found:
+            parts.append(f"{with_interval(found['nll'], 4)} on {where} ({judged('nll', found['nll'])})")
+    if not parts:
+        return []
+    return [
+        f"With the settings of {settings[0]['of']} for both, NLL of {candidate} minus {baseline}: {', '.join(parts)}."
+    ]
 
 
 def _distance(summary: Summary, candidate: str) -> list[str]:
@@ -213,19 +290,8 @@ def _distance(summary: Summary, candidate: str) -> list[str]:
 
 
 def _tuning(summary: Summary) -> list[str]:
-    sentences = []
-    meanings = {
-        "largest": "there the validation data asked for hardly any posterior uncertainty, and predictions are close to "
-        "those of the network itself",
-        "smallest": "the optimum may lie below the grid",
-    }
-    for side, meaning in meanings.items():
-        at_edge = {n: m["edge"].count(side) for n, m in summary["predictors"].items() if side in m.get("edge", [])}
-        if at_edge:
-            several = len(summary["seeds"]) > 1
-            counts = ", ".join(f"{name} for {count}" if several else name for name, count in at_edge.items())
-            where = f" in some of {seeds(summary)}" * several
-            sentences.append(f"The tuned prior precision was the {side} of the grid{where} ({counts}): {meaning}.")
+    at_the_end = edges.sentence(summary["predictors"])
+    sentences = [at_the_end] if at_the_end else []
     free: dict[str, list[str]] = {}
     for name, about in summary["predictors"].items():
         for what in about.get("undetermined", ()):
@@ -234,6 +300,45 @@ def _tuning(summary: Summary) -> list[str]:
         sentences.append(
             f"The validation data do not determine the {what} of {', '.join(names)}: it is a choice, not a result (see "
             "the warnings)."
+        )
+    return sentences
+
+
+def _of_no_use(summary: Summary) -> list[str]:
+    """Scores worse than those of equal probabilities for all classes."""
+    said = []
+    for entry in (summary["test"], *summary["shifts"]):
+        names = [name for name, own in entry["scores"].items() if is_worse_than_uniform(summary, "nll", own["nll"])]
+        if names:
+            said.append(f"{title(entry)} ({'all' if len(names) == len(entry['scores']) else ', '.join(names)})")
+    if not said:
+        return []
+    return [
+        f"Worse than saying 1/{summary['task']['n_outputs']} for every class, by NLL "
+        f"({number(math.log(summary['task']['n_outputs']), 3)}): {'; '.join(said)}."
+    ]
+
+
+def _protocol(summary: Summary) -> list[str]:
+    """What tuned, what judged, over what, and how many comparisons there are."""
+    data, task = summary["data"], summary["task"]
+    trained = "" if data["train"] is None else f" Trained on {data['train']:,} data."
+    shifted = sorted({entry["n"] for entry in summary["shifts"]})
+    copies = f", and on {' or '.join(f'{n:,}' for n in shifted)} in each shift" if shifted else ""
+    sentences = [
+        f"Everything is tuned on {data['validation']:,} validation data and judged on {data['test']:,} other test "
+        f"data{copies}.{trained} Intervals are over {unit(summary, summary['test']['n'])}."
+    ]
+    if task["name"] in CHOSEN_ON:
+        sentences.append(
+            "The way posteriors are tuned was chosen on this task among others: what it gains here over other ways of "
+            "tuning is no evidence for it."
+        )
+    count = comparisons(summary)
+    if count:
+        sentences.append(
+            f"The tables make {count} comparisons with a verdict, each at 95 %: about {max(1, round(count / 20))} "
+            "would be beyond by chance if nothing differed."
         )
     return sentences
 

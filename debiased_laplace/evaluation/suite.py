@@ -8,7 +8,6 @@ what they were made from (``provenance``): another network, other data or anothe
 from __future__ import annotations
 
 import copy
-import math
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -26,9 +25,9 @@ from debiased_laplace import DebiasedLaplace, _data
 from debiased_laplace._files import StoredFileError
 from debiased_laplace._guards import user_warnings
 from debiased_laplace.checkpoint import Progress
-from debiased_laplace.evaluation import bootstrap, records
+from debiased_laplace.evaluation import bootstrap, draws, edges, records
 from debiased_laplace.evaluation.judge import ConditionError, cell, conditions, evaluate, preflight, reason
-from debiased_laplace.evaluation.methods import MAP, TEMPERATURE, Method, Options, check_methods, methods_of
+from debiased_laplace.evaluation.methods import MAP, Method, Options, check_methods, methods_of
 from debiased_laplace.evaluation.names import locked
 from debiased_laplace.evaluation.peer import PeerPredictor, fitted_peer, tune_peer
 from debiased_laplace.evaluation.predictors import (
@@ -48,9 +47,11 @@ from debiased_laplace.evaluation.predictors import (
 from debiased_laplace.evaluation.processes import spread
 from debiased_laplace.evaluation.provenance import data_digest, network_digest, seeded
 from debiased_laplace.evaluation.replicates import Replicates
+from debiased_laplace.evaluation.summary import combine
 from debiased_laplace.evaluation.tasks import Context, Task, TaskError
 from debiased_laplace.likelihoods import Categorical, Gaussian
 from debiased_laplace.predictive import functional_moments
+from debiased_laplace.sampling import UniformSampler
 from debiased_laplace.temperature import undetermined_in
 
 _T = TypeVar("_T")
@@ -131,6 +132,7 @@ class Subject:
             "name": task.name, "description": task.description(context), "likelihood": task.likelihood,
             "budget": task.budget, "seeds_note": task.constant("SEEDS_NOTE", ""),
             "notes": dict(task.constant("NOTES", {})), "classes": list(task.constant("CLASSES", [])),
+            "n_outputs": n_outputs, "independent_seeds": bool(task.constant("INDEPENDENT_SEEDS", False)),
             "n_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         }  # fmt: skip
         target_scale = float(task.call("target_scale", context)) if task.has("target_scale") else 1.0
@@ -328,8 +330,10 @@ class _Bench:
         self.point = _classifier(task, subject.model)
         self.regression = task.likelihood == "regression"
         self.shared = Shared()
-        self.fits: dict[str, DebiasedLaplace] = {}
-        self.fitted: dict[str, DebiasedLaplace] = {}  # before any tuning, by the arguments of the fit
+        self.fits: dict[str, list[DebiasedLaplace]] = {}
+        self.fitted: dict[tuple[str, int], DebiasedLaplace] = {}  # before any tuning, by arguments and draw
+        self.seconds: dict[tuple[str, int], float] = {}  # of the fit of a method's draw
+        self.budgets: dict[str, int] = {}  # of methods that have the seconds of another
 
     def record(self, methods: Sequence[Method], progress: Callable[[str], None]) -> dict[str, Any]:
         """Everything that is measured; a method that fails has the reason for it, and the others go on.
@@ -341,22 +345,24 @@ class _Bench:
         self._check_outputs()
         predictors: dict[str, Predictor] = {}
         about: dict[str, Any] = {}
+        groups: dict[str, list[str]] = {}
         for method in methods:
             progress(f"fit: {method.name}")
-            (predictor, result), told = _heard(partial(self._prepared, method))
+            (found, result), told = _heard(partial(self._prepared, method))
             result["warnings"] = sorted({*told, *result.get("warnings", ())})
             result["undetermined"] = undetermined_in(result["warnings"])
+            result["edges"] = result.get("edges", {}) | edges.told(result["warnings"])
             about[method.name] = {"kind": method.kind, "role": method.role, "description": method.description} | result
-            if predictor is not None:
-                predictors[method.name] = predictor
+            if found:
+                draws.add(predictors, groups, method.name, found)
         self._require(predictors, about)
-        names = {method.role: method.name for method in methods if method.role}
-        against = [MAP, TEMPERATURE, *(names[role] for role in ("baseline", "reference") if role in names)]
+        names: dict[str, str] = {method.role: method.name for method in methods if method.role}
+        settings = self._at_equal_settings(names, predictors, groups)
         candidate = names.get("candidate")
         try:
             result = evaluate(
                 predictors, *_loaders(task, context, self.options),
-                compare_with=list(dict.fromkeys([*against, "laplace-torch"])),
+                compare_with=draws.pairs(names, list(about), groups), groups=groups,
                 highlight=candidate if candidate in predictors else None,
                 images=task.definition.images if task.has("images") else None,
                 target_scale=self.subject.target_scale, n_resamples=self.options.n_resamples,
@@ -366,8 +372,12 @@ class _Bench:
         except ConditionError as error:
             raise TaskError(f"{_FUNCTIONS[error.kind]}() of {task.source}: {error}") from error
         for name, predicted in result.pop("predictors").items():
-            about[name]["seconds"] |= predicted["seconds"]
+            if name in about:
+                about[name]["seconds"] |= predicted["seconds"]
+        draws.apart(result)
         for name, where in result.pop("failures").items():
+            if name not in about:
+                continue
             if name in result["test"]["scores"]:
                 about[name]["warnings"] += [f"It failed on {own}" for own in where]
             else:
@@ -383,7 +393,7 @@ class _Bench:
         return {
             "schema_version": records.SCHEMA_VERSION, "made": records.now(), "task": self.subject.about,
             "environment": records.environment(context.device), "seconds": {"model": self.subject.seconds},
-            "predictors": about, "distances": distances,
+            "data": self._sizes(result), "predictors": about, "distances": distances, "equal_settings": settings,
         } | result  # fmt: skip
 
     def _require(self, predictors: dict[str, Predictor], about: dict[str, Any]) -> None:
@@ -404,21 +414,58 @@ class _Bench:
                 )
             n += size
 
-    def _prepared(self, method: Method) -> tuple[Predictor | None, dict[str, Any]]:
-        """A predictor and what there is to know about it, or why there is none."""
+    def _sizes(self, result: Mapping[str, Any]) -> dict[str, int | None]:
+        """How many data train, tune and judge; of the first what the posteriors know, since loaders may have no end."""
+        fits = [la for own in self.fits.values() for la in own if la.hessian_structure != "isotropic"]
+        trained = self.task.n_data or (fits[0].n_data if fits else None)
+        tuned = sum(size for *_, size in _data.labelled(self._validation()))
+        return {"train": trained, "validation": tuned, "test": result["test"]["n"]}
+
+    def _at_equal_settings(
+        self, names: Mapping[str, str], predictors: dict[str, Predictor], groups: dict[str, list[str]]
+    ) -> dict[str, Any]:
+        """Candidate and baseline once more, with the reference's prior precision, temperature and noise (else its own).
+
+        Returns:
+            The settings, and whose they are; empty if there is nothing to compare.
+        """
+        compared = [names[role] for role in ("baseline", "candidate") if names.get(role) in self.fits]
+        of = next((names[role] for role in ("reference", "candidate") if names.get(role) in self.fits), None)
+        if len(compared) < 2 or of is None or len(self.fits[of][0].prior_precision) > 1:
+            return {}
+        like = self.fits[of][0]
+        for name in compared:
+            found: list[Predictor] = []
+            for la in map(copy.copy, self.fits[name]):
+                la.prior_precision, la.link = like.prior_precision, like.link
+                la.output_temperature = like.output_temperature
+                if self.regression:
+                    la.sigma_noise = like.sigma_noise
+                found.append(LaplacePredictor(la, self.shared))
+            draws.add(predictors, groups, name + draws.EQUAL, found)
+        noise = {"noise": float(like.sigma_noise)} if self.regression else {"temperature": like.output_temperature}
+        return {"of": of, "prior_precision": _typical_prior(like)} | noise
+
+    def _prepared(self, method: Method) -> tuple[list[Predictor], dict[str, Any]]:
+        """Predictors, one for each draw, and what there is to know about them; or why there is none."""
         try:
             return self.prepare(method)
         except TaskError:  # of a loader, which is not the method's fault
             raise
         except Exception as error:
             self.fits.pop(method.name, None)
-            return None, {"failed": reason(error), "seconds": {}}
+            return [], {"failed": reason(error), "seconds": {}}
 
-    def prepare(self, method: Method) -> tuple[Predictor, dict[str, Any]]:
-        """A predictor, and what there is to know about it."""
+    def prepare(self, method: Method) -> tuple[list[Predictor], dict[str, Any]]:
+        """Predictors, one for each draw, and what there is to know about them."""
         start = time.perf_counter()
         if method.kind == "laplace":
             return self._laplace(method)
+        predictor, result = self._point(method, start)
+        return [predictor], result
+
+    def _point(self, method: Method, start: float) -> tuple[Predictor, dict[str, Any]]:
+        """A predictor without draws."""
         if method.kind == "laplace-torch":
             return self._peer(method)
         if method.kind == "ensemble":
@@ -431,8 +478,9 @@ class _Bench:
             outputs, targets = outputs_of(self.point, self._validation())
             loss = float(nn.functional.cross_entropy(outputs, targets.long()))
             return point_predictor(self.point), {"seconds": {}, "validation_nll": loss}
-        temperature, loss = tuned_temperature(self.point, self._validation())
+        temperature, loss = tuned_temperature(self.point, self._validation(), **method.tune)
         result = {"temperature": temperature, "validation_nll": loss, "seconds": {"tune": time.perf_counter() - start}}
+        result["edges"] = edges.of_temperature(temperature)
         return point_predictor(self.point, temperature=temperature), result
 
     def _ensemble(self) -> tuple[Predictor, dict[str, Any]]:
@@ -449,24 +497,31 @@ class _Bench:
 
     # -- this package --------------------------------------------------------------------------
 
-    def _laplace(self, method: Method) -> tuple[Predictor, dict[str, Any]]:
-        path = self.work / f"{records.digest({'name': method.name})}.safetensors"
-        described = path.with_suffix(".json")
+    def _laplace(self, method: Method) -> tuple[list[Predictor], dict[str, Any]]:
+        """A posterior for each draw of the data; what is known of each, and seconds on the average."""
+        found = [self._draw(method, number) for number in range(self.options.draws if method.is_random else 1)]
+        self.fits[method.name] = [la for la, _ in found]
+        return [LaplacePredictor(la, self.shared) for la, _ in found], draws.joined([result for _, result in found])
+
+    def _draw(self, method: Method, number: int) -> tuple[DebiasedLaplace, dict[str, Any]]:
+        path = self.work / f"{records.digest({'name': method.name, 'draw': number})}.safetensors"
+        described, key = path.with_suffix(".json"), (method.fit_key, number)
         kept = self._kept(path, described)
         if kept is not None:
             la, result = kept
-            if method.fit_key in self.fitted:  # one basis for all of them, so that projections are shared again
-                la.fitted = self.fitted[method.fit_key].fitted
+            self.seconds[method.name, number] = result["seconds"]["fit"]
+            self.budgets[method.name] = result.get("budget", 0)
+            if key in self.fitted:  # one basis for all of them, so that projections are shared again
+                la.fitted = self.fitted[key].fitted
             else:
-                self.fitted[method.fit_key] = self._untuned(la)
+                self.fitted[key] = self._untuned(la)
         else:
-            (la, result), told = _heard(partial(self._fitted, method))
+            (la, result), told = _heard(partial(self._fitted, method, number))
             result["warnings"] = told
             path.parent.mkdir(parents=True, exist_ok=True)
             la.save(path)
             records.write_record(described, result)
-        self.fits[method.name] = la
-        return LaplacePredictor(la, self.shared), result
+        return la, result
 
     def _kept(self, path: Path, described: Path) -> tuple[DebiasedLaplace, dict[str, Any]] | None:
         """What an interrupted run has finished, if it is whole."""
@@ -485,24 +540,22 @@ class _Bench:
             la.sigma_noise = 1.0
         return la
 
-    def _fitted(self, method: Method) -> tuple[DebiasedLaplace, dict[str, Any]]:
+    def _fitted(self, method: Method, number: int) -> tuple[DebiasedLaplace, dict[str, Any]]:
         """A posterior that is tuned; one that was fitted for another method is tuned anew."""
-        context = self.context
-        start = time.perf_counter()
-        if method.fit_key in self.fitted:
-            la = copy.copy(self.fitted[method.fit_key])
+        context, key = self.context, (method.fit_key, number)
+        arguments, start = dict(method.fit), time.perf_counter()
+        if key in self.fitted:
+            la = copy.copy(self.fitted[key])
         else:
-            la = DebiasedLaplace(self.model, self.task.likelihood, seed=context.seed, **method.laplace)
-            checkpoint = self.work / f"fit-{records.digest({'fit': method.fit_key})}.progress"
-            checkpoint.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                Progress.check(checkpoint)
-            except StoredFileError:  # damaged: it is this run's own, and made anew
-                checkpoint.unlink(missing_ok=True)
-            loader = _loader(self.task, "train_loader", context)
-            la.fit(loader, generator=context.seed, checkpoint=checkpoint, n_data=self.task.n_data, **method.fit)
-            self.fitted[method.fit_key] = copy.copy(la)
+            if method.seconds_of:
+                if method.name not in self.budgets:
+                    self.budgets[method.name] = self._budget_of_equal_seconds(method)
+                arguments["sampler"] = UniformSampler(self.budgets[method.name])
+            start = time.perf_counter()
+            la = self._fit(method, arguments, draws.seed(context.seed, number), f"{method.fit_key}, {number}")
+            self.fitted[key] = copy.copy(la)
         fitted = time.perf_counter()
+        self.seconds[method.name, number] = fitted - start
         la.optimize_prior_precision(val_loader=self._validation(), **self.options.search, **method.tune)
         curve, joint = la.curve, la.tuned
         assert curve is not None
@@ -510,10 +563,11 @@ class _Bench:
         result: dict[str, Any] = {
             "seconds": {"fit": fitted - start, "tune": time.perf_counter() - fitted},
             "prior_precision": _typical_prior(la),
-            "edge": _edge(prior, curve.prior_precisions),
+            "edges": edges.of_posterior(la, curve.prior_precisions),
             "curve": {"prior_precisions": curve.prior_precisions.tolist(), "losses": curve.losses.tolist()},
             "validation_nll": float(curve.losses.min()),
             "coverage": la.coverage(),
+            "link": la.link,
         }
         if joint is not None:
             result |= {
@@ -524,7 +578,36 @@ class _Bench:
             }
         if self.regression:
             result["noise"] = float(la.sigma_noise)
+        if method.seconds_of:
+            result["budget"] = self.budgets[method.name]
         return la, result
+
+    def _fit(self, method: Method, arguments: Mapping[str, Any], seed: int, name: str | None = None) -> DebiasedLaplace:
+        """A fit of a method; with a name it is kept while it runs."""
+        la = DebiasedLaplace(self.model, self.task.likelihood, seed=self.context.seed, **method.laplace)
+        checkpoint = None if name is None else self.work / f"fit-{records.digest({'fit': name})}.progress"
+        if checkpoint is not None:
+            checkpoint.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                Progress.check(checkpoint)
+            except StoredFileError:  # damaged: it is this run's own, and made anew
+                checkpoint.unlink(missing_ok=True)
+        loader = _loader(self.task, "train_loader", self.context)
+        la.fit(loader, generator=seed, checkpoint=checkpoint, n_data=self.task.n_data, **arguments)
+        return la
+
+    def _budget_of_equal_seconds(self, method: Method) -> int:
+        """Data of a single batch whose fit takes as long as another method's did here, on this machine and seed."""
+        wanted = self.seconds[method.seconds_of, 0]
+        seed = draws.seed(self.context.seed, 0)
+
+        def seconds(budget: int) -> float:
+            start = time.perf_counter()
+            self._fit(method, {**method.fit, "sampler": UniformSampler(budget)}, seed)
+            return time.perf_counter() - start
+
+        first = self.fits[method.seconds_of][0]
+        return draws.budget_within(wanted, seconds, self.task.budget, first.fitted.n_seen if first.fitted else 1)
 
     # -- laplace-torch -------------------------------------------------------------------------
 
@@ -558,26 +641,28 @@ class _Bench:
         if reference is None or not compared:
             return {}
         inputs = _first(_loader(self.task, "test_loader", self.context), self.options.distance_inputs)
-        at = {"tuned": _typical_prior(self.fits[reference]), "equal": self.options.distance_prior_precision}
-        noise = self.fits[reference].posterior.noise_variance
+        first = self.fits[reference][0]
+        at = {"tuned": _typical_prior(first), "equal": self.options.distance_prior_precision}
+        noise = first.posterior.noise_variance
         # The noise is tuned for each: no part of a distance. One set of backward passes for all of them.
+        fits = [(name, la) for name in (*compared, reference) for la in self.fits[name]]
         grid = [
-            replace(self.fits[name].posterior, noise_variance=noise, prior_precision=torch.tensor([value]).double())
-            for name in roles.values()
+            replace(la.posterior, noise_variance=noise, prior_precision=torch.tensor([value]).double())
+            for _, la in fits
             for value in at.values()
         ]
-        every = functional_moments(self.fits[reference].network, grid, inputs, covariance=False)[1].cpu().double()
-        variances = dict(zip(roles.values(), every.split(len(at)), strict=True))
+        every = functional_moments(first.network, grid, inputs, covariance=False)[1].cpu().double().split(len(at))
         weights = bootstrap.resample_weights(_data.count(inputs), self.options.n_resamples, 0)
         found: dict[str, Any] = {}
         for index, (where, value) in enumerate(at.items()):
-            ratios = {name: _log_ratio(variances[name][index], variances[reference][index]) for name in compared}
-            found[where] = {"prior_precision": value} | {
-                name: {
-                    "absolute": _mean_cell(own.abs().mean(1), weights), "signed": _mean_cell(own.mean(1), weights)
+            found[where] = {"prior_precision": value}
+            for name in compared:
+                own = [v[index] for (of, _), v in zip(fits, every, strict=True) if of == name]
+                ratios = [_log_ratio(v, every[-1][index]) for v in own]
+                found[where][name] = {
+                    part: combine([_mean_cell(of(ratio).mean(1), weights) for ratio in ratios], True)
+                    for part, of in (("absolute", torch.Tensor.abs), ("signed", torch.Tensor.clone))
                 }
-                for name, own in ratios.items()
-            }  # fmt: skip
         return found
 
 
@@ -596,15 +681,6 @@ def _heard(call: Callable[[], _T]) -> tuple[_T, list[str]]:
 def _typical_prior(la: DebiasedLaplace) -> float:
     """The prior precision, the geometric mean where there are several."""
     return float(la.prior_precision.detach().double().log().mean().exp())
-
-
-def _edge(prior: Tensor, grid: Tensor) -> str | None:
-    """Which end of the grid one prior precision is, if any."""
-    if len(prior) > 1 or len(grid) == 1:
-        return None
-    value = float(prior)
-    ends = {"smallest": float(grid.min()), "largest": float(grid.max())}
-    return next((name for name, end in ends.items() if math.isclose(value, end, rel_tol=1e-5)), None)
 
 
 def _first(loader: Iterable[Any], n: int) -> Any:

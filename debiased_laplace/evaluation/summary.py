@@ -12,13 +12,14 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from debiased_laplace.evaluation import records as storage
-from debiased_laplace.evaluation.intervals import CONFIDENCE, student_quantile
+from debiased_laplace.evaluation.intervals import CONFIDENCE, overlap_factor, student_quantile
 from debiased_laplace.evaluation.metrics import Array
 
 Cell = list[float]
@@ -32,7 +33,7 @@ IN_UNITS = ("rmse", "crps", "width_50", "width_90", "width_95")
 STRONG = 3
 
 
-def combine(cells: Sequence[Cell], same_data: bool) -> Cell:
+def combine(cells: Sequence[Cell], same_data: bool, overlap: float = 0.0) -> Cell:
     r"""The cell of several seeds.
 
     With S seeds, :math:`h` the quantile of Student's t times the standard error of the mean over seeds, and
@@ -41,16 +42,20 @@ def combine(cells: Sequence[Cell], same_data: bool) -> Cell:
     * Seeds judged on the same data know nothing of these, however well they agree. The two errors are independent, and
       their reaches are added in squares, :math:`\sqrt{h^2 + \overline{d^2}}`.
     * Seeds with data of their own spread by the data too. Few that agree by chance do not know more than their data:
-      :math:`\max\big(h, \sqrt{\overline{d^2} / S}\big)`.
+      :math:`\max\big(h, \sqrt{\overline{d^2} / S}\big)`. Splits of one data set share data: with
+      :math:`\rho = n_\text{test} / n_\text{train}` the error is :math:`s \sqrt{1/S + \rho}` (Nadeau and Bengio), and
+      there are no more than :math:`1 + 1/\rho` test sets' worth of data.
 
     Args:
-        cells: One for each seed.
-        same_data: Whether all seeds were judged on the same data.
+        cells: One for each seed, or for each draw.
+        same_data: Whether all were judged on the same data.
+        overlap: Otherwise :math:`\rho`, or zero for data that are independent.
 
     Returns:
         Mean, standard error, lower and upper bound. With a value that is not finite the interval is unbounded.
 
-    Source: Zou and Donner, Statistics in Medicine 27 (2008), 1693-1702, for sums of variables with skewed intervals.
+    Source: Zou and Donner, Statistics in Medicine 27 (2008), 1693-1702, for sums of variables with skewed intervals;
+    :func:`~debiased_laplace.evaluation.intervals.overlap_factor`.
     """
     if len(cells) == 1:
         return cells[0]
@@ -58,12 +63,14 @@ def combine(cells: Sequence[Cell], same_data: bool) -> Cell:
     if not np.isfinite(values).all():  # no variance: the interval is what holds those of all seeds
         return [_mean(values.tolist()), math.inf, float(low.min()), float(high.max())]
     mean, n = float(values.mean()), len(values)
-    spread = float(values.std(ddof=1)) / math.sqrt(n)
+    overlap = 0.0 if same_data else overlap
+    spread = float(values.std(ddof=1)) / math.sqrt(overlap_factor(n, overlap))
+    n_data = min(n, 1 + 1 / overlap) if overlap else n
     quantile = student_quantile(n, CONFIDENCE)
 
     def joined(seeds: float, data: Array) -> float:
         squares = float(np.square(data).mean())
-        return math.sqrt(seeds**2 + squares) if same_data else max(seeds, math.sqrt(squares / n))
+        return math.sqrt(seeds**2 + squares) if same_data else max(seeds, math.sqrt(squares / n_data))
 
     reach = [joined(quantile * spread, own) for own in (values - low, high - values)]
     return [mean, joined(spread, errors), mean - reach[0], mean + reach[1]]
@@ -84,6 +91,12 @@ def summarise(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
         raise ValueError(f"Expected one record for each seed, got seeds {seeds}.")
     same_data = all(record["test"]["targets"] == first["test"]["targets"] for record in records)
     names = [name for name in first["predictors"] if any(name in record["test"]["scores"] for record in records)]
+    units = _units(records, same_data)
+
+    def entry(entries: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        return _entry(entries, names, partial(combine, same_data=same_data, overlap=_overlap(units, entries[0]["n"])))
+
+    strong = [record["strong_shift"] for record in records]
     return {
         "schema_version": storage.SCHEMA_VERSION,
         "task": first["task"],
@@ -91,6 +104,9 @@ def summarise(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "seeds": seeds,
         "made": [record["made"] for record in records],
         "same_data": same_data,
+        "data": first["data"],
+        "units": units,
+        "equal_settings": [record["equal_settings"] for record in records],
         "regression": first["regression"],
         "n_resamples": first["n_resamples"],
         "environments": _unique([record["environment"] for record in records]),
@@ -98,29 +114,57 @@ def summarise(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "predictors": {
             name: _about([record["predictors"][name] for record in records]) for name in first["predictors"]
         },
-        "test": _entry([record["test"] for record in records], names, same_data),
-        "shifts": [
-            _entry([record["shifts"][i] for record in records], names, same_data) for i in range(len(first["shifts"]))
-        ],
-        "ood": [_entry([record["ood"][i] for record in records], names, same_data) for i in range(len(first["ood"]))],
+        "test": entry([record["test"] for record in records]),
+        "shifts": [entry([record["shifts"][i] for record in records]) for i in range(len(first["shifts"]))],
+        "ood": [entry([record["ood"][i] for record in records]) for i in range(len(first["ood"]))],
+        "strong_shift": entry(strong) | {key: strong[0][key] for key in ("shifts", "sets")} if all(strong) else None,
         "distances": _distances([record["distances"] for record in records if record["distances"]], same_data),
     }
 
 
-def _entry(entries: Sequence[dict[str, Any]], names: Sequence[str], same_data: bool) -> dict[str, Any]:
-    first = entries[0]
-    result: dict[str, Any] = {key: first[key] for key in ("name", "severity", "n")}
-    # A method that failed for some seeds has the numbers of the others.
-    scores = {name: [entry["scores"][name] for entry in entries if name in entry["scores"]] for name in names}
-    result["scores"] = {name: _combined(own, same_data) for name, own in scores.items()}
-    result["differences"] = {
-        second: {
-            name: _combined(own, same_data)
-            for name in names
-            if (own := [e["differences"][second][name] for e in entries if name in e["differences"].get(second, {})])
-        }
-        for second in dict.fromkeys(second for entry in entries for second in entry["differences"])
+def _units(records: Sequence[dict[str, Any]], same_data: bool) -> dict[str, Any]:
+    """What a mean over seeds and draws is a mean over, and how far test data of different seeds overlap."""
+    draws = max(
+        (len(about["draws"]) for r in records for about in r["predictors"].values() if "draws" in about), default=1
+    )
+    data, independent = records[0]["data"], records[0]["task"]["independent_seeds"]
+    networks = len({record["inputs"]["network"] for record in records})
+    # What a split divides: with one network for all, the data that tune and those that judge.
+    rest = data["train"] if networks > 1 and data["train"] else data["validation"]
+    return {
+        "networks": networks,
+        "splits": len({record["test"]["targets"] for record in records}),
+        "draws": draws,
+        # Of seeds with data of their own nothing else is known: splits of one set, unless the task says otherwise.
+        "rest": 0 if same_data or independent or len(records) == 1 else rest,
     }
+
+
+def _overlap(units: Mapping[str, Any], n: int) -> float:
+    """Test data over the others of splits that share data; zero for data that share nothing."""
+    return n / units["rest"] if units["rest"] else 0.0
+
+
+_OF_EACH_SEED = (
+    "prior_precision", "temperature", "noise", "validation_nll", "edges", "prior_precisions", "budget", "draws"
+)  # fmt: skip
+Combine = Callable[[Sequence[Cell]], Cell]
+
+
+def _entry(entries: Sequence[dict[str, Any]], names: Sequence[str], of: Combine) -> dict[str, Any]:
+    first = entries[0]
+    result: dict[str, Any] = {key: first[key] for key in ("name", "severity", "n") if key in first}
+    result |= _cells(entries, names, of)
+    equal = [entry["equal_settings"] for entry in entries if "equal_settings" in entry]
+    if equal:
+        result["equal_settings"] = _cells(equal, names, of)
+    if first.get("calibrated"):
+        result["calibrated"] = {
+            name: {key: np.mean([one[key] for one in own], axis=0).tolist() for key in own[0]}
+            for name in names
+            if (own := [entry["calibrated"][name] for entry in entries if name in entry["calibrated"]])
+        }
+    result["draws"] = {name: [entry["draws"].get(name, {}) for entry in entries] for name in first["draws"]}
     if "curves" in first:
         result["curves"] = {
             name: _curves([entry["curves"][name] for entry in entries if name in entry["curves"]]) for name in names
@@ -134,8 +178,26 @@ def _entry(entries: Sequence[dict[str, Any]], names: Sequence[str], same_data: b
     return result
 
 
-def _combined(scores: Sequence[dict[str, Cell]], same_data: bool) -> dict[str, Cell]:
-    return {score: combine([own[score] for own in scores], same_data) for score in scores[0]}
+def _cells(entries: Sequence[dict[str, Any]], names: Sequence[str], of: Combine) -> dict[str, Any]:
+    """Scores and differences; a method that failed for some seeds has the numbers of the others."""
+    scores = {name: own for name in names if (own := [e["scores"][name] for e in entries if name in e["scores"]])}
+    return {
+        "scores": {name: _combined(own, of) for name, own in scores.items()},
+        "differences": {
+            second: {
+                name: _combined(own, of)
+                for name in names
+                if (
+                    own := [e["differences"][second][name] for e in entries if name in e["differences"].get(second, {})]
+                )
+            }
+            for second in dict.fromkeys(second for entry in entries for second in entry["differences"])
+        },
+    }
+
+
+def _combined(scores: Sequence[dict[str, Cell]], of: Combine) -> dict[str, Cell]:
+    return {score: of([own[score] for own in scores]) for score in scores[0]}
 
 
 def _curves(curves: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -182,10 +244,10 @@ def _about(entries: Sequence[dict[str, Any]]) -> dict[str, Any]:
         if all(step in entry["seconds"] for entry in entries)
     }
     found["undetermined"] = _unique([what for entry in entries for what in entry.get("undetermined", ())])
-    for key in ("prior_precision", "temperature", "noise", "validation_nll", "edge", "prior_precisions"):
+    for key in _OF_EACH_SEED:
         if key in first:
             found[key] = [entry[key] for entry in entries]
-    for key in ("coverage", "layers", "members"):
+    for key in ("coverage", "layers", "link", "members"):
         if key in first:
             found[key] = first[key]
     if first.get("curve"):
@@ -236,14 +298,47 @@ def is_strong(entry: Mapping[str, Any]) -> bool:
     return entry["severity"] is None or entry["severity"] >= STRONG
 
 
-def differences(
-    summary: Mapping[str, Any], first: str, second: str, score: str
-) -> Iterator[tuple[dict[str, Any], Cell]]:
-    """Entries of the shifts with the difference of two predictors there."""
-    for entry in summary["shifts"]:
-        cell = entry["differences"].get(second, {}).get(first, {}).get(score)
-        if cell is not None:
-            yield entry, cell
+def title(entry: Mapping[str, Any]) -> str:
+    """Of test or shifted data."""
+    if entry["name"] == "test":
+        return "test data"
+    return str(entry["name"]) if entry["severity"] is None else f"{entry['name']} {entry['severity']}"
+
+
+def is_worse_than_uniform(summary: Mapping[str, Any], score: str, cell: Sequence[float]) -> bool:
+    r"""Whether a score of a classifier is worse than that of equal probabilities for all classes.
+
+    NLL is then above :math:`\log C`, the Brier score above :math:`1 - 1/C`.
+    """
+    classes = summary["task"]["n_outputs"]
+    bounds = {"nll": math.log(classes), "brier": 1 - 1 / classes} if not summary["regression"] else {}
+    return score in bounds and cell[0] > bounds[score]
+
+
+def comparisons(summary: Mapping[str, Any]) -> int:
+    """How many differences have a verdict in the tables.
+
+    On test data those of the candidate, one for each score with a direction; over all strong shifts those of every
+    method; at equal settings one each.
+    """
+    candidate = by_role(summary, "candidate")
+    strong = summary["strong_shift"] or {"differences": {}}
+    own = [others.get(candidate, {}) for others in summary["test"]["differences"].values()]
+    equal = [
+        others
+        for entry in (summary["test"], strong)
+        for others in entry.get("equal_settings", {}).get("differences", {}).values()
+    ]
+    return (
+        sum(not is_undirected(score) for scores in own for score in scores)
+        + sum(len(others) for others in strong["differences"].values())
+        + len(equal)
+    )
+
+
+def is_undirected(score: str) -> bool:
+    """Whether a difference of the score has no good direction."""
+    return score.startswith(("coverage", "width"))
 
 
 def verdict(score: str, cell: Sequence[float]) -> str:
@@ -260,6 +355,16 @@ def verdict(score: str, cell: Sequence[float]) -> str:
 def judged(score: str, cell: Sequence[float]) -> str:
     """:func:`verdict`, or ``"not defined"`` for a difference that is not."""
     return "not defined" if math.isnan(cell[0]) else verdict(score, cell)
+
+
+def calibration_verdict(entry: Mapping[str, Any], score: str, first: str, second: str) -> str | None:
+    """``"both as if calibrated"`` where both calibration errors are within what calibrated predictors have, or None."""
+    found = [entry.get("calibrated", {}).get(name, {}).get(score) for name in (first, second)]
+    scores = [entry["scores"].get(name, {}).get(score, [math.nan])[0] for name in (first, second)]
+    if any(own is None for own in found):
+        return None
+    inside = all(value <= own[3] for value, own in zip(scores, found, strict=True) if own is not None)
+    return "both as if calibrated" if inside else None
 
 
 def _unique(values: list[Any]) -> list[Any]:

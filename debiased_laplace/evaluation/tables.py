@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,9 +13,26 @@ from rich.text import Text
 
 from debiased_laplace.evaluation import names
 from debiased_laplace.evaluation import summary as summaries
+from debiased_laplace.evaluation.edges import MARK
 from debiased_laplace.evaluation.metrics import N_BINS
-from debiased_laplace.evaluation.statement import failures, plus_minus, seeds, with_interval
-from debiased_laplace.evaluation.summary import by_role, geometric_mean, judged
+from debiased_laplace.evaluation.statement import (
+    failures,
+    if_calibrated,
+    plus_minus,
+    same_rule,
+    seeds,
+    unit,
+    with_interval,
+)
+from debiased_laplace.evaluation.summary import (
+    STRONG,
+    by_role,
+    calibration_verdict,
+    geometric_mean,
+    is_undirected,
+    is_worse_than_uniform,
+    judged,
+)
 
 #: Column title, number of digits and factor of every score.
 SCORES = {
@@ -39,10 +56,12 @@ SCORES = {
     "width_95": ("95 % width", 3, 1.0),
     "calibration_error": ("calibration error %", 1, 100.0),
 }
+#: At scores that equal probabilities for all classes would beat.
+OF_NO_USE = "†"
 #: What the short form of a table has.
 SHORT = ("accuracy", "nll", "brier", "ece", "rmse", "crps", "coverage_95")
-#: Scores whose difference has no good direction.
-UNDIRECTED = tuple(name for name in SCORES if name.startswith(("coverage", "width")))
+#: Scores of calibration, beside which stands what a calibrated predictor would have.
+CALIBRATION = ("ece", "adaptive_ece", "classwise_ece")
 
 
 @dataclass(frozen=True)
@@ -101,15 +120,25 @@ def tables(summary: Mapping[str, Any], *, short: bool = False) -> list[Table]:
         found.append(_test_differences(summary, candidate, short))
     for score in ("nll",) if short else ("nll", "rmse" if summary["regression"] else "ece"):
         found.append(_shifts(summary, score, short))
+    found.append(_strong(summary, short))
     if candidate is not None and not short:
         found += [_shift_differences(summary, candidate, second) for second in summary["test"]["differences"]]
+        found += [_equal(summary, candidate), _draws(summary)]
     found += [_foreign(summary, short), _distances(summary), _cost(summary)]
     return [table for table in found if table.sections and table.sections[0][1]]
 
 
-def _cell(cell: Sequence[float], score: str, *, fewer: bool = False) -> str:
+def _cell(cell: Sequence[float], score: str, *, fewer: bool = False, summary: Mapping[str, Any] | None = None) -> str:
     _, digits, scale = SCORES[score]
-    return plus_minus(cell, digits - fewer, scale=scale)
+    text = plus_minus(cell, digits - fewer, scale=scale)
+    worse = summary is not None and is_worse_than_uniform(summary, score, cell)
+    return f"{text} {OF_NO_USE}" if worse else text
+
+
+def _marks(summary: Mapping[str, Any], cells: Iterable[str]) -> str:
+    """What marks mean, if there are some."""
+    found = any(OF_NO_USE in cell for cell in cells)
+    return f" {OF_NO_USE} Worse than saying 1/{summary['task']['n_outputs']} for every class." if found else ""
 
 
 def _errors(summary: Mapping[str, Any]) -> str:
@@ -132,10 +161,26 @@ def _test(summary: Mapping[str, Any], short: bool) -> Table:
     )
     failed = ["failed", *[""] * (len(names) - 1)]
     rows = [
-        [name, *([_cell(scores[name][s], s) for s in names] if name in scores else failed)]
+        [
+            name,
+            *(
+                [
+                    _cell(scores[name][s], s, summary=summary)
+                    + ("" if short else if_calibrated(summary["test"], name, s, SCORES[s][1]))
+                    for s in names
+                ]
+                if name in scores
+                else failed
+            ),
+        ]
         for name in summary["predictors"]
     ]
-    caption = " ".join([f"{how} Cells: {_errors(summary)}.", *failures(summary)])
+    calibrated = "" if short or summary["regression"] else (
+        " Beside calibration errors: what the predictor would have on so many data if it were calibrated, with its "
+        "95 % interval, from targets drawn from its own probabilities."
+    )  # fmt: skip
+    caption = " ".join([f"{how}{calibrated} Cells: {_errors(summary)}.", *failures(summary)])
+    caption += _marks(summary, (cell for row in rows for cell in row))
     return Table("Test data", caption, ["method", *(SCORES[s][0] for s in names)], [("", rows)])
 
 
@@ -145,7 +190,7 @@ def _test_differences(summary: Mapping[str, Any], candidate: str, short: bool) -
         own = found.get(candidate, {})
         rows = [
             [SCORES[s][0], with_interval(cell, SCORES[s][1] + 1, scale=SCORES[s][2]),
-             "" if s in UNDIRECTED else judged(s, cell)]
+             "" if is_undirected(s) else _verdict(summary, s, cell, candidate, second)]
             for s, cell in own.items()
             if not short or s in ("nll", "ece", "crps")
         ]  # fmt: skip
@@ -153,12 +198,78 @@ def _test_differences(summary: Mapping[str, Any], candidate: str, short: bool) -
             sections.append((f"minus {second}", rows))
     return Table(
         f"{candidate} against the others, test data",
-        "Paired, datum by datum, with the 95 % interval; a difference is called better or worse only if its interval "
-        "leaves out zero, and negligible if all of it is within 0.001 (or 0.1 %). One row in twenty would be beyond by "
-        "chance.",
+        f"Paired, datum by datum, with the 95 % interval over {unit(summary, summary['test']['n'])}; a difference is "
+        "called better or worse only if its interval leaves out zero, and negligible if all of it is within 0.001 (or "
+        "0.1 %). Calibration errors that are both within what a calibrated predictor has are no difference. One row in "
+        "twenty would be beyond by chance.",
         ["score", "difference", "verdict"],
         sections,
     )
+
+
+def _verdict(summary: Mapping[str, Any], score: str, cell: Sequence[float], first: str, second: str) -> str:
+    noise = calibration_verdict(summary["test"], score, first, second) if score in CALIBRATION else None
+    return noise or judged(score, cell)
+
+
+def _strong(summary: Mapping[str, Any], short: bool) -> Table:
+    """All strong shifts as one comparison."""
+    strong, rows = summary["strong_shift"], []
+    if strong is None:
+        return Table("Strong shift: mean NLL", "", [], [])
+    others = [second for second in strong["differences"] if not short or second == same_rule(summary)]
+    for name, own in strong["scores"].items():
+        row = [name, _cell(own["nll"], "nll", summary=summary)]
+        for second in others:
+            cell = strong["differences"][second].get(name, {}).get("nll")
+            row.append("" if cell is None else f"{with_interval(cell, 3)} ({judged('nll', cell)})")
+        rows.append(row)
+    caption = (
+        f"Mean over {len(strong['shifts'])} shifts of severity {STRONG} and more ({', '.join(strong['shifts'])}), "
+        f"which are one comparison: intervals over {unit(summary, strong['n'], sets=strong['sets'])}."
+    )
+    return Table(
+        "Strong shift: mean NLL", caption + _marks(summary, (cell for row in rows for cell in row)),
+        ["method", "mean NLL", *(f"minus {second}" for second in others)], [("", rows)],
+    )  # fmt: skip
+
+
+def _equal(summary: Mapping[str, Any], candidate: str) -> Table:
+    """Candidate and baseline, tuned and at the same settings."""
+    baseline, rows = by_role(summary, "baseline"), []
+    settings = [own for own in summary["equal_settings"] if own]
+    for where, entry in (("test data", summary["test"]), ("strong shift", summary["strong_shift"])):
+        if entry is None or "equal_settings" not in entry or baseline is None:
+            continue
+        for how, own in (("tuned, each by itself", entry), ("equal settings", entry["equal_settings"])):
+            cell = own["differences"].get(baseline, {}).get(candidate, {}).get("nll")
+            if cell is not None:
+                rows.append([f"{where}, {how}", with_interval(cell, 4), judged("nll", cell)])
+    if not rows:
+        return Table("Equal settings", "", [], [])
+    return Table(
+        f"NLL of {candidate} minus {baseline}, at equal settings",
+        f"Prior precision and temperature (or noise) of {settings[0]['of']} for both, so that nothing hangs on where "
+        "each tuning stopped.",
+        ["where", "difference", "verdict"], [("", rows)],
+    )  # fmt: skip
+
+
+def _draws(summary: Mapping[str, Any]) -> Table:
+    """Spread over draws of the curvature data within seeds."""
+    rows = []
+    for name, found in summary["test"]["draws"].items():
+        values = [own["nll"] for own in found if "nll" in own]
+        if values:
+            spread = statistics.fmean(statistics.stdev(own) for own in values)
+            rows.append([name, str(len(values[0])), f"{min(map(min, values)):.4f} to {max(map(max, values)):.4f}",
+                         f"{spread:.4f}"])  # fmt: skip
+    return Table(
+        "Draws of the curvature data: NLL on test data",
+        "Every draw is tuned by itself. Smallest and largest over draws and seeds; standard deviation between draws of "
+        "a seed.",
+        ["method", "draws", "range", "standard deviation"], [("", rows)],
+    )  # fmt: skip
 
 
 def _severities(summary: Mapping[str, Any]) -> list[int | None]:
@@ -176,12 +287,20 @@ def _shifts(summary: Mapping[str, Any], score: str, short: bool) -> Table:
     for name, entries in summaries.shifts(summary).items():
         own = {entry["severity"]: entry["scores"] for entry in entries}
         rows = [
-            [method, *(_cell(own[s][method][score], score, fewer=short) if s in own else "" for s in severities)]
+            [
+                method,
+                *(
+                    _cell(own[s][method][score], score, fewer=short, summary=summary) if s in own else ""
+                    for s in severities
+                ),
+            ]
             for method in entries[0]["scores"]
         ]
         sections.append((name, rows))
     return Table(
-        f"Shifted data: {SCORES[score][0]}", f"By severity. Cells: {_errors(summary)}.",
+        f"Shifted data: {SCORES[score][0]}",
+        f"By severity. Cells: {_errors(summary)}."
+        + _marks(summary, (cell for _, rows in sections for row in rows for cell in row)),
         ["method", *_headings(severities)], sections,
     )  # fmt: skip
 
@@ -193,7 +312,8 @@ def _shift_differences(summary: Mapping[str, Any], candidate: str, second: str) 
         rows.append([name, *("" if own.get(s) is None else with_interval(own[s], 3) for s in severities)])
     return Table(
         f"Shifted data: NLL of {candidate} minus {second}",
-        "Paired, with the 95 % interval. Below zero: the former is better.",
+        "Paired, with the 95 % interval. Below zero: the former is better. Rows and columns are copies of the same "
+        "data and no comparisons of their own: the table of strong shifts has the one that counts.",
         ["shift", *_headings(severities)],
         [("", rows)],
     )
@@ -249,22 +369,30 @@ def _cost(summary: Mapping[str, Any]) -> Table:
         if name not in summary["test"]["scores"]:
             continue
         tuned, free = [], about.get("undetermined", ())
+
+        def marked(text: str, what: str, about: Mapping[str, Any] = about) -> str:
+            sides = {own[key] for own in about.get("edges", ()) for key in own if key.startswith(what)}
+            return text + "".join(f" {MARK[side]}" for side in sorted(sides))
+
         if len(about.get("prior_precisions", [[]])[0]) > 1:
             values = [value for own in about["prior_precisions"] for value in own]
-            tuned.append(f"prior {min(values):.2g} to {max(values):.2g}")
+            tuned.append(marked(f"prior {min(values):.2g} to {max(values):.2g}", "prior precision"))
         elif "prior_precision" in about:
-            tuned.append(f"prior {geometric_mean(about['prior_precision']):.3g}")
+            tuned.append(marked(f"prior {geometric_mean(about['prior_precision']):.3g}", "prior precision"))
         if "temperature" in about:
-            tuned.append(f"temperature {statistics.fmean(about['temperature']):.2f}")
+            tuned.append(marked(f"temperature {statistics.fmean(about['temperature']):.2f}", "temperature"))
         if "noise" in about:
-            tuned.append(f"noise {statistics.fmean(about['noise']):.3g}")
+            tuned.append(marked(f"noise {statistics.fmean(about['noise']):.3g}", "noise"))
+        if "budget" in about:
+            tuned.append(f"{statistics.fmean(about['budget']):,.0f} data")
         seconds = [f"{about['seconds'][s]:.2f}" if s in about["seconds"] else "" for s in ("fit", "tune", "predict")]
         if free:
             tuned.append(f"not determined: {', '.join(free)}")
         rows.append([name, ", ".join(tuned), *seconds])
     return Table(
         "Tuning and cost",
-        f"Means over {seeds(summary)} (prior precisions: geometric). Seconds. Predicting covers all data of this page; "
+        f"Means over {seeds(summary)} (prior precisions: geometric). {MARK['smallest']} or {MARK['largest']}: the "
+        "smallest or the largest of its search, in some seed. Seconds. Predicting covers all data of this page; "
         "posteriors of the same parameters are predicted together, and the time is that of the first. Getting the "
         f"network took {summary['seconds']['model']:.1f} s.",
         ["method", "tuned", "fit, s", "tune, s", "predict, s"],

@@ -21,8 +21,10 @@ parameter for. Loaders are asked for anew for every reading.
 Constants, all optional: ``NAME``, ``DESCRIPTION``, ``LIKELIHOOD`` (``"classification"``, ``"regression"``, or
 ``"bernoulli"`` for one output that is a logit, with targets 0 and 1), ``N_DATA`` (size of the training set, if the
 loader does not yield all of it), ``BUDGET`` (training data spent on curvature), ``SEEDS`` (how many by default),
-``SEEDS_NOTE`` (what a seed decides), ``NOTES`` (a sentence for each condition), ``CLASSES`` (names), ``DENSE`` (whether
-the network is small enough, some thousand parameters, for posteriors with the whole curvature matrix).
+``SEEDS_NOTE`` (what a seed decides), ``INDEPENDENT_SEEDS`` (whether seeds with test data of their own have data that
+share nothing; otherwise they count as splits of one data set, and intervals allow for the overlap), ``NOTES`` (a
+sentence for each condition), ``CLASSES`` (names), ``DENSE`` (whether the network is small enough, some thousand
+parameters, for posteriors with the whole curvature matrix).
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ class DebiasedLaplace(StateLayer):
         likelihood: ``"classification"``, ``"regression"``, ``"reward_modeling"`` (fitted as a classification of pairs,
             predicts as a regression), or a :class:`~debiased_laplace.likelihoods.Likelihood` such as ``Bernoulli()``.
         subset_of_weights: ``"all"`` trainable parameters, the ``"last_layer"``, or a ``"subnetwork"``.
-        hessian_structure: ``"kron"``, ``"lowrank"``, ``"diag"`` or ``"full"``.
+        hessian_structure: ``"kron"``, ``"lowrank"``, ``"diag"``, ``"full"`` or ``"isotropic"`` (no curvature).
         sigma_noise: Standard deviation of the observation noise (regression), or one for each output: then their
             ratios are part of the fit.
         prior_precision: One number; one for each line of :meth:`coverage`; one for each parameter tensor; or one for

@@ -234,7 +234,7 @@ class FittingLayer(SettingsLayer):
             if first.groups > 1:
                 shape = f"{first.groups} groups of {shape}"
             if isinstance(part, IdentityBasis):
-                kind, shape = "diagonal", ""
+                kind, shape = "prior alone" if self.hessian_structure == "isotropic" else "diagonal", ""
             elif isinstance(part, DenseBasis):
                 kind = "full" if part.complete else "low rank"
                 shape = f"dense {part.n_params}" if part.complete else f"{part.rank} directions"

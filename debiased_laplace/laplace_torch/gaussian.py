@@ -22,6 +22,9 @@ LEFT_OUT = (
     "with a larger rank."
 )
 
+#: Structures whose precision is a vector.
+DIAGONAL = ("diag", "isotropic")
+
 
 class GaussianLayer(FittingLayer):
     """The layer of :class:`~debiased_laplace.DebiasedLaplace` that knows the Gaussian."""
@@ -38,7 +41,7 @@ class GaussianLayer(FittingLayer):
         if self.fitted is None:
             if not self._is_prior:
                 return None
-            shape = (self._n_chosen or 0,) * (1 if self.hessian_structure == "diag" else 2)
+            shape = (self._n_chosen or 0,) * (1 if self.hessian_structure in DIAGONAL else 2)
             return torch.zeros(shape, device=self._device, dtype=self._float_dtype)
         posterior = self.fitted.posterior
         return self._in_the_form_of_the_structure(posterior, posterior.n_data * posterior.curvatures.double())
@@ -47,7 +50,7 @@ class GaussianLayer(FittingLayer):
         basis, free, dtype = posterior.basis, self.network.free, self._float_dtype
         if self.hessian_structure == "kron":
             return KroneckerPrecision(basis, eigenvalues, dtype)
-        if self.hessian_structure == "diag":
+        if self.hessian_structure in DIAGONAL:
             return restrict(basis.lift(eigenvalues), free).to(dtype)
         columns = restrict(basis.lift(torch.eye(basis.rank, dtype=torch.float64, device=eigenvalues.device)), free).mT
         if self.hessian_structure == "lowrank":
@@ -60,17 +63,17 @@ class GaussianLayer(FittingLayer):
 
         Returns:
             ``"kron"``: a :class:`KroneckerPrecision`, with the methods of laplace-torch's ``KronDecomposed``;
-            ``"diag"``: ``[D]``; ``"full"``: ``[D, D]``; ``"lowrank"``: ``((U: [D, K], eigenvalues: [K]), prior: [D])``,
-            of which it is ``U diag(eigenvalues) U^T + diag(prior)``. Before a fit the prior's for ``"diag"`` and
-            ``"full"``, as in laplace-torch.
+            ``"diag"`` and ``"isotropic"``: ``[D]``; ``"full"``: ``[D, D]``; ``"lowrank"``: ``((U: [D, K], eigenvalues:
+            [K]), prior: [D])``, of which it is ``U diag(eigenvalues) U^T + diag(prior)``. Before a fit the prior's for
+            ``"diag"``, ``"isotropic"`` and ``"full"``, as in laplace-torch.
         """
         if self._is_prior:
             prior = self.prior_precision_diag
-            return prior if self.hessian_structure == "diag" else torch.diag(prior)
+            return prior if self.hessian_structure in DIAGONAL else torch.diag(prior)
         posterior = self.posterior
         if self.hessian_structure == "kron":
             return KroneckerPrecision.of(posterior, self._float_dtype)
-        if self.hessian_structure == "diag":
+        if self.hessian_structure in DIAGONAL:
             return self._in_the_form_of_the_structure(posterior, posterior.precisions)
         scaled = posterior.scale * posterior.curvatures.double()
         curvature = self._in_the_form_of_the_structure(posterior, scaled)
@@ -88,15 +91,15 @@ class GaussianLayer(FittingLayer):
     @property
     def posterior_scale(self) -> Tensor:
         """Square root of the covariance: of ``"full"`` triangular ``[D, D]``, of ``"diag"`` its diagonal ``[D]``."""
-        self._only_for("posterior_scale", "full", "diag")
-        if self.hessian_structure == "diag":
+        self._only_for("posterior_scale", "full", *DIAGONAL)
+        if self.hessian_structure in DIAGONAL:
             return self.posterior_precision.rsqrt()
         return torch.linalg.cholesky(self.posterior_covariance.double()).to(self._float_dtype)
 
     @property
     def posterior_variance(self) -> Tensor:
         """Posterior variances ``[D]``, of ``"diag"``."""
-        self._only_for("posterior_variance", "diag")
+        self._only_for("posterior_variance", *DIAGONAL)
         return self.posterior_precision.reciprocal()
 
     def _only_for(self, name: str, *structures: str) -> None:
@@ -110,7 +113,7 @@ class GaussianLayer(FittingLayer):
     @property
     def _is_prior(self) -> bool:
         """Whether there was no fit, and the posterior is one that laplace-torch has before a fit: the prior."""
-        return self.fitted is None and self._names is not None and self.hessian_structure in ("diag", "full")
+        return self.fitted is None and self._names is not None and self.hessian_structure in ("full", *DIAGONAL)
 
     # -- the Gaussian --------------------------------------------------------------------------
 

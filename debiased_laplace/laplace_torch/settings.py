@@ -18,10 +18,12 @@ from debiased_laplace.joint import TunedPrior
 from debiased_laplace.laplace_torch import noise, subset
 from debiased_laplace.likelihoods import Categorical, Likelihood, resolve_likelihood
 from debiased_laplace.posterior import Posterior
-from debiased_laplace.structures import Diagonal, Full, Kronecker, LowRank, Structure
+from debiased_laplace.structures import Diagonal, Full, Isotropic, Kronecker, LowRank, Structure
 from debiased_laplace.tuning import PriorCurve
 
-STRUCTURES: dict[str, type[Structure]] = {"kron": Kronecker, "lowrank": LowRank, "diag": Diagonal, "full": Full}
+STRUCTURES: dict[str, type[Structure]] = {
+    "kron": Kronecker, "lowrank": LowRank, "diag": Diagonal, "full": Full, "isotropic": Isotropic,
+}  # fmt: skip
 REWARD_MODELING = "reward_modeling"
 
 

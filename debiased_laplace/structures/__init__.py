@@ -3,6 +3,7 @@
 from debiased_laplace.structures.base import Statistics, Structure
 from debiased_laplace.structures.diag import Diagonal, DiagonalStatistics
 from debiased_laplace.structures.full import Full, FullStatistics
+from debiased_laplace.structures.isotropic import Isotropic, IsotropicStatistics
 from debiased_laplace.structures.kron import Kronecker, KroneckerStatistics
 from debiased_laplace.structures.lowrank import LowRank, LowRankStatistics
 
@@ -11,6 +12,8 @@ __all__ = [
     "DiagonalStatistics",
     "Full",
     "FullStatistics",
+    "Isotropic",
+    "IsotropicStatistics",
     "Kronecker",
     "KroneckerStatistics",
     "LowRank",

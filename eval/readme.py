@@ -1,0 +1,128 @@
+"""The demonstration's record and figure, and the generated tables of the README.
+
+    python eval/readme.py [--demo] [--docs docs]
+
+With ``--demo`` the demonstration is run, its record is written to ``<docs>/records/demo.json`` and its figure to
+``<docs>/demo-reliability.png``. The tables of the README between ``<!-- demo -->`` or ``<!-- costs -->`` and
+``<!-- end -->`` are made from that record and from ``<docs>/records/bench-cpu.json``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from documents import fill, markdown, save_small
+from results import compact
+
+from debiased_laplace.evaluation.demo import demo
+from debiased_laplace.evaluation.methods import is_variant
+from debiased_laplace.evaluation.processes import available
+from debiased_laplace.evaluation.records import read_json, write_json
+from debiased_laplace.evaluation.report import write_outputs
+from debiased_laplace.evaluation.statement import plus_minus, unit
+
+#: Shifts of the demonstration's table; severities 3 and 5 of all kinds are in the mean.
+SHIFTS = ("noise 5", "rotation 3", "contrast 5")
+#: What, network and side in the record of the benchmarks for every cell.
+COSTS: tuple[tuple[str, str, str, tuple[str, ...]], ...] = (
+    ("predict 64 inputs, LeNet, all layers", "predict", "LeNet", ("ours", "laplace curvlinops", "laplace backpack")),
+    ("predict 4 inputs, All-CNN-C, 100 classes", "predict", "All-CNN-C",
+     ("ours", "laplace curvlinops", "laplace backpack")),
+    ("the same, 30 linearised samples", "predict", "All-CNN-C", ("ours, 30 linearised samples",)),
+    ("100 prior precisions over 500 inputs, LeNet", "grid", "LeNet", ("ours",)),
+    ("exact K-FAC statistics, 128 inputs, LeNet", "statistics", "LeNet",
+     ("ours exact", "laplace curvlinops", "laplace backpack")),
+    ("exact K-FAC statistics, 64 inputs, ResNet-20 with BatchNorm", "statistics", "ResNet-20",
+     ("ours exact", "laplace curvlinops", "laplace backpack")),
+    ("diagonal fit, 128 inputs, LeNet", "diagonal", "LeNet", ("ours", "laplace curvlinops", "laplace backpack")),
+    ("last layer, 3,100 classes, 32 inputs", "last layer", "Head", ("ours", "laplace curvlinops")),
+    ("top ten eigenpairs, 32 inputs, 3C3D", "eigenpairs", "3C3D", ("ours",)),
+    ("whole fit, ResNet-50, 8 images, 1,000 classes", "whole fit", "ResNet-50", ("ours one sample",)),
+)  # fmt: skip
+
+
+def demo_table(summary: Mapping[str, Any]) -> str:
+    """What the README shows of the demonstration, and what its intervals are over."""
+    shifts = {f"{entry['name']} {entry['severity']}": entry["scores"] for entry in summary["shifts"]}
+    (foreign,) = summary["ood"]
+    rows = []
+    for name, own in summary["test"]["scores"].items():
+        if is_variant(name):
+            continue
+        equal = summary["distances"].get("equal", {}).get(name)
+        rows.append([
+            name, plus_minus(own["nll"], 3), plus_minus(summary["strong_shift"]["scores"][name]["nll"], 2),
+            *(plus_minus(shifts[title][name]["nll"], 2) for title in SHIFTS),
+            plus_minus(foreign["scores"][name]["maximum probability, auroc"], 1, scale=100),
+            "" if equal is None else plus_minus(equal["absolute"], 3),
+        ])  # fmt: skip
+    strong = summary["strong_shift"]
+    columns = ["", "NLL, test", f"mean NLL, {len(strong['shifts'])} strong shifts", *(f"NLL, {t}" for t in SHIFTS)]
+    table = markdown([*columns, f"AUROC %, {foreign['name']}", "distance to full data at prior precision 1"], rows)
+    return f"{table}\n\nErrors are over {unit(summary, summary['test']['n'])}."
+
+
+def cost(sides: Mapping[str, Any], name: str, unit: str = "") -> str:
+    """Seconds, also in units if there are some, and memory; or why there are none."""
+    own = sides[name]
+    if "error" in own:
+        wanted = re.search(r"allocate (\d+) bytes", own["error"])
+        return f"asks for {int(wanted[1]) / 1e9:,.0f} GB" if wanted else "not supported"
+    seconds = median(own["seconds"])
+    units = f", {seconds / median(own['unit_seconds']):.1f} {unit}" if unit else ""
+    return f"{seconds:.2g} s, {own['memory_mb']:,.0f} MB{units}"
+
+
+def cost_table(records: Sequence[Mapping[str, Any]]) -> str:
+    """What the README shows of the benchmarks."""
+    found = {(own["what"], own["network"]): dict(own["sides"]) for own in records}
+    rows = []
+    for title, what, network, sides in COSTS:
+        cells = [cost(found[what, network], side, "single predictions" * (what == "grid")) for side in sides]
+        rows.append([title, *cells, *[""] * (3 - len(cells))])
+    pairs, batches = found["eigenpairs", "3C3D"], found["largest batch", "3C3D"]
+    there = f"{cost(pairs, 'vivit')}; within 4 GB {batches['ours']['batch']:,} images here at least, "
+    return (
+        markdown(["", "here", "laplace-torch, default", "laplace-torch, BackPACK"], rows)
+        + f"\n\nTop ten eigenpairs with ViViT's own package: {there}{batches['vivit']['batch']:,} there."
+    )
+
+
+def parts(docs: Path) -> dict[str, str]:
+    """The generated parts of the README, from the records that are there."""
+    made = {}
+    if (docs / "records" / "demo.json").exists():
+        made["demo"] = demo_table(read_json(docs / "records" / "demo.json")["summary"])
+    return made | {"costs": cost_table(json.loads((docs / "records" / "bench-cpu.json").read_text())["records"])}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--demo", action="store_true", help="run the demonstration")
+    parser.add_argument("--out", type=Path, default=Path("eval/results/demo"))
+    parser.add_argument("--docs", type=Path, default=Path("docs"))
+    parser.add_argument("--readme", type=Path, default=Path("README.md"))
+    options = parser.parse_args()
+    if options.demo:
+        start, n = time.perf_counter(), available()
+        summary = demo(
+            options.out, n_processes=n,
+            progress=lambda seed, step: print(f"seed {seed}: {step}", file=sys.stderr, flush=True),
+        )  # fmt: skip
+        paths = write_outputs(options.out, summary, title="Debiased Laplace on digits")
+        seconds = {"processes": n, "seconds": round(time.perf_counter() - start, 1)}
+        write_json(options.docs / "records" / "demo.json", seconds | {"summary": compact(summary)})
+        save_small(paths["reliability.png"].read_bytes(), options.docs / "demo-reliability.png")
+    fill(options.readme, parts(options.docs))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,128 @@
+"""Numbers in documents: parts that are made from records, and claims in prose with the record each comes from."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import statistics
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from debiased_laplace.evaluation.records import read_json
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+RECORDS = DOCS / "records"
+NUMBER = re.compile("[+\N{MINUS SIGN}-]?\\d[\\d,]*(?:\\.\\d+)?(?:e[+-]?\\d+)?")
+#: In prose: no part of a name (ResNet-20, 3C3D), of a version or of a citation.
+IN_PROSE = re.compile(r"(?<![\w.,-])(?<!ICLR )(?<!laplace-torch )\d+(?:,\d{3})*(?:\.\d+)?(?!\w|[.,]\d)")
+#: What a formula may use beside the record.
+NAMES = {"abs": abs, "exp": math.exp, "len": len, "max": max, "mean": statistics.fmean, "median": statistics.median,
+         "min": min, "round": round, "sum": sum}  # fmt: skip
+
+
+def generated(document: Path) -> dict[str, str]:
+    """What stands between the marks of a document."""
+    found = re.findall(r"<!-- (?!end -->)([\w -]+?) -->\n(.*?)<!-- end -->", document.read_text(), re.DOTALL)
+    return {name: content.strip() for name, content in found}
+
+
+def remade() -> dict[str, dict[str, str]]:
+    """The same parts, made anew from the records."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(ROOT / "eval")
+        before = set(sys.modules)
+        import bench
+        import bias
+        import evidence
+        import links
+        import readme
+        import report
+        import results
+        import steps
+
+        names = {name: f"bias-{name}.json" for name in bias.OPTIONS}
+        benchmarks = json.loads((RECORDS / "bench-cpu.json").read_text())["records"]
+        found = {
+            "README.md": readme.parts(DOCS),
+            "bias.md": bias.parts({name: read_json(RECORDS / file) for name, file in names.items()}),
+            "evidence.md": evidence.parts(read_json(RECORDS / "evidence.json")),
+            "steps.md": steps.parts_of(read_json(RECORDS / "steps.json")),
+            "benchmarks.md": {"cpu": bench.report(benchmarks)},
+        }
+        outstanding = claims()["outstanding"]
+        if "results.md" not in outstanding:
+            found["results.md"] = results.parts(read_json(RECORDS / "results.json"))
+            found["results.md"] |= links.parts(read_json(RECORDS / "links.json"))
+        if "fidelity.md" not in outstanding:
+            found["fidelity.md"] = report.parts(read_json(RECORDS / "fidelity.json"))
+        for name in set(sys.modules) - before:  # of the folder with experiments, whose names are anybody's
+            if Path(getattr(sys.modules[name], "__file__", None) or "/").parent == ROOT / "eval":
+                del sys.modules[name]
+    return found
+
+
+def differing(found: str, expected: str) -> str | None:
+    """The first line in which two texts differ by more than the last digit of a number, if there is one."""
+    one, two = found.strip().splitlines(), expected.strip().splitlines()
+    for first, second in zip(one, two, strict=False):
+        if NUMBER.sub("#", first) != NUMBER.sub("#", second):
+            return f"{first!r} for {second!r}"
+        for a, b in zip(NUMBER.findall(first), NUMBER.findall(second), strict=True):
+            if not agree(a, value(b)):
+                return f"{a} for {b} in {first!r}"
+    return None if len(one) == len(two) else f"{len(one)} lines for {len(two)}"
+
+
+def value(text: str) -> float:
+    return float(text.replace(",", "").replace("\N{MINUS SIGN}", "-"))
+
+
+def agree(printed: str, exact: float) -> bool:
+    """Whether a number is what is printed, to the last printed digit."""
+    digits, _, exponent = printed.partition("e")
+    unit = 10.0 ** (int(exponent or 0) - len(digits.partition(".")[2]))
+    return abs(value(printed) - exact) <= 1.0001 * unit
+
+
+def claims() -> dict[str, Any]:
+    """The table of claims: see docs/evaluation.md."""
+    return json.loads((DOCS / "claims.json").read_text())
+
+
+def prose(document: Path) -> str:
+    """The text of a document that somebody wrote: no code, links, tables, and nothing that is generated."""
+    text = re.sub(r"<!-- (?!end -->)[\w -]+? -->\n.*?<!-- end -->", "", document.read_text(), flags=re.DOTALL)
+    text = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
+    text = "\n".join(line for line in text.splitlines() if not line.startswith(("    ", "|")))
+    text = re.sub(r"`[^`\n]*`", "", text)
+    text = re.sub(r"\]\([^)]*\)", "]", text)
+    return " ".join(re.sub(r"https?://\S+", "", text).split())
+
+
+def unclaimed(text: str, known: list[str]) -> list[str]:
+    """Numbers of a text that no claim has, each with what stands around it."""
+    covered = [match.span() for claim in known for match in re.finditer(re.escape(" ".join(claim.split())), text)]
+    return [
+        text[max(0, match.start() - 30) : match.end() + 20]
+        for match in IN_PROSE.finditer(text)
+        if not any(start <= match.start() < end for start, end in covered)
+    ]
+
+
+def wrong(claim: dict[str, Any]) -> Iterator[str]:
+    """Numbers of a claim that are not those of its record."""
+    printed = IN_PROSE.findall(claim["text"])
+    if len(printed) != len(claim["values"]):
+        yield f"{claim['text']!r} has the numbers {printed}, and {len(claim['values'])} values."
+        return
+    record = read_json(RECORDS / claim["record"])
+    for number, formula in zip(printed, claim["values"], strict=True):
+        exact = float(eval(formula, {"__builtins__": {}, "record": record, **NAMES}))
+        if not agree(number, exact):
+            yield f"{claim['text']!r}: {number} is {exact:.6g} in {claim['record']} ({formula})."

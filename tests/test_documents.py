@@ -1,0 +1,86 @@
+"""Every number of the documents is that of a record."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests import documented
+from tests.documented import DOCS, RECORDS, ROOT, agree, claims, differing, generated, prose, unclaimed, wrong
+
+DOCUMENTS = ("README.md", "bias.md", "evidence.md", "steps.md", "benchmarks.md", "results.md", "fidelity.md")
+
+
+def path(name: str):
+    return (ROOT if name == "README.md" else DOCS) / name
+
+
+@pytest.fixture(scope="module")
+def remade():
+    return documented.remade()
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_generated_parts_are_those_of_the_records(name, remade):
+    found, outstanding, parts = generated(path(name)), claims()["outstanding"], remade.get(name, {})
+    assert found
+    filled = {part for part, content in found.items() if content}  # others are of experiments that were not run
+    # Records of an earlier version lack some of what the tables show: then these cannot be made.
+    lacking = filled if name in outstanding else {part for part in found if f"{name}: {part}" in outstanding}
+    assert set(parts) == filled - lacking
+    for part, content in parts.items():
+        assert differing(found[part], content) is None, part
+
+
+def test_outstanding_documents_are_those_with_earlier_records():
+    """Once its record can make a document, it leaves the list."""
+    from debiased_laplace.evaluation.records import SCHEMA_VERSION, read_json
+
+    versions = {own.get("schema_version") for own in read_json(RECORDS / "results.json").values()}
+    lacking = {"results.md": versions != {SCHEMA_VERSION}}
+    lacking["fidelity.md"] = "timing" not in read_json(RECORDS / "fidelity.json")[-1]
+    whole = {name for name in claims()["outstanding"] if ":" not in name}
+    assert whole == {name for name, lacks in lacking.items() if lacks}
+
+
+def test_every_number_in_prose_is_claimed():
+    text, table = prose(path("README.md")), claims()
+    texts = [claim["text"] for claim in table["claims"]]
+    assert unclaimed(text, texts + [own["text"] for own in table["without_record"]]) == []
+    for claim in texts + [own["text"] for own in table["without_record"]]:
+        assert " ".join(claim.split()) in text, f"README.md has no {claim!r} any more: take it out of claims.json."
+
+
+def test_claims_are_what_their_records_say():
+    assert [message for claim in claims()["claims"] for message in wrong(claim)] == []
+
+
+def test_a_number_that_nothing_claims_is_found():
+    found = unclaimed("It took 38 s, 2.5 % more, ResNet-20 (3C3D) has 1,024 and laplace-torch 0.3, ICLR 2025.", [])
+    assert len(found) == 3
+    for text, number in zip(found, ("38 s", "2.5 %", "1,024"), strict=True):
+        assert number in text
+    assert unclaimed("It took 38 s.", ["took 38 s"]) == []
+    assert len(unclaimed("It took 38 s.", ["took 39 s"])) == 1
+
+
+def test_a_claim_that_is_not_true_is_found(monkeypatch, tmp_path):
+    (tmp_path / "a.json").write_text('{"x": [2.04, 4.0], "share": 0.5}')
+    monkeypatch.setattr(documented, "RECORDS", tmp_path)
+    claim = {"text": "2.0 times, 50 %", "record": "a.json", "values": ["record['x'][0]", "100 * record['share']"]}
+    assert list(wrong(claim)) == []
+    assert list(wrong(claim | {"values": ["median(record['x'])", "50"]})) == [
+        "'2.0 times, 50 %': 2.0 is 3.02 in a.json (median(record['x']))."
+    ]
+    assert list(wrong(claim | {"values": ["1"]})) == ["'2.0 times, 50 %' has the numbers ['2.0', '50'], and 1 values."]
+
+
+def test_numbers_agree_to_their_last_digit():
+    assert agree("0.123", 0.1235)
+    assert not agree("0.123", 0.125)
+    assert agree("1,024", 1024)
+    assert agree("2.5e-03", 0.00254)
+    assert not agree("2.5e-03", 0.0027)
+    assert differing("| a | 0.12 |\n| b | 3 |", "| a | 0.13 |\n| b | 3 |") is None
+    assert differing("| a | 0.12 |", "| a | 0.15 |") == "0.12 for 0.15 in '| a | 0.12 |'"
+    assert differing("| a | 1 |", "| c | 1 |") == "'| a | 1 |' for '| c | 1 |'"
+    assert differing("| a | 1 |", "| a | 1 |\n| b |") == "1 lines for 2"
