@@ -85,7 +85,8 @@ def chunk_size(value: int | None) -> None:
 def prior_precisions(value: Any, n_parts: int | None = None, n_params: int | None = None) -> Tensor:
     """Prior precision(s) as a float64 vector of length one, ``n_parts`` or ``n_params``, all positive."""
     try:
-        precision = torch.as_tensor(value).detach().to("cpu", torch.float64)
+        # A number is not to be rounded to the default precision on the way.
+        precision = torch.as_tensor(value, dtype=torch.float64, device="cpu").detach()
     except (TypeError, ValueError, RuntimeError):
         raise ValueError(f"Expected a prior precision that is a number or a tensor, got {value!r}.") from None
     if precision.ndim > 1:

@@ -188,7 +188,7 @@ def parts(every: DirectionalDerivatives) -> tuple[DirectionalDerivatives, Direct
 def draw_quadratic(losses: dict[str, np.ndarray], distances: dict[str, np.ndarray], relative: Any) -> Figure:
     figure = Figure((13, 4), layout="constrained")
     left, middle, right = figure.subplots(1, 3)
-    for (name, own), (color, _, dashes) in zip(losses.items(), STYLES, strict=True):
+    for (name, own), (color, _, dashes) in zip(losses.items(), STYLES, strict=False):
         low, median, high = np.quantile(own, (0.25, 0.5, 0.75), axis=0)
         left.plot(median, color=color, linestyle=dashes, label=name, linewidth=2.2 if "1e" not in name else 1.1)
         if "1e" not in name:

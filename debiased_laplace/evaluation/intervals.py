@@ -148,8 +148,8 @@ def overlap_factor(n_resamplings: int, overlap: float) -> float:
     Source: Nadeau and Bengio, "Inference for the generalization error", Machine Learning 52 (2003), 239-281.
 
     Example:
-        >>> round((20 / overlap_factor(20, 1 / 9)) ** 0.5, 2)
-        1.79
+        >>> round((20 / overlap_factor(20, 1 / 9)) ** 0.5, 1)  # how much wider intervals become
+        1.8
     """
     return 1 / (1 / n_resamplings + overlap)
 
