@@ -47,6 +47,7 @@ def evaluate(name: str, options: argparse.Namespace) -> Summary:
     records = suite.run(
         task, out, range(n_seeds), context, methods=methods_of(task, equal_seconds=True),
         options=Options(n_resamples=200 if options.quick else 1000, draws=options.draws or (1 if options.quick else 4)),
+        n_processes=options.processes,
         progress=lambda seed, step: print(f"{name}, seed {seed}: {step}", file=sys.stderr, flush=True),
     )  # fmt: skip
     summary = summarise(records)
@@ -187,6 +188,7 @@ def main() -> None:
     parser.add_argument("--device", default=None)
     parser.add_argument("--out", type=Path, default=Path("eval/results"))
     parser.add_argument("--docs", type=Path, default=Path("docs"))
+    parser.add_argument("--processes", type=int, default=1, help="seeds at a time")
     parser.add_argument("--quick", action="store_true", help="one seed and little of everything")
     parser.add_argument("--no-document", action="store_true", help="records and pages only")
     options = parser.parse_args()
