@@ -58,7 +58,8 @@ def remade() -> dict[str, dict[str, str]]:
         outstanding = claims()["outstanding"]
         if "results.md" not in outstanding:
             found["results.md"] = results.parts(read_json(RECORDS / "results.json"))
-            found["results.md"] |= links.parts(read_json(RECORDS / "links.json"))
+            if (RECORDS / "links.json").exists():
+                found["results.md"] |= links.parts(read_json(RECORDS / "links.json"))
         if "fidelity.md" not in outstanding:
             found["fidelity.md"] = report.parts(read_json(RECORDS / "fidelity.json"))
         for name in set(sys.modules) - before:  # of the folder with experiments, whose names are anybody's
