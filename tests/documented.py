@@ -44,6 +44,7 @@ def remade() -> dict[str, dict[str, str]]:
         import readme
         import report
         import results
+        import serving
         import steps
 
         names = {name: f"bias-{name}.json" for name in bias.OPTIONS}
@@ -53,7 +54,10 @@ def remade() -> dict[str, dict[str, str]]:
             "bias.md": bias.parts({name: read_json(RECORDS / file) for name, file in names.items()}),
             "evidence.md": evidence.parts(read_json(RECORDS / "evidence.json")),
             "steps.md": steps.parts_of(read_json(RECORDS / "steps.json")),
-            "benchmarks.md": {"cpu": bench.report(benchmarks)},
+            "benchmarks.md": {
+                "cpu": bench.report(benchmarks),
+                "serving": serving.table(read_json(RECORDS / "serving.json")["records"]),
+            },
         }
         outstanding = claims()["outstanding"]
         if "results.md" not in outstanding:
