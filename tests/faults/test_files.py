@@ -7,6 +7,7 @@ import os
 import resource
 import signal
 import stat
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -301,7 +302,7 @@ def test_a_folder_of_somebody_else_is_a_sentence_before_the_data_are_read(tmp_pa
     folder = tmp_path / "theirs"
     folder.mkdir(mode=0o755)
     for parent in (tmp_path, *tmp_path.parents):
-        if parent.stat().st_uid == os.getuid() and str(parent).startswith("/tmp/"):
+        if parent.stat().st_uid == os.getuid() and parent.is_relative_to(tempfile.gettempdir()):
             parent.chmod(0o755)
     read: list[int] = []
 
