@@ -242,7 +242,7 @@ def fit(
     _checks.chunk_size(chunk_size)
     if curvature not in CURVATURES:
         raise ValueError(f"Expected a curvature out of {list(CURVATURES)}, got {curvature!r}.")
-    _check_mc_samples(mc_samples)
+    _checks.whole(mc_samples, "mc_samples", otherwise="None (exact) or 'auto'")
     _checks.whole(n_data, "n_data", otherwise="None for those that are seen")
     n_data = None if n_data is None else int(n_data)
     _checks.whole(max_batches, "max_batches", otherwise="None for all")
@@ -437,9 +437,3 @@ def _resolve_mc_samples(mc_samples: int | str | None, n_outputs: int) -> int | N
             logger.info("The model has %d outputs: the loss Hessian is exact.", n_outputs)
     assert not isinstance(mc_samples, str)
     return mc_samples
-
-
-def _check_mc_samples(mc_samples: Any) -> None:
-    if isinstance(mc_samples, str) and mc_samples != "auto":
-        raise ValueError(f"Expected mc_samples to be a whole number, None (exact) or 'auto', got {mc_samples!r}.")
-    _checks.whole(mc_samples, "mc_samples", otherwise="None (exact) or 'auto'")

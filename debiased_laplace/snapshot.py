@@ -183,8 +183,9 @@ class Snapshot:
 
     def _check_shared(self) -> None:
         stamped = {} if self._stamp is None or not self._shared else {id(t): v for _, t, v, _ in _entries(self._stamp)}
+        present = dict(self.origin.named_parameters()) if self._shared else {}
         for name in sorted(self._shared):
-            theirs, own = dict(self.origin.named_parameters()).get(name), self.parameters[name]
+            theirs, own = present.get(name), self.parameters[name]
             same_memory = theirs is not None and theirs.data_ptr() == own.data_ptr()
             written = same_memory and stamped.get(id(theirs), theirs._version) != theirs._version  # type: ignore[union-attr]
             if written or not torch.equal(_few(own), self._few[name]):
@@ -249,7 +250,7 @@ class Replicas:
                 module = self._snapshot.replica(self._tensors)
             as_it_was = _Left(module)
         yield module
-        if as_it_was.still(module):
+        if as_it_was.still():
             self._idle.append((module, as_it_was))
 
     def __getstate__(self) -> dict[str, Any]:
@@ -270,7 +271,7 @@ class _Left:
         for values in self._values:
             yield from (value for value in values if type(value) in (dict, list, set, OrderedDict, deque))
 
-    def still(self, module: nn.Module) -> bool:
+    def still(self) -> bool:
         """Whether the tree is as it was: attributes, sizes of containers, versions of buffers."""
         return (
             all(
