@@ -9,7 +9,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from debiased_laplace.fit import Fit
+    from debiased_laplace.curvature.structures import Diagonal, Full, Isotropic, Kronecker, LowRank
+    from debiased_laplace.fitting.fit import Fit
     from debiased_laplace.laplace_torch import (
         DebiasedDiagLaplace,
         DebiasedFullLaplace,
@@ -19,12 +20,11 @@ if TYPE_CHECKING:
         DebiasedLowRankLaplace,
     )
     from debiased_laplace.likelihoods import Bernoulli, Categorical, Gaussian
-    from debiased_laplace.posterior import Posterior
-    from debiased_laplace.quadratics import Quadratic
-    from debiased_laplace.sampling import PrioritySampler, UniformSampler
-    from debiased_laplace.spectrum import GGN, directional_derivatives
-    from debiased_laplace.splits import CrossFit, Single, TwoBatch
-    from debiased_laplace.structures import Diagonal, Full, Isotropic, Kronecker, LowRank
+    from debiased_laplace.posterior.gaussian import Posterior
+    from debiased_laplace.quadratic.quadratic import Quadratic
+    from debiased_laplace.quadratic.spectrum import GGN, directional_derivatives
+    from debiased_laplace.sampling.samplers import PrioritySampler, UniformSampler
+    from debiased_laplace.sampling.splits import CrossFit, Single, TwoBatch
 
 __version__ = "0.1.0"
 
@@ -35,24 +35,24 @@ _HOMES = {
     "DebiasedLaplace": "laplace_torch",
     "DebiasedLastLayerLaplace": "laplace_torch",
     "DebiasedLowRankLaplace": "laplace_torch",
-    "Posterior": "posterior",
-    "Fit": "fit",
+    "Posterior": "posterior.gaussian",
+    "Fit": "fitting.fit",
     "Categorical": "likelihoods",
     "Gaussian": "likelihoods",
     "Bernoulli": "likelihoods",
-    "PrioritySampler": "sampling",
-    "UniformSampler": "sampling",
-    "Single": "splits",
-    "CrossFit": "splits",
-    "TwoBatch": "splits",
-    "Diagonal": "structures",
-    "Full": "structures",
-    "Isotropic": "structures",
-    "Kronecker": "structures",
-    "LowRank": "structures",
-    "GGN": "spectrum",
-    "directional_derivatives": "spectrum",
-    "Quadratic": "quadratics",
+    "PrioritySampler": "sampling.samplers",
+    "UniformSampler": "sampling.samplers",
+    "Single": "sampling.splits",
+    "CrossFit": "sampling.splits",
+    "TwoBatch": "sampling.splits",
+    "Diagonal": "curvature.structures",
+    "Full": "curvature.structures",
+    "Isotropic": "curvature.structures",
+    "Kronecker": "curvature.structures",
+    "LowRank": "curvature.structures",
+    "GGN": "quadratic.spectrum",
+    "directional_derivatives": "quadratic.spectrum",
+    "Quadratic": "quadratic.quadratic",
 }
 
 __all__ = [

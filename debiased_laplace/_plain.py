@@ -88,6 +88,22 @@ def from_plain(plain: Any) -> Any:
     return _TAGS[tags[0]](plain[tags[0]])
 
 
+#: Where modules went whose dataclasses are in files of earlier versions.
+MOVED = {
+    "basis": ("curvature.basis",),
+    "blocks": ("network.blocks",),
+    "posterior": ("posterior.gaussian",),
+    "probe": ("fitting.probe",),
+    "reading": ("fitting.reading",),
+    "sampling": ("sampling.sample", "sampling.reservoir"),
+    "splits": ("sampling.splits",),
+    "stream": ("fitting.stream",),
+    "structures.diag": ("curvature.structures.diag",),
+    "structures.full": ("curvature.structures.full",),
+    "structures.kron": ("curvature.structures.kron",),
+    "structures.lowrank": ("curvature.structures.lowrank",),
+}
+
 _OTHER_VERSION = "The file may be from another version of debiased-laplace: read it with that one, or make it again."
 _TAGS: dict[str, Callable[[Any], Any]] = {
     "__size__": torch.Size,
@@ -102,6 +118,9 @@ def _class(name: str) -> Any:
     module, _, qualname = name.partition(":")
     if not module.startswith(PREFIX) or "__" in module:
         return None
+    for home in MOVED.get(module.removeprefix("debiased_laplace."), ()):
+        if (moved := _class(f"debiased_laplace.{home}:{qualname}")) is not None:
+            return moved
     try:
         found: Any = importlib.import_module(module)
     except ImportError:

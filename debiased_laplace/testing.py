@@ -23,15 +23,15 @@ import torch
 from torch import Tensor, nn
 
 from debiased_laplace import _data
-from debiased_laplace.basis import Basis, DenseBasis, KroneckerBasis, Part, Projected
-from debiased_laplace.curvatures import projected_curvatures
-from debiased_laplace.gradients import CurvatureData, Network
+from debiased_laplace.curvature.basis import Basis, DenseBasis, KroneckerBasis, Part, Projected
+from debiased_laplace.curvature.projected import projected_curvatures
+from debiased_laplace.curvature.structures import Structure
 from debiased_laplace.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood
-from debiased_laplace.posterior import Posterior
-from debiased_laplace.predictive import functional_moments, joint_covariance
-from debiased_laplace.sampling import WeightedData
-from debiased_laplace.snapshot import in_evaluation_mode
-from debiased_laplace.structures import Structure
+from debiased_laplace.network.gradients import CurvatureData, Network
+from debiased_laplace.network.snapshot import in_evaluation_mode
+from debiased_laplace.posterior.gaussian import Posterior
+from debiased_laplace.posterior.predictive import functional_moments, joint_covariance
+from debiased_laplace.sampling.sample import WeightedData
 
 __all__ = [
     "Problem",

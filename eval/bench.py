@@ -218,11 +218,11 @@ def prepare(
         return lambda: la(x), None
 
     from debiased_laplace import Categorical, DebiasedLaplace, UniformSampler
-    from debiased_laplace.fit import fit
-    from debiased_laplace.gradients import CurvatureData, Network
-    from debiased_laplace.predictive import functional_moments
-    from debiased_laplace.sampling import WeightedData
-    from debiased_laplace.structures import Diagonal, Kronecker, LowRank
+    from debiased_laplace.curvature.structures import Diagonal, Kronecker, LowRank
+    from debiased_laplace.fitting.fit import fit
+    from debiased_laplace.network.gradients import CurvatureData, Network
+    from debiased_laplace.posterior.predictive import functional_moments
+    from debiased_laplace.sampling.sample import WeightedData
 
     if what in ("eigenpairs", "largest batch"):
         network = Network.discover(model, x)

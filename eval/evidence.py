@@ -28,21 +28,21 @@ from scipy.optimize import minimize_scalar
 from torch import Tensor
 
 from debiased_laplace import _data
+from debiased_laplace.curvature.structures import Full, Kronecker
 from debiased_laplace.evaluation.metrics import classification_metrics
 from debiased_laplace.evaluation.records import environment, write_json
 from debiased_laplace.evaluation.regression import regression_metrics
 from debiased_laplace.evaluation.shipped import uci
 from debiased_laplace.evaluation.tasks import Context, Task, resolve_device
-from debiased_laplace.fit import Fit, fit
+from debiased_laplace.fitting.fit import Fit, fit
 from debiased_laplace.laplace_torch.certainty import Certainty, compare
-from debiased_laplace.leave_one_out import LeftOut, leave_one_out
 from debiased_laplace.likelihoods import Categorical, Gaussian, Likelihood
-from debiased_laplace.posterior import Posterior
-from debiased_laplace.predictive import functional_moments
-from debiased_laplace.sampling import PrioritySampler, UniformSampler
-from debiased_laplace.splits import Single
-from debiased_laplace.structures import Full, Kronecker
-from debiased_laplace.tuning import best_noise, maximise_marginal_likelihood, maximise_with_noise
+from debiased_laplace.posterior.gaussian import Posterior
+from debiased_laplace.posterior.leave_one_out import LeftOut, leave_one_out
+from debiased_laplace.posterior.predictive import functional_moments
+from debiased_laplace.posterior.tuning import best_noise, maximise_marginal_likelihood, maximise_with_noise
+from debiased_laplace.sampling.samplers import PrioritySampler, UniformSampler
+from debiased_laplace.sampling.splits import Single
 
 TASKS = (
     "digits", "fashion-mnist", "cifar10", "cifar10-resnet56", "uci-concrete", "uci-energy", "uci-power-plant",

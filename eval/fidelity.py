@@ -31,20 +31,21 @@ from torch import Tensor, nn
 
 import debiased_laplace
 from debiased_laplace import __version__
-from debiased_laplace.checkpoint import Progress
-from debiased_laplace.curvatures import projected_curvatures
+from debiased_laplace.curvature.projected import projected_curvatures
+from debiased_laplace.curvature.structures import Diagonal, Full, Kronecker, LowRank, Structure
 from debiased_laplace.evaluation.metrics import expected_calibration_error
-from debiased_laplace.fit import Fit, fit
-from debiased_laplace.gradients import CurvatureData, Network
+from debiased_laplace.fitting.checkpoint import Progress
+from debiased_laplace.fitting.fit import Fit, fit
+from debiased_laplace.fitting.measurement import Measurement
+from debiased_laplace.fitting.stream import Observed, Stream
 from debiased_laplace.likelihoods import Categorical
-from debiased_laplace.measurement import Measurement
-from debiased_laplace.posterior import Posterior
-from debiased_laplace.predictive import functional_moments
-from debiased_laplace.sampling import SHARED, PrioritySampler, Sample, Sampler, UniformSampler, WeightedData
-from debiased_laplace.splits import CrossFit, Single, Split, TwoBatch
-from debiased_laplace.stream import Observed, Stream
-from debiased_laplace.structures import Diagonal, Full, Kronecker, LowRank, Structure
-from debiased_laplace.tuning import grid_search
+from debiased_laplace.network.gradients import CurvatureData, Network
+from debiased_laplace.posterior.gaussian import Posterior
+from debiased_laplace.posterior.predictive import functional_moments
+from debiased_laplace.posterior.tuning import grid_search
+from debiased_laplace.sampling.sample import SHARED, Sample, WeightedData
+from debiased_laplace.sampling.samplers import PrioritySampler, Sampler, UniformSampler
+from debiased_laplace.sampling.splits import CrossFit, Single, Split, TwoBatch
 
 #: What of the package decides the numbers, so that records of another state are told apart.
 SOURCE = hashlib.sha256(

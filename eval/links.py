@@ -26,8 +26,8 @@ from debiased_laplace.evaluation.predictors import outputs_of, tuned_temperature
 from debiased_laplace.evaluation.records import read_json, write_json
 from debiased_laplace.evaluation.tasks import Context, Task, resolve_device
 from debiased_laplace.likelihoods import Categorical
-from debiased_laplace.posterior import standard_normals
-from debiased_laplace.predictive import functional_moments
+from debiased_laplace.posterior.gaussian import standard_normals
+from debiased_laplace.posterior.predictive import functional_moments
 
 WAYS: dict[str, dict[str, Any]] = {
     "probit": {},

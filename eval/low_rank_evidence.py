@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from debiased_laplace import DebiasedLaplace
-from debiased_laplace.structures import LowRank
+from debiased_laplace.curvature.structures import LowRank
 
 
 def trained(n: int) -> tuple[nn.Module, torch.Tensor, torch.Tensor]:

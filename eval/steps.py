@@ -40,15 +40,15 @@ from torch import Tensor, nn
 from debiased_laplace.evaluation import Context, Task
 from debiased_laplace.evaluation.figures import STYLES
 from debiased_laplace.evaluation.records import write_json
-from debiased_laplace.optim import (
+from debiased_laplace.quadratic.optim import (
     DebiasedNewtonCG,
     conjugate_gradients,
     damped_step,
     directionally_damped_step,
     second_batch_damped_step,
 )
-from debiased_laplace.quadratics import Quadratic
-from debiased_laplace.spectrum import DirectionalDerivatives
+from debiased_laplace.quadratic.quadratic import Quadratic
+from debiased_laplace.quadratic.spectrum import DirectionalDerivatives
 
 Batch = tuple[Tensor, Tensor]
 Numbers = dict[str, float]

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from debiased_laplace.gradients import CurvatureData, Network
+from debiased_laplace.curvature.structures import Structure
 from debiased_laplace.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood
-from debiased_laplace.sampling import WeightedData
-from debiased_laplace.structures import Structure
+from debiased_laplace.network.gradients import CurvatureData, Network
+from debiased_laplace.sampling.sample import WeightedData
 from tests.networks import Case
 
 LIKELIHOODS = [Gaussian(), Bernoulli(), Categorical()]

@@ -26,14 +26,14 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, Sampler, SubsetRandomSampler, TensorDataset
 
 from debiased_laplace import Bernoulli, Categorical, DebiasedLaplace, Gaussian, Single, _data
+from debiased_laplace.curvature.hesscale import hessian_diagonal
 from debiased_laplace.evaluation import evaluate
 from debiased_laplace.evaluation.predictors import gaussian_predictor, point_predictor
-from debiased_laplace.gradients import Network
-from debiased_laplace.hesscale import hessian_diagonal
 from debiased_laplace.likelihoods import Likelihood
-from debiased_laplace.optim import newton_step
-from debiased_laplace.quadratics import Quadratic
-from debiased_laplace.spectrum import GGN
+from debiased_laplace.network.gradients import Network
+from debiased_laplace.quadratic.optim import newton_step
+from debiased_laplace.quadratic.quadratic import Quadratic
+from debiased_laplace.quadratic.spectrum import GGN
 from debiased_laplace.testing import dense_basis, dense_jacobian, dense_loss_hessian, dense_posterior_precision
 from tests.tolerances import assert_equal
 

@@ -17,7 +17,7 @@ from debiased_laplace.evaluation import Context, Task
 from debiased_laplace.evaluation.bias import BiasOptions, statement, study, tables, write_outputs
 from debiased_laplace.evaluation.bias import measure as source
 from debiased_laplace.evaluation.bias.pictures import pictures
-from debiased_laplace.sampling import UniformSampler
+from debiased_laplace.sampling.samplers import UniformSampler
 
 BLOBS, WAVE = (Path(__file__).parent / "tasks" / f"{name}.py" for name in ("blobs", "wave"))
 FEW = BiasOptions(

@@ -16,12 +16,12 @@ from scipy.stats import binomtest
 from torch import Tensor, nn
 
 from debiased_laplace import Bernoulli, Categorical, DebiasedLaplace, Gaussian, PrioritySampler, UniformSampler
-from debiased_laplace.checkpoint import Progress
-from debiased_laplace.fit import UNIFORM_BUDGET, fit
+from debiased_laplace.curvature.structures import Kronecker
+from debiased_laplace.fitting.checkpoint import Progress
+from debiased_laplace.fitting.fit import UNIFORM_BUDGET, fit
+from debiased_laplace.fitting.reading import Reading
+from debiased_laplace.fitting.stream import Stream
 from debiased_laplace.laplace_torch.certainty import Certainty, certainty_on, wilson_lower
-from debiased_laplace.reading import Reading
-from debiased_laplace.stream import Stream
-from debiased_laplace.structures import Kronecker
 from debiased_laplace.testing import dense_jacobian
 from tests.tolerances import EXACT, assert_equal, assert_unbiased
 
@@ -149,7 +149,7 @@ def test_an_online_fit_keeps_a_fair_draw_of_both_streams():
 
 def test_a_fit_goes_on_with_its_draw(tmp_path, monkeypatch):
     expected = fit(classifier(1.0), [separated()], Categorical()).uniform.data.indices
-    from debiased_laplace.measurement import Measurement
+    from debiased_laplace.fitting.measurement import Measurement
 
     def interrupted(*arguments, **keywords):
         raise KeyboardInterrupt

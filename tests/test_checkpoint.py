@@ -16,9 +16,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from debiased_laplace import _store, checkpoint
-from debiased_laplace.checkpoint import Progress
-from debiased_laplace.structures import KroneckerStatistics
+from debiased_laplace import _store
+from debiased_laplace.curvature.structures import KroneckerStatistics
+from debiased_laplace.fitting import checkpoint
+from debiased_laplace.fitting.checkpoint import Progress
 
 REPOSITORY = Path(__file__).parents[1]
 SETTINGS = {"seed": 0, "weights": {"fc.weight": "0" * 16}, "shape": {"fc.weight": (3, 4)}, "chunks": [1, None]}

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from debiased_laplace import contractions
-from debiased_laplace.contractions import Gradients, rotate
+from debiased_laplace.curvature import contractions
+from debiased_laplace.curvature.contractions import Gradients, rotate
 from tests.tolerances import EXACT, FLOAT32, assert_equal
 
 #: N, G, V, O, I, S: one position, few and many positions, few and many vectors, wide and narrow.

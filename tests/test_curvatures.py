@@ -10,12 +10,12 @@ from torch import nn
 
 from debiased_laplace import Single, TwoBatch, UniformSampler
 from debiased_laplace._checks import NonFiniteError
-from debiased_laplace.curvatures import projected_curvatures
-from debiased_laplace.fit import fit
-from debiased_laplace.gradients import CurvatureData, Network
+from debiased_laplace.curvature.projected import projected_curvatures
+from debiased_laplace.curvature.structures import Kronecker
+from debiased_laplace.fitting.fit import fit
 from debiased_laplace.likelihoods import Bernoulli, Categorical, Gaussian
-from debiased_laplace.sampling import WeightedData
-from debiased_laplace.structures import Kronecker
+from debiased_laplace.network.gradients import CurvatureData, Network
+from debiased_laplace.sampling.sample import WeightedData
 from debiased_laplace.testing import check_curvatures, check_projection, dense_basis, dense_ggn, truncate
 from tests.networks import ZOO
 from tests.tolerances import EXACT, MONTE_CARLO_Z, assert_equal, assert_unbiased, z_scores

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 from debiased_laplace import Single, TwoBatch, UniformSampler
 from debiased_laplace._checks import NonFiniteError, UnsupportedLayerError
-from debiased_laplace.fit import Fit, fit
-from debiased_laplace.gradients import Network
-from debiased_laplace.hesscale import hessian_diagonal
+from debiased_laplace.curvature.hesscale import hessian_diagonal
+from debiased_laplace.curvature.structures import Diagonal
+from debiased_laplace.fitting.fit import Fit, fit
 from debiased_laplace.likelihoods import Bernoulli, Categorical, Gaussian
-from debiased_laplace.structures import Diagonal
+from debiased_laplace.network.gradients import Network
 from debiased_laplace.testing import dense_ggn
 from tests.datasets import LIKELIHOODS, example, measure, targets, valid, weighted
 from tests.networks import ZOO

@@ -8,12 +8,12 @@ from torch import Tensor
 
 from debiased_laplace import TwoBatch, UniformSampler
 from debiased_laplace._checks import NonFiniteError
-from debiased_laplace.blocks import unflatten
-from debiased_laplace.fit import fit
-from debiased_laplace.gradients import Network
+from debiased_laplace.curvature.structures import Full, LowRank
+from debiased_laplace.curvature.structures.base import group_blocks
+from debiased_laplace.fitting.fit import fit
 from debiased_laplace.likelihoods import Categorical, Gaussian
-from debiased_laplace.structures import Full, LowRank
-from debiased_laplace.structures.base import group_blocks
+from debiased_laplace.network.blocks import unflatten
+from debiased_laplace.network.gradients import Network
 from debiased_laplace.testing import dense_basis, dense_ggn
 from tests.datasets import LIKELIHOODS, example, measure, targets, valid
 from tests.networks import ZOO

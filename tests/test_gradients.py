@@ -12,10 +12,10 @@ from torch import nn
 
 from debiased_laplace import _data
 from debiased_laplace._checks import NonFiniteError, UnsupportedLayerError
-from debiased_laplace.blocks import flatten
-from debiased_laplace.gradients import CurvatureData, Network
 from debiased_laplace.likelihoods import Categorical
-from debiased_laplace.sampling import WeightedData
+from debiased_laplace.network.blocks import flatten
+from debiased_laplace.network.gradients import CurvatureData, Network
+from debiased_laplace.sampling.sample import WeightedData
 from debiased_laplace.testing import dense_jacobian
 from tests.networks import ZOO, Apply, Case, VisionTransformer
 from tests.tolerances import EXACT, FLOAT32, assert_equal
@@ -398,7 +398,7 @@ def test_description_restores_the_network():
 
 def test_a_layer_that_is_misread_is_noticed_before_it_gives_wrong_numbers(monkeypatch):
     """Any rule that is wrong for a model (a new argument of torch, say) is an error, not a wrong posterior."""
-    from debiased_laplace import layers
+    from debiased_laplace.network import layers
 
     def without_dilation(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
         call = layers._convolution(input, weight, bias, stride, padding, dilation, groups)

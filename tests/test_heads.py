@@ -16,11 +16,11 @@ from torch.utils.checkpoint import checkpoint
 
 from debiased_laplace import DebiasedLaplace, Single, UniformSampler
 from debiased_laplace._checks import UnsupportedLayerError
-from debiased_laplace.fit import fit
-from debiased_laplace.gradients import Network, match_parameters
+from debiased_laplace.curvature.structures import Diagonal, Full, Kronecker, Structure
+from debiased_laplace.fitting.fit import fit
 from debiased_laplace.likelihoods import Gaussian
-from debiased_laplace.predictive import functional_moments
-from debiased_laplace.structures import Diagonal, Full, Kronecker, Structure
+from debiased_laplace.network.gradients import Network, match_parameters
+from debiased_laplace.posterior.predictive import functional_moments
 from tests.tolerances import assert_equal
 
 parametrizations = nn.utils.parametrizations
@@ -448,7 +448,7 @@ def labelled() -> list[tuple[Tensor, Tensor]]:
 def test_the_chosen_parameters_are_named(caplog):
     model, names = model_of("dueling")
     la = DebiasedLaplace(model, "classification", "last_layer", "full")
-    with caplog.at_level(logging.INFO, "debiased_laplace.fit"):
+    with caplog.at_level(logging.INFO, "debiased_laplace.fitting.fit"):
         la.fit(labelled())
     lines = [record.getMessage() for record in caplog.records if "last layer" in record.getMessage()]
     assert lines == [f"The last layer: {', '.join(names)}."]

@@ -16,7 +16,7 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import weight_norm
 
 from debiased_laplace._checks import NonFiniteError, UnsupportedLayerError
-from debiased_laplace.hesscale import (
+from debiased_laplace.curvature.hesscale import (
     AVERAGES,
     BATCH_NORMS,
     CONVOLUTIONS,

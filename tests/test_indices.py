@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from debiased_laplace import testing
-from debiased_laplace.fit import Fit, fit
-from debiased_laplace.predictive import functional_moments, joint_covariance
-from debiased_laplace.sampling import UniformSampler
-from debiased_laplace.splits import Single, TwoBatch
-from debiased_laplace.structures import Diagonal, Full, Kronecker, LowRank
-from debiased_laplace.tuning import maximise_marginal_likelihood
+from debiased_laplace.curvature.structures import Diagonal, Full, Kronecker, LowRank
+from debiased_laplace.fitting.fit import Fit, fit
+from debiased_laplace.posterior.predictive import functional_moments, joint_covariance
+from debiased_laplace.posterior.tuning import maximise_marginal_likelihood
+from debiased_laplace.sampling.samplers import UniformSampler
+from debiased_laplace.sampling.splits import Single, TwoBatch
 from tests.tolerances import assert_equal
 
 STRUCTURES = [Full(), LowRank(200), Diagonal()]

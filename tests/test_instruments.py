@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from debiased_laplace import Quadratic
-from debiased_laplace.instruments import (
+from debiased_laplace.quadratic.instruments import (
     BatchSizeCurve,
     Subsets,
     alignment,
@@ -25,7 +25,7 @@ from debiased_laplace.instruments import (
     spiked_prediction,
     suggest_batch_size,
 )
-from debiased_laplace.spectrum import GGN
+from debiased_laplace.quadratic.spectrum import GGN
 from tests.tolerances import MONTE_CARLO_Z, assert_equal, assert_unbiased, z_scores
 
 KINDS = ["ggn", "hessian"]

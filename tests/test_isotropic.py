@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from debiased_laplace import DebiasedLaplace, Gaussian, Isotropic
-from debiased_laplace.fit import fit
-from debiased_laplace.gradients import CurvatureData
-from debiased_laplace.predictive import functional_moments
+from debiased_laplace.fitting.fit import fit
+from debiased_laplace.network.gradients import CurvatureData
+from debiased_laplace.posterior.predictive import functional_moments
 from debiased_laplace.testing import dense_jacobian
 from tests.networks import ZOO
 from tests.tolerances import assert_equal

@@ -10,13 +10,13 @@ from curvlinops import EKFACLinearOperator, KFACLinearOperator
 from torch import nn
 
 from debiased_laplace._checks import NonFiniteError
-from debiased_laplace.basis import Basis, KroneckerBasis
-from debiased_laplace.blocks import flatten
-from debiased_laplace.curvatures import projected_curvatures
-from debiased_laplace.gradients import CurvatureData, Network
+from debiased_laplace.curvature.basis import Basis, KroneckerBasis
+from debiased_laplace.curvature.projected import projected_curvatures
+from debiased_laplace.curvature.structures import Kronecker, KroneckerStatistics
 from debiased_laplace.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood
-from debiased_laplace.sampling import WeightedData
-from debiased_laplace.structures import Kronecker, KroneckerStatistics
+from debiased_laplace.network.blocks import flatten
+from debiased_laplace.network.gradients import CurvatureData, Network
+from debiased_laplace.sampling.sample import WeightedData
 from debiased_laplace.testing import dense_ggn
 from tests.networks import ZOO, Apply
 from tests.tolerances import EXACT, FLOAT32, assert_equal
@@ -343,7 +343,7 @@ def test_statistics_of_a_random_square_root_are_unbiased():
 
 
 def test_projections_do_not_depend_on_the_memory_they_may_take(monkeypatch):
-    from debiased_laplace import contractions as module
+    from debiased_laplace.curvature import contractions as module
 
     case = ZOO["cnn"]
     data = weighted(case.inputs(6), uniform=False)

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from debiased_laplace import GGN, Quadratic, Single, UniformSampler
 from debiased_laplace._checks import ConvergenceError
-from debiased_laplace.fit import fit
+from debiased_laplace.curvature.structures import LowRank, lanczos, lowrank
+from debiased_laplace.fitting.fit import fit
 from debiased_laplace.likelihoods import Gaussian
-from debiased_laplace.predictive import functional_moments
-from debiased_laplace.structures import LowRank, lanczos, lowrank
+from debiased_laplace.posterior.predictive import functional_moments
 from debiased_laplace.testing import dense_basis
 from tests.tolerances import EXACT, FLOAT32, assert_equal
 
@@ -165,7 +165,7 @@ def test_a_classifier_with_a_zero_head(monkeypatch, route, dtype):
         monkeypatch.setattr(lowrank, "MATRIX_FREE_SIZE", 100)
     for k in (1, 3, 6, 7, 12, 13, 20):
         if route == "products":
-            monkeypatch.setattr("debiased_laplace.quadratics.GRAM_SIZE", 0)
+            monkeypatch.setattr("debiased_laplace.quadratic.quadratic.GRAM_SIZE", 0)
             values, _ = Quadratic(model, (inputs, labels), "classification").eigenpairs(k)
         else:
             values, _ = GGN(model, inputs, labels, "classification").eigenpairs(k)
@@ -190,7 +190,7 @@ def test_a_regression_with_several_outputs(monkeypatch, kind):
     outputs = 12
     model, inputs, targets, values, _ = linear_regression(60, outputs)
     monkeypatch.setattr(lanczos, "FALLBACK_SIZE", 0)
-    monkeypatch.setattr("debiased_laplace.quadratics.GRAM_SIZE", 0)
+    monkeypatch.setattr("debiased_laplace.quadratic.quadratic.GRAM_SIZE", 0)
     expected = values.repeat_interleave(outputs)
     for k in (1, 11, 12, 13, 30, len(expected)):  # all of them from the dense matrix
         found, rows = Quadratic(model, (inputs, targets), "regression", kind, l2=0.5).eigenpairs(k)
@@ -200,7 +200,7 @@ def test_a_regression_with_several_outputs(monkeypatch, kind):
 
 def test_a_strong_regulariser_does_not_cover_the_curvature(monkeypatch):
     model, inputs, targets, values, _ = linear_regression(60, 12)
-    monkeypatch.setattr("debiased_laplace.quadratics.GRAM_SIZE", 0)
+    monkeypatch.setattr("debiased_laplace.quadratic.quadratic.GRAM_SIZE", 0)
     plain, strong = (Quadratic(model, (inputs, targets), "regression", l2=l2) for l2 in (0.0, 1e15))
     _, rows = strong.eigenpairs(13)
     assert_equal(plain.curvature(rows), values.repeat_interleave(12)[:13])

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from debiased_laplace import Bernoulli, DebiasedKronLaplace, DebiasedLaplace, Single, TwoBatch, UniformSampler
 from debiased_laplace._checks import NotFittedError, UnsupportedLayerError
-from debiased_laplace.structures import Full
+from debiased_laplace.curvature.structures import Full
 from debiased_laplace.testing import dense_jacobian, dense_posterior_precision
 from tests.networks import ZOO
 from tests.test_fit import Watched

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from debiased_laplace import Bernoulli, Categorical, DebiasedLaplace, Gaussian
 from debiased_laplace.laplace_torch.noise import ProfiledGaussian
-from debiased_laplace.leave_one_out import leave_one_out
-from debiased_laplace.predictive import functional_moments
+from debiased_laplace.posterior.leave_one_out import leave_one_out
+from debiased_laplace.posterior.predictive import functional_moments
 from tests.tolerances import assert_equal
 
 N, FEATURES, PRIOR = 7, 3, 0.7

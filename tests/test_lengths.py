@@ -16,13 +16,15 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from debiased_laplace import Categorical, CrossFit, DebiasedLaplace, LowRank, Single, _data, _store
-from debiased_laplace.fit import fit
-from debiased_laplace.gradients import CurvatureData, Network
-from debiased_laplace.predictive import functional_moments
-from debiased_laplace.sampling import PrioritySampler, Reservoir, UniformSampler, WeightedData
-from debiased_laplace.spectrum import directional_derivatives
-from debiased_laplace.stream import mean_loss
-from debiased_laplace.structures import Diagonal, Full, Kronecker
+from debiased_laplace.curvature.structures import Diagonal, Full, Kronecker
+from debiased_laplace.fitting.fit import fit
+from debiased_laplace.fitting.stream import mean_loss
+from debiased_laplace.network.gradients import CurvatureData, Network
+from debiased_laplace.posterior.predictive import functional_moments
+from debiased_laplace.quadratic.spectrum import directional_derivatives
+from debiased_laplace.sampling.reservoir import Reservoir
+from debiased_laplace.sampling.sample import WeightedData
+from debiased_laplace.sampling.samplers import PrioritySampler, UniformSampler
 from debiased_laplace.testing import dense_jacobian, dense_loss_hessian
 from tests.tolerances import assert_equal
 

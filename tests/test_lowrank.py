@@ -10,13 +10,13 @@ from torch import Tensor, nn
 
 from debiased_laplace import GGN, CrossFit, Single, TwoBatch, UniformSampler
 from debiased_laplace._checks import NonFiniteError
-from debiased_laplace.fit import fit
-from debiased_laplace.gradients import CurvatureData, Network
+from debiased_laplace.curvature.structures import Full, Kronecker, LowRank, lanczos, lowrank
+from debiased_laplace.fitting.fit import fit
 from debiased_laplace.likelihoods import Bernoulli, Categorical, Gaussian
-from debiased_laplace.posterior import Posterior
-from debiased_laplace.predictive import functional_moments, joint_covariance
-from debiased_laplace.sampling import WeightedData
-from debiased_laplace.structures import Full, Kronecker, LowRank, lanczos, lowrank
+from debiased_laplace.network.gradients import CurvatureData, Network
+from debiased_laplace.posterior.gaussian import Posterior
+from debiased_laplace.posterior.predictive import functional_moments, joint_covariance
+from debiased_laplace.sampling.sample import WeightedData
 from debiased_laplace.testing import dense_basis, dense_ggn, dense_jacobian
 from tests.datasets import LIKELIHOODS, example, measure, targets, valid, weighted
 from tests.networks import ZOO

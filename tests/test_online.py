@@ -13,16 +13,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from debiased_laplace import CrossFit, PrioritySampler, Single, TwoBatch, UniformSampler, _store, measurement
-from debiased_laplace import checkpoint as checkpoint_module
-from debiased_laplace.curvatures import projected_curvatures
-from debiased_laplace.fit import Fit, fit
-from debiased_laplace.gradients import CurvatureData
+from debiased_laplace import CrossFit, PrioritySampler, Single, TwoBatch, UniformSampler, _store
+from debiased_laplace.curvature.projected import projected_curvatures
+from debiased_laplace.curvature.structures import Diagonal, Full, Kronecker, LowRank
+from debiased_laplace.fitting import checkpoint as checkpoint_module
+from debiased_laplace.fitting import measurement
+from debiased_laplace.fitting.fit import Fit, fit
 from debiased_laplace.likelihoods import Bernoulli, Categorical, Gaussian
-from debiased_laplace.posterior import Posterior
-from debiased_laplace.predictive import functional_moments
-from debiased_laplace.sampling import WeightedData
-from debiased_laplace.structures import Diagonal, Full, Kronecker, LowRank
+from debiased_laplace.network.gradients import CurvatureData
+from debiased_laplace.posterior.gaussian import Posterior
+from debiased_laplace.posterior.predictive import functional_moments
+from debiased_laplace.sampling.sample import WeightedData
 from debiased_laplace.testing import dense_basis, dense_ggn
 from tests.datasets import targets
 from tests.networks import ZOO

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from debiased_laplace import GGN
-from debiased_laplace.optim import (
+from debiased_laplace.quadratic.optim import (
     CGResult,
     DebiasedNewtonCG,
     Stop,
@@ -23,8 +23,8 @@ from debiased_laplace.optim import (
     newton_step,
     second_batch_damped_step,
 )
-from debiased_laplace.quadratics import Quadratic
-from debiased_laplace.spectrum import DirectionalDerivatives
+from debiased_laplace.quadratic.quadratic import Quadratic
+from debiased_laplace.quadratic.spectrum import DirectionalDerivatives
 from tests.tolerances import EXACT, FLOAT32, assert_equal, assert_unbiased
 
 D = 12

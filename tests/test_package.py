@@ -20,11 +20,8 @@ MODULES = sorted(path.relative_to(ROOT).with_suffix("") for path in ROOT.rglob("
 
 #: Data flow one way, and so do imports: a module imports from those before it alone.
 ORDER = [
-    "_checks", "_guards", "_data", "_plain", "_files", "_store", "likelihoods", "sampling", "splits", "snapshot",
-    "layers", "tracing", "operations", "heads", "forward_mode", "blocks", "contractions", "gradients", "basis",
-    "hesscale", "structures", "stream", "spectrum", "quadratics", "instruments", "optim", "curvatures", "posterior",
-    "predictive", "leave_one_out", "temperature", "tuning", "joint", "checkpoint", "reading", "probe",
-    "measurement", "fit", "testing", "laplace_torch", "evaluation", "cli", "__main__",
+    "_checks", "_guards", "_data", "_plain", "_files", "_store", "likelihoods", "sampling", "network", "curvature",
+    "posterior", "fitting", "quadratic", "testing", "laplace_torch", "evaluation", "cli", "__main__",
 ]  # fmt: skip
 
 
@@ -39,7 +36,7 @@ def own_imports(path: Path) -> set[str]:
             module = (node.module or "").split(".")
             if module == ["debiased_laplace"]:
                 homes = debiased_laplace._HOMES
-                names = [["debiased_laplace", homes.get(alias.name, alias.name)] for alias in node.names]
+                names = [["debiased_laplace", *homes.get(alias.name, alias.name).split(".")] for alias in node.names]
             else:
                 names = [module]
         else:

@@ -10,11 +10,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from debiased_laplace.fit import Fit, fit
+from debiased_laplace.curvature.structures import Diagonal, Full, Kronecker, LowRank
+from debiased_laplace.fitting.fit import Fit, fit
 from debiased_laplace.likelihoods import Bernoulli
-from debiased_laplace.sampling import SHARED, PrioritySampler, Sample, UniformSampler, WeightedData
-from debiased_laplace.splits import CrossFit, Single, TwoBatch
-from debiased_laplace.structures import Diagonal, Full, Kronecker, LowRank
+from debiased_laplace.sampling.sample import SHARED, Sample, WeightedData
+from debiased_laplace.sampling.samplers import PrioritySampler, UniformSampler
+from debiased_laplace.sampling.splits import CrossFit, Single, TwoBatch
 from debiased_laplace.testing import dense_basis
 from tests.tolerances import MONTE_CARLO_Z, assert_equal, assert_unbiased, z_scores
 

@@ -8,11 +8,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from debiased_laplace.gradients import CurvatureData, Network
+from debiased_laplace.curvature.structures import Kronecker
 from debiased_laplace.likelihoods import Gaussian
-from debiased_laplace.posterior import Posterior, standard_normals
-from debiased_laplace.sampling import WeightedData
-from debiased_laplace.structures import Kronecker
+from debiased_laplace.network.gradients import CurvatureData, Network
+from debiased_laplace.posterior.gaussian import Posterior, standard_normals
+from debiased_laplace.sampling.sample import WeightedData
 from debiased_laplace.testing import check_basis, check_posterior, dense_posterior_precision, truncate
 from tests.networks import ZOO
 from tests.tolerances import EXACT, FLOAT32, assert_equal, assert_unbiased

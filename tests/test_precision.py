@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from debiased_laplace import GGN, Quadratic
 from debiased_laplace.evaluation import metrics
 from debiased_laplace.evaluation.predictors import as_prediction, gaussian_predictor
-from debiased_laplace.gradients import Network
-from debiased_laplace.instruments import alignment
 from debiased_laplace.laplace_torch.noise import check_profile, profile
 from debiased_laplace.likelihoods import Bernoulli
-from debiased_laplace.optim import (
+from debiased_laplace.network.gradients import Network
+from debiased_laplace.quadratic.instruments import alignment
+from debiased_laplace.quadratic.optim import (
     DebiasedNewtonCG,
     Stop,
     conjugate_gradients,
@@ -29,7 +29,7 @@ from debiased_laplace.optim import (
     directionally_damped_step,
     jacobi_preconditioner,
 )
-from debiased_laplace.spectrum import DirectionalDerivatives
+from debiased_laplace.quadratic.spectrum import DirectionalDerivatives
 from tests.tolerances import assert_equal
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]

@@ -8,20 +8,21 @@ from dataclasses import replace
 import pytest
 import torch
 
-from debiased_laplace.fit import fit
-from debiased_laplace.gradients import CurvatureData, Network
+from debiased_laplace.curvature.structures import Diagonal, Full, Kronecker, LowRank
+from debiased_laplace.fitting.fit import fit
 from debiased_laplace.likelihoods import Gaussian
-from debiased_laplace.posterior import Posterior
-from debiased_laplace.predictive import (
+from debiased_laplace.network.gradients import CurvatureData, Network
+from debiased_laplace.posterior.gaussian import Posterior
+from debiased_laplace.posterior.predictive import (
     functional_moments,
     joint_covariance,
     linearized_samples,
     part_variances,
     weight_samples,
 )
-from debiased_laplace.sampling import UniformSampler, WeightedData
-from debiased_laplace.splits import Single
-from debiased_laplace.structures import Diagonal, Full, Kronecker, LowRank
+from debiased_laplace.sampling.sample import WeightedData
+from debiased_laplace.sampling.samplers import UniformSampler
+from debiased_laplace.sampling.splits import Single
 from debiased_laplace.testing import check_predictive, dense_jacobian, dense_posterior_precision, truncate
 from tests.networks import ZOO
 from tests.tolerances import EXACT, FLOAT32, assert_equal, assert_unbiased

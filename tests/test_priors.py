@@ -12,18 +12,19 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from debiased_laplace import basis as bases
-from debiased_laplace.blocks import Block
-from debiased_laplace.curvatures import projected_curvatures
-from debiased_laplace.fit import fit
-from debiased_laplace.gradients import CurvatureData, Network
+from debiased_laplace.curvature import basis as bases
+from debiased_laplace.curvature.projected import projected_curvatures
+from debiased_laplace.curvature.structures import Diagonal, Full, Kronecker, LowRank, Structure
+from debiased_laplace.fitting.fit import fit
 from debiased_laplace.laplace_torch import DebiasedKronLaplace, DebiasedLaplace, tuning
 from debiased_laplace.laplace_torch.precision import KroneckerPrecision
 from debiased_laplace.likelihoods import Categorical
-from debiased_laplace.posterior import Posterior
-from debiased_laplace.predictive import functional_moments, joint_covariance
-from debiased_laplace.sampling import UniformSampler
-from debiased_laplace.structures import Diagonal, Full, Kronecker, LowRank, Structure
+from debiased_laplace.network.blocks import Block
+from debiased_laplace.network.gradients import CurvatureData, Network
+from debiased_laplace.posterior.gaussian import Posterior
+from debiased_laplace.posterior.predictive import functional_moments, joint_covariance
+from debiased_laplace.posterior.tuning import maximise_over_priors
+from debiased_laplace.sampling.samplers import UniformSampler
 from debiased_laplace.testing import (
     check_posterior,
     dense_basis,
@@ -32,7 +33,6 @@ from debiased_laplace.testing import (
     dense_posterior_precision,
     truncate,
 )
-from debiased_laplace.tuning import maximise_over_priors
 from tests.datasets import example
 from tests.networks import ZOO
 from tests.tolerances import assert_equal

@@ -32,7 +32,12 @@ from debiased_laplace.evaluation.statement import MINUS, statement, unit
 from debiased_laplace.evaluation.summary import combine, comparisons, is_worse_than_uniform
 from debiased_laplace.evaluation.tables import OF_NO_USE, tables
 from debiased_laplace.likelihoods import Categorical
-from debiased_laplace.temperature import TEMPERATURES, at_the_end, most_uncertain_temperature, temperature_scaling
+from debiased_laplace.posterior.temperature import (
+    TEMPERATURES,
+    at_the_end,
+    most_uncertain_temperature,
+    temperature_scaling,
+)
 from tests.test_suite import OPTIONS, TASKS, task_of
 from tests.tolerances import EXACT, FLOAT32, MONTE_CARLO_Z
 

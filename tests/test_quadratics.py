@@ -13,12 +13,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader, TensorDataset
 
 from debiased_laplace import Quadratic, testing
-from debiased_laplace import quadratics as module
 from debiased_laplace._checks import NonFiniteError
-from debiased_laplace.gradients import Network
+from debiased_laplace.curvature.structures import lanczos
 from debiased_laplace.likelihoods import Bernoulli, Categorical, Gaussian
-from debiased_laplace.spectrum import GGN
-from debiased_laplace.structures import lanczos
+from debiased_laplace.network.gradients import Network
+from debiased_laplace.quadratic import quadratic as module
+from debiased_laplace.quadratic.spectrum import GGN
 from tests.datasets import LIKELIHOODS, targets, valid
 from tests.networks import ZOO, Case
 from tests.tolerances import assert_equal

@@ -10,15 +10,9 @@ import pytest
 import torch
 
 from debiased_laplace._checks import NonFiniteError
-from debiased_laplace.sampling import (
-    SHARED,
-    PrioritySampler,
-    Reservoir,
-    Sample,
-    UniformSampler,
-    WeightedData,
-    calibrated_threshold,
-)
+from debiased_laplace.sampling.reservoir import Reservoir
+from debiased_laplace.sampling.sample import SHARED, Sample, WeightedData
+from debiased_laplace.sampling.samplers import PrioritySampler, UniformSampler, calibrated_threshold
 from tests.tolerances import MONTE_CARLO_Z, assert_equal, assert_unbiased
 
 

@@ -16,12 +16,13 @@ import torch.nn.functional as F
 import torch.nn.utils.prune
 from torch import Tensor, nn
 
-from debiased_laplace import DebiasedLaplace, snapshot
+from debiased_laplace import DebiasedLaplace
 from debiased_laplace._checks import UnsupportedLayerError
-from debiased_laplace.gradients import Network
 from debiased_laplace.likelihoods import Categorical
-from debiased_laplace.quadratics import Quadratic
-from debiased_laplace.snapshot import ModelChangedError, ModelChangedWarning, Snapshot, in_evaluation_mode
+from debiased_laplace.network import snapshot
+from debiased_laplace.network.gradients import Network
+from debiased_laplace.network.snapshot import ModelChangedError, ModelChangedWarning, Snapshot, in_evaluation_mode
+from debiased_laplace.quadratic.quadratic import Quadratic
 from tests.networks import ZOO
 from tests.tolerances import assert_equal
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from debiased_laplace import GGN, Kronecker, directional_derivatives, testing
-from debiased_laplace.gradients import CurvatureData, Network
 from debiased_laplace.likelihoods import Categorical, Gaussian
-from debiased_laplace.sampling import WeightedData
+from debiased_laplace.network.gradients import CurvatureData, Network
+from debiased_laplace.sampling.sample import WeightedData
 from tests.tolerances import assert_equal, assert_unbiased
 
 PROBLEMS = testing.problems()

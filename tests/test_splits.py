@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from debiased_laplace.splits import CrossFit, Single, TwoBatch
+from debiased_laplace.sampling.splits import CrossFit, Single, TwoBatch
 
 
 @pytest.mark.parametrize(

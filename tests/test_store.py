@@ -21,9 +21,9 @@ from torch import nn
 
 from debiased_laplace import _plain, _store
 from debiased_laplace._files import CannotWriteError
-from debiased_laplace.fit import fit
+from debiased_laplace.fitting.fit import fit
 from debiased_laplace.likelihoods import Categorical
-from debiased_laplace.sampling import UniformSampler
+from debiased_laplace.sampling.samplers import UniformSampler
 
 
 @dataclass(frozen=True)
@@ -493,7 +493,7 @@ def test_weighted_data_survive(fitted, path, monkeypatch):
 
 def test_statistics_survive(path, monkeypatch):
     monkeypatch.undo()
-    from debiased_laplace.structures import KroneckerStatistics
+    from debiased_laplace.curvature.structures import KroneckerStatistics
 
     generator = torch.Generator().manual_seed(0)
     statistics = KroneckerStatistics(*([torch.randn(1, n, n, generator=generator) for n in (2, 3)] for _ in range(2)))

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from debiased_laplace import stream as module
-from debiased_laplace.gradients import Network
+from debiased_laplace.curvature.structures import Diagonal, Kronecker
+from debiased_laplace.fitting import stream as module
+from debiased_laplace.fitting.stream import Observed, Stream, windows
 from debiased_laplace.likelihoods import Categorical
-from debiased_laplace.stream import Observed, Stream, windows
-from debiased_laplace.structures import Diagonal, Kronecker
+from debiased_laplace.network.gradients import Network
 from tests.datasets import targets
 from tests.networks import ZOO
 from tests.tolerances import assert_equal

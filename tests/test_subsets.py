@@ -14,11 +14,16 @@ from torch import Tensor, nn
 import debiased_laplace
 from debiased_laplace import Single, UniformSampler
 from debiased_laplace._checks import NonFiniteError
-from debiased_laplace.fit import Fit, fit
-from debiased_laplace.gradients import CurvatureData, Network, match_parameters
+from debiased_laplace.curvature.structures import Diagonal, Full, Kronecker, LowRank
+from debiased_laplace.fitting.fit import Fit, fit
 from debiased_laplace.likelihoods import Categorical, Gaussian
-from debiased_laplace.predictive import functional_moments, joint_covariance, linearized_samples, weight_samples
-from debiased_laplace.structures import Diagonal, Full, Kronecker, LowRank
+from debiased_laplace.network.gradients import CurvatureData, Network, match_parameters
+from debiased_laplace.posterior.predictive import (
+    functional_moments,
+    joint_covariance,
+    linearized_samples,
+    weight_samples,
+)
 from debiased_laplace.testing import check_basis, check_curvatures, check_posterior, dense_basis
 from tests.datasets import targets, valid
 from tests.networks import ZOO
@@ -277,10 +282,10 @@ LARGE = """
 import resource, time
 import torch
 from torch import nn
-from debiased_laplace.basis import Basis, KroneckerBasis
-from debiased_laplace.gradients import Network
-from debiased_laplace.posterior import Posterior
-from debiased_laplace.predictive import functional_moments
+from debiased_laplace.curvature.basis import Basis, KroneckerBasis
+from debiased_laplace.network.gradients import Network
+from debiased_laplace.posterior.gaussian import Posterior
+from debiased_laplace.posterior.predictive import functional_moments
 
 torch.set_num_threads(1)
 torch.manual_seed(0)

@@ -30,7 +30,7 @@ from debiased_laplace.evaluation import (
 )
 from debiased_laplace.evaluation.methods import methods_of
 from debiased_laplace.evaluation.suite import settings_of
-from debiased_laplace.tuning import best_noise, gaussian_nll
+from debiased_laplace.posterior.tuning import best_noise, gaussian_nll
 from tests.tolerances import EXACT, FLOAT32
 
 TASKS = Path(__file__).parent / "tasks"

@@ -22,10 +22,17 @@ from debiased_laplace.evaluation import Context, Method, run, summarise, tuned_t
 from debiased_laplace.evaluation.predictors import tuned_noise
 from debiased_laplace.evaluation.statement import statement
 from debiased_laplace.evaluation.tables import tables
-from debiased_laplace.joint import _Search, _ValidationLoss, joint_search
 from debiased_laplace.likelihoods import Bernoulli, Categorical, Gaussian
-from debiased_laplace.temperature import AS_GOOD, TEMPERATURES, minimise, temperature_scaling, undetermined_in, unit_of
-from debiased_laplace.tuning import PriorCurve, grid_search, noise_search
+from debiased_laplace.posterior.joint import _Search, _ValidationLoss, joint_search
+from debiased_laplace.posterior.temperature import (
+    AS_GOOD,
+    TEMPERATURES,
+    minimise,
+    temperature_scaling,
+    undetermined_in,
+    unit_of,
+)
+from debiased_laplace.posterior.tuning import PriorCurve, grid_search, noise_search
 from tests.networks import ZOO
 from tests.test_suite import OPTIONS, task_of
 from tests.test_tuning import data, fitted, noisy

@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from debiased_laplace import DebiasedLaplace
-from debiased_laplace.forward_mode import forward_mode
 from debiased_laplace.likelihoods import Categorical
-from debiased_laplace.quadratics import Quadratic
+from debiased_laplace.network.forward_mode import forward_mode
+from debiased_laplace.quadratic.quadratic import Quadratic
 from tests.tolerances import assert_equal
 
 N_THREADS = 4
@@ -234,7 +234,7 @@ def test_an_exception_in_the_middle_of_another_call(kind: str) -> None:
     assert_equal(la(X[:4], pred_type=kind, n_samples=3), expected, 1e-14)
 
 
-@pytest.mark.filterwarnings("ignore::debiased_laplace.snapshot.ModelChangedWarning")
+@pytest.mark.filterwarnings("ignore::debiased_laplace.network.snapshot.ModelChangedWarning")
 def test_training_goes_on_in_the_main_thread() -> None:
     model = made()
     la = fitted(model)

@@ -15,14 +15,20 @@ from torch import nn
 
 from debiased_laplace import DebiasedLaplace, Single, UniformSampler
 from debiased_laplace._checks import NonFiniteError
-from debiased_laplace.fit import Fit, fit
-from debiased_laplace.joint import TunedPrior, _interpolate, _Search, joint_search
+from debiased_laplace.curvature.structures import Diagonal, Full, LowRank
+from debiased_laplace.fitting.fit import Fit, fit
 from debiased_laplace.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood
-from debiased_laplace.posterior import standard_normals
-from debiased_laplace.predictive import functional_moments
-from debiased_laplace.structures import Diagonal, Full, LowRank
+from debiased_laplace.posterior.gaussian import standard_normals
+from debiased_laplace.posterior.joint import TunedPrior, _interpolate, _Search, joint_search
+from debiased_laplace.posterior.predictive import functional_moments
+from debiased_laplace.posterior.tuning import (
+    best_noise,
+    gaussian_nll,
+    grid_search,
+    maximise_marginal_likelihood,
+    noise_search,
+)
 from debiased_laplace.testing import dense_jacobian, dense_posterior_precision, truncate
-from debiased_laplace.tuning import best_noise, gaussian_nll, grid_search, maximise_marginal_likelihood, noise_search
 from tests.networks import ZOO
 from tests.test_posterior import example as posterior_example
 from tests.tolerances import EXACT, assert_equal

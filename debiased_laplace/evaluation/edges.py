@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from debiased_laplace import DebiasedLaplace
-from debiased_laplace.temperature import at_the_end
+from debiased_laplace.posterior.temperature import at_the_end
 
 #: Which end of the search each setting is at: ``"smallest"`` or ``"largest"``.
 Edges = dict[str, str]

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from debiased_laplace.evaluation.names import check_name
 from debiased_laplace.evaluation.tasks import Task
-from debiased_laplace.sampling import PrioritySampler, UniformSampler
-from debiased_laplace.splits import Single
+from debiased_laplace.sampling.samplers import PrioritySampler, UniformSampler
+from debiased_laplace.sampling.splits import Single
 
 MAP, TEMPERATURE, TEMPERATURE_RULE = "MAP", "temperature scaling", "temperature, one standard error"
 ISOTROPIC = "identity curvature"

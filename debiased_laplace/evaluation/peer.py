@@ -12,7 +12,7 @@ from debiased_laplace import _data
 from debiased_laplace.evaluation import edges
 from debiased_laplace.evaluation.predictors import Prediction
 from debiased_laplace.likelihoods import Categorical
-from debiased_laplace.tuning import PriorCurve, best_noise
+from debiased_laplace.posterior.tuning import PriorCurve, best_noise
 
 #: All layers are asked for up to this many parameters: its predictions hold Jacobians of all outputs.
 PEER_PARAMETERS = 20_000

@@ -23,19 +23,19 @@ from torch import Tensor, nn
 from debiased_laplace import DebiasedLaplace, _data
 from debiased_laplace.evaluation import edges
 from debiased_laplace.evaluation.metrics import entropy, foreignness, row_sum_tolerance
-from debiased_laplace.gradients import Network
-from debiased_laplace.joint import SELECTIONS
 from debiased_laplace.likelihoods import Bernoulli, Categorical, Likelihood
-from debiased_laplace.posterior import Posterior, standard_normals
-from debiased_laplace.predictive import functional_moments
-from debiased_laplace.snapshot import in_evaluation_mode
-from debiased_laplace.temperature import (
+from debiased_laplace.network.gradients import Network
+from debiased_laplace.network.snapshot import in_evaluation_mode
+from debiased_laplace.posterior.gaussian import Posterior, standard_normals
+from debiased_laplace.posterior.joint import SELECTIONS
+from debiased_laplace.posterior.predictive import functional_moments
+from debiased_laplace.posterior.temperature import (
     most_uncertain_temperature,
     temperature_scaling,
     warn_the_caller,
     warn_undetermined,
 )
-from debiased_laplace.tuning import ALL_ERRORS_ZERO, gaussian_nll, nothing_left
+from debiased_laplace.posterior.tuning import ALL_ERRORS_ZERO, gaussian_nll, nothing_left
 
 #: Draws of the outputs for the mutual information.
 N_SAMPLES = 30
@@ -268,7 +268,7 @@ def tuned_noise(models: Sequence[nn.Module], validation: Iterable[Any]) -> float
 
 
 def tuned_temperature(model: nn.Module, validation: Iterable[Any], selection: str = "best") -> tuple[float, float]:
-    """The temperature with the smallest validation loss, see :func:`~debiased_laplace.temperature.temperature_scaling`.
+    """The temperature with the smallest validation loss, by temperature scaling.
 
     On the outputs themselves: probabilities of a confident network have lost what a temperature needs.
 
@@ -276,7 +276,7 @@ def tuned_temperature(model: nn.Module, validation: Iterable[Any], selection: st
         model: A classifier.
         validation: Held-out batches.
         selection: ``"best"``, or ``"one_standard_error"`` for the largest that the data do not tell from the best, see
-            :func:`~debiased_laplace.temperature.most_uncertain_temperature`.
+            :func:`~debiased_laplace.posterior.temperature.most_uncertain_temperature`.
 
     Returns:
         The temperature, and the mean negative log-likelihood there, in nats.

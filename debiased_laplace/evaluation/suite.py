@@ -24,7 +24,6 @@ from torch import Tensor, nn
 from debiased_laplace import DebiasedLaplace, _data
 from debiased_laplace._files import StoredFileError
 from debiased_laplace._guards import user_warnings
-from debiased_laplace.checkpoint import Progress
 from debiased_laplace.evaluation import bootstrap, draws, edges, records
 from debiased_laplace.evaluation.judge import ConditionError, cell, conditions, evaluate, preflight, reason
 from debiased_laplace.evaluation.methods import MAP, Method, Options, check_methods, methods_of
@@ -49,10 +48,11 @@ from debiased_laplace.evaluation.provenance import data_digest, network_digest, 
 from debiased_laplace.evaluation.replicates import Replicates
 from debiased_laplace.evaluation.summary import combine
 from debiased_laplace.evaluation.tasks import Context, Task, TaskError
+from debiased_laplace.fitting.checkpoint import Progress
 from debiased_laplace.likelihoods import Categorical, Gaussian
-from debiased_laplace.predictive import functional_moments
-from debiased_laplace.sampling import UniformSampler
-from debiased_laplace.temperature import undetermined_in
+from debiased_laplace.posterior.predictive import functional_moments
+from debiased_laplace.posterior.temperature import undetermined_in
+from debiased_laplace.sampling.samplers import UniformSampler
 
 _T = TypeVar("_T")
 

@@ -7,8 +7,8 @@ mean probability of the most probable class; for a regression, its root mean squ
 standard deviation.
 
 A network may have memorised its data, and then uncertainty is in place. So the network is judged without the datum
-(:func:`~debiased_laplace.leave_one_out.leave_one_out`), and a datum counts by the part :math:`1 - h` that the others
-determine, h its leverage: for classes it is right by that part at most, and in a regression it has that weight.
+(:func:`~debiased_laplace.posterior.leave_one_out.leave_one_out`), and a datum counts by the part :math:`1 - h` that the
+others determine, h its leverage: for classes it is right by that part at most, and in a regression it has that weight.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ import torch
 from scipy.stats import chi2, norm
 from torch import Tensor
 
-from debiased_laplace.gradients import Network
-from debiased_laplace.leave_one_out import leave_one_out
 from debiased_laplace.likelihoods import Bernoulli, Categorical, Likelihood
-from debiased_laplace.posterior import Posterior, standard_normals
-from debiased_laplace.predictive import functional_moments
-from debiased_laplace.sampling import WeightedData
+from debiased_laplace.network.gradients import Network
+from debiased_laplace.posterior.gaussian import Posterior, standard_normals
+from debiased_laplace.posterior.leave_one_out import leave_one_out
+from debiased_laplace.posterior.predictive import functional_moments
+from debiased_laplace.sampling.sample import WeightedData
 
 #: By what factor and by how much the doubt may exceed the share of wrong answers, beyond the error of the sample, and
 #: the doubt of the network itself.

@@ -18,7 +18,7 @@ class DebiasedLaplace(StateLayer):
 
     Args:
         model: The trained model. It is never written to, and the posterior is about what it is when :meth:`fit` is
-            called: a :class:`~debiased_laplace.snapshot.ModelChangedWarning` tells if it is another one later.
+            called: a :class:`~debiased_laplace.network.snapshot.ModelChangedWarning` tells if it is another one later.
         likelihood: ``"classification"``, ``"regression"``, ``"reward_modeling"`` (fitted as a classification of pairs,
             predicts as a regression), or a :class:`~debiased_laplace.likelihoods.Likelihood` such as ``Bernoulli()``.
         subset_of_weights: ``"all"`` trainable parameters, the ``"last_layer"``, or a ``"subnetwork"``.

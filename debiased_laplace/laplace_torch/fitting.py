@@ -13,16 +13,16 @@ import torch
 from torch import Tensor
 
 from debiased_laplace import _checks, _data
-from debiased_laplace.basis import DenseBasis, IdentityBasis
-from debiased_laplace.fit import Fit, default_sampler, fit
-from debiased_laplace.gradients import Network
+from debiased_laplace.curvature.basis import DenseBasis, IdentityBasis
+from debiased_laplace.curvature.structures import Structure
+from debiased_laplace.fitting.fit import Fit, default_sampler, fit
 from debiased_laplace.laplace_torch import noise
 from debiased_laplace.laplace_torch.settings import STRUCTURES, SettingsLayer, embed, restrict
-from debiased_laplace.posterior import Posterior
-from debiased_laplace.sampling import Sampler
-from debiased_laplace.snapshot import ModelChangedError, ModelChangedWarning, Snapshot
-from debiased_laplace.splits import Split
-from debiased_laplace.structures import Structure
+from debiased_laplace.network.gradients import Network
+from debiased_laplace.network.snapshot import ModelChangedError, ModelChangedWarning, Snapshot
+from debiased_laplace.posterior.gaussian import Posterior
+from debiased_laplace.sampling.samplers import Sampler
+from debiased_laplace.sampling.splits import Split
 
 logger = logging.getLogger("debiased_laplace.laplace_torch")
 

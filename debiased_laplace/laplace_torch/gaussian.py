@@ -13,8 +13,8 @@ from debiased_laplace.laplace_torch import noise
 from debiased_laplace.laplace_torch.fitting import FittingLayer
 from debiased_laplace.laplace_torch.precision import KroneckerPrecision
 from debiased_laplace.laplace_torch.settings import embed, restrict
-from debiased_laplace.posterior import Posterior
-from debiased_laplace.temperature import warn_of_no_evidence, warn_the_caller
+from debiased_laplace.posterior.gaussian import Posterior
+from debiased_laplace.posterior.temperature import warn_of_no_evidence, warn_the_caller
 
 LEFT_OUT = (
     "A low rank leaves directions without curvature, so that its log marginal likelihood is too large to be compared "
@@ -243,8 +243,8 @@ class GaussianLayer(FittingLayer):
         """Between what the log marginal likelihood is with the directions that a low rank leaves out, in nats.
 
         From the trace of the curvature that they share: see
-        :attr:`~debiased_laplace.posterior.Posterior.left_out_log_det` for what is bounded and what is estimated. Of
-        other structures both are the log marginal likelihood itself.
+        :attr:`~debiased_laplace.posterior.gaussian.Posterior.left_out_log_det` for what is bounded and what is
+        estimated. Of other structures both are the log marginal likelihood itself.
 
         Raises:
             ValueError: If the trace is not known (a fit that an earlier version saved).

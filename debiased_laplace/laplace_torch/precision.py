@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from debiased_laplace.basis import Basis, KroneckerBasis, OutputwiseBasis, Part, differ
-from debiased_laplace.posterior import Posterior
+from debiased_laplace.curvature.basis import Basis, KroneckerBasis, OutputwiseBasis, Part, differ
+from debiased_laplace.posterior.gaussian import Posterior
 
 
 @dataclass(frozen=True)

@@ -13,16 +13,21 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from debiased_laplace import _checks, _data
-from debiased_laplace.fit import Fit
-from debiased_laplace.forward_mode import PlainAttention, jvp
-from debiased_laplace.gradients import Network
+from debiased_laplace.curvature.structures import Diagonal
+from debiased_laplace.fitting.fit import Fit
 from debiased_laplace.laplace_torch.gaussian import GaussianLayer
 from debiased_laplace.laplace_torch.settings import REWARD_MODELING, plain, restrict
 from debiased_laplace.likelihoods import Bernoulli, square_root
-from debiased_laplace.posterior import Posterior, standard_normals
-from debiased_laplace.predictive import functional_moments, joint_covariance, linearized_samples, weight_samples
-from debiased_laplace.snapshot import Snapshot
-from debiased_laplace.structures import Diagonal
+from debiased_laplace.network.forward_mode import PlainAttention, jvp
+from debiased_laplace.network.gradients import Network
+from debiased_laplace.network.snapshot import Snapshot
+from debiased_laplace.posterior.gaussian import Posterior, standard_normals
+from debiased_laplace.posterior.predictive import (
+    functional_moments,
+    joint_covariance,
+    linearized_samples,
+    weight_samples,
+)
 
 PRED_TYPES = ("glm", "nn", "linearized")
 
@@ -274,8 +279,9 @@ def output_samples(
 ) -> Tensor:
     """Outputs at ``mean + deviations``, of the network or linearised, ``[S, N, C]``; differentiable in the inputs.
 
-    What :func:`~debiased_laplace.predictive.weight_samples` and
-    :func:`~debiased_laplace.predictive.linearized_samples` do, with gradients and with further arguments of the model.
+    What :func:`~debiased_laplace.posterior.predictive.weight_samples` and
+    :func:`~debiased_laplace.posterior.predictive.linearized_samples` do, with gradients and with further arguments of
+    the model.
     """
     inputs = _data.to_device(inputs, network.device)
     parameters = network.from_vector(mean)

@@ -12,14 +12,14 @@ from laplace.curvature import EFInterface, GGNInterface
 from torch import Tensor, nn
 
 from debiased_laplace import _checks
-from debiased_laplace.basis import KroneckerBasis
-from debiased_laplace.fit import Fit
-from debiased_laplace.joint import TunedPrior
+from debiased_laplace.curvature.basis import KroneckerBasis
+from debiased_laplace.curvature.structures import Diagonal, Full, Isotropic, Kronecker, LowRank, Structure
+from debiased_laplace.fitting.fit import Fit
 from debiased_laplace.laplace_torch import noise, subset
 from debiased_laplace.likelihoods import Categorical, Likelihood, resolve_likelihood
-from debiased_laplace.posterior import Posterior
-from debiased_laplace.structures import Diagonal, Full, Isotropic, Kronecker, LowRank, Structure
-from debiased_laplace.tuning import PriorCurve
+from debiased_laplace.posterior.gaussian import Posterior
+from debiased_laplace.posterior.joint import TunedPrior
+from debiased_laplace.posterior.tuning import PriorCurve
 
 STRUCTURES: dict[str, type[Structure]] = {
     "kron": Kronecker, "lowrank": LowRank, "diag": Diagonal, "full": Full, "isotropic": Isotropic,

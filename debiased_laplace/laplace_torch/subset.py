@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from debiased_laplace.gradients import FEATURE_REDUCTIONS, matching
-from debiased_laplace.snapshot import aliases_of
+from debiased_laplace.network.gradients import FEATURE_REDUCTIONS, matching
+from debiased_laplace.network.snapshot import aliases_of
 
 SUBSETS = ("all", "last_layer", "subnetwork")
 

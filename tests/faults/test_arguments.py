@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from debiased_laplace import Categorical, DebiasedLaplace, LowRank, PrioritySampler, UniformSampler
-from debiased_laplace.fit import fit
+from debiased_laplace.fitting.fit import fit
 
 pytestmark = pytest.mark.faults
 X = torch.randn(20, 3, generator=torch.Generator().manual_seed(1))

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from debiased_laplace import DebiasedLaplace, Fit, _files, _store
 from debiased_laplace._files import CannotWriteError, StoredFileError
-from debiased_laplace.checkpoint import Progress
 from debiased_laplace.evaluation import records
+from debiased_laplace.fitting.checkpoint import Progress
 
 pytestmark = pytest.mark.faults
 
@@ -121,7 +121,7 @@ FORGERIES: dict[str, Callable[[dict[str, Tensor], dict[str, Any]], Any]] = {
     "no likelihood": lambda tensors, document: document["header"].pop("likelihood"),
     "nothing of the kind": lambda tensors, document: document["value"]["fit"].update(network={}),
     "another class of the package": lambda tensors, document: document["value"]["fit"]["posterior"].update(
-        __class__="debiased_laplace.splits:Single"
+        __class__="debiased_laplace.sampling.splits:Single"
     ),
     "deep": _deep,
     "format 0": lambda tensors, document: document.update(format=0),

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from debiased_laplace import DebiasedLaplace, LowRank, PrioritySampler, TwoBatch, UniformSampler, checkpoint
+from debiased_laplace import DebiasedLaplace, LowRank, PrioritySampler, TwoBatch, UniformSampler
 from debiased_laplace.cli import app
+from debiased_laplace.fitting import checkpoint
 
 pytestmark = pytest.mark.faults
 X = torch.randn(40, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)

@@ -1,6 +1,6 @@
 """The instruments on a task's network and training data, part by part; a part that is complete is kept.
 
-Letters as in :mod:`debiased_laplace.instruments`: m data in a batch, B batches, K directions.
+Letters as in :mod:`debiased_laplace.quadratic.instruments`: m data in a batch, B batches, K directions.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from debiased_laplace.evaluation.names import locked
 from debiased_laplace.evaluation.provenance import network_digest, seeded
 from debiased_laplace.evaluation.suite import base_settings
 from debiased_laplace.evaluation.tasks import Context, Task
-from debiased_laplace.instruments import (
+from debiased_laplace.quadratic.instruments import (
     BatchSizeCurve,
     Subsets,
     alignment,
@@ -31,9 +31,9 @@ from debiased_laplace.instruments import (
     signal_to_noise,
     suggest_batch_size,
 )
-from debiased_laplace.optim import conjugate_gradients
-from debiased_laplace.quadratics import CURVATURES, Quadratic
-from debiased_laplace.sampling import UniformSampler
+from debiased_laplace.quadratic.optim import conjugate_gradients
+from debiased_laplace.quadratic.quadratic import CURVATURES, Quadratic
+from debiased_laplace.sampling.samplers import UniformSampler
 
 __all__ = ["BiasOptions", "study"]
 

@@ -15,7 +15,7 @@ from matplotlib.ticker import LogFormatterSciNotation, MaxNLocator, NullLocator
 
 from debiased_laplace.evaluation.bias.measure import N_SHOWN
 from debiased_laplace.evaluation.figures import STYLES, Picture, png
-from debiased_laplace.instruments import OnPlane
+from debiased_laplace.quadratic.instruments import OnPlane
 
 __all__ = ["FLOOR", "pictures"]
 

@@ -1,0 +1,1 @@
+"""Directions from some data, curvatures along them from other data."""

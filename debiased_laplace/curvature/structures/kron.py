@@ -1,0 +1,185 @@
+r"""K-FAC: Kronecker-factored statistics and their eigenbasis.
+
+For every block and group, with a and g as in :mod:`debiased_laplace.network.gradients`,
+
+.. math::
+    A = \sum_n w_n \sum_s a_{ns} a_{ns}^\top, \qquad
+    B = \sum_n w_n \frac1S \sum_{s,v} g_{nsv} g_{nsv}^\top, \qquad
+    G \approx A \otimes B, \qquad U = Q_A \otimes Q_B.
+
+Source: Martens and Grosse (arXiv 1503.05671); for convolutions Grosse and Martens (arXiv
+1602.01407); in general weight-sharing layers "expand" of Eschenhagen et al. (arXiv 2311.00636).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from debiased_laplace._checks import NonFiniteError
+from debiased_laplace.curvature.basis import Basis, KroneckerBasis
+from debiased_laplace.curvature.structures.base import Structure, eigh
+from debiased_laplace.network.gradients import CurvatureData, Factors, Network
+
+
+@dataclass(frozen=True)
+class KroneckerStatistics:
+    """Additive statistics; sums over data, so that weights of one mean sum to one over all parts.
+
+    Attributes:
+        inputs: A of every block, ``[G, I, I]``.
+        outputs: B of every block, ``[G, O, O]``.
+    """
+
+    inputs: list[Tensor]
+    outputs: list[Tensor]
+
+    exact: ClassVar[bool] = False
+
+    def __add__(self, other: KroneckerStatistics) -> KroneckerStatistics:
+        """Statistics of both data together."""
+        return KroneckerStatistics(
+            [a + b for a, b in zip(self.inputs, other.inputs, strict=True)],
+            [a + b for a, b in zip(self.outputs, other.outputs, strict=True)],
+        )
+
+    def __mul__(self, factor: float) -> KroneckerStatistics:
+        """Statistics of the same data with weights that are multiplied by a factor."""
+        return KroneckerStatistics([factor * a for a in self.inputs], [factor * b for b in self.outputs])
+
+    def all_reduce(self) -> KroneckerStatistics:
+        """Sum over the processes of ``torch.distributed``; each process weighs its data for all of them."""
+        reduced = KroneckerStatistics([a.clone() for a in self.inputs], [b.clone() for b in self.outputs])
+        for tensor in reduced.inputs + reduced.outputs:
+            torch.distributed.all_reduce(tensor)
+        return reduced
+
+    def curvatures(self, basis: Basis) -> Tensor:
+        r"""The factored estimate, :math:`\mathrm{diag}(Q_B^\top B Q_B) \otimes \mathrm{diag}(Q_A^\top A Q_A)`.
+
+        With the statistics that gave the basis this is classical K-FAC.
+
+        Returns:
+            ``[rank]``, a per-datum mean.
+        """
+        values = []
+        for part, a, b in zip(basis.parts, self.inputs, self.outputs, strict=True):
+            assert isinstance(part, KroneckerBasis)
+            along_inputs = torch.einsum("gij,gik,gkj->gj", part.inputs, a, part.inputs)
+            along_outputs = torch.einsum("gij,gik,gkj->gj", part.outputs, b, part.outputs)
+            # Diagonals of positive semi-definite matrices: below zero only by rounding.
+            values.append(along_outputs.clamp_min(0)[:, :, None] * along_inputs.clamp_min(0)[:, None, :])
+        return basis.join(values)
+
+
+@dataclass(frozen=True)
+class InputStatistics:
+    """Input statistics of all data of a stream: no loss is in them, so that they need neither weights nor vectors.
+
+    Attributes:
+        totals: Sum of the outer products of every block, ``[G, I, I]``.
+        count: Number of data in the sums.
+    """
+
+    totals: list[Tensor]
+    count: int
+
+    def __add__(self, other: InputStatistics) -> InputStatistics:
+        """Of both data together."""
+        totals = [a + b for a, b in zip(self.totals, other.totals, strict=True)]
+        return InputStatistics(totals, self.count + other.count)
+
+
+@dataclass(frozen=True)
+class Kronecker(Structure):
+    """The K-FAC structure.
+
+    Attributes:
+        eigh_dtype: Precision of the eigendecompositions; single precision is faster and less safe.
+    """
+
+    eigh_dtype: torch.dtype = torch.float64
+
+    observes: ClassVar[bool] = True
+
+    def observe(self, network: Network, factors: Factors, part: slice, phase: int | None = None) -> InputStatistics:
+        """Outer products of the inputs, of every block."""
+        totals = []
+        for block in network.blocks:
+            total = torch.zeros(block.groups, block.inputs, block.inputs, device=network.device, dtype=network.dtype)
+            for _, columns in factors.input_pieces(block, part, phase):
+                total += _gram(columns)
+            totals.append(total)
+        return InputStatistics(totals, part.stop - part.start)
+
+    def complete(self, statistics: KroneckerStatistics, observed: InputStatistics) -> KroneckerStatistics:
+        """A of the whole stream in the place of that of a sample."""
+        return KroneckerStatistics([total / observed.count for total in observed.totals], statistics.outputs)
+
+    def measure(self, network: Network, data: CurvatureData) -> KroneckerStatistics:
+        """Statistics of weighted data, in one pass.
+
+        Args:
+            network: The model with its blocks.
+            data: Factors of consecutive chunks of data, with their weights and output vectors.
+        """
+        if network.free is not None:
+            raise ValueError(
+                "Expected whole parameters for a Kronecker structure, got single entries of them. Choose them by name, "
+                "or use a diagonal, low-rank or full structure."
+            )
+        like = torch.empty(0, device=network.device, dtype=network.dtype)
+        inputs = [like.new_zeros(block.groups, block.inputs, block.inputs) for block in network.blocks]
+        outputs = [like.new_zeros(block.groups, block.outputs, block.outputs) for block in network.blocks]
+        positions = [1] * len(inputs)
+        for chunk in data:
+            for index, block in enumerate(network.blocks):
+                for part, columns in chunk.factors.input_pieces(block):
+                    positions[index] = columns.shape[-1]
+                    inputs[index] += _weighted_gram(columns, chunk.weights[part])
+            for _, vectors in chunk.factors.backpropagate(chunk.vectors, network.vector_chunk):
+                for total, columns, n in zip(outputs, vectors, positions, strict=True):
+                    for column in columns.unbind(2):
+                        total.add_(_gram(column), alpha=1 / n)
+                del vectors, columns, column  # so that the next ones find their memory free
+        for kind, totals in (("input", inputs), ("back-propagated gradient", outputs)):
+            for block, total in zip(network.blocks, totals, strict=True):
+                if not bool(total.isfinite().all()):
+                    raise NonFiniteError(
+                        f"Expected finite {kind}s at the layer {block.name!r}, got NaN or infinity. "
+                        "Look for NaN in the data, or for an overflow in that layer (a half-precision model?)."
+                    )
+        return KroneckerStatistics(inputs, outputs)
+
+    def eigenbasis(self, network: Network, statistics: KroneckerStatistics, like: Basis | None = None) -> Basis:
+        """Eigenvectors of the factors of every block, by descending eigenvalues."""
+        parts = [
+            KroneckerBasis(self._eigenvectors(b, block.name), self._eigenvectors(a, block.name))
+            for block, a, b in zip(network.blocks, statistics.inputs, statistics.outputs, strict=True)
+        ]
+        return Basis(network.blocks, network.shapes, parts)
+
+    def _eigenvectors(self, matrices: Tensor, name: str) -> Tensor:
+        _, vectors = eigh(matrices.to(self.eigh_dtype), name)
+        # Dead units leave entries that are noise of the decomposition. Dropping them moves a vector by less than
+        # a tenth of its rounding error; kept, their products underflow and slow every contraction tenfold.
+        negligible = 0.1 * torch.finfo(matrices.dtype).eps / matrices.shape[-1] ** 0.5
+        return torch.where(vectors.abs() < negligible, 0.0, vectors).to(matrices)
+
+
+def _weighted_gram(columns: Tensor, weights: Tensor) -> Tensor:
+    """The same with a weight for every datum; equal weights (known on the CPU) need no product with the data."""
+    if bool((weights == weights[0]).all()):
+        return _gram(columns) * float(weights[0])
+    return _gram(columns * weights.to(columns).sqrt()[:, None, None, None])
+
+
+def _gram(columns: Tensor) -> Tensor:
+    """``[N, G, P, S] -> [G, P, P]``, sums of outer products over data and positions."""
+    if columns.shape[-1] > 64 * columns.shape[2]:  # few features, many positions: rather small products than a copy
+        return (columns @ columns.mT).sum(0)
+    flat = columns.permute(1, 2, 0, 3).flatten(2)
+    return flat @ flat.mT

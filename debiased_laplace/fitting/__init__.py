@@ -1,0 +1,1 @@
+"""From a stream of data to a fitted posterior."""

@@ -1,0 +1,199 @@
+r"""Directions from some folds, curvatures along them from others, for the training set behind the sample.
+
+Of its weight :math:`w_n`, a datum stands for itself with :math:`1/N`, and for data that were not drawn with the rest.
+About itself it is right along any direction, also one that it chose; about the others only along directions that it had
+no part in choosing. With U the final directions and :math:`U_{-j}` those of round j, equation (6),
+
+.. math::
+    \lambda_i = \sum_n \frac1N \lambda_n(u_i) + \frac1K \sum_j \varphi_j \sum_{n \in j} \Big(w_n - \frac1N\Big)
+    \lambda_n(u_{-j,i}), \qquad \lambda_n(u) = \sum_v (u^\top J_n^\top s_{nv})^2,
+
+where :math:`\varphi_j` lets the data of the round stand for all that do not belong to all folds. For a uniform draw in
+two batches this is :math:`\frac{n_A}{N} \lambda_A + (1 - \frac{n_A}{N}) \lambda_B`; the second batch alone stands for
+the data that are not in the first, and not for all of them. Data kept for certain have nothing but themselves to stand
+for, and once all data are drawn none has: the curvatures are then those of a fit on all data.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from debiased_laplace.curvature.basis import Basis
+from debiased_laplace.curvature.projected import projected_curvatures
+from debiased_laplace.curvature.structures import Structure
+from debiased_laplace.fitting.checkpoint import Progress
+from debiased_laplace.fitting.stream import Observed
+from debiased_laplace.network.gradients import CurvatureData, Network
+from debiased_laplace.posterior.temperature import warn_the_caller
+from debiased_laplace.sampling.sample import SHARED, Sample
+from debiased_laplace.sampling.splits import Round, Split
+
+#: Chunks of data that are measured in one step; a fit can be interrupted between two steps.
+STEP_CHUNKS = 16
+
+#: Differences of weights, relative to them, that are rounding.
+ROUNDING = 1e-12
+
+
+class Measurement:
+    """Statistics and curvatures of folds, each computed once, and kept where the fit has a checkpoint."""
+
+    def __init__(
+        self, structure: Structure, network: Network, data: CurvatureData, sample: Sample, observed: Observed | None,
+        progress: Progress,
+    ) -> None:  # fmt: skip
+        self._structure, self._network, self._sample, self._progress = structure, network, sample, progress
+        self._observed = None if observed is None else observed.statistics
+        self._parts: dict[int, CurvatureData] = {}
+        #: Weights with which the data of a fold stand for themselves; and for others, of folds whose data do.
+        self._selves: dict[int, Tensor] = {}
+        self._others: dict[int, Tensor] = {}
+        for fold in (SHARED, *range(sample.n_folds)):
+            index = (sample.folds == fold).nonzero()[:, 0]
+            if not len(index):
+                continue
+            self._parts[fold] = data if len(index) == len(sample.folds) else data.take(index)
+            weights, self._selves[fold] = sample.data.weights[index], sample.self_weights[index]
+            if bool((weights - self._selves[fold] > ROUNDING * weights).any()):
+                self._others[fold] = weights - self._selves[fold]
+        self._statistics: dict[tuple[int, str], Any] = {}
+        #: Standard errors of the curvatures that :meth:`cross` gave, ``[rank]``, if several rounds tell them.
+        self.errors: Tensor | None = None
+
+    def cross(self, split: Split, *, factored: bool) -> tuple[Basis, Tensor]:
+        """The final directions, and curvatures along them, as the split says.
+
+        Directions of one eigenspace of the first data are arbitrary in it, and get the average of their curvatures.
+        """
+        rounds = self._rounds(split)
+        needs = self._structure.data_dependent or all(one.directions == one.curvatures for one in split.rounds)
+        final = self._basis(split.final) if needs else self._structure.eigenbasis(self._network, None)
+        measure = self._from_statistics if factored or not self._structure.projects else self._projected
+        crossed = [one for one in rounds if needs and one.directions != split.final]
+        shares: dict[int, float] = {}  # what data say of others along the final directions, in one pass with themselves
+        for one in rounds:
+            for fold, share in self._shares(one).items() if one not in crossed else ():
+                shares[fold] = shares.get(fold, 0.0) + share / len(rounds)
+        total = measure(final, shares)
+        mean, squares = torch.zeros_like(total), torch.zeros_like(total)
+        for number, one in enumerate(crossed):
+            along = self._basis(one.directions, like=final)
+            values = along.averaged(measure(along, self._shares(one), number))
+            values = (final.by_rank if split.average == "rank" else final.diagonal_of)(along, values)
+            total = total + values / len(rounds)
+            off = values - mean  # Welford's algorithm
+            mean = mean + off / (number + 1)
+            squares = squares + off * (values - mean)
+        if len(crossed) > 1:
+            self.errors = (squares / (len(crossed) - 1) * len(crossed)).sqrt() / len(rounds)
+        return final, final.averaged(total)
+
+    def left_out(self, split: Split, basis: Basis, curvatures: Tensor) -> Tensor | None:
+        """Trace of the curvature outside the directions of every part, ``[n_parts]``, where some are left out.
+
+        The trace of all is that of the data that chose the directions: it does not depend on these, and has no bias.
+        """
+        traces = None if basis.complete else self._structure.traces(self._estimate(split.final))
+        if traces is None:
+            return None
+        along = torch.stack([own.double().sum() for own in basis.split(curvatures)])
+        return (traces.to(along) - along).clamp_min(0)
+
+    def _rounds(self, split: Split) -> list[Round]:
+        """Those with data in both roles; none where data stand for themselves alone."""
+        if not self._others:
+            return []
+        rounds = [
+            one for one in split.rounds
+            if self._others.keys() & set(one.curvatures) and self._parts.keys() & {SHARED, *one.directions}
+        ]  # fmt: skip
+        if rounds:
+            return rounds
+        warn_the_caller(
+            "Expected data to choose directions and others to measure the curvature along them, got "
+            f"{len(self._sample.folds)} in all: they have both roles, and the curvature is overstated. Give more data."
+        )
+        return [Round(split.final, tuple(self._others))]
+
+    def _shares(self, one: Round) -> dict[int, float]:
+        """By what the weights for others are multiplied, so that the data of a round stand for all others."""
+        return {fold: self._sample.factor(one.curvatures) for fold in one.curvatures if fold in self._others}
+
+    def _projected(self, basis: Basis, shares: Mapping[int, float], number: int | None = None) -> Tensor:
+        """Equation (2) for others, or (without the number of a round) for the data themselves and for others."""
+        total = torch.zeros(basis.rank, dtype=self._network.dtype, device=self._network.device)
+        for fold in self._parts if number is None else shares:
+            weights = self._selves[fold] * (number is None)
+            if fold in shares:
+                weights = weights + shares[fold] * self._others[fold]
+            known, multiple = self._statistics.get((fold, "all")), self._multiple(fold, weights)
+            if known is not None and known.exact and multiple is not None:
+                total = total + multiple * known.curvatures(basis)
+                continue
+            name = f"curvatures of fold {fold}, " + ("final directions" if number is None else f"round {number}")
+            total = total + self._summed(
+                name, fold, weights, lambda data: projected_curvatures(self._network, basis, data)
+            )
+        return total
+
+    def _from_statistics(self, basis: Basis, shares: Mapping[int, float], number: int | None = None) -> Tensor:
+        """The same by statistics, of which curvatures may be products: for others, what they add to the data."""
+        selves = _sum(self._of(fold, "selves") for fold in self._parts)
+        both = _sum([selves, *(self._of(fold, "others") * share for fold, share in shares.items())])
+        found = self._completed(both).curvatures(basis)
+        if number is None:
+            return found
+        return (found - self._completed(selves).curvatures(basis)).clamp_min(0)  # below zero only by rounding
+
+    def _basis(self, folds: Sequence[int], like: Basis | None = None) -> Basis:
+        return self._structure.eigenbasis(self._network, self._estimate(folds), like)
+
+    def _estimate(self, folds: Sequence[int]) -> Any:
+        """Statistics of some folds and of the data that belong to all, which stand for the whole stream."""
+        factor = self._sample.factor(folds)
+        return self._completed(
+            _sum(
+                self._of(fold) if fold == SHARED or factor == 1 else self._of(fold) * factor
+                for fold in (SHARED, *folds) if fold in self._parts
+            )
+        )  # fmt: skip
+
+    def _completed(self, statistics: Any) -> Any:
+        return statistics if self._observed is None else self._structure.complete(statistics, self._observed)
+
+    def _of(self, fold: int, weighted: str = "all") -> Any:
+        """Statistics of a fold, with its weights, or those of the data for themselves or for others."""
+        if (fold, weighted) not in self._statistics:
+            weights = {"all": self._parts[fold].data.weights, "selves": self._selves[fold]}.get(weighted)
+            weights = self._others[fold] if weights is None else weights
+            multiple, name = self._multiple(fold, weights), f"statistics of fold {fold}"
+            if weighted == "all" or multiple is None:
+                name += "" if weighted == "all" else f", {weighted}"
+                found = self._summed(name, fold, weights, lambda data: self._structure.measure(self._network, data))
+            else:
+                found = self._of(fold) * multiple
+            self._statistics[fold, weighted] = found
+        return self._statistics[fold, weighted]
+
+    def _multiple(self, fold: int, weights: Tensor) -> float | None:
+        """What weights are of those of the fold, if that is one number."""
+        ratios = weights / self._parts[fold].data.weights
+        return float(ratios.mean()) if float(ratios.max() - ratios.min()) <= ROUNDING * float(ratios.max()) else None
+
+    def _summed(self, name: str, fold: int, weights: Tensor, of: Callable[[CurvatureData], Any]) -> Any:
+        data = copy.copy(self._parts[fold])
+        data.data = replace(data.data, weights=weights)
+        return self._progress.accumulate(name, data.slices(STEP_CHUNKS), lambda part: of(data.take(part)))
+
+
+def _sum(statistics: Iterable[Any]) -> Any:
+    total: Any = None
+    for one in statistics:
+        total = one if total is None else total + one
+    return total

@@ -1,0 +1,120 @@
+"""One forward pass over a stream of data: outputs for the sampler, and what can be summed on the way."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from debiased_laplace import _data
+from debiased_laplace.curvature.structures import Structure
+from debiased_laplace.likelihoods import Likelihood
+from debiased_laplace.network.gradients import Network
+from debiased_laplace.sampling.sample import Sample
+
+#: Data at the start of a stream that a structure observes at all positions of its layers. Then every WINDOW of data is
+#: observed on one of several coarser grids of positions: the products cost ten times the forward pass of a ResNet.
+WHOLE, WINDOW = 1024, 64
+
+#: Bytes that the activations of a forward pass may take at a time.
+STREAM_MEMORY = {"cpu": 2**29, "accelerator": 2**32}
+
+
+@dataclass(frozen=True)
+class Observed:
+    """What one forward pass over the stream tells.
+
+    Attributes:
+        n: Number of data.
+        loss: Sum of their losses, in nats.
+        statistics: What the structure sums over all data; None if it sums nothing.
+    """
+
+    n: int
+    loss: float
+    statistics: Any
+
+    @property
+    def mean_loss(self) -> float:
+        """Per datum, in nats."""
+        return self.loss / self.n
+
+    def __add__(self, other: Observed) -> Observed:
+        """Of both streams."""
+        known = self.statistics is not None and other.statistics is not None  # half of the data are not all of them
+        both = self.statistics + other.statistics if known else None
+        return Observed(self.n + other.n, self.loss + other.loss, both)
+
+
+def windows(start: int, n: int) -> Iterator[tuple[slice, int | None]]:
+    """The ``n`` data at a position of the stream in slices, with the phase of the grid that each is observed on.
+
+    The phase of a datum depends on its position alone, not on how the stream is cut.
+    """
+    if start < WHOLE:
+        yield slice(0, min(n, WHOLE - start)), None
+    for number in range(max(0, start - WHOLE) // WINDOW, max(0, start + n - WHOLE + WINDOW - 1) // WINDOW):
+        first = WHOLE + number * WINDOW - start
+        yield slice(max(0, first), min(n, first + WINDOW)), number
+
+
+class Stream:
+    """Gives a sampler the outputs of every batch, and sums on the way what needs no more than the forward pass."""
+
+    def __init__(
+        self,
+        discover: Callable[[_data.Inputs], Network],
+        likelihood: Likelihood,
+        structure: Structure,
+        chunk_size: int | None = None,
+    ) -> None:
+        self._discover, self._likelihood, self._structure = discover, likelihood, structure
+        self._chunk_size = chunk_size
+        self._network: Network | None = None
+        #: None until a sampler asks for outputs.
+        self.observed: Observed | None = None
+
+    def __call__(self, inputs: _data.Inputs, targets: Tensor) -> Tensor:
+        """Outputs ``[n, C]``, in chunks of activations that fit :data:`STREAM_MEMORY`."""
+        if self._network is None:
+            self._network = self._discover(inputs)
+        network = self._network
+        targets = self._likelihood.prepare_targets(targets, network.n_outputs)
+        memory = STREAM_MEMORY["cpu" if network.device.type == "cpu" else "accelerator"]
+        outputs = []
+        size = self._chunk_size or network.chunk_size(memory, 0, inputs=inputs)
+        for part in _data.slices(_data.count(inputs), size):
+            own, new = self._look(network, _data.take(inputs, part), targets[part])
+            outputs.append(own)
+            self.observed = new if self.observed is None else self.observed + new
+        return torch.cat(outputs)
+
+    def _look(self, network: Network, inputs: _data.Inputs, targets: Tensor) -> tuple[Tensor, Observed]:
+        if not self._structure.observes:  # no need to know the layers
+            outputs = network.outputs(inputs).to(network.dtype)
+            return outputs, self._observed(network, outputs, targets)
+        factors = network.factors(inputs)
+        outputs = factors.outputs.to(network.dtype)
+        new = self._observed(network, outputs, targets)
+        for part, phase in windows(0 if self.observed is None else self.observed.n, len(outputs)):
+            statistics = self._structure.observe(network, factors, part, phase)
+            new = replace(new, statistics=statistics if new.statistics is None else new.statistics + statistics)
+        return outputs, new
+
+    def _observed(self, network: Network, outputs: Tensor, targets: Tensor) -> Observed:
+        losses = self._likelihood.loss(outputs, targets.to(network.device))
+        return Observed(len(losses), float(losses.double().sum()), None)
+
+
+def mean_loss(network: Network, likelihood: Likelihood, sample: Sample) -> float:
+    """Mean loss of the stream, estimated from a sample, in nats."""
+    data = sample.data
+    total = torch.zeros((), dtype=torch.float64, device=network.device)
+    for part in _data.chunks(data.inputs, 512):
+        outputs = network.outputs(_data.take(data.inputs, part))
+        losses = likelihood.loss(outputs.to(network.dtype), data.targets[part].to(network.device))
+        total += data.weights[part].to(network.device) @ losses.double()
+    return float(total)

@@ -1,0 +1,1 @@
+"""A model and its gradient factors: the only room that knows layers."""

@@ -1,0 +1,126 @@
+"""Derivatives in forward mode, in as many threads as there are, and attention in a form that has them.
+
+torch has one level of forward mode in a process, and its context manager ends that of all threads; and which kernels
+attention may use is a setting of the process too. Here threads share the level, which ends with the last of them, and
+attention is written out where it is called.
+"""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.overrides import TorchFunctionMode
+
+from debiased_laplace.network.tracing import seen_inside
+
+_lock = threading.Lock()
+_users = 0
+_loaded = False
+
+
+@contextmanager
+def forward_mode() -> Iterator[None]:
+    """A level of forward mode that threads share; tangents of one thread's tensors are no other's."""
+    global _users, _loaded
+    with _lock:
+        if not _users:
+            forward_ad.enter_dual_level()
+        _users += 1
+        if not _loaded:
+            _load()
+            _loaded = True
+    try:
+        yield
+    finally:
+        with _lock:
+            _users -= 1
+            if not _users:
+                forward_ad.exit_dual_level()
+
+
+def _load() -> None:
+    """Let torch load what its first forward-mode derivative needs, without the warning about how it does that.
+
+    It scripts decompositions, which its own newer releases deprecate: nothing a user could change.
+    """
+    with warnings.catch_warnings(), torch.inference_mode(False):
+        warnings.filterwarnings("ignore", message="`torch.jit", category=FutureWarning)
+        warnings.filterwarnings("ignore", message="`torch.jit", category=DeprecationWarning)
+        forward_ad.make_dual(torch.zeros(1), torch.zeros(1))
+
+
+def jvp(
+    function: Callable[[dict[str, Tensor]], Tensor], at: dict[str, Tensor], along: dict[str, Tensor],
+    *, forward_only: bool = False,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Value of a function of named tensors, and its derivative along others; zero where it does not depend on them.
+
+    Where an operation has no forward mode (the kernel of weight normalisation), by two backward passes, or with
+    ``forward_only`` torch's ``NotImplementedError``.
+    """
+    along = {name: along[name].to(at[name]) for name in at}
+    try:
+        with forward_mode():
+            value, tangent = forward_ad.unpack_dual(
+                function({name: forward_ad.make_dual(at[name], along[name]) for name in at})
+            )
+            return value, torch.zeros_like(value) if tangent is None else tangent
+    except NotImplementedError:
+        if forward_only:
+            raise
+        return _twice_back(function, at, along)
+
+
+def _twice_back(
+    function: Callable[[dict[str, Tensor]], Tensor], at: dict[str, Tensor], along: dict[str, Tensor]
+) -> tuple[Tensor, Tensor]:
+    """The derivative as the transpose of the pullback of a vector, which is linear in the vector."""
+    wanted = torch.is_grad_enabled()
+    with torch.enable_grad():
+        leaves = {name: p.detach().requires_grad_() for name, p in at.items()}
+        value = function(leaves)
+        w = torch.zeros_like(value).requires_grad_()
+        pulled = torch.autograd.grad(value, list(leaves.values()), w, create_graph=True, materialize_grads=True)
+        (tangent,) = torch.autograd.grad(
+            pulled, w, [along[name] for name in leaves], create_graph=wanted, materialize_grads=True
+        )
+    return (value, tangent) if wanted else (value.detach(), tangent)
+
+
+class PlainAttention(TorchFunctionMode):
+    """Writes attention out in plain operations: the fused kernels have neither forward-mode nor second derivatives.
+
+    Any such mode also turns off the fused layers of Transformers.
+    """
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is F.multi_head_attention_forward:
+            with self:
+                return seen_inside(func)(*args, **kwargs)
+        if func is F.scaled_dot_product_attention:
+            return _attention(*args, **kwargs)
+        return func(*args, **kwargs)
+
+
+def _attention(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
+    is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False,
+) -> Tensor:  # fmt: skip
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        allowed = attn_mask
+        attn_mask = torch.zeros(allowed.shape, dtype=query.dtype, device=query.device)
+        attn_mask = attn_mask.masked_fill(allowed.logical_not(), -torch.inf)
+    return torch.ops.aten._scaled_dot_product_attention_math(
+        query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+    )[0]

@@ -1,0 +1,25 @@
+"""Steps on the quadratic of a batch, with directions from one batch and magnitudes from another."""
+
+from debiased_laplace.quadratic.optim.conjugate import CGResult, QuadraticModel, Stop, conjugate_gradients
+from debiased_laplace.quadratic.optim.directional import (
+    DirectionalStep,
+    damped_step,
+    directionally_damped_step,
+    second_batch_damped_step,
+)
+from debiased_laplace.quadratic.optim.newton import DebiasedNewtonCG, halves, jacobi_preconditioner, newton_step
+
+__all__ = [
+    "CGResult",
+    "DebiasedNewtonCG",
+    "DirectionalStep",
+    "QuadraticModel",
+    "Stop",
+    "conjugate_gradients",
+    "damped_step",
+    "directionally_damped_step",
+    "halves",
+    "jacobi_preconditioner",
+    "newton_step",
+    "second_batch_damped_step",
+]

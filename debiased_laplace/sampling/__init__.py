@@ -1,0 +1,1 @@
+"""Which data of a stream are kept, and in which roles."""
