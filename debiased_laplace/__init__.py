@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from debiased_laplace.curvature.structures import Diagonal, Full, Isotropic, Kronecker, LowRank
-    from debiased_laplace.fitting.fit import Fit
+    from debiased_laplace.fitting.fitted import Fit
     from debiased_laplace.laplace_torch import (
         DebiasedDiagLaplace,
         DebiasedFullLaplace,
@@ -36,7 +36,7 @@ _HOMES = {
     "DebiasedLastLayerLaplace": "laplace_torch",
     "DebiasedLowRankLaplace": "laplace_torch",
     "Posterior": "posterior.gaussian",
-    "Fit": "fitting.fit",
+    "Fit": "fitting.fitted",
     "Categorical": "likelihoods",
     "Gaussian": "likelihoods",
     "Bernoulli": "likelihoods",

@@ -34,7 +34,8 @@ from debiased_laplace.evaluation.records import environment, write_json
 from debiased_laplace.evaluation.regression import regression_metrics
 from debiased_laplace.evaluation.shipped import uci
 from debiased_laplace.evaluation.tasks import Context, Task, resolve_device
-from debiased_laplace.fitting.fit import Fit, fit
+from debiased_laplace.fitting.fit import fit
+from debiased_laplace.fitting.fitted import Fit
 from debiased_laplace.laplace_torch.certainty import Certainty, compare
 from debiased_laplace.likelihoods import Categorical, Gaussian, Likelihood
 from debiased_laplace.posterior.gaussian import Posterior

@@ -35,7 +35,8 @@ from debiased_laplace.curvature.projected import projected_curvatures
 from debiased_laplace.curvature.structures import Diagonal, Full, Kronecker, LowRank, Structure
 from debiased_laplace.evaluation.metrics import expected_calibration_error
 from debiased_laplace.fitting.checkpoint import Progress
-from debiased_laplace.fitting.fit import Fit, fit
+from debiased_laplace.fitting.fit import fit
+from debiased_laplace.fitting.fitted import Fit
 from debiased_laplace.fitting.measurement import Measurement
 from debiased_laplace.fitting.stream import Observed, Stream
 from debiased_laplace.likelihoods import Categorical

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from debiased_laplace.curvature.structures import Diagonal, Full, Kronecker, LowRank
-from debiased_laplace.fitting.fit import Fit, fit
+from debiased_laplace.fitting.fit import fit
+from debiased_laplace.fitting.fitted import Fit
 from debiased_laplace.likelihoods import Bernoulli, Categorical, Gaussian
 from debiased_laplace.network.gradients import CurvatureData, Network
 from debiased_laplace.posterior.predictive import functional_moments

@@ -12,7 +12,8 @@ from debiased_laplace import Single, TwoBatch, UniformSampler
 from debiased_laplace._checks import NonFiniteError, UnsupportedLayerError
 from debiased_laplace.curvature.hesscale import hessian_diagonal
 from debiased_laplace.curvature.structures import Diagonal
-from debiased_laplace.fitting.fit import Fit, fit
+from debiased_laplace.fitting.fit import fit
+from debiased_laplace.fitting.fitted import Fit
 from debiased_laplace.likelihoods import Bernoulli, Categorical, Gaussian
 from debiased_laplace.network.gradients import Network
 from debiased_laplace.testing import dense_ggn

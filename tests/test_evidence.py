@@ -11,7 +11,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from debiased_laplace import DebiasedLaplace, Single, UniformSampler
-from debiased_laplace.fitting.fit import Fit, fit
+from debiased_laplace.fitting.fit import fit
+from debiased_laplace.fitting.fitted import Fit
 from debiased_laplace.likelihoods import Gaussian
 from debiased_laplace.posterior.tuning import maximise_marginal_likelihood, maximise_with_noise
 from tests.networks import ZOO

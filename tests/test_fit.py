@@ -14,7 +14,8 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from debiased_laplace import Single, TwoBatch, UniformSampler
 from debiased_laplace._checks import NonFiniteError
-from debiased_laplace.fitting.fit import Fit, fit, make_generator
+from debiased_laplace.fitting.fit import fit, make_generator
+from debiased_laplace.fitting.fitted import Fit
 from debiased_laplace.likelihoods import Bernoulli, Categorical, Gaussian
 from debiased_laplace.testing import dense_basis, dense_ggn
 from tests.networks import ZOO

@@ -18,7 +18,8 @@ from debiased_laplace.curvature.projected import projected_curvatures
 from debiased_laplace.curvature.structures import Diagonal, Full, Kronecker, LowRank
 from debiased_laplace.fitting import checkpoint as checkpoint_module
 from debiased_laplace.fitting import measurement
-from debiased_laplace.fitting.fit import Fit, fit
+from debiased_laplace.fitting.fit import fit
+from debiased_laplace.fitting.fitted import Fit
 from debiased_laplace.likelihoods import Bernoulli, Categorical, Gaussian
 from debiased_laplace.network.gradients import CurvatureData
 from debiased_laplace.posterior.gaussian import Posterior
@@ -411,7 +412,7 @@ def test_added_data_are_continued_too(steps, tmp_path):
         ({"n_data": 99}, "n_data: '99' expected, got 'None'"),
         ({"prior_precision": 2.0}, "prior_precision: '2.0' expected, got '1.0'"),
         ({"prior_precision": torch.ones(3)}, "prior_precision: "),
-        ({"temperature": 0.5}, "'temperature' is not expected|'temperature' is missing"),
+        ({"temperature": 0.5}, "temperature: '0.5' expected, got '1.0'"),
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else "",
 )

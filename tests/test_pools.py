@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from debiased_laplace.curvature.structures import Diagonal, Full, Kronecker, LowRank
-from debiased_laplace.fitting.fit import Fit, fit
+from debiased_laplace.fitting.fit import fit
+from debiased_laplace.fitting.fitted import Fit
 from debiased_laplace.likelihoods import Bernoulli
 from debiased_laplace.sampling.sample import SHARED, Sample, WeightedData
 from debiased_laplace.sampling.samplers import PrioritySampler, UniformSampler

@@ -15,7 +15,8 @@ import debiased_laplace
 from debiased_laplace import Single, UniformSampler
 from debiased_laplace._checks import NonFiniteError
 from debiased_laplace.curvature.structures import Diagonal, Full, Kronecker, LowRank
-from debiased_laplace.fitting.fit import Fit, fit
+from debiased_laplace.fitting.fit import fit
+from debiased_laplace.fitting.fitted import Fit
 from debiased_laplace.likelihoods import Categorical, Gaussian
 from debiased_laplace.network.gradients import CurvatureData, Network, match_parameters
 from debiased_laplace.posterior.predictive import (

@@ -16,7 +16,8 @@ from torch import nn
 from debiased_laplace import DebiasedLaplace, Single, UniformSampler
 from debiased_laplace._checks import NonFiniteError
 from debiased_laplace.curvature.structures import Diagonal, Full, LowRank
-from debiased_laplace.fitting.fit import Fit, fit
+from debiased_laplace.fitting.fit import fit
+from debiased_laplace.fitting.fitted import Fit
 from debiased_laplace.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood
 from debiased_laplace.posterior.gaussian import standard_normals
 from debiased_laplace.posterior.joint import TunedPrior, _interpolate, _Search, joint_search

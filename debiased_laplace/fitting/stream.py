@@ -77,11 +77,15 @@ class Stream:
         #: None until a sampler asks for outputs.
         self.observed: Observed | None = None
 
-    def __call__(self, inputs: _data.Inputs, targets: Tensor) -> Tensor:
-        """Outputs ``[n, C]``, in chunks of activations that fit :data:`STREAM_MEMORY`."""
+    def network(self, inputs: _data.Inputs) -> Network:
+        """The network, found with these data unless it was found before."""
         if self._network is None:
             self._network = self._discover(inputs)
-        network = self._network
+        return self._network
+
+    def __call__(self, inputs: _data.Inputs, targets: Tensor) -> Tensor:
+        """Outputs ``[n, C]``, in chunks of activations that fit :data:`STREAM_MEMORY`."""
+        network = self.network(inputs)
         targets = self._likelihood.prepare_targets(targets, network.n_outputs)
         memory = STREAM_MEMORY["cpu" if network.device.type == "cpu" else "accelerator"]
         outputs = []

@@ -15,7 +15,9 @@ from torch import Tensor
 from debiased_laplace import _checks, _data
 from debiased_laplace.curvature.basis import DenseBasis, IdentityBasis
 from debiased_laplace.curvature.structures import Structure
-from debiased_laplace.fitting.fit import Fit, default_sampler, fit
+from debiased_laplace.fitting.fit import fit
+from debiased_laplace.fitting.fitted import Fit
+from debiased_laplace.fitting.settings import default_sampler
 from debiased_laplace.laplace_torch import noise
 from debiased_laplace.laplace_torch.settings import STRUCTURES, SettingsLayer, embed, restrict
 from debiased_laplace.network.gradients import Network

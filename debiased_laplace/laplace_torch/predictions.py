@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 from debiased_laplace import _checks, _data
 from debiased_laplace.curvature.structures import Diagonal
-from debiased_laplace.fitting.fit import Fit
+from debiased_laplace.fitting.fitted import Fit
 from debiased_laplace.laplace_torch.gaussian import GaussianLayer
 from debiased_laplace.laplace_torch.settings import REWARD_MODELING, plain, restrict
 from debiased_laplace.likelihoods import Bernoulli, square_root

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from debiased_laplace import _checks
 from debiased_laplace.curvature.basis import KroneckerBasis
 from debiased_laplace.curvature.structures import Diagonal, Full, Isotropic, Kronecker, LowRank, Structure
-from debiased_laplace.fitting.fit import Fit
+from debiased_laplace.fitting.fitted import Fit
 from debiased_laplace.laplace_torch import noise, subset
 from debiased_laplace.likelihoods import Categorical, Likelihood, resolve_likelihood
 from debiased_laplace.posterior.gaussian import Posterior

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree
 
 from debiased_laplace import _checks, _store
-from debiased_laplace.fitting.fit import Fit
+from debiased_laplace.fitting.fitted import Fit
 from debiased_laplace.laplace_torch.settings import REWARD_MODELING
 from debiased_laplace.laplace_torch.tuning import TuningLayer
 from debiased_laplace.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood
