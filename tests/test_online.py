@@ -195,13 +195,50 @@ def test_the_folds_must_be_the_same():
         fitted(stream(6), previous=one, split=Single())
 
 
-def test_a_loaded_fit_has_no_data_to_add_to(tmp_path):
-    model = CASE.model()
-    fitted(stream(12), model).save(tmp_path / "fit")
+@pytest.mark.parametrize("options", [{}, {"estimator": "factored"}], ids=["projected", "factored"])
+@pytest.mark.parametrize("structure", [Kronecker(), Diagonal(), Full(), Full(blocks="layer")], ids=repr)
+def test_data_are_added_to_a_fit_that_was_loaded(structure, options, tmp_path):
+    """New data measure along directions that they did not choose; a dense matrix is that of all data."""
+    model, first, second = CASE.model(), stream(12), stream(8, seed=2)
+    earlier = fitted(first, model, structure=structure, **options)
+    earlier.save(tmp_path / "fit")
     loaded = Fit.load(tmp_path / "fit", model)
     assert loaded.sample is None
-    with pytest.raises(ValueError, match="a fit that was loaded has none"):
-        fitted(stream(6), model, previous=loaded)
+    result = fitted(second, model, structure=structure, previous=loaded, **options)
+    assert (result.n_seen, result.posterior.n_data, result.sample) == (20, 20, None)
+    alone = fitted(second, model, structure=structure, split=Single(), **options)
+    assert result.mean_loss == pytest.approx(0.6 * earlier.mean_loss + 0.4 * alone.mean_loss, rel=EXACT)
+    assert result.curvature_indices.tolist() == list(range(20))
+    if isinstance(structure, Full):
+        assert_equal(dense(result), 0.6 * dense(earlier) + 0.4 * dense(alone))
+    else:
+        columns = dense_basis(earlier.posterior.basis)
+        assert_equal(dense_basis(result.posterior.basis), columns, 0.0)
+        x, y = (torch.cat(column) for column in zip(*second, strict=True))
+        mean = torch.full((8,), 1 / 8, dtype=torch.float64)
+        ggn = dense_ggn(model, x, mean, Categorical(), y)
+        along = ((columns.mT @ ggn) * columns.mT).sum(1)
+        if options and isinstance(structure, Kronecker):
+            data = CurvatureData(
+                alone.network, WeightedData(x, y, torch.full((8,), 1 / 8), torch.arange(8)), Categorical()
+            )
+            along = structure.measure(alone.network, data).curvatures(earlier.posterior.basis)
+        assert_equal(result.posterior.curvatures, 0.6 * earlier.posterior.curvatures + 0.4 * along)
+    third = fitted(first, model, structure=structure, previous=result, **options)
+    assert third.posterior.n_data == 32
+
+
+def test_what_cannot_be_added_to_a_fit_that_was_loaded(tmp_path):
+    model = CASE.model()
+    for structure, options, match in (
+        (LowRank(4), {}, "got one of a low rank that was loaded.*Fit on all data"),
+        (Kronecker(), {"separate_bias": True}, "curvature blocks of the fit that was loaded, got others"),
+        (Kronecker(), {"parameters": "last_layer"}, "curvature blocks of the fit that was loaded, got others"),
+    ):
+        fitted(stream(12), model, structure=structure).save(tmp_path / "fit")
+        loaded = Fit.load(tmp_path / "fit", model)
+        with pytest.raises(ValueError, match=match):
+            fitted(stream(6), model, structure=structure, previous=loaded, **options)
 
 
 # -- interrupted and continued ---------------------------------------------------------------------

@@ -23,6 +23,7 @@ from debiased_laplace.fitting.probe import Probe
 from debiased_laplace.fitting.reading import Reading, Seen
 from debiased_laplace.fitting.settings import FitSettings
 from debiased_laplace.fitting.stream import Observed, Stream, mean_loss
+from debiased_laplace.fitting.update import updated_curvature
 from debiased_laplace.likelihoods import Likelihood
 from debiased_laplace.network.gradients import CurvatureData, Network
 from debiased_laplace.network.snapshot import Snapshot
@@ -79,7 +80,8 @@ def fit(
         likelihood: What the outputs mean.
         generator: A CPU generator or a seed, source of all randomness.
         previous: An earlier fit of the same model to add these data to; everything is measured again on the data
-            drawn in both.
+            drawn in both. To one that was loaded, without its data, their curvature is added
+            (:mod:`debiased_laplace.fitting.update`).
         checkpoint: File that keeps the state of the fit while it runs. An interrupted fit goes on from there when
             it is called again with the same arguments and the same data, with the same result. What is complete is
             taken from the file, after the data have been read again and compared, without the network; a pass that
@@ -118,7 +120,7 @@ def fit(
             logger.warning("The fit goes on with the data that were drawn earlier, from the same, in %s.", checkpoint)
             generator.set_state(drawn.generator)
         network = Network.restore(snapshot, drawn.network) if is_kept else stream.network(drawn.sample.data.inputs)
-        fitted = _measured(network, drawn, likelihood, generator, chosen, progress, words, progress_bar)
+        fitted = _measured(network, drawn, likelihood, generator, chosen, previous, progress, words, progress_bar)
     if checkpoint is not None:
         progress.complete({"fit": fitted.state(), "seen": drawn.seen})
     return fitted
@@ -154,8 +156,7 @@ def _draw(
         raise
     sample = sample.part_of(settings.n_data, generator)
     network, observed, uniform = stream.network(sample.data.inputs), stream.observed, reading.sample
-    if previous is not None:
-        assert previous.sample is not None
+    if previous is not None and previous.sample is not None:
         # Sums over earlier data were made with the earlier parameters.
         same = previous.network.shapes == network.shapes and torch.equal(previous.posterior.mean, network.mean())
         known = same and observed is not None and previous.observed is not None
@@ -168,7 +169,7 @@ def _draw(
 
 def _measured(
     network: Network, drawn: Drawn, likelihood: Likelihood, generator: torch.Generator, settings: FitSettings,
-    progress: Progress, words: dict[str, Any], progress_bar: bool,
+    previous: Fit | None, progress: Progress, words: dict[str, Any], progress_bar: bool,
 ) -> Fit:  # fmt: skip
     """Directions from some folds, curvatures along them from others."""
     split, observed = settings.split, drawn.observed
@@ -184,16 +185,24 @@ def _measured(
             network, sample.data, likelihood, mc_samples=mc_samples, curvature=settings.curvature, generator=generator,
             chunk_size=settings.chunk_size, progress=bar.update,
         )  # fmt: skip
-        measurement = Measurement(settings.structure, network, data, sample, observed, progress)
-        basis, curvatures = measurement.cross(split, factored=settings.estimator == "factored")
-        left_out = measurement.left_out(split, basis, curvatures)
+        factored = settings.estimator == "factored"
+        if previous is not None and previous.sample is None:
+            basis, curvatures = updated_curvature(
+                previous, network, settings.structure, data, sample.size,
+                None if observed is None else observed.statistics, factored=factored,
+            )  # fmt: skip
+            left_out = errors = None
+        else:
+            measurement = Measurement(settings.structure, network, data, sample, observed, progress)
+            basis, curvatures = measurement.cross(split, factored=factored)
+            left_out, errors = measurement.left_out(split, basis, curvatures), measurement.errors
     priors = _checks.prior_precisions(settings.prior_precision, len(basis.parts), basis.n_params).to(network.device)
     posterior = Posterior(
         network.mean(), basis, curvatures, sample.size, priors, settings.temperature, settings.noise_variance,
         settings.prior_mean, fixed=None if network.free is None else ~network.free, left_out=left_out,
     )  # fmt: skip
     measured_folds = sorted({fold for one in split.rounds for fold in one.curvatures})
-    return Fit(
+    fitted = Fit(
         posterior=posterior,
         network=network,
         mean_loss=mean_loss(network, likelihood, sample) if observed is None else observed.mean_loss,
@@ -205,9 +214,22 @@ def _measured(
         sample=sample,
         observed=observed,
         uniform=uniform,
-        curvature_errors=measurement.errors,
+        curvature_errors=errors,
         probe=Probe.of(network, sample.data.inputs),
     )
+    return fitted if previous is None or previous.sample is not None else _joined(previous, fitted)
+
+
+def _joined(previous: Fit, fitted: Fit) -> Fit:
+    """A fit of more data with what is known of one that was loaded, whose data are not there."""
+    n_earlier, n_added = previous.posterior.n_data, fitted.posterior.n_data
+    loss = (n_earlier * previous.mean_loss + n_added * fitted.mean_loss) / (n_earlier + n_added)
+    indices = torch.cat([previous.curvature_indices, fitted.curvature_indices + previous.n_seen])
+    return replace(
+        fitted, posterior=replace(fitted.posterior, n_data=n_earlier + n_added), mean_loss=loss,
+        n_seen=previous.n_seen + fitted.n_seen, direction_indices=previous.direction_indices,
+        curvature_indices=indices, sample=None, observed=None, uniform=None,
+    )  # fmt: skip
 
 
 def _warn_of_unreached(network: Network, inputs: _data.Inputs) -> None:

@@ -97,7 +97,7 @@ class FitSettings:
         """With a sampler and a split where none was given, for data that are added to those of an earlier fit.
 
         Raises:
-            ValueError: If the earlier fit has no data any more, or another number of folds.
+            ValueError: If the data of the earlier fit are in another number of folds.
         """
         sampler = self.sampler or default_sampler(BUDGET, self.structure, self.curvature)
         split = self.split
@@ -105,11 +105,6 @@ class FitSettings:
             in_one = previous is not None and previous.sample is not None and previous.sample.n_folds == 1
             part = sampler != UniformSampler(None) or (self.n_data is not None and not in_one)
             split = CrossFit() if self.structure.data_dependent and part else Single()
-        if previous is not None and previous.sample is None:
-            raise ValueError(
-                "Expected an earlier fit that still has its data, to add to them; a fit that was loaded has none. "
-                "Fit on all data instead."
-            )
         if previous is not None and previous.sample is not None and previous.sample.n_folds != split.folds:
             raise ValueError(
                 f"Expected the split of the earlier fit, with {previous.sample.n_folds} folds, got one with "

@@ -67,6 +67,10 @@ class Structure(ABC):
         """Traces of the curvature of every part, ``[n_parts]``, of structures whose directions may leave some out."""
         return None
 
+    def statistics_of(self, network: Network, basis: Basis, curvatures: Tensor) -> Any:
+        """Statistics that gave a basis and curvatures, to which those of more data can be added; None if not known."""
+        return None
+
     @abstractmethod
     def measure(self, network: Network, data: CurvatureData) -> Any:
         """Statistics of weighted data, in one pass."""

@@ -105,6 +105,23 @@ class Full(Structure):
             _checks.finite(matrix, f"the curvature of {names}", "Look for NaN in the data, or for an overflow.")
         return FullStatistics(matrices, groups, free)
 
+    def statistics_of(self, network: Network, basis: Basis, curvatures: Tensor) -> FullStatistics:
+        r"""The matrices :math:`U \mathrm{diag}(\lambda) U^\top`."""
+        matrices, masks = [], []
+        for part, members, values in zip(basis.parts, basis.members, basis.split(curvatures), strict=True):
+            assert isinstance(part, DenseBasis)
+            entries = [network.free_entries(network.blocks[i]) for i in members]
+            sizes = [network.blocks[i].size for i in members]
+            masks.append(
+                torch.cat([
+                    torch.ones(size, dtype=torch.bool, device=network.device) if free is None else free.flatten()
+                    for free, size in zip(entries, sizes, strict=True)
+                ])
+            )  # fmt: skip
+            columns = torch.cat([block.flatten(1) for block in part.columns], 1)[:, masks[-1]].double()
+            matrices.append((columns.mT * values.double()) @ columns)
+        return FullStatistics(matrices, list(basis.members), masks)
+
     def traces(self, statistics: FullStatistics) -> Tensor:
         """Also of parameters that are fixed, which have no curvature."""
         return torch.stack([matrix.trace() for matrix in statistics.matrices])
