@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from debiased_laplace.curvature.structures import Diagonal, Full, Isotropic, Kronecker, LowRank
     from debiased_laplace.fitting.fitted import Fit
+    from debiased_laplace.laplace import Laplace, fit, load
     from debiased_laplace.laplace_torch import (
         DebiasedDiagLaplace,
         DebiasedFullLaplace,
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     )
     from debiased_laplace.likelihoods import Bernoulli, Categorical, Gaussian
     from debiased_laplace.posterior.gaussian import Posterior
+    from debiased_laplace.posterior.prediction import Prediction
     from debiased_laplace.quadratic.quadratic import Quadratic
     from debiased_laplace.quadratic.spectrum import GGN, directional_derivatives
     from debiased_laplace.sampling.samplers import PrioritySampler, UniformSampler
@@ -29,6 +31,10 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "fit": "laplace",
+    "load": "laplace",
+    "Laplace": "laplace",
+    "Prediction": "posterior.prediction",
     "DebiasedDiagLaplace": "laplace_torch",
     "DebiasedFullLaplace": "laplace_torch",
     "DebiasedKronLaplace": "laplace_torch",
@@ -72,14 +78,18 @@ __all__ = [
     "Gaussian",
     "Isotropic",
     "Kronecker",
+    "Laplace",
     "LowRank",
     "Posterior",
+    "Prediction",
     "PrioritySampler",
     "Quadratic",
     "Single",
     "TwoBatch",
     "UniformSampler",
     "directional_derivatives",
+    "fit",
+    "load",
 ]
 
 

@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from debiased_laplace import _checks
+from debiased_laplace import _checks, _store
+from debiased_laplace._guards import global_random_state
 from debiased_laplace.curvature.structures import Structure
 from debiased_laplace.fitting.fit import fit as fit_posterior
+from debiased_laplace.fitting.fitted import Fit
 from debiased_laplace.likelihoods import Likelihood, resolve_likelihood
+from debiased_laplace.network.gradients import Network
+from debiased_laplace.posterior.certainty import certainty_on
+from debiased_laplace.posterior.gaussian import Posterior
+from debiased_laplace.posterior.prediction import Prediction, predict
+from debiased_laplace.posterior.temperature import warn_of_no_evidence
+from debiased_laplace.posterior.tune import Tuned, tune
+from debiased_laplace.posterior.tuning import maximise_marginal_likelihood, maximise_with_noise
 from debiased_laplace.sampling.samplers import Sampler
 from debiased_laplace.sampling.splits import Split
 
@@ -108,3 +119,308 @@ def fit(
         progress_bar=progress_bar,
     )  # fmt: skip
     return Laplace(fitted, resolved, fitted.posterior, seed=seed, targets_key=targets_key)
+
+
+@dataclass(frozen=True, repr=False)
+class Laplace:
+    """A fitted Laplace posterior; what changes it returns another one.
+
+    Attributes:
+        fitted: What the fit gave: the network that the posterior is about, its curvature, and the data drawn.
+        likelihood: What the outputs mean.
+        posterior: The Gaussian over the parameters, with the prior precision and the noise that are in use.
+        output_temperature: What outputs are divided by before the link, in predictions.
+        link: Default link of predictions; None for the likelihood's.
+        tuned: What :meth:`tune` found, with the whole curve; None before.
+        seed: Of predictions that draw.
+        targets_key: Where dictionary-like batches have their targets.
+    """
+
+    fitted: Fit
+    likelihood: Likelihood
+    posterior: Posterior
+    output_temperature: float = 1.0
+    link: str | None = None
+    tuned: Tuned | None = None
+    seed: int = 0
+    targets_key: str = "labels"
+
+    @property
+    def network(self) -> Network:
+        """The network of the fit, with its blocks."""
+        return self.fitted.network
+
+    def tune(
+        self,
+        val_loader: Iterable[Any] | None = None,
+        *,
+        link: str | None = None,
+        prior_structure: str = "scalar",
+        temperature: bool | None = None,
+        noise: bool | None = None,
+        selection: str | None = None,
+        prior_precisions: Tensor | None = None,
+        n_samples: int = 100,
+        progress_bar: bool = False,
+    ) -> Laplace:
+        r"""Choose the prior precision, and with it the output temperature or the noise of the observations.
+
+        On validation data by their negative log predictive probability; without such data by the marginal likelihood,
+        which warns if predictions are then far less certain than the network is right.
+
+        Args:
+            val_loader: Validation batches, read once (twice for one prior precision for each block).
+            link: How predictions integrate over the outputs; the likelihood's default by default, which predictions
+                then use too.
+            prior_structure: ``"scalar"``, one prior precision, or ``"layerwise"``, one for each line of
+                :meth:`coverage`.
+            temperature: Tune the output temperature; by default where it has a meaning and there are validation data.
+            noise: Tune the noise variance; by default where there is one, for one prior precision.
+            selection: ``"best"``, or ``"one_standard_error"``: the smallest prior precision, with the most uncertainty,
+                that the data do not tell from the best. By default the latter where a temperature is tuned, which does
+                on data like the training data most of what a posterior does.
+            prior_precisions: ``[R]``, to look at; 100 from 1e-4 to 1e4 by default (with tuned noise those at the
+                network's mean squared error as the noise).
+            n_samples: Draws for ``link="mc"``.
+            progress_bar: Show a tqdm bar.
+
+        Returns:
+            The posterior with what was found, and how in :attr:`tuned`.
+
+        Raises:
+            ValueError: If there are no validation data, targets do not fit, or an argument has no meaning.
+
+        Warns:
+            UserWarning: If the best value is an end of the grid, or is not determined by the data.
+        """
+        self.fitted.check_model(thorough=True)
+        layerwise = _choice(prior_structure, ("scalar", "layerwise"), "prior_structure") == "layerwise"
+        link = self.link or self.likelihood.default_link if link is None else link
+        if val_loader is None:
+            return self._of_marginal_likelihood(link, layerwise, temperature, noise)
+        has_noise = self.likelihood.has_noise and not layerwise
+        noise = has_noise if noise is None else noise
+        temperature = self.likelihood.has_temperature(link) if temperature is None else temperature
+        selection = selection or ("one_standard_error" if temperature and not layerwise else "best")
+        with global_random_state(), torch.no_grad():  # a loader's order may draw
+            tuned = tune(
+                self.network, self.posterior, self.likelihood, val_loader,
+                GRID if prior_precisions is None else prior_precisions, link=link, temperature=temperature,
+                noise=noise, per_part=layerwise, selection=selection, output_temperature=self.output_temperature,
+                n_samples=n_samples, seed=self.seed, targets_key=self.targets_key, progress_bar=progress_bar,
+            )  # fmt: skip
+        noise_variance = self.posterior.noise_variance if tuned.noise_variance is None else tuned.noise_variance
+        posterior = replace(
+            self.posterior, prior_precision=tuned.prior_precisions.to(self.posterior.prior_precision.device),
+            noise_variance=noise_variance,
+        )  # fmt: skip
+        return replace(self, posterior=posterior, output_temperature=tuned.temperature, link=link, tuned=tuned)
+
+    def _of_marginal_likelihood(
+        self, link: str, layerwise: bool, temperature: bool | None, noise: bool | None
+    ) -> Laplace:
+        if temperature:
+            raise ValueError(
+                "The marginal likelihood does not depend on the output temperature: expected a val_loader with "
+                "temperature=True, got None."
+            )
+        warn_of_no_evidence(self.posterior.temperature)
+        if self.likelihood.has_noise and noise is not False:
+            prior, noise_variance = maximise_with_noise(
+                self.posterior, self.fitted.mean_loss, self.network.n_outputs, per_block=layerwise
+            )
+            posterior = replace(self.posterior, prior_precision=prior, noise_variance=noise_variance)
+        else:
+            prior = maximise_marginal_likelihood(self.posterior, per_block=layerwise)
+            posterior = replace(self.posterior, prior_precision=prior)
+        tuned = replace(self, posterior=posterior, link=link, tuned=None)
+        if (complaint := tuned.lack_of_certainty()) is not None:
+            warnings.warn(f"{complaint} posterior.tune(val_loader).", stacklevel=3)
+        return tuned
+
+    def predict(
+        self,
+        x: Any,
+        *,
+        link: str | None = None,
+        method: str = "glm",
+        n_samples: int = 100,
+        covariance: bool = False,
+        generator: torch.Generator | None = None,
+    ) -> Prediction:
+        """Predict the targets of new data.
+
+        Args:
+            x: Inputs of N data as the model takes them; moved to its device.
+            link: How to integrate over Gaussian outputs, one of ``likelihood.links``; by default the one that was tuned
+                with, or the likelihood's default. ``"mc"`` draws outputs.
+            method: ``"glm"``, the linearised network, without drawing weights; ``"linearized"``, samples of it (for
+                many outputs: the cost does not depend on their number); ``"nn"``, the network at sampled weights.
+            n_samples: Draws for ``link="mc"`` and of the methods that sample.
+            covariance: Also the covariance between the outputs of a datum.
+            generator: Source of the draws; by default the same draws in every call.
+
+        Returns:
+            Probabilities, or means and variances, of the targets, and those of the outputs, for each of the N data.
+
+        Raises:
+            ValueError: For an unknown link or method, or inputs that the model does not take.
+        """
+        _checks.whole(n_samples, "n_samples")
+        self.fitted.check_model()
+        if generator is None:
+            generator = torch.Generator().manual_seed(self.seed)
+        with torch.inference_mode(False), torch.no_grad():
+            return predict(
+                self.network, self.posterior, self.likelihood, x, method=method,
+                link=link or self.link or self.likelihood.default_link, n_samples=n_samples,
+                output_temperature=self.output_temperature, covariance=covariance, generator=generator,
+            )  # fmt: skip
+
+    def sample(self, n_samples: int = 100, generator: torch.Generator | None = None) -> Tensor:
+        """Samples of the parameters, ``[n_samples, D]``, in the order of ``model.named_parameters()``."""
+        return self.posterior.sample(n_samples, generator or torch.Generator().manual_seed(self.seed))
+
+    def log_marginal_likelihood(self) -> Tensor:
+        """Laplace approximation of the log marginal likelihood of the training data, in nats, a float64 scalar."""
+        warn_of_no_evidence(self.posterior.temperature)
+        return self.posterior.log_marginal_likelihood(self.log_likelihood())
+
+    def log_likelihood(self) -> Tensor:
+        """Log-likelihood of the training data at the mean, in nats; estimated if the sampler did not look at all."""
+        posterior = self.posterior
+        value = torch.as_tensor(-self.fitted.mean_loss * posterior.scale, dtype=torch.float64)
+        if self.likelihood.has_noise:
+            variance = torch.as_tensor(posterior.noise_variance, dtype=torch.float64)
+            logarithms = self.likelihood.log_noise(variance, self.network.n_outputs)
+            value = value - posterior.n_data * logarithms
+        return value
+
+    def lack_of_certainty(self) -> str | None:
+        """What is wrong with predictions on a sample of the training data, if anything is and data can tell."""
+        if self.fitted.uniform is None:
+            return None
+        with torch.inference_mode(False), global_random_state():
+            certainty = certainty_on(
+                self.network, self.posterior, self.likelihood, self.fitted.uniform.data,
+                link=self.link or self.likelihood.default_link, output_temperature=self.output_temperature,
+                noise_variance=self.posterior.noise_variance, seed=self.seed,
+            )  # fmt: skip
+        if certainty is None or not certainty.too_small:
+            return None
+        return certainty.message(self.posterior.prior_precision, self.posterior.noise_variance)
+
+    def coverage(self) -> str:
+        """A table of what curvature every trainable parameter got."""
+        return self.fitted.coverage()
+
+    def __str__(self) -> str:
+        """What was fitted on how many data, what it covers, and what was tuned."""
+        fitted, posterior = self.fitted, self.posterior
+        settings, n_drawn = (
+            fitted.settings,
+            len(torch.cat([fitted.direction_indices, fitted.curvature_indices]).unique()),
+        )
+        n_certain = self.network.n_params if self.network.free is None else int(self.network.free.sum())
+        total = sum(p.numel() for p in self.network.snapshot.parameters.values())
+        how = "tuned on validation data" if self.tuned is not None else "as it was given or by the marginal likelihood"
+        lines = [
+            f"Laplace posterior of {n_certain:,} of {total:,} parameters",
+            f"  likelihood       {self.likelihood!r}, {self.network.n_outputs} outputs",
+            f"  training data    {posterior.n_data:,}, of which {n_drawn:,} gave the curvature",
+            f"  curvature        {settings['structure']}, {settings['split']}, {posterior.basis.rank:,} directions in "
+            f"{len(posterior.basis.parts)} parts",
+            f"  prior precision  {_few(posterior.prior_precision)} ({how})",
+        ]
+        if self.likelihood.has_noise:
+            deviation = torch.as_tensor(posterior.noise_variance).double().sqrt()
+            lines.append(f"  noise            {_few(deviation.reshape(-1))} (standard deviation)")
+        else:
+            lines.append(f"  predictions      link {self.link or self.likelihood.default_link!r}, output temperature "
+                         f"{self.output_temperature:.3g}")  # fmt: skip
+        if posterior.temperature != 1:
+            lines.append(f"  temperature      {posterior.temperature:.3g}")
+        return "\n".join(lines)
+
+    def __repr__(self) -> str:
+        """The first line of the description."""
+        return f"<{str(self).partition(chr(10))[0]}>"
+
+    def save(self, path: str | Path) -> None:
+        """Write everything but the model and the data to one safetensors file, with a JSON header.
+
+        A file is written as a whole or not at all. :func:`load` reads it.
+
+        Raises:
+            CannotWriteError: If the place cannot be written to.
+        """
+        self.fitted.check_model(thorough=True)
+        posterior = self.posterior
+        own = {name: getattr(posterior, name) for name in _OF_POSTERIOR}
+        own |= {name: getattr(self, name) for name in _OF_PREDICTIONS}
+        likelihood = self.likelihood if _is_plain(self.likelihood) else None
+        header = self.fitted.header() | {"kind": KIND, "likelihood": type(self.likelihood).__name__}
+        _store.write(path, {"fit": self.fitted.state(), "likelihood": likelihood, **own}, header)
+
+
+def load(path: str | Path, model: nn.Module, likelihood: Likelihood | None = None) -> Laplace:
+    """Read what :meth:`Laplace.save` wrote.
+
+    Args:
+        path: The file.
+        model: The model that the posterior was fitted to, with its weights.
+        likelihood: The likelihood, if it was one of your own.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is of another kind, or of another model; it says what differs.
+    """
+    header = _store.read_header(path)
+    if header.get("kind") != KIND:
+        raise _store.StoredFileError(
+            f"Expected a posterior that Laplace.save wrote in {path}, got {header.get('kind', 'something else')}. "
+            "Read it with the class that wrote it (DebiasedLaplace.load, Fit.load), or check the path."
+        )
+    _store.check_model(path, header, model)
+    state, _ = _store.read(path)
+    with _store.understood(path):
+        likelihood = likelihood if likelihood is not None else state["likelihood"]
+        if likelihood is None:
+            raise _store.StoredFileError(
+                f"Expected likelihood to be the {header['likelihood']} of the file, got None. Pass it (for {path})."
+            )
+        fitted = Fit.restore(model, state["fit"])
+        settings = {name: _on(state[name], fitted.network.device) for name in _OF_POSTERIOR}
+        posterior = replace(fitted.posterior, **settings)
+        return Laplace(fitted, likelihood, posterior, **{name: state[name] for name in _OF_PREDICTIONS})
+
+
+#: What is in the header of a file.
+KIND = "posterior"
+
+_OF_POSTERIOR = ("prior_precision", "prior_mean", "temperature", "noise_variance")
+_OF_PREDICTIONS = ("output_temperature", "link", "tuned", "seed", "targets_key")
+
+
+def _on(value: Any, device: torch.device) -> Any:
+    return value.to(device) if isinstance(value, Tensor) else value
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether a file can hold it."""
+    try:
+        _store.to_plain(value)
+    except TypeError:
+        return False
+    return True
+
+
+def _choice(value: str, choices: Sequence[str], name: str) -> str:
+    if value not in choices:
+        raise ValueError(f"Expected {name} out of {list(choices)}, got {value!r}.")
+    return value
+
+
+def _few(values: Tensor) -> str:
+    shown = [f"{float(value):.3g}" for value in values.flatten()[:4]]
+    return ", ".join(shown) + (", ..." if values.numel() > 4 else "")

@@ -105,6 +105,36 @@ class Likelihood(ABC):
         """Whether the link needs the covariance between outputs, or only the variances."""
         return link != "probit"
 
+    @property
+    def default_link(self) -> str:
+        """Link of predictions if nobody says another."""
+        return self.links[0]
+
+    @property
+    def has_noise(self) -> bool:
+        """Whether there is observation noise beside the outputs."""
+        return self.is_regression
+
+    def has_temperature(self, link: str) -> bool:
+        """Whether outputs can be divided by a temperature before the link."""
+        return not self.is_regression and link != "bridge_norm"
+
+    def moments(self, mean, covariance, link, normals, noise_variance):  # type: ignore[no-untyped-def]
+        if self.is_regression:
+            noise = torch.as_tensor(noise_variance).to(mean).expand_as(mean)
+            return mean, covariance, noise
+        return self.predictive(mean, covariance, link, normals), None, None
+
+    def moments_of_samples(self, samples, noise_variance):  # type: ignore[no-untyped-def]
+        if self.is_regression:
+            mean = samples.mean(0)
+            return mean, samples.var(0), torch.as_tensor(noise_variance).to(mean).expand_as(mean)
+        link = torch.sigmoid if isinstance(self, Bernoulli) else lambda f: f.softmax(-1)
+        return link(samples).mean(0), None, None
+
+    def log_noise(self, variance: Tensor, n_outputs: int) -> Tensor:
+        return 0.5 * (variance.log() + math.log(2 * math.pi)).expand(n_outputs).sum()
+
     def check_link(self, link: str) -> None:
         """Raise a ``ValueError`` for a link that this likelihood does not have."""
         if link not in self.links:
@@ -115,6 +145,7 @@ class Categorical(Likelihood):
     """Softmax and cross-entropy; targets are class indices, ``[N]`` or ``[N, 1]``."""
 
     links = ("probit", "mc", "bridge", "bridge_norm", "mean_field")
+    default_link = "mean_field"  # type: ignore[assignment]
 
     def check_targets(self, targets: Tensor, n_outputs: int) -> None:
         if targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool:

@@ -36,8 +36,8 @@ from debiased_laplace.evaluation.shipped import uci
 from debiased_laplace.evaluation.tasks import Context, Task, resolve_device
 from debiased_laplace.fitting.fit import fit
 from debiased_laplace.fitting.fitted import Fit
-from debiased_laplace.laplace_torch.certainty import Certainty, compare
 from debiased_laplace.likelihoods import Categorical, Gaussian, Likelihood
+from debiased_laplace.posterior.certainty import Certainty, compare
 from debiased_laplace.posterior.gaussian import Posterior
 from debiased_laplace.posterior.leave_one_out import LeftOut, leave_one_out
 from debiased_laplace.posterior.predictive import functional_moments

@@ -21,7 +21,7 @@ from debiased_laplace.fitting.checkpoint import Progress
 from debiased_laplace.fitting.fit import UNIFORM_BUDGET, fit
 from debiased_laplace.fitting.reading import Reading
 from debiased_laplace.fitting.stream import Stream
-from debiased_laplace.laplace_torch.certainty import Certainty, certainty_on, wilson_lower
+from debiased_laplace.posterior.certainty import Certainty, certainty_on, wilson_lower
 from debiased_laplace.testing import dense_jacobian
 from tests.tolerances import EXACT, assert_equal, assert_unbiased
 

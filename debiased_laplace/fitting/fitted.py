@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from debiased_laplace import _checks, _store
 from debiased_laplace.fitting.probe import Probe
 from debiased_laplace.fitting.stream import Observed
 from debiased_laplace.network.gradients import Network
-from debiased_laplace.network.snapshot import Snapshot
+from debiased_laplace.network.snapshot import ModelChangedError, ModelChangedWarning, Snapshot
 from debiased_laplace.posterior.gaussian import Posterior
 from debiased_laplace.sampling.sample import Sample
 
@@ -108,18 +109,45 @@ class Fit:
             own["probe"].check(network)
         return cls(posterior=posterior, network=network, **own)
 
-    def save(self, path: str | Path) -> None:
-        """Write everything but the model and the data to one safetensors file, with a JSON header."""
+    def check_model(self, *, thorough: bool = False, stacklevel: int = 3) -> None:
+        """Tell the caller's caller if the model is no longer that of the fit, which predictions go on with.
+
+        Args:
+            thorough: Look at all entries of all tensors.
+            stacklevel: Of the warning.
+
+        Raises:
+            ModelChangedError: If it was moved to another dtype or device.
+        """
+        changes = self.network.snapshot.changes(thorough=thorough)
+        if changes is None:
+            return
+        what = f"Expected the model as it was at the fit, got a changed one ({changes})."
+        if changes.cast:
+            raise ModelChangedError(
+                f"{what} The posterior is one of the earlier dtype, device and shapes. Move the model back, or call "
+                "fit again."
+            )
+        warnings.warn(
+            f"{what} The posterior is about the network of the fit, and so is all that it says. Call fit again for the "
+            "present one, or get that of the fit back with model.load_state_dict(la.network.snapshot.state()).",
+            ModelChangedWarning, stacklevel=stacklevel,
+        )  # fmt: skip
+
+    def header(self) -> dict[str, Any]:
+        """What a file says about a fit before it is read."""
         network = self.network
-        header = {
-            "kind": "fit",
+        return {
             "settings": self.settings,
             "n_data": self.posterior.n_data,
             "shapes": {name: list(shape) for name, shape in network.shapes.items()},
             "weights": _store.fingerprint(network.snapshot.state()),
             "versions": _store.versions(),
         }
-        _store.write(path, self.state(), header)
+
+    def save(self, path: str | Path) -> None:
+        """Write everything but the model and the data to one safetensors file, with a JSON header."""
+        _store.write(path, self.state(), {"kind": "fit", **self.header()})
 
     @classmethod
     def load(cls, path: str | Path, model: nn.Module) -> Fit:

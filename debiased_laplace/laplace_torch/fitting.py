@@ -21,7 +21,7 @@ from debiased_laplace.fitting.settings import default_sampler
 from debiased_laplace.laplace_torch import noise
 from debiased_laplace.laplace_torch.settings import STRUCTURES, SettingsLayer, embed, restrict
 from debiased_laplace.network.gradients import Network
-from debiased_laplace.network.snapshot import ModelChangedError, ModelChangedWarning, Snapshot
+from debiased_laplace.network.snapshot import Snapshot
 from debiased_laplace.posterior.gaussian import Posterior
 from debiased_laplace.sampling.samplers import Sampler
 from debiased_laplace.sampling.splits import Split
@@ -199,20 +199,7 @@ class FittingLayer(SettingsLayer):
         """
         if self.fitted is None:
             return
-        changes = self.fitted.network.snapshot.changes(thorough=thorough)
-        if changes is None:
-            return
-        what = f"Expected the model as it was at the fit, got a changed one ({changes})."
-        if changes.cast:
-            raise ModelChangedError(
-                f"{what} The posterior is one of the earlier dtype, device and shapes. Move the model back, or call "
-                "fit again."
-            )
-        warnings.warn(
-            f"{what} The posterior is about the network of the fit, and so is all that it says. Call fit again for the "
-            "present one, or get that of the fit back with model.load_state_dict(la.network.snapshot.state()).",
-            ModelChangedWarning, stacklevel=stacklevel,
-        )  # fmt: skip
+        self.fitted.check_model(thorough=thorough, stacklevel=stacklevel + 1)
 
     def _require_fit(self) -> Fit:
         if self.fitted is None:

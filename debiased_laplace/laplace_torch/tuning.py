@@ -16,10 +16,10 @@ from tqdm import tqdm
 from debiased_laplace import _checks, _data
 from debiased_laplace._guards import global_random_state
 from debiased_laplace.laplace_torch import noise
-from debiased_laplace.laplace_torch.certainty import certainty_on
 from debiased_laplace.laplace_torch.predictions import PredictiveLayer
 from debiased_laplace.laplace_torch.settings import plain
 from debiased_laplace.likelihoods import Likelihood
+from debiased_laplace.posterior.certainty import certainty_on
 from debiased_laplace.posterior.gaussian import Posterior, standard_normals
 from debiased_laplace.posterior.joint import SELECTIONS, TunedPrior, joint_search
 from debiased_laplace.posterior.predictive import functional_moments, linearized_samples, weight_samples

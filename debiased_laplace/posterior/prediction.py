@@ -3,8 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 from torch import Tensor
+
+from debiased_laplace.likelihoods import Likelihood
+from debiased_laplace.network.gradients import Network
+from debiased_laplace.posterior.gaussian import Posterior, standard_normals
+from debiased_laplace.posterior.predictive import functional_moments, linearized_samples, weight_samples
 
 METHODS = ("glm", "linearized", "nn")
 
@@ -62,3 +69,55 @@ class Prediction:
     def _of_probabilities(self, name: str, instead: str) -> None:
         if self.epistemic_variance is not None:
             raise AttributeError(f"Expected a classification for {name}, got another prediction. It has {instead}.")
+
+
+def predict(
+    network: Network,
+    posterior: Posterior,
+    likelihood: Likelihood,
+    inputs: Any,
+    *,
+    method: str = "glm",
+    link: str = "probit",
+    n_samples: int = 100,
+    output_temperature: float = 1.0,
+    covariance: bool = False,
+    generator: torch.Generator | None = None,
+) -> Prediction:
+    """The predictive distribution of the targets of N data.
+
+    Args:
+        network: The model with its blocks.
+        posterior: The Gaussian over its parameters.
+        likelihood: What the outputs mean.
+        inputs: N data.
+        method: One of :data:`METHODS`.
+        link: How to integrate over Gaussian outputs, of ``"glm"``.
+        n_samples: Draws for ``link="mc"`` and of the methods that sample.
+        output_temperature: What outputs are divided by before the link.
+        covariance: Also the covariance between the outputs of a datum.
+        generator: Source of the draws.
+
+    Raises:
+        ValueError: For an unknown method or link.
+    """
+    if method not in METHODS:
+        raise ValueError(f"Expected a method out of {list(METHODS)}, got {method!r}.")
+    tau, noise = output_temperature, posterior.noise_variance
+    if method != "glm":
+        deviations = posterior.deviations(n_samples, generator)
+        evaluate = linearized_samples if method == "linearized" else weight_samples
+        samples = evaluate(network, posterior.mean, deviations, inputs)
+        centred = samples - samples.mean(0)
+        covariances = torch.einsum("snc,snd->ncd", centred, centred) / max(1, n_samples - 1) if covariance else None
+        return Prediction(
+            *likelihood.moments_of_samples(samples / tau, noise), samples.mean(0), samples.var(0), covariances
+        )  # fmt: skip
+    likelihood.check_link(link)
+    needed = likelihood.needs_covariance(link)
+    mean, output_covariance = functional_moments(network, posterior, inputs, covariance=needed or covariance)
+    variance = output_covariance.diagonal(dim1=1, dim2=2) if needed or covariance else output_covariance
+    normals = standard_normals((n_samples, mean.shape[1]), mean, generator) if link == "mc" else None
+    integrated = output_covariance if needed else variance
+    moments = likelihood.moments(mean / tau, integrated / tau**2, link, normals, noise)
+    return Prediction(*moments, mean, variance, output_covariance if needed or covariance else None)
