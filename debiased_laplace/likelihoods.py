@@ -125,6 +125,11 @@ class Likelihood(ABC):
             return mean, covariance, noise
         return self.predictive(mean, covariance, link, normals), None, None
 
+    def inverse_link(self, outputs):  # type: ignore[no-untyped-def]
+        if self.is_regression:
+            return outputs
+        return torch.sigmoid(outputs) if isinstance(self, Bernoulli) else outputs.softmax(-1)
+
     def moments_of_samples(self, samples, noise_variance):  # type: ignore[no-untyped-def]
         if self.is_regression:
             mean = samples.mean(0)

@@ -11,11 +11,11 @@ from debiased_laplace.laplace_torch.classes import (
     DebiasedFullLaplace,
     DebiasedFullLastLayerLaplace,
     DebiasedKronLaplace,
-    DebiasedLaplace,
     DebiasedLastLayerLaplace,
     DebiasedLowRankLaplace,
     DebiasedLowRankLastLayerLaplace,
 )
+from debiased_laplace.laplace_torch.laplace import DebiasedLaplace
 from debiased_laplace.laplace_torch.precision import KroneckerPrecision
 
 __all__ = [

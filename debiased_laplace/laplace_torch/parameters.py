@@ -3,15 +3,99 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from debiased_laplace.network.gradients import FEATURE_REDUCTIONS, matching
+from debiased_laplace.network.gradients import matching
 from debiased_laplace.network.snapshot import aliases_of
 
 SUBSETS = ("all", "last_layer", "subnetwork")
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The parameters of a model that a posterior is about.
+
+    Attributes:
+        subset: One of :data:`SUBSETS`.
+        trainable: Names of the parameters that were trainable at first; what is frozen later, for serving say, stays
+            in.
+        names: Of those chosen, in the model's order; None until a forward pass tells which are the last layer.
+        indices: Of single entries in the vector of all trainable parameters, if some tensors are chosen in part.
+    """
+
+    subset: str
+    trainable: tuple[str, ...]
+    names: tuple[str, ...] | None
+    indices: Tensor | None = None
+
+    @classmethod
+    def of(
+        cls, model: nn.Module, subset: str, params: Sequence[str] | str | None = None,
+        last_layer_name: str | None = None, subnetwork_indices: Any = None, names: Sequence[str] | None = None,
+    ) -> Selection:  # fmt: skip
+        """What laplace-torch's arguments say.
+
+        Args:
+            model: The model.
+            subset: One of :data:`SUBSETS`.
+            params: Names or patterns.
+            last_layer_name: Of a module.
+            subnetwork_indices: Of entries.
+            names: Of the parameters that were trainable at an earlier time.
+
+        Raises:
+            ValueError: If the arguments contradict each other, or name nothing.
+        """
+        every = trainable(model, names)
+        chosen, indices = chosen_parameters(model, every, subset, params, last_layer_name, subnetwork_indices)
+        return cls(subset, tuple(every), None if chosen is None else tuple(chosen), indices)
+
+    def found(self, names: Sequence[str]) -> Selection:
+        """The same with the names that a fit knows."""
+        return replace(self, names=tuple(names))
+
+    def every(self, model: nn.Module) -> dict[str, nn.Parameter]:
+        """All parameters that were trainable at first, by name."""
+        return trainable(model, self.trainable)
+
+    def sizes(self, model: nn.Module) -> dict[str, int] | None:
+        """Numbers of chosen entries of every chosen tensor; None as long as they are not known."""
+        every = {name: p.numel() for name, p in self.every(model).items()}
+        if self.indices is not None:
+            return {name: count for name, count in entry_counts(every, self.indices).items() if count}
+        return None if self.names is None else {name: every[name] for name in self.names}
+
+    def parameters(self, model: nn.Module) -> list[nn.Parameter]:
+        """What laplace-torch calls ``params``: it counts all trainable parameters of a subnetwork."""
+        every = self.every(model)
+        return list(every.values()) if self.subset == "subnetwork" else [every[name] for name in self.names or ()]
+
+    def places(self, parameters: Mapping[str, Tensor]) -> Tensor:
+        """Where in the vector of all trainable parameters the chosen ones are: ``[D]``, boolean."""
+        if self.indices is None:
+            masks = [torch.full((p.numel(),), name in (self.names or ())) for name, p in parameters.items()]
+            return torch.cat(masks)
+        places = torch.zeros(sum(p.numel() for p in parameters.values()), dtype=torch.bool)
+        places[self.indices] = True
+        return places
+
+
+def embed(value: Tensor, free: Tensor | None, fill: float = 0.0) -> Tensor:
+    """Entries ``[..., d]`` of the vectors ``[..., D]`` whose uncertain ones ``free`` marks; the others are constant."""
+    if free is None:
+        return value
+    whole = value.new_full((*value.shape[:-1], len(free)), fill)
+    whole[..., free] = value
+    return whole
+
+
+def restrict(value: Tensor, free: Tensor | None) -> Tensor:
+    """Inverse of :func:`embed`."""
+    return value if free is None else value[..., free]
 
 
 def trainable(model: nn.Module, names: Sequence[str] | None = None) -> dict[str, nn.Parameter]:
@@ -30,13 +114,13 @@ def trainable(model: nn.Module, names: Sequence[str] | None = None) -> dict[str,
         if missing:
             raise ValueError(f"Expected a model with the parameters {missing}, got one without them.")
         return {name: p for name, p in every.items() if name in set(names)}
-    found = {name: p for name, p in every.items() if p.requires_grad}
-    if not found:
+    learnt = {name: p for name, p in every.items() if p.requires_grad}
+    if not learnt:
         raise ValueError(
             "Expected a model with trainable parameters, got none with requires_grad=True. "
             "Set requires_grad_(True) on the parameters that the posterior is about."
         )
-    return found
+    return learnt
 
 
 def chosen_parameters(
@@ -80,19 +164,6 @@ def chosen_parameters(
             raise ValueError(f"Expected last_layer_name to be a module of the model, got {last_layer_name!r}.")
         return matching(every, last_layer_name, aliases_of(model)), None
     return (list(every) if subset == "all" else None), None
-
-
-def feature_reduction(subset: str, way: Any) -> str | None:
-    """How the features of a last layer are reduced, if that was said.
-
-    Raises:
-        ValueError: If there is no such way, or no last layer.
-    """
-    if way is not None and way not in FEATURE_REDUCTIONS:
-        raise ValueError(f"Expected feature_reduction out of {list(FEATURE_REDUCTIONS)} or None, got {way!r}.")
-    if way is not None and subset != "last_layer":
-        raise ValueError(f'Expected feature_reduction only with subset_of_weights="last_layer", got {subset!r}.')
-    return way
 
 
 def covered_by(every: Mapping[str, Tensor], indices: Any) -> tuple[list[str], Tensor | None]:

@@ -1,0 +1,102 @@
+"""The losses of laplace-torch's grid search: a metric of torchmetrics, a function, or the default."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+from debiased_laplace.likelihoods import Likelihood
+from debiased_laplace.posterior.tuning import gaussian_nll
+
+#: Class probabilities, or mean and (co)variance of a regression.
+Predicted = Tensor | tuple[Tensor, Tensor]
+
+
+class NegativeLogProbability:
+    """Mean negative log predictive probability, the default."""
+
+    def __init__(self, likelihood: Likelihood, noise_variance: Tensor) -> None:
+        self.likelihood, self.noise_variance = likelihood, noise_variance
+        self.total, self.count = 0.0, 0
+
+    @property
+    def empty(self) -> bool:
+        """Whether there was nothing yet."""
+        return self.count == 0
+
+    def update(self, prediction: Predicted, targets: Tensor) -> None:
+        """Look at the next batch."""
+        if isinstance(prediction, tuple):
+            mean, covariance = prediction
+            variance = covariance if covariance.ndim == 2 else covariance.diagonal(dim1=1, dim2=2)
+            losses = gaussian_nll(mean, variance, targets, self.noise_variance)
+        else:
+            losses = self.likelihood.log_loss(prediction, targets)
+        self.total += float(losses.double().sum())
+        self.count += len(targets)
+
+    def compute(self) -> float:
+        """The loss of all batches."""
+        return self.total / self.count
+
+
+class MetricLoss:
+    """A metric of torchmetrics, in a copy of its own."""
+
+    def __init__(self, metric: Metric, device: torch.device) -> None:
+        self.metric = metric.clone().to(device)
+        self.metric.reset()
+        self.empty = True
+
+    def update(self, prediction: Predicted, targets: Tensor) -> None:
+        """Look at the next batch."""
+        self.empty = False
+        if not isinstance(prediction, tuple):
+            self.metric.update(prediction, targets)
+            return
+        try:
+            self.metric.update(*prediction, targets)
+        except TypeError:  # a metric of means alone
+            self.metric.update(prediction[0], targets)
+
+    def compute(self) -> float:
+        """The loss of all batches."""
+        return float(self.metric.compute().sum())  # some metrics have a value for each output
+
+
+class FunctionLoss:
+    """A function of all predictions and targets at once."""
+
+    def __init__(self, function: Callable[..., Tensor | float]) -> None:
+        self.function = function
+        self.batches: list[tuple[Tensor, ...]] = []
+
+    @property
+    def empty(self) -> bool:
+        """Whether there was nothing yet."""
+        return not self.batches
+
+    def update(self, prediction: Predicted, targets: Tensor) -> None:
+        """Look at the next batch."""
+        parts = prediction if isinstance(prediction, tuple) else (prediction,)
+        self.batches.append((*parts, targets))
+
+    def compute(self) -> float:
+        """The loss of all batches."""
+        value = self.function(*(torch.cat(column) for column in zip(*self.batches, strict=True)))
+        self.batches.clear()
+        return float(value)
+
+
+Score = NegativeLogProbability | MetricLoss | FunctionLoss
+
+
+def score_of(loss: Any, likelihood: Likelihood, noise_variance: Tensor) -> Score:
+    """What computes a loss batch after batch."""
+    if loss is None:
+        return NegativeLogProbability(likelihood, noise_variance)
+    return MetricLoss(loss, noise_variance.device) if isinstance(loss, Metric) else FunctionLoss(loss)
