@@ -14,11 +14,12 @@ from torch import Tensor, nn
 from debiased_laplace import _checks, _store
 from debiased_laplace._guards import global_random_state
 from debiased_laplace.curvature.structures import Structure
+from debiased_laplace.fitting.coverage import coverage
 from debiased_laplace.fitting.fit import fit as fit_posterior
 from debiased_laplace.fitting.fitted import Fit
 from debiased_laplace.likelihoods import Likelihood, resolve_likelihood
 from debiased_laplace.network.gradients import Network
-from debiased_laplace.posterior.certainty import certainty_on
+from debiased_laplace.posterior.certainty import Certainty, certainty_on
 from debiased_laplace.posterior.gaussian import Posterior
 from debiased_laplace.posterior.prediction import Prediction, predict
 from debiased_laplace.posterior.temperature import warn_of_no_evidence
@@ -150,6 +151,12 @@ class Laplace:
         """The network of the fit, with its blocks."""
         return self.fitted.network
 
+    @property
+    def subset(self) -> str:
+        """Which parameters were asked for: ``"all"``, the ``"last_layer"``, or a ``"subnetwork"``."""
+        parameters = self.fitted.settings.get("parameters")
+        return {None: "all", "None": "all", "'last_layer'": "last_layer"}.get(parameters, "subnetwork")
+
     def tune(
         self,
         val_loader: Iterable[Any] | None = None,
@@ -234,8 +241,10 @@ class Laplace:
             prior = maximise_marginal_likelihood(self.posterior, per_block=layerwise)
             posterior = replace(self.posterior, prior_precision=prior)
         tuned = replace(self, posterior=posterior, link=link, tuned=None)
-        if (complaint := tuned.lack_of_certainty()) is not None:
-            warnings.warn(f"{complaint} posterior.tune(val_loader).", stacklevel=3)
+        certainty = tuned.certainty()
+        if certainty is not None and certainty.too_small:
+            deviation = torch.as_tensor(posterior.noise_variance).sqrt()
+            warnings.warn(certainty.message(posterior.prior_precision, deviation, "tune(val_loader)"), stacklevel=3)
         return tuned
 
     def predict(
@@ -296,23 +305,29 @@ class Laplace:
             value = value - posterior.n_data * logarithms
         return value
 
-    def lack_of_certainty(self) -> str | None:
-        """What is wrong with predictions on a sample of the training data, if anything is and data can tell."""
+    def certainty(self, *, link: str | None = None, noise_variance: float | Tensor | None = None) -> Certainty | None:
+        """How certain predictions are on a sample of the training data, and how certain they could be.
+
+        Args:
+            link: Link of the predictions.
+            noise_variance: Of the observations, also one for each output; the posterior's by default.
+
+        Returns:
+            The numbers; None if the data are not there (a posterior that was loaded), or tell nothing.
+        """
         if self.fitted.uniform is None:
             return None
         with torch.inference_mode(False), global_random_state():
-            certainty = certainty_on(
+            return certainty_on(
                 self.network, self.posterior, self.likelihood, self.fitted.uniform.data,
-                link=self.link or self.likelihood.default_link, output_temperature=self.output_temperature,
-                noise_variance=self.posterior.noise_variance, seed=self.seed,
+                link=link or self.link or self.likelihood.default_link, output_temperature=self.output_temperature,
+                noise_variance=self.posterior.noise_variance if noise_variance is None else noise_variance,
+                seed=self.seed,
             )  # fmt: skip
-        if certainty is None or not certainty.too_small:
-            return None
-        return certainty.message(self.posterior.prior_precision, self.posterior.noise_variance)
 
     def coverage(self) -> str:
         """A table of what curvature every trainable parameter got."""
-        return self.fitted.coverage()
+        return coverage(self.fitted, self.subset)
 
     def __str__(self) -> str:
         """What was fitted on how many data, what it covers, and what was tuned."""

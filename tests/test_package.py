@@ -137,8 +137,8 @@ def test_the_names_of_the_package():
     for name in debiased_laplace.__all__:
         assert name in dir(debiased_laplace)
         assert getattr(debiased_laplace, name).__module__.startswith("debiased_laplace.")
-    with pytest.raises(AttributeError, match="'debiased_laplace' has no attribute 'Laplace'"):
-        _ = debiased_laplace.Laplace
+    with pytest.raises(AttributeError, match="'debiased_laplace' has no attribute 'Nothing'"):
+        _ = debiased_laplace.Nothing
 
 
 def load(module: Path):

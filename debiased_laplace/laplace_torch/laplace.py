@@ -22,8 +22,8 @@ from torchmetrics import Metric
 
 from debiased_laplace import _checks, _data, _store
 from debiased_laplace._guards import global_random_state
-from debiased_laplace.curvature.basis import DenseBasis, IdentityBasis
 from debiased_laplace.curvature.structures import Structure
+from debiased_laplace.fitting.coverage import coverage
 from debiased_laplace.fitting.fit import fit
 from debiased_laplace.fitting.fitted import Fit
 from debiased_laplace.fitting.settings import default_sampler
@@ -52,7 +52,6 @@ from debiased_laplace.laplace_torch.settings import (
 from debiased_laplace.likelihoods import Categorical, Likelihood, resolve_likelihood
 from debiased_laplace.network.gradients import Network
 from debiased_laplace.network.snapshot import Snapshot
-from debiased_laplace.posterior.certainty import certainty_on
 from debiased_laplace.posterior.gaussian import Posterior
 from debiased_laplace.posterior.temperature import warn_of_no_evidence, warn_the_caller
 from debiased_laplace.posterior.tune import Tuned
@@ -224,7 +223,7 @@ class DebiasedLaplace(ParametricLaplace):
     def _choose(self, selection: Selection) -> None:
         """Take over what the posterior is about, and what laplace-torch says about it."""
         self.selection = selection
-        self.params = selection.parameters(self.model)
+        self.params = list(selection.parameters(self.model))
         known = selection.names is not None
         self.n_params = sum(p.numel() for p in self.params) if known else None  # type: ignore[assignment]
         self.n_layers = len(self.params) if known else None  # type: ignore[assignment]
@@ -491,8 +490,9 @@ class DebiasedLaplace(ParametricLaplace):
             temperature=self.temperature,
             noise_variance=noise.level(self.sigma_noise).square(),
         )
+        likelihood = noise.with_noise(self.output_likelihood, self.sigma_noise)
         return Laplace(
-            fitted, self.output_likelihood, posterior, self.output_temperature, self.link, None, self.seed,
+            fitted, likelihood, posterior, self.output_temperature, self.link, None, self.seed,
             self.dict_key_y,
         )  # fmt: skip
 
@@ -523,37 +523,7 @@ class DebiasedLaplace(ParametricLaplace):
 
     def coverage(self) -> str:
         """A table of what curvature every trainable parameter got."""
-        fitted = self._require_fit()
-        network, basis = fitted.network, fitted.posterior.basis
-        rows, total = [("block", "parameters", "curvature", "size", "")], 0
-        for part, members in zip(basis.parts, basis.members, strict=True):
-            blocks = [network.blocks[index] for index in members]
-            first, kind = blocks[0], blocks[0].kind
-            shape = f"{first.inputs} x {first.outputs}" if kind == "kronecker" else f"dense {first.size}"
-            if first.groups > 1:
-                shape = f"{first.groups} groups of {shape}"
-            if isinstance(part, IdentityBasis):
-                kind, shape = "prior alone" if self.hessian_structure == "isotropic" else "diagonal", ""
-            elif isinstance(part, DenseBasis):
-                kind = "full" if part.complete else "low rank"
-                shape = f"dense {part.n_params}" if part.complete else f"{part.rank} directions"
-            names = ", ".join(name for block in blocks for name in block.parameters)
-            masks = [network.free_entries(block) for block in blocks]
-            sizes = [b.size if own is None else int(own.sum()) for b, own in zip(blocks, masks, strict=True)]
-            total += sum(sizes)
-            rows.append((", ".join(block.name for block in blocks), names, kind, str(sum(sizes)), shape))
-        left_out = [name for name in network.snapshot.parameters if name not in network.shapes]
-        widths = [max(len(row[i]) for row in rows) for i in range(4)]
-        lines = [
-            "  ".join([*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[4]]).rstrip() for row in rows
-        ]
-        lines.append(f"{total} of {self._n_chosen} trainable parameters covered by {len(basis.parts)} blocks.")
-        if self.subset_of_weights == "last_layer":
-            lines.append(f"The last layer: {', '.join(network.shapes)}.")
-        if left_out:
-            what = "Frozen and left out" if self.subset_of_weights == "all" else "Left out"
-            lines.append(f"{what}: {', '.join(left_out)}.")
-        return "\n".join(lines)
+        return coverage(self._require_fit(), self.subset_of_weights)
 
     # -- subnetworks ---------------------------------------------------------------------------
 
@@ -890,7 +860,7 @@ class DebiasedLaplace(ParametricLaplace):
                 if regression:
                     predicted: Any = predictions.moments(
                         native, x, joint=joint, diagonal_output=diagonal_output, with_gradients=with_gradients
-                    )
+                    )  # fmt: skip
                 else:
                     draws = generator or torch.Generator().manual_seed(self.seed)
                     predicted = predictions.integrated(
@@ -1113,7 +1083,7 @@ class DebiasedLaplace(ParametricLaplace):
                     n_steps, lr, self._float_dtype, progress_bar,
                 )  # fmt: skip
             self.tuned = None
-            if (complaint := self._lack_of_certainty()) is not None:
+            if (complaint := tuning.lack_of_certainty(self.native, self.prior_precision, self.sigma_noise)) is not None:
                 warnings.warn(complaint, stacklevel=2)
         elif method == "gridsearch":
             if val_loader is None:
@@ -1144,21 +1114,6 @@ class DebiasedLaplace(ParametricLaplace):
     def _noise_of_level(self, level: float) -> Tensor:
         """Standard deviations with a geometric mean, and the ratios between outputs that they have."""
         return self.sigma_noise.detach().double() * (level / noise.level(self.sigma_noise.detach()))
-
-    def _lack_of_certainty(self) -> str | None:
-        """What is wrong with predictions on the training data, if anything is and there are data to tell."""
-        sample = self._require_fit().uniform
-        if sample is None:
-            return None
-        with torch.inference_mode(False), global_random_state():
-            found = certainty_on(
-                self.network, self.posterior, noise.with_noise(self.output_likelihood, self.sigma_noise), sample.data,
-                link=self.link or "probit", output_temperature=self.output_temperature,
-                noise_variance=self.sigma_noise.square(), seed=self.seed,
-            )  # fmt: skip
-        if found is None or not found.too_small:
-            return None
-        return found.message(self.prior_precision, self.sigma_noise)
 
     # -- states, files, copies and pickles -----------------------------------------------------
 
@@ -1222,7 +1177,7 @@ class DebiasedLaplace(ParametricLaplace):
             state.check_likelihood(path, header, likelihood)
         stored, _ = _store.read(path, next(model.parameters()).device)
         with _store.understood(path):
-            la: Any = written_from.__new__(written_from)
+            la: Any = object.__new__(written_from)
             chosen = {"params": stored["parameters"]} if header["subset_of_weights"] != "last_layer" else {}
             if stored["indices"] is not None:
                 chosen = {"subnetwork_indices": stored["indices"].cpu()}

@@ -69,7 +69,7 @@ class Selection:
             return {name: count for name, count in entry_counts(every, self.indices).items() if count}
         return None if self.names is None else {name: every[name] for name in self.names}
 
-    def parameters(self, model: nn.Module) -> list[nn.Parameter]:
+    def parameters(self, model: nn.Module) -> list[Tensor]:
         """What laplace-torch calls ``params``: it counts all trainable parameters of a subnetwork."""
         every = self.every(model)
         return list(every.values()) if self.subset == "subnetwork" else [every[name] for name in self.names or ()]

@@ -311,3 +311,15 @@ def warn_of_unused_validation_data(val_loader: Any) -> None:
     """Validation data have no part in the marginal likelihood."""
     if val_loader is not None:
         warnings.warn("val_loader has no effect with method='marglik'. Did you mean 'gridsearch'?", stacklevel=3)
+
+
+def lack_of_certainty(native: Laplace, prior_precision: Tensor, sigma_noise: Tensor) -> str | None:
+    """What is wrong with predictions on the training data, if anything is and there are data to tell."""
+    certainty = native.certainty(link=native.link or "probit", noise_variance=sigma_noise.square())
+    if certainty is None or not certainty.too_small:
+        return None
+    more, otherwise = "", ""
+    if certainty.is_regression:
+        more, otherwise = ", tune_sigma_noise=True", ' Without such data: method="marglik", tune_sigma_noise=True.'
+    remedy = f'optimize_prior_precision(method="gridsearch", val_loader=...{more})'
+    return certainty.message(prior_precision, sigma_noise, remedy, otherwise)

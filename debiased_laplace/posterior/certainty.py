@@ -78,8 +78,15 @@ class Certainty:
         largest = self.left_out * float(freedom / chi2.ppf(1 - CONFIDENCE, freedom)) ** 0.5
         return self.certainty > TOLERATED_FACTOR * largest
 
-    def message(self, prior_precision: Tensor, sigma_noise: Tensor) -> str:
-        """What to say if it is too small."""
+    def message(self, prior_precision: Tensor, sigma_noise: Tensor, remedy: str, otherwise: str = "") -> str:
+        """What to say if it is too small.
+
+        Args:
+            prior_precision: Of the predictions.
+            sigma_noise: Standard deviation of the noise.
+            remedy: How to tune on held-out data.
+            otherwise: What to do without such data.
+        """
         settings = f"the prior precision that maximises the marginal likelihood ({_few(prior_precision)})"
         if self.is_regression:
             settings += f" and a sigma_noise of {_few(sigma_noise)}"
@@ -93,13 +100,9 @@ class Certainty:
                 f"the network is right about {right:.1f} % ({without:.1f} % without each datum's own part), but the "
                 f"mean probability of the answers is {certainty:.1f} %"
             )
-        more, otherwise = "", ""
-        if self.is_regression:
-            more, otherwise = ", tune_sigma_noise=True", ' Without such data: method="marglik", tune_sigma_noise=True.'
         return (
             f"With {settings} predictions are far less certain than they need be: on a uniform sample of {self.n} "
-            f"training data {numbers}. Tune on held-out data instead: "
-            f'optimize_prior_precision(method="gridsearch", val_loader=...{more}).{otherwise}'
+            f"training data {numbers}. Tune on held-out data instead: {remedy}.{otherwise}"
         )
 
 

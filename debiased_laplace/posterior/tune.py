@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -27,8 +28,8 @@ class Tuned:
         curve: The search of one prior precision for all parts.
         noise_variance: Of the observations, if it was tuned (divided by their profile).
         temperature_alone: Temperature and loss of temperature scaling, of the network without any uncertainty (where it
-            was not tuned, the temperature that was given): how much of the gain needs no posterior. None if that was
-            not looked at.
+            was not tuned, the temperature that was given): how much of the gain needs no posterior. Not a
+            number if that was not looked at.
         undetermined: What the data do not determine: ``"temperature"``, ``"prior precision"``. Of equally good values
             the temperature is the one nearest to 1, and a prior precision the smallest, with most uncertainty.
     """
@@ -38,7 +39,7 @@ class Tuned:
     loss: float
     curve: PriorCurve
     noise_variance: float | None = None
-    temperature_alone: tuple[float, float] | None = None
+    temperature_alone: tuple[float, float] = (math.nan, math.nan)
     undetermined: tuple[str, ...] = ()
 
 
