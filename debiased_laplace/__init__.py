@@ -20,7 +20,14 @@ if TYPE_CHECKING:
         DebiasedLastLayerLaplace,
         DebiasedLowRankLaplace,
     )
-    from debiased_laplace.likelihoods import Bernoulli, Categorical, Gaussian
+    from debiased_laplace.likelihoods import (
+        Bernoulli,
+        Categorical,
+        Elementwise,
+        Gaussian,
+        HeteroscedasticGaussian,
+        Poisson,
+    )
     from debiased_laplace.posterior.gaussian import Posterior
     from debiased_laplace.posterior.prediction import Prediction
     from debiased_laplace.quadratic.quadratic import Quadratic
@@ -46,6 +53,9 @@ _HOMES = {
     "Categorical": "likelihoods",
     "Gaussian": "likelihoods",
     "Bernoulli": "likelihoods",
+    "Poisson": "likelihoods",
+    "HeteroscedasticGaussian": "likelihoods",
+    "Elementwise": "likelihoods",
     "PrioritySampler": "sampling.samplers",
     "UniformSampler": "sampling.samplers",
     "Single": "sampling.splits",
@@ -73,13 +83,16 @@ __all__ = [
     "DebiasedLastLayerLaplace",
     "DebiasedLowRankLaplace",
     "Diagonal",
+    "Elementwise",
     "Fit",
     "Full",
     "Gaussian",
+    "HeteroscedasticGaussian",
     "Isotropic",
     "Kronecker",
     "Laplace",
     "LowRank",
+    "Poisson",
     "Posterior",
     "Prediction",
     "PrioritySampler",

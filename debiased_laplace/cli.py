@@ -75,7 +75,7 @@ def demo(
     Finished seeds are kept in OUT/records: a run that was interrupted goes on where it stopped.
     """
     _check_folder(out)
-    from debiased_laplace.evaluation import processes as pool
+    from debiased_laplace.evaluation.suite import processes as pool
 
     if processes != 1:
         pool.prepare()
@@ -112,15 +112,14 @@ def evaluate(
     processes: ProcessesOption = 1,
     quick: QuickOption = False,
 ) -> None:
-    """Judge a trained network with and without posteriors, on test, shifted and foreign data: one page.
+    """Judge a trained network with and without posteriors, on test, shifted and out-of-distribution data: one page.
 
     An interrupted run goes on where it stopped when the same command is given again.
     """
     _check_folder(out)
     with _imports():
-        from debiased_laplace.evaluation import Options, suite
+        from debiased_laplace.evaluation import Options, run, summarise
         from debiased_laplace.evaluation.methods import methods_of
-        from debiased_laplace.evaluation.summary import summarise
     loaded, context = _task(task, device, data_dir, cache or out / "cache", quick)
     n_seeds = seeds or (1 if quick else int(loaded.constant("SEEDS", 1)))
     methods = methods_of(loaded, equal_seconds=equal_seconds)
@@ -134,7 +133,7 @@ def evaluate(
     _evaluate(
         out, n_seeds, quick,
         lambda progress: summarise(
-            suite.run(
+            run(
                 loaded, out, range(seed, seed + n_seeds), context, methods=methods, options=options,
                 n_processes=processes, progress=progress,
             )
@@ -265,7 +264,7 @@ def predict(
         from tqdm import tqdm
 
         from debiased_laplace import DebiasedLaplace, _data
-        from debiased_laplace.evaluation.predictors import LaplacePredictor
+        from debiased_laplace.evaluation.predictors.posterior import LaplacePredictor
         from debiased_laplace.evaluation.provenance import seeded
         from debiased_laplace.evaluation.records import write_whole
     if not posterior.is_file():
@@ -359,7 +358,7 @@ def _checkpoint(out: Path, task: Task, context: Context, model: Any, settings: M
     """Where the progress of a fit is kept: beside the posterior, under a digest of what it is made from."""
     from debiased_laplace.evaluation import records
     from debiased_laplace.evaluation.provenance import data_digest, network_digest, seeded
-    from debiased_laplace.evaluation.suite import base_settings
+    from debiased_laplace.evaluation.suite.subject import base_settings
 
     with seeded(context.seed):
         data = data_digest(task.loader("train_loader", context))
@@ -443,15 +442,15 @@ def _evaluate(
         seeds = Seeds(reporter, n_seeds)
         summary = work(seeds)
     from debiased_laplace.evaluation.demo import QUICK
-    from debiased_laplace.evaluation.report import write_outputs
+    from debiased_laplace.evaluation.report.outputs import write_outputs
 
     paths = write_outputs(out, summary, title=title, notice=QUICK if quick else "")
     _show(summary, paths, len(seeds.kept), reporter.elapsed, quick)
 
 
 def _show(summary: dict[str, Any], paths: dict[str, Path], reused: int, seconds: float, quick: bool) -> None:
-    from debiased_laplace.evaluation.statement import statement
-    from debiased_laplace.evaluation.tables import tables
+    from debiased_laplace.evaluation.report.statement import statement
+    from debiased_laplace.evaluation.report.tables import tables
 
     notes = _used_again(summary["made"], reused, "seeds", next(iter(paths.values())).parent)
     _say(statement(summary), tables(summary, short=True), summary["task"]["description"], paths, seconds, quick, notes)

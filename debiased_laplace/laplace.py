@@ -17,14 +17,14 @@ from debiased_laplace.curvature.structures import Structure
 from debiased_laplace.fitting.coverage import coverage
 from debiased_laplace.fitting.fit import fit as fit_posterior
 from debiased_laplace.fitting.fitted import Fit
-from debiased_laplace.likelihoods import Likelihood, resolve_likelihood
+from debiased_laplace.likelihoods import LIKELIHOODS, Likelihood, resolve_likelihood
 from debiased_laplace.network.gradients import Network
 from debiased_laplace.posterior.certainty import Certainty, certainty_on
+from debiased_laplace.posterior.evidence import maximise_marginal_likelihood, maximise_with_noise
 from debiased_laplace.posterior.gaussian import Posterior
 from debiased_laplace.posterior.prediction import Prediction, predict
 from debiased_laplace.posterior.temperature import warn_of_no_evidence
 from debiased_laplace.posterior.tune import Tuned, tune
-from debiased_laplace.posterior.tuning import maximise_marginal_likelihood, maximise_with_noise
 from debiased_laplace.sampling.samplers import Sampler
 from debiased_laplace.sampling.splits import Split
 
@@ -152,6 +152,11 @@ class Laplace:
         return self.fitted.network
 
     @property
+    def default_link(self) -> str:
+        """How predictions integrate over the outputs if nobody says: the mean field where it is there."""
+        return "mean_field" if "mean_field" in self.likelihood.links else self.likelihood.links[0]
+
+    @property
     def subset(self) -> str:
         """Which parameters were asked for: ``"all"``, the ``"last_layer"``, or a ``"subnetwork"``."""
         parameters = self.fitted.settings.get("parameters")
@@ -202,12 +207,13 @@ class Laplace:
         """
         self.fitted.check_model(thorough=True)
         layerwise = _choice(prior_structure, ("scalar", "layerwise"), "prior_structure") == "layerwise"
-        link = self.link or self.likelihood.default_link if link is None else link
+        link = self.link or self.default_link if link is None else link
         if val_loader is None:
             return self._of_marginal_likelihood(link, layerwise, temperature, noise)
         has_noise = self.likelihood.has_noise and not layerwise
         noise = has_noise if noise is None else noise
-        temperature = self.likelihood.has_temperature(link) if temperature is None else temperature
+        if temperature is None:
+            temperature = self.likelihood.no_temperature is None and link != "bridge_norm"
         selection = selection or ("one_standard_error" if temperature and not layerwise else "best")
         with global_random_state(), torch.no_grad():  # a loader's order may draw
             tuned = tune(
@@ -282,7 +288,7 @@ class Laplace:
         with torch.inference_mode(False), torch.no_grad():
             return predict(
                 self.network, self.posterior, self.likelihood, x, method=method,
-                link=link or self.link or self.likelihood.default_link, n_samples=n_samples,
+                link=link or self.link or self.default_link, n_samples=n_samples,
                 output_temperature=self.output_temperature, covariance=covariance, generator=generator,
             )  # fmt: skip
 
@@ -300,9 +306,9 @@ class Laplace:
         posterior = self.posterior
         value = torch.as_tensor(-self.fitted.mean_loss * posterior.scale, dtype=torch.float64)
         if self.likelihood.has_noise:
-            variance = torch.as_tensor(posterior.noise_variance, dtype=torch.float64)
-            logarithms = self.likelihood.log_noise(variance, self.network.n_outputs)
-            value = value - posterior.n_data * logarithms
+            zeros = torch.zeros(1, self.network.n_outputs, dtype=torch.float64)
+            constant = self.likelihood.negative_log_likelihood(zeros, zeros, posterior.noise_variance)
+            value = value - posterior.n_data * constant[0]
         return value
 
     def certainty(self, *, link: str | None = None, noise_variance: float | Tensor | None = None) -> Certainty | None:
@@ -320,7 +326,7 @@ class Laplace:
         with torch.inference_mode(False), global_random_state():
             return certainty_on(
                 self.network, self.posterior, self.likelihood, self.fitted.uniform.data,
-                link=link or self.link or self.likelihood.default_link, output_temperature=self.output_temperature,
+                link=link or self.link or self.default_link, output_temperature=self.output_temperature,
                 noise_variance=self.posterior.noise_variance if noise_variance is None else noise_variance,
                 seed=self.seed,
             )  # fmt: skip
@@ -351,7 +357,7 @@ class Laplace:
             deviation = torch.as_tensor(posterior.noise_variance).double().sqrt()
             lines.append(f"  noise            {_few(deviation.reshape(-1))} (standard deviation)")
         else:
-            lines.append(f"  predictions      link {self.link or self.likelihood.default_link!r}, output temperature "
+            lines.append(f"  predictions      link {self.link or self.default_link!r}, output temperature "
                          f"{self.output_temperature:.3g}")  # fmt: skip
         if posterior.temperature != 1:
             lines.append(f"  temperature      {posterior.temperature:.3g}")
@@ -373,9 +379,10 @@ class Laplace:
         posterior = self.posterior
         own = {name: getattr(posterior, name) for name in _OF_POSTERIOR}
         own |= {name: getattr(self, name) for name in _OF_PREDICTIONS}
-        likelihood = self.likelihood if _is_plain(self.likelihood) else None
-        header = self.fitted.header() | {"kind": KIND, "likelihood": type(self.likelihood).__name__}
-        _store.write(path, {"fit": self.fitted.state(), "likelihood": likelihood, **own}, header)
+        name = type(self.likelihood).__name__
+        own["likelihood"] = self.likelihood.settings() if name in LIKELIHOODS else {}
+        header = self.fitted.header() | {"kind": KIND, "likelihood": name}
+        _store.write(path, {"fit": self.fitted.state(), **own}, header)
 
 
 def load(path: str | Path, model: nn.Module, likelihood: Likelihood | None = None) -> Laplace:
@@ -396,14 +403,15 @@ def load(path: str | Path, model: nn.Module, likelihood: Likelihood | None = Non
             f"Expected a posterior that Laplace.save wrote in {path}, got {header.get('kind', 'something else')}. "
             "Read it with the class that wrote it (DebiasedLaplace.load, Fit.load), or check the path."
         )
+    if likelihood is None and header["likelihood"] not in LIKELIHOODS:
+        raise _store.StoredFileError(
+            f"Expected likelihood to be the {header['likelihood']} of the file, got None. Pass it (for {path})."
+        )
     _store.check_model(path, header, model)
     state, _ = _store.read(path)
     with _store.understood(path):
-        likelihood = likelihood if likelihood is not None else state["likelihood"]
         if likelihood is None:
-            raise _store.StoredFileError(
-                f"Expected likelihood to be the {header['likelihood']} of the file, got None. Pass it (for {path})."
-            )
+            likelihood = LIKELIHOODS[header["likelihood"]](**state["likelihood"])
         fitted = Fit.restore(model, state["fit"])
         settings = {name: _on(state[name], fitted.network.device) for name in _OF_POSTERIOR}
         posterior = replace(fitted.posterior, **settings)
@@ -419,15 +427,6 @@ _OF_PREDICTIONS = ("output_temperature", "link", "tuned", "seed", "targets_key")
 
 def _on(value: Any, device: torch.device) -> Any:
     return value.to(device) if isinstance(value, Tensor) else value
-
-
-def _is_plain(value: Any) -> bool:
-    """Whether a file can hold it."""
-    try:
-        _store.to_plain(value)
-    except TypeError:
-        return False
-    return True
 
 
 def _choice(value: str, choices: Sequence[str], name: str) -> str:

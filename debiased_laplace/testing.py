@@ -91,7 +91,7 @@ def dense_loss_hessian(likelihood: Likelihood, outputs: Tensor, targets: Tensor 
     targets = (_any_targets(likelihood, outputs) if targets is None else targets).to(outputs.device)
 
     def loss(output: Tensor, target: Tensor) -> Tensor:
-        return likelihood.loss(output[None], target[None])[0]
+        return likelihood.curvature_loss(output[None], target[None])[0]
 
     with torch.inference_mode(False), torch.enable_grad():
         return torch.stack(
@@ -156,7 +156,8 @@ def _dense_prior(posterior: Posterior) -> Tensor:
 
 def _any_targets(likelihood: Likelihood, outputs: Tensor) -> Tensor:
     n, c = outputs.shape
-    candidates = (torch.zeros(n, dtype=torch.long), torch.zeros(n, c, dtype=outputs.dtype))
+    widths = (c, c // 2) if c > 1 else (c,)
+    candidates = [torch.zeros(n, dtype=torch.long), *(torch.zeros(n, k, dtype=outputs.dtype) for k in widths)]
     for targets in candidates:
         try:
             likelihood.check_targets(targets, c)
@@ -441,25 +442,62 @@ def _scaled_sum(measure: Callable[[WeightedData], Any], data: WeightedData) -> A
 
 
 def check_likelihood(likelihood: Likelihood, outputs: Tensor, targets: Tensor, *, tolerance: float = 1e-9) -> None:
-    r"""The square root of the loss Hessian, :math:`S S^\top = \nabla^2_f \ell`, against automatic differentiation.
+    r"""Laws of a likelihood, against automatic differentiation: call it on a likelihood of your own, in float64.
+
+    * loss and gradient are of every datum, and :math:`S S^\top = \nabla^2_f \ell`, with its trace and diagonal;
+    * random vectors have this expectation, exactly: over all :math:`2^C` signs, for up to ten outputs;
+    * predictions and their scores without uncertainty are those of the outputs themselves.
 
     Args:
         likelihood: What to check.
         outputs: ``[N, C]``.
-        targets: N valid targets; the Hessian must not depend on them, for these likelihoods.
+        targets: N valid targets.
         tolerance: Relative to the largest entry.
+
+    Raises:
+        AssertionError: If a law does not hold; it names it.
     """
-    likelihood.check_targets(targets, outputs.shape[1])
+    n, c = outputs.shape
+    targets = likelihood.prepare_targets(targets, c)
     losses = likelihood.loss(outputs, targets)
     if losses.shape != outputs.shape[:1]:
         raise AssertionError(f"loss: expected one number for each datum, got shape {tuple(losses.shape)}.")
-    root = likelihood.hessian_square_root(outputs)
-    if root.ndim != 3 or root.shape[1:] != outputs.shape:
+    root = likelihood.hessian_square_root(outputs, targets)
+    if root.ndim != 3 or root.shape[1:] != outputs.shape or len(root) > c:
         raise AssertionError(
-            f"Hessian square root: expected shape [V, *{tuple(outputs.shape)}], got {tuple(root.shape)}."
+            f"Hessian square root: expected shape [V, *{tuple(outputs.shape)}] with V at most {c}, got "
+            f"{tuple(root.shape)}."
         )
-    product = torch.einsum("vnc,vnd->ncd", root, root)
-    _assert_equal("S S^T is the loss Hessian", product, dense_loss_hessian(likelihood, outputs, targets), tolerance)
+
+    def check(law: str, actual: Tensor, expected: Tensor) -> None:
+        _assert_equal(law, actual, expected, tolerance)
+
+    gradient = likelihood.gradient(outputs, targets)
+    for law, function in (("loss", likelihood.loss), ("curvature_loss", likelihood.curvature_loss)):
+        slope = torch.func.grad(lambda f, function=function: function(f, targets).sum())(outputs)
+        check(f"gradient is that of {law}", gradient, slope)
+    hessian = dense_loss_hessian(likelihood, outputs, targets)
+    diagonal = hessian.diagonal(dim1=1, dim2=2)
+    check("S S^T is the loss Hessian", torch.einsum("vnc,vnd->ncd", root, root), hessian)
+    check("curvature is the trace of the loss Hessian", likelihood.curvature(outputs, targets), diagonal.sum(1))
+    check("hessian_diagonal is that of the loss Hessian", likelihood.hessian_diagonal(outputs, targets), diagonal)
+    if c <= 10:
+        signs = torch.cartesian_prod(*[torch.tensor([0.25, 0.75], dtype=torch.float64)] * c).reshape(-1, c)
+        drawn = likelihood.sampled_square_root(outputs, targets, signs.expand(n, -1, -1))
+        check("random vectors have the loss Hessian", torch.einsum("vnc,vnd->ncd", drawn, drawn), hessian)
+
+    alone = likelihood.negative_log_likelihood(outputs, targets)
+    shift = alone - losses
+    check("negative_log_likelihood is the loss up to a constant", shift, shift.mean().expand(n))
+    twice = torch.stack([outputs, outputs])
+    check("score of equal samples", likelihood.negative_log_predictive_of_samples(twice, targets), alone)
+    predicted, normals = likelihood.inverse_link(outputs), outputs.new_ones(1, c)
+    for link in dict.fromkeys((likelihood.links[0], "mc")):
+        none = outputs.new_zeros(n, c, c) if likelihood.needs_covariance(link) else torch.zeros_like(outputs)
+        score = likelihood.negative_log_predictive(outputs, none, targets, link, normals)
+        check(f"{link}: score without uncertainty", score, alone)
+        found = likelihood.predictive(outputs, torch.stack([none, none]), link, normals)
+        check(f"{link}: prediction without uncertainty, of a grid", found, torch.stack([predicted, predicted]))
 
 
 # -- all laws for a structure ----------------------------------------------------------------------

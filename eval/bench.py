@@ -6,7 +6,8 @@ Every measurement is a fresh process that builds its network, warms up once, and
 the sides that are compared take turns. Reported are medians, ratios of medians, and the growth of peak
 memory (resident set, or the card's) over the process before the measured call. Networks have random
 weights: cost does not depend on them. A case is written when it is complete; a run that was
-interrupted goes on after it, and ``--again`` measures everything anew.
+interrupted goes on after it, and ``--again`` measures everything anew. The file runs itself as the process that
+measures one side, so that both halves stay together.
 """
 
 from __future__ import annotations
@@ -132,7 +133,7 @@ def laplace_model(side: str, model: nn.Module, stochastic: bool) -> Any:
 
 
 def theirs_eigenpairs(side: str, model: nn.Module, x: Tensor, y: Tensor) -> Callable[[], Any]:
-    """Top ten eigenpairs of the GGN by ViViT's own package, or by hand from BackPACK's square root of it."""
+    """Top ten eigenpairs of the GGN by ViViT's package, or by hand from BackPACK's square root of it."""
     from backpack import backpack, extend
     from backpack.extensions import SqrtGGNExact
 

@@ -30,6 +30,8 @@ OPTIONS = {
         n_batches=4, n_directions=5, reference=1_000, sizes=(32,), n_size_directions=1, n_vectors=2
     ),
 }
+#: Task files; the other tasks are shipped.
+FILES = {"cifar10-all-cnn-c": Path(__file__).with_name("all_cnn_c.py")}
 QUICK = BiasOptions(batch_size=16, n_batches=3, n_directions=3, n_steps=3, pool=128, reference=64, n_vectors=2)
 #: Figures in the document.
 SHOWN = {
@@ -45,35 +47,35 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
         device=resolve_device(options.device),
     )  # fmt: skip
     return study(
-        Task.load(name), options.out / name, context, QUICK if options.quick else OPTIONS[name],
+        Task.load(FILES.get(name, name)), options.out / name, context, QUICK if options.quick else OPTIONS[name],
         progress=lambda finished, total, step: print(f"{name}: {finished} of {total}, {step}", file=sys.stderr),
     )  # fmt: skip
 
 
-def summary(found: dict[str, dict[str, Any]]) -> str:
+def summary(records: dict[str, dict[str, Any]]) -> str:
     """A row for every network."""
     rows = []
-    for own in found.values():
-        about, uphill = own["directions"]["curvatures"], uphill_steps(own)
+    for record in records.values():
+        about, uphill = record["directions"]["curvatures"], uphill_steps(record)
         rows.append([
-            own["task"]["name"], f"{own['directions']['n_data'][0]:,}", str(len(about["ratio_own"]["value"])),
+            record["task"]["name"], f"{record['directions']['n_data'][0]:,}", str(len(about["ratio_own"]["value"])),
             times(about["typical_ratio_own"]), times(about["typical_ratio_other"]),
-            times(at(about["ratio_own"], 0)), f"{shared_span(own):.0f} %", f"{sum(uphill)} of {len(uphill)}",
+            times(at(about["ratio_own"], 0)), f"{shared_span(record):.0f} %", f"{sum(uphill)} of {len(uphill)}",
         ])  # fmt: skip
     columns = ["network", "batch", "directions", "overstatement, same batch", "second batch", "first direction alone"]
     return markdown([*columns, "within another's span", "CG steps uphill"], rows)
 
 
-def parts(found: Mapping[str, dict[str, Any]]) -> dict[str, str]:
+def parts(records: Mapping[str, dict[str, Any]]) -> dict[str, str]:
     """The generated parts of the document, from its records."""
     made = {}
-    for name, own in found.items():
-        said = statement(own)
+    for name, record in records.items():
+        said = statement(record)
         made[f"bias {name}"] = "\n".join([
             f"**{said['answer']}**", "", *(f"- {sentence}" for sentence in said["details"]), "",
-            *(table.markdown(4) for table in tables(own)),
+            *(table.markdown(4) for table in tables(record)),
         ])  # fmt: skip
-    return made | ({"networks": summary(dict(found))} if set(found) == set(OPTIONS) else {})
+    return made | ({"networks": summary(dict(records))} if set(records) == set(OPTIONS) else {})
 
 
 def main() -> None:
@@ -87,17 +89,17 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="little of everything")
     options = parser.parse_args()
     docs = options.docs or (None if options.quick else Path("docs"))
-    found = {name: measure(name, options) for name in options.tasks}
-    for name, own in found.items():
-        paths = write_outputs(options.out / name, own)
+    records = {name: measure(name, options) for name in options.tasks}
+    for name, record in records.items():
+        paths = write_outputs(options.out / name, record)
         if docs is None:
             continue
         for figure in SHOWN.get(name, ()):
             png = paths[f"bias-{figure}.png"].read_bytes()
             save_small(png, docs / f"bias-{name}-{figure}.png")
-        write_json(docs / "records" / f"bias-{name}.json", own | {"statement": statement(own)})
+        write_json(docs / "records" / f"bias-{name}.json", record | {"statement": statement(record)})
     if docs is not None:
-        fill(docs / "bias.md", parts(found))
+        fill(docs / "bias.md", parts(records))
 
 
 if __name__ == "__main__":

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import io
+import json
 import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 from PIL import Image
 
-__all__ = ["fill", "markdown", "save_small"]
+from debiased_laplace.evaluation.records import write_json, write_whole
+
+__all__ = ["fill", "markdown", "save_run", "save_small"]
 
 
 def fill(document: Path, parts: Mapping[str, str]) -> None:
@@ -18,7 +24,7 @@ def fill(document: Path, parts: Mapping[str, str]) -> None:
     text = document.read_text()
     for name, content in parts.items():
         pattern = re.compile(rf"(<!-- {re.escape(name)} -->\n).*?(<!-- end -->)", re.DOTALL)
-        text, count = pattern.subn(lambda match, own=content: f"{match[1]}{own}\n{match[2]}", text)  # type: ignore[misc]
+        text, count = pattern.subn(lambda match, new=content: f"{match[1]}{new}\n{match[2]}", text)  # type: ignore[misc]
         if count != 1:
             sys.exit(f"Expected one place <!-- {name} --> in {document}, found {count}.")
     document.write_text(text)
@@ -35,3 +41,12 @@ def save_small(png: bytes, path: Path) -> None:
     small = Image.open(io.BytesIO(png)).convert("RGB").quantize(255, dither=Image.Dither.NONE)
     path.parent.mkdir(parents=True, exist_ok=True)
     small.save(path, optimize=True)
+
+
+def save_run(folder: Path, name: str, record: Mapping[str, Any], figure: Figure) -> None:
+    """Write the record of an experiment, with null for numbers that are not finite, and its figure."""
+    finite = json.loads(json.dumps(record), parse_constant=lambda _: None)  # a training may diverge
+    write_json(folder / f"{name}.json", finite)
+    image = io.BytesIO()
+    FigureCanvasAgg(figure).print_png(image)
+    write_whole(folder / f"{name}.png", image.getvalue())

@@ -7,6 +7,8 @@ every way that needs training data alone, and are scored on test data. Records, 
 ``<out>/evidence``; what is there already is used. The tables of ``docs/evidence.md`` between ``<!-- NAME -->`` and
 ``<!-- end -->`` are filled from the seeds that have all posteriors, and their records are in
 ``<docs>/records/evidence.json``. Of the ResNets' training images :data:`POOLS` are used, also for "full data".
+
+The file is long because the tables stay beside the ways that they list.
 """
 
 from __future__ import annotations
@@ -29,19 +31,20 @@ from torch import Tensor
 
 from debiased_laplace import _data
 from debiased_laplace.curvature.structures import Full, Kronecker
-from debiased_laplace.evaluation.metrics import classification_metrics
 from debiased_laplace.evaluation.records import environment, write_json
-from debiased_laplace.evaluation.regression import regression_metrics
+from debiased_laplace.evaluation.scores.classification import classification_metrics
+from debiased_laplace.evaluation.scores.regression import regression_metrics
 from debiased_laplace.evaluation.shipped import uci
 from debiased_laplace.evaluation.tasks import Context, Task, resolve_device
 from debiased_laplace.fitting.fit import fit
 from debiased_laplace.fitting.fitted import Fit
 from debiased_laplace.likelihoods import Categorical, Gaussian, Likelihood
 from debiased_laplace.posterior.certainty import Certainty, compare
+from debiased_laplace.posterior.evidence import maximise_marginal_likelihood, maximise_with_noise
 from debiased_laplace.posterior.gaussian import Posterior
 from debiased_laplace.posterior.leave_one_out import LeftOut, leave_one_out
+from debiased_laplace.posterior.noise import best_noise
 from debiased_laplace.posterior.predictive import functional_moments
-from debiased_laplace.posterior.tuning import best_noise, maximise_marginal_likelihood, maximise_with_noise
 from debiased_laplace.sampling.samplers import PrioritySampler, UniformSampler
 from debiased_laplace.sampling.splits import Single
 
@@ -101,10 +104,10 @@ def measure(name: str, seed: int, kind: str, options: argparse.Namespace) -> dic
     last = fit(model, pool, structure=Full(), parameters="last_layer", **common)
     print(f"{name}, seed {seed}, {kind}: fitted", file=sys.stderr, flush=True)
     priors = {"decay": decay_prior(name, n_data), "training": training_prior(whole, likelihood, pool)}
-    ways = regression if likelihood.is_regression else classification
+    ways = regression if task.likelihood == "regression" else classification
     return {
         "task": name, "seed": seed, "posterior": kind, "n_data": n_data, "pool": n_pool,
-        "sizes": {key: len(own.targets) for key, own in data.items()}, **ways(whole, last, priors, data),
+        "sizes": {key: len(part.targets) for key, part in data.items()}, **ways(whole, last, priors, data),
         "environment": environment(context.device),
     }  # fmt: skip
 
@@ -146,8 +149,8 @@ def training_prior(fitted: Fit, likelihood: Likelihood, pool: Sequence[Any]) -> 
 
 
 def with_prior(posterior: Posterior, prior: Tensor | float, noise: float = 1.0) -> Posterior:
-    own = torch.as_tensor(prior, dtype=torch.float64).reshape(-1)
-    return replace(posterior, prior_precision=own, noise_variance=noise)
+    prior_precision = torch.as_tensor(prior, dtype=torch.float64).reshape(-1)
+    return replace(posterior, prior_precision=prior_precision, noise_variance=noise)
 
 
 def moments(fitted: Fit, posteriors: Sequence[Posterior], data: Data) -> Moments:
@@ -166,34 +169,34 @@ def classification(whole: Fit, last: Fit, priors: Mapping[str, Any], data: Mappi
         "evidence, layers": maximise_marginal_likelihood(posterior, per_block=True),
         "weight decay": priors["decay"], "training": priors["training"],
     }  # fmt: skip
-    chosen = {name: own for name, own in chosen.items() if own is not None}
-    several = [*(with_prior(posterior, own) for own in chosen.values()), *(with_prior(posterior, p) for p in GRID)]
-    found = {name: moments(whole, several, own) for name, own in data.items()}
+    chosen = {name: prior for name, prior in chosen.items() if prior is not None}
+    several = [*(with_prior(posterior, prior) for prior in chosen.values()), *(with_prior(posterior, p) for p in GRID)]
+    predicted = {name: moments(whole, several, part) for name, part in data.items()}
     place = {name: index for index, name in enumerate(chosen)}
     first = len(chosen)  # of the grid
 
     def predictions(part: str, index: int, link: str = "probit") -> Tensor:
-        mean, covariances = found[part]
+        mean, covariances = predicted[part]
         return predictive(mean, covariances[index], link)
 
     def scores(probabilities: Tensor, **more: Any) -> dict[str, Any]:
         return scored(probabilities, data["test"].targets) | more
 
-    mean = found["test"][0]
+    mean = predicted["test"][0]
     rows = {"network": scores(mean.softmax(-1))}
     for name, index in place.items():
-        own = torch.as_tensor(chosen[name]).flatten().tolist()
+        prior = torch.as_tensor(chosen[name]).flatten().tolist()
         for link in ("probit", "mean_field"):
             rows[f"{name}, {link}"] = scores(predictions("test", index, link))
-            if len(own) == 1:
-                rows[f"{name}, {link}"]["prior"] = own[0]
-    own = maximise_marginal_likelihood(last.posterior)
-    of_last = moments(last, [with_prior(last.posterior, own)], data["test"])
+            if len(prior) == 1:
+                rows[f"{name}, {link}"]["prior"] = prior[0]
+    last_prior = maximise_marginal_likelihood(last.posterior)
+    of_last = moments(last, [with_prior(last.posterior, last_prior)], data["test"])
     for link in ("probit", "mean_field"):
-        rows[f"last layer, {link}"] = scores(predictive(of_last[0], of_last[1][0], link), prior=float(own))
+        rows[f"last layer, {link}"] = scores(predictive(of_last[0], of_last[1][0], link), prior=float(last_prior))
 
     # Leave-one-out: of the network at the prior that training implies, or of every posterior itself.
-    outputs, covariances = found["left out"]
+    outputs, covariances = predicted["left out"]
     targets = data["left out"].targets
     alone = [leave_one_out(likelihood, outputs, c, targets) for c in covariances]
     if "training" in place:
@@ -204,42 +207,47 @@ def classification(whole: Fit, last: Fit, priors: Mapping[str, Any], data: Mappi
             likelihood.log_loss(predictive(without, covariances[first + r]), targets).mean() for r in range(len(GRID))
         ]
         rows["leave-one-out, prior"] = of_grid(losses, lambda r: scores(predictions("test", first + r)))
-    losses = [left_out_loss(likelihood, own, targets) for own in alone[first:]]
+    losses = [left_out_loss(likelihood, left_out, targets) for left_out in alone[first:]]
     rows["leave-one-out, self-consistent"] = of_grid(losses, lambda r: scores(predictions("test", first + r)))
     sure = [float(predictive(outputs, covariances[first + r]).amax(-1).mean()) for r in range(len(GRID))]
-    right = [float(((known(own).argmax(-1) == targets) & (own.leverages < 1)).double().mean()) for own in alone[first:]]
+    right = [
+        float(((known(left_out).argmax(-1) == targets) & (left_out.leverages < 1)).double().mean())
+        for left_out in alone[first:]
+    ]
     enough = [r for r, (confidence, share) in enumerate(zip(sure, right, strict=True)) if confidence >= share]
     rows["leave-one-out, calibrated"] = (
         scores(predictions("test", first + enough[0]), prior=float(GRID[enough[0]])) if enough else rows["network"]
     )
 
     # With validation data, to compare.
-    own = data["validation"].targets
-    losses = [likelihood.log_loss(predictions("validation", first + r), own).mean() for r in range(len(GRID))]
+    labels = data["validation"].targets
+    losses = [likelihood.log_loss(predictions("validation", first + r), labels).mean() for r in range(len(GRID))]
     best = int(torch.stack(losses).argmin())
     rows["validation data, probit"] = scores(predictions("test", first + best), prior=float(GRID[best]))
-    temperature = best_temperature(found["validation"][0], own)
+    temperature = best_temperature(predicted["validation"][0], labels)
     rows["validation data, temperature"] = scores((mean / temperature).softmax(-1), temperature=temperature)
 
     n = min(CERTAINTY_DATA, len(targets))
     certainty = {}
     of = {"evidence": place["evidence"], "evidence, layers": place["evidence, layers"], "validation data": first + best}
     for name, index in of.items():
-        own = compare(likelihood, outputs[:n], covariances[index, :n], targets[:n], torch.full((n,), 1 / n).double())
-        certainty[name] = asdict(own)
+        confidences = compare(
+            likelihood, outputs[:n], covariances[index, :n], targets[:n], torch.full((n,), 1 / n).double()
+        )
+        certainty[name] = asdict(confidences)
     above = {name: float((alone[index].leverages >= 1).double().mean()) for name, index in place.items()}
     return {"scores": rows, "certainty": certainty, "leverage_above_one": above}
 
 
 def predictive(mean: Tensor, covariance: Tensor, link: str = "probit") -> Tensor:
     """Probabilities from moments of the outputs."""
-    spread = covariance if Categorical().needs_covariance(link) else covariance.diagonal(dim1=-2, dim2=-1)
-    return Categorical().predictive(mean, spread, link)
+    wanted = covariance if Categorical().needs_covariance(link) else covariance.diagonal(dim1=-2, dim2=-1)
+    return Categorical().predictive(mean, wanted, link)
 
 
 def scored(probabilities: Tensor, targets: Tensor) -> dict[str, Any]:
-    found = classification_metrics(probabilities, targets)
-    kept = {key: float(found[key]) for key in ("accuracy", "nll", "ece")}
+    metrics = classification_metrics(probabilities, targets)
+    kept = {key: float(metrics[key]) for key in ("accuracy", "nll", "ece")}
     return kept | {"confidence": float(probabilities.amax(-1).mean())}
 
 
@@ -249,9 +257,9 @@ def known(left_out: LeftOut) -> Tensor:
 
 
 def left_out_loss(likelihood: Likelihood, left_out: LeftOut, targets: Tensor) -> Tensor:
-    """Mean loss of the posterior's own predictions without the datum."""
-    spread = left_out.covariances.diagonal(dim1=-2, dim2=-1).nan_to_num(nan=0.0)
-    return likelihood.log_loss(likelihood.predictive(known(left_out), spread, "probit"), targets).mean()
+    """Mean loss of the posterior's predictions without the datum."""
+    variances = left_out.covariances.diagonal(dim1=-2, dim2=-1).nan_to_num(nan=0.0)
+    return likelihood.log_loss(likelihood.predictive(known(left_out), variances, "probit"), targets).mean()
 
 
 def best_temperature(outputs: Tensor, targets: Tensor) -> float:
@@ -274,16 +282,16 @@ def of_grid(losses: Sequence[Tensor], scores: Callable[[int], dict[str, Any]]) -
 def regression(whole: Fit, last: Fit, priors: Mapping[str, Any], data: Mapping[str, Data]) -> dict[str, Any]:
     """The same; every way has a noise variance, which nothing but training data tells."""
     residual = 2 * whole.mean_loss / whole.network.n_outputs
-    one, layers, final = (of_both(*own) for own in ((whole, False), (whole, True), (last, False)))
+    one, layers, final = (of_both(*which) for which in ((whole, False), (whole, True), (last, False)))
     assumed = with_prior(whole.posterior, maximise_marginal_likelihood(whole.posterior))
     ways = {"evidence, noise 1": assumed, "evidence and noise": one, "evidence and noise, layers": layers}
     for key, title in (("decay", "weight decay, training error"), ("training", "training, training error")):
         if priors[key] is not None:
             ways[title] = with_prior(whole.posterior, priors[key] / residual, residual)
     rows = {}
-    for fitted, own in ((whole, ways), (last, {"last layer, evidence and noise": final})):
-        mean, covariances = moments(fitted, list(own.values()), data["test"])
-        for (title, posterior), covariance in zip(own.items(), covariances, strict=True):
+    for fitted, posteriors_of in ((whole, ways), (last, {"last layer, evidence and noise": final})):
+        mean, covariances = moments(fitted, list(posteriors_of.values()), data["test"])
+        for (title, posterior), covariance in zip(posteriors_of.items(), covariances, strict=True):
             rows[title] = gaussian_scores(mean, covariance, float(posterior.noise_variance), data["test"].targets)
             rows[title]["prior"] = float(posterior.prior_precision[0])
     zero = torch.zeros_like(covariances[0])
@@ -291,12 +299,12 @@ def regression(whole: Fit, last: Fit, priors: Mapping[str, Any], data: Mapping[s
         rows[title] = gaussian_scores(mean, zero, noise, data["test"].targets)
 
     unit = [with_prior(whole.posterior, prior) for prior in GRID]
-    found = {name: moments(whole, unit, own) for name, own in data.items()}
-    outputs, covariances = found["left out"]
+    predicted = {name: moments(whole, unit, part) for name, part in data.items()}
+    outputs, covariances = predicted["left out"]
     without = leave_one_out(Gaussian(), outputs, covariances, data["left out"].targets)
     alone = without.outputs, without.covariances
-    rows["leave-one-out, prior and noise"] = noise_of_grid(*alone, "left out", found, data)
-    rows["validation data, prior and noise"] = noise_of_grid(*found["validation"], "validation", found, data)
+    rows["leave-one-out, prior and noise"] = noise_of_grid(*alone, "left out", predicted, data)
+    rows["validation data, prior and noise"] = noise_of_grid(*predicted["validation"], "validation", predicted, data)
     n = min(CERTAINTY_DATA, len(outputs))
     few = Data(_data.take(data["left out"].inputs, slice(0, n)), data["left out"].targets[:n])
     certainty = {}
@@ -320,12 +328,12 @@ def of_both(fitted: Fit, per_block: bool) -> Posterior:
 
 def gaussian_scores(mean: Tensor, covariance: Tensor, noise: float, targets: Tensor) -> dict[str, Any]:
     variance = covariance.diagonal(dim1=-2, dim2=-1) + noise
-    found = regression_metrics(mean, variance, targets)
-    return {key: float(found[key]) for key in ("nll", "rmse", "coverage_95")} | {"noise": noise}
+    metrics = regression_metrics(mean, variance, targets)
+    return {key: float(metrics[key]) for key in ("nll", "rmse", "coverage_95")} | {"noise": noise}
 
 
 def noise_of_grid(
-    mean: Tensor, covariances: Tensor, part: str, found: Mapping[str, Moments], data: Mapping[str, Data]
+    mean: Tensor, covariances: Tensor, part: str, predicted: Mapping[str, Moments], data: Mapping[str, Data]
 ) -> dict[str, Any]:
     """Prior and noise of the smallest loss on some data; priors whose posterior cannot do without a datum are out."""
     variances, targets = covariances.diagonal(dim1=-2, dim2=-1), data[part].targets.double()
@@ -334,8 +342,8 @@ def noise_of_grid(
     losses = torch.stack([loss[0] for _, loss in results]).nan_to_num(nan=math.inf)
     best = int(losses.argmin())
     noise = float(results[best][0])
-    test, spread = found["test"]
-    scores = gaussian_scores(test, noise * spread[best], noise, data["test"].targets)
+    test, variances = predicted["test"]
+    scores = gaussian_scores(test, noise * variances[best], noise, data["test"].targets)
     return scores | {"prior": float(GRID[best]) / noise}
 
 
@@ -347,7 +355,12 @@ Seeds = Mapping[int, Mapping[str, Any]]  # the records of the posteriors of ever
 
 def document(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
     """Keep the records that are complete, and fill the tables from them."""
-    used = [rounded(own[kind]) for seeds in complete(records).values() for own in seeds.values() for kind in POSTERIORS]
+    used = [
+        rounded(posteriors[kind])
+        for seeds in complete(records).values()
+        for posteriors in seeds.values()
+        for kind in POSTERIORS
+    ]
     kept = path.parent / "records" / "evidence.json"
     kept.parent.mkdir(parents=True, exist_ok=True)
     kept.write_text(json.dumps(used, separators=(",", ":")) + "\n")
@@ -356,11 +369,12 @@ def document(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
 
 def complete(records: Sequence[Mapping[str, Any]]) -> dict[str, Seeds]:
     """Seeds of each task that have all posteriors."""
-    found: dict[str, dict[int, dict[str, Any]]] = {name: {} for name in TASKS}
-    for own in records:
-        found[own["task"]].setdefault(own["seed"], {})[own["posterior"]] = own
+    by_task: dict[str, dict[int, dict[str, Any]]] = {name: {} for name in TASKS}
+    for record in records:
+        by_task[record["task"]].setdefault(record["seed"], {})[record["posterior"]] = record
     whole = {
-        name: {seed: own for seed, own in seeds.items() if set(own) == set(POSTERIORS)} for name, seeds in found.items()
+        name: {seed: record for seed, record in seeds.items() if set(record) == set(POSTERIORS)}
+        for name, seeds in by_task.items()
     }
     return {name: seeds for name, seeds in whole.items() if seeds}
 
@@ -372,10 +386,10 @@ def parts(records: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     classes = {name: seeds for name, seeds in by_task.items() if not name.startswith("uci-")}
     if classes:
         made["posteriors"] = posteriors(classes)
-    every = [own for seeds in by_task.values() for kinds in seeds.values() for kind in kinds.values()
-             for own in kind["certainty"].values()]  # fmt: skip
+    every = [certainty for seeds in by_task.values() for kinds in seeds.values() for kind in kinds.values()
+             for certainty in kind["certainty"].values()]  # fmt: skip
     wanted = {field.name for field in fields(Certainty)}
-    if all(wanted <= set(own) for own in every):  # records of an earlier version lack some of it
+    if all(wanted <= set(certainty) for certainty in every):  # records of an earlier version lack some of it
         made["warnings"] = warned(by_task)
     return made
 
@@ -383,26 +397,26 @@ def parts(records: Sequence[Mapping[str, Any]]) -> dict[str, str]:
 def rounded(value: Any) -> Any:
     """Five digits."""
     if isinstance(value, Mapping):
-        return {key: rounded(own) for key, own in value.items() if key != "environment"}
+        return {key: rounded(entry) for key, entry in value.items() if key != "environment"}
     if isinstance(value, list):
-        return [rounded(own) for own in value]
+        return [rounded(entry) for entry in value]
     return float(f"{value:.5g}") if isinstance(value, float) else value
 
 
 def plus_minus(values: Sequence[float], digits: int = 3, scale: float = 1.0, signed: bool = False) -> str:
     """Mean and standard error over seeds."""
-    own = scale * np.asarray(values)
-    error = f" ± {own.std(ddof=1) / len(own) ** 0.5:.{digits}f}" if len(own) > 1 else ""
-    return f"{own.mean():{'+' * signed}.{digits}f}{error}".replace("-", "\u2212")
+    scaled = scale * np.asarray(values)
+    error = f" ± {scaled.std(ddof=1) / len(scaled) ** 0.5:.{digits}f}" if len(scaled) > 1 else ""
+    return f"{scaled.mean():{'+' * signed}.{digits}f}{error}".replace("-", "\u2212")
 
 
 def values(seeds: Seeds, kind: str, method: str, score: str = "nll") -> list[float]:
-    return [own[kind]["scores"][method][score] for own in seeds.values()]
+    return [posteriors[kind]["scores"][method][score] for posteriors in seeds.values()]
 
 
 def table(seeds: Seeds) -> str:
     """Rows of ways, columns of posteriors: NLL, its paired difference to the network's own, and calibration."""
-    every = [own[kind]["scores"] for own in seeds.values() for kind in POSTERIORS]
+    every = [kinds[kind]["scores"] for kinds in seeds.values() for kind in POSTERIORS]
     score, title = ("ece", "ECE %") if "network" in every[0] else ("coverage_95", "95 % interval holds %")
     network = "network" if "network" in every[0] else "network, training error"
     rows = []
@@ -425,7 +439,7 @@ def posteriors(by_task: Mapping[str, Seeds]) -> str:
     for name, seeds in by_task.items():
         for method in ("evidence, probit", "evidence, mean_field", "evidence, layers, probit", "last layer, probit"):
             every = {kind: np.array(values(seeds, kind, method)) for kind in POSTERIORS}
-            cells = [plus_minus(own) for own in every.values()]
+            cells = [plus_minus(column) for column in every.values()]
             cells += [plus_minus(every[kind] - every[POSTERIORS[-1]], signed=True) for kind in POSTERIORS[:-1]]
             rows.append([name, method, plus_minus(values(seeds, POSTERIORS[0], "network")), *cells])
     columns = [*POSTERIORS, *(f"{kind} minus {POSTERIORS[-1]}" for kind in POSTERIORS[:-1])]
@@ -436,16 +450,16 @@ def warned(by_task: Mapping[str, Seeds]) -> str:
     """The numbers of the warning, smallest and largest over seeds and posteriors, and how often it was given."""
     rows = []
     for name, seeds in by_task.items():
-        every = [own[kind]["certainty"] for own in seeds.values() for kind in POSTERIORS]
+        every = [kinds[kind]["certainty"] for kinds in seeds.values() for kind in POSTERIORS]
         scale, digits = (1.0, 3) if name.startswith("uci-") else (100.0, 1)
         for method in every[0]:
-            found = [own[method] for own in every]
+            certainties = [certainty[method] for certainty in every]
             cells = []
             for key in ("performance", "left_out", "certainty"):
-                own = [scale * one[key] for one in found]
-                cells.append(f"{min(own):.{digits}f} to {max(own):.{digits}f}")
-            n_warned = sum(Certainty(**own).too_small for own in found)
-            rows.append([name, method, *cells, f"{n_warned} of {len(found)}"])
+                scaled = [scale * certainty[key] for certainty in certainties]
+                cells.append(f"{min(scaled):.{digits}f} to {max(scaled):.{digits}f}")
+            n_warned = sum(Certainty(**certainty).too_small for certainty in certainties)
+            rows.append([name, method, *cells, f"{n_warned} of {len(certainties)}"])
     return markdown(["task", "way", "network", "without each datum's own part", "predictions", "warned"], rows)
 
 

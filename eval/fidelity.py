@@ -6,7 +6,7 @@
 Every run is one JSON record in ``<out>/fidelity``, written when it is complete and never changed: an interrupted grid
 goes on where it stopped. Trained networks and full-data posteriors are kept in ``<out>/cache``. The folder of
 ``--data-dir`` holds ``FashionMNIST/raw`` and ``cifar10``; without it the networks on digits run. ``--quick`` runs two
-of these with few budgets and seeds.
+of these with few budgets and seeds. It is long because networks, methods and one run are one grid.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ import debiased_laplace
 from debiased_laplace import __version__
 from debiased_laplace.curvature.projected import projected_curvatures
 from debiased_laplace.curvature.structures import Diagonal, Full, Kronecker, LowRank, Structure
-from debiased_laplace.evaluation.metrics import expected_calibration_error
+from debiased_laplace.evaluation.scores.calibration import expected_calibration_error
 from debiased_laplace.fitting.checkpoint import Progress
 from debiased_laplace.fitting.fit import fit
 from debiased_laplace.fitting.fitted import Fit
@@ -43,7 +43,7 @@ from debiased_laplace.likelihoods import Categorical
 from debiased_laplace.network.gradients import CurvatureData, Network
 from debiased_laplace.posterior.gaussian import Posterior
 from debiased_laplace.posterior.predictive import functional_moments
-from debiased_laplace.posterior.tuning import grid_search
+from debiased_laplace.posterior.tune import tune
 from debiased_laplace.sampling.sample import SHARED, Sample, WeightedData
 from debiased_laplace.sampling.samplers import PrioritySampler, Sampler, UniformSampler
 from debiased_laplace.sampling.splits import CrossFit, Single, Split, TwoBatch
@@ -182,15 +182,15 @@ class Disjoint:
 
 @dataclass(frozen=True)
 class Independent:
-    """Every fold a draw of its own from all data, so that folds may share some by chance."""
+    """Every fold a separate draw from all data, so that folds may share some by chance."""
 
     sampler: UniformSampler
 
     def draw(self, batches: Iterable[Any], folds: int, generator: torch.Generator, **keywords: Any) -> Sample:
         """As many draws as folds."""
         batches = list(batches)
-        own = replace(self.sampler, budget=max(1, (self.sampler.budget or 0) // folds))
-        drawn = [own.draw(batches, 1, generator, **keywords) for _ in range(folds)]
+        sampler = replace(self.sampler, budget=max(1, (self.sampler.budget or 0) // folds))
+        drawn = [sampler.draw(batches, 1, generator, **keywords) for _ in range(folds)]
         data = [sample.data for sample in drawn]
         joined = WeightedData(
             torch.cat([d.inputs for d in data]), torch.cat([d.targets for d in data]),
@@ -264,7 +264,7 @@ class Bench:
         self.reference = self._kept(cache / f"{name}-{structure}.safetensors", self.structure)
         grid = torch.logspace(-1, 5, 25, dtype=torch.float64)
         posterior = self.reference.posterior
-        curve = grid_search(self.network, posterior, LIKELIHOOD, [self.problem.validation], grid)
+        curve = tune(self.network, posterior, LIKELIHOOD, [self.problem.validation], grid).curve
         #: laplace-torch's default, and the best of the full-data posterior on validation data.
         self.priors = {"1": 1.0, "tuned": float(curve.best)}
         self.mean, self.variances = self._moments(posterior)
@@ -343,8 +343,11 @@ class Bench:
         weights = torch.full((len(inputs),), 1 / len(inputs), dtype=torch.float64)
         whole = WeightedData(inputs, labels, weights, torch.arange(len(inputs)))
         true = projected_curvatures(self.network, posterior.basis, CurvatureData(self.network, whole, LIKELIHOOD))
-        found = posterior.curvatures
-        return {"curvature_ratio": float(found.sum() / true.sum()), "top_ratios": (found / true)[:20].tolist()}
+        curvatures = posterior.curvatures
+        return {
+            "curvature_ratio": float(curvatures.sum() / true.sum()),
+            "top_ratios": (curvatures / true)[:20].tolist(),
+        }
 
     def _against_the_reference(self, posterior: Posterior) -> dict[str, Any]:
         _, variances = self._moments(posterior)
@@ -363,8 +366,8 @@ class Bench:
             }
             if self.exact is not None:
                 exact = self.exact[index].double().log()
-                for key, own in (("exact", variances), ("reference_exact", self.variances)):
-                    difference = own[index].double().log() - exact
+                for key, of_grid in (("exact", variances), ("reference_exact", self.variances)):
+                    difference = of_grid[index].double().log() - exact
                     compared[name][f"{key}_log_ratio"] = float(difference.mean())
                     compared[name][f"{key}_abs_log_ratio"] = float(difference.abs().mean())
         return compared
@@ -419,13 +422,13 @@ def timing(name: str, cache: Path, folder: Path | None) -> dict[str, Any]:
         return shares
 
     steps(batches[:1], PrioritySampler(16))  # warm
-    found: dict[str, Any] = {
+    timed: dict[str, Any] = {
         f"default, {budget} data": steps(batches, PrioritySampler(budget)) for budget in (128, 512)
     }
     few = batches[: max(1, len(batches) // 5)]
     fifth = steps(few, UniformSampler(None))
-    found["all data"] = {key: value * len(batches) / len(few) for key, value in fifth.items()}
-    return found
+    timed["all data"] = {key: value * len(batches) / len(few) for key, value in fifth.items()}
+    return timed
 
 
 # -- the grid --------------------------------------------------------------------------------------
@@ -446,7 +449,7 @@ def plan(options: argparse.Namespace) -> list[tuple[str, str, str, int, int]]:
     def add(name: str, structure: str, methods: Iterable[str], budgets: Iterable[int], seeds: int) -> None:
         runs.extend((name, structure, m, b, seed) for m in methods for b in budgets for seed in range(seeds))
 
-    own = {
+    by_network = {
         name: [
             b
             for b in options.budgets
@@ -454,7 +457,7 @@ def plan(options: argparse.Namespace) -> list[tuple[str, str, str, int, int]]:
         ]
         for name in options.networks
     }
-    for name, budgets in own.items():
+    for name, budgets in by_network.items():
         add(name, "kron", MAIN, [b for b in budgets if b <= 512], options.seeds)
         if options.quick:
             continue
@@ -465,7 +468,7 @@ def plan(options: argparse.Namespace) -> list[tuple[str, str, str, int, int]]:
             add(name, "lowrank", [*MAIN, "priority, one batch", "priority, two batches"], few, options.seeds)
         if name in ("digits-cnn", "digits-mlp"):
             add(name, "diag", [ONE, TWO, "priority, one batch"], few, options.seeds)
-    for name, budgets in own.items():  # what takes long comes last
+    for name, budgets in by_network.items():  # what takes long comes last
         if name == "resnet20" and not options.quick:
             add(name, "kron", ABLATION, [b for b in budgets if b in ABLATION_BUDGETS], min(3, options.seeds))
         add(name, "kron", MAIN, [b for b in budgets if b > 512], options.seeds)
@@ -503,18 +506,20 @@ def main() -> None:
             continue
         if bench is None or (bench.name, bench.structure_name) != (name, structure):
             bench = Bench(name, structure, options.out / "cache", options.data_dir)
-        found = bench.run(METHODS[method], budget, seed)
+        measured = bench.run(METHODS[method], budget, seed)
         record = {
             "schema": 1, "network": name, "structure": structure, "method": method,
             "estimator": METHODS[method].estimator,
             "sampler": repr(METHODS[method].sampler(budget)), "split": repr(METHODS[method].split), "budget": budget,
             "seed": seed, "n_pool": len(bench.problem.pool[0]), "n_data": bench.problem.n_data,
             "versions": {"debiased_laplace": __version__, "torch": torch.__version__, "source": SOURCE},
-        } | found  # fmt: skip
+        } | measured  # fmt: skip
         write(path, lambda p, record=record: p.write_text(json.dumps(record, indent=1)))  # type: ignore[misc]
-        errors = {key: f"{own['abs_log_ratio']:.4f}" for key, own in found.get("priors", {}).items()}
+        errors = {key: f"{errors_of['abs_log_ratio']:.4f}" for key, errors_of in measured.get("priors", {}).items()}
         print(
-            f"{number + 1}/{len(runs)} {path.stem}: {errors or found['curvature_ratio']}", file=sys.stderr, flush=True
+            f"{number + 1}/{len(runs)} {path.stem}: {errors or measured['curvature_ratio']}",
+            file=sys.stderr,
+            flush=True,
         )
 
 

@@ -22,7 +22,7 @@ from documents import fill, markdown
 
 from debiased_laplace import DebiasedLaplace, _data
 from debiased_laplace.evaluation.methods import Options
-from debiased_laplace.evaluation.predictors import outputs_of, tuned_temperature
+from debiased_laplace.evaluation.predictors.baselines import outputs_of, tuned_temperature
 from debiased_laplace.evaluation.records import read_json, write_json
 from debiased_laplace.evaluation.tasks import Context, Task, resolve_device
 from debiased_laplace.likelihoods import Categorical
@@ -58,11 +58,16 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
     temperature, _ = tuned_temperature(model, task.call("val_loader", context))
     tuned: dict[str, DebiasedLaplace] = {}
     for way, keywords in WAYS.items():
-        tuned[way] = own = copy.copy(la)
+        tuned[way] = posterior = copy.copy(la)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # of the edges of the grid: the record has the values
-            own.optimize_prior_precision(val_loader=task.call("val_loader", context), **Options().search, **keywords)
-        print(f"{name}: {way}: {own.prior_precision.flatten()[:1]}, {own.output_temperature:.3f}", file=sys.stderr)
+            posterior.optimize_prior_precision(
+                val_loader=task.call("val_loader", context), **Options().search, **keywords
+            )
+        print(
+            f"{name}: {way}: {posterior.prior_precision.flatten()[:1]}, {posterior.output_temperature:.3f}",
+            file=sys.stderr,
+        )
     sets = {"test": task.call("test_loader", context)}
     for shift, loaders in task.call("shifted_loaders", context).items():
         sets |= {f"{shift} {severity}": loaders[severity] for severity in SEVERITIES}
@@ -73,8 +78,8 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
     return {
         "task": name, "seed": options.seed, "images": options.images, "temperature": temperature,
         "tuned": {
-            way: {"prior_precision": own.prior_precision.tolist(), "temperature": own.output_temperature}
-            for way, own in tuned.items()
+            way: {"prior_precision": posterior.prior_precision.tolist(), "temperature": posterior.output_temperature}
+            for way, posterior in tuned.items()
         },
         "nll": losses,
     }  # fmt: skip
@@ -84,16 +89,16 @@ def score(
     la: DebiasedLaplace, tuned: Mapping[str, DebiasedLaplace], temperature: float, batches: list[Any]
 ) -> dict[str, float]:
     """Mean negative log-likelihoods; projections are shared by all ways."""
-    network, posteriors = la.network, [own.posterior for own in tuned.values()]
+    network, posteriors = la.network, [of_way.posterior for of_way in tuned.values()]
     normals = standard_normals((100, la.n_outputs), la.posterior.mean, torch.Generator().manual_seed(la.seed)).double()
     total, n = dict.fromkeys(("temperature scaling", *tuned), 0.0), 0
     for inputs, targets in batches:
         mean, covariances = functional_moments(network, posteriors, inputs)
         mean, targets = mean.double(), targets.to(mean.device)
-        for (way, own), covariance in zip(tuned.items(), covariances.double(), strict=True):
-            link, tau = own.link or "probit", own.output_temperature
-            spread = covariance if LIKELIHOOD.needs_covariance(link) else covariance.diagonal(dim1=1, dim2=2)
-            probabilities = LIKELIHOOD.predictive(mean / tau, spread / tau**2, link, normals)
+        for (way, of_way), covariance in zip(tuned.items(), covariances.double(), strict=True):
+            link, tau = of_way.link or "probit", of_way.output_temperature
+            wanted = covariance if LIKELIHOOD.needs_covariance(link) else covariance.diagonal(dim1=1, dim2=2)
+            probabilities = LIKELIHOOD.predictive(mean / tau, wanted / tau**2, link, normals)
             total[way] += float(LIKELIHOOD.log_loss(probabilities, targets).sum())
         n += len(targets)
     outputs, targets = outputs_of(network.model, batches)
@@ -105,9 +110,11 @@ def table(record: Mapping[str, Any]) -> str:
     """Rows of data, columns of ways; the mean over strong shifts last."""
     ways = ["temperature scaling", *WAYS]
     rows = dict(record["nll"])
-    strong = [own for title, own in rows.items() if title != "test" and not title.endswith(" 1")]
-    rows["**mean of severities 3 and 5**"] = {way: sum(own[way] for own in strong) / len(strong) for way in ways}
-    return markdown(["NLL", *ways], ([title, *(f"{own[way]:.3f}" for way in ways)] for title, own in rows.items()))
+    strong = [losses for title, losses in rows.items() if title != "test" and not title.endswith(" 1")]
+    rows["**mean of severities 3 and 5**"] = {way: sum(losses[way] for losses in strong) / len(strong) for way in ways}
+    return markdown(
+        ["NLL", *ways], ([title, *(f"{losses[way]:.3f}" for way in ways)] for title, losses in rows.items())
+    )
 
 
 def main() -> None:
@@ -123,19 +130,19 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true")
     options = parser.parse_args()
     path, record = options.docs / "results.md", options.docs / "records" / "links.json"
-    found = read_json(record) if record.exists() else {}
+    measured = read_json(record) if record.exists() else {}
     for name in options.tasks:
         kept = options.out / "links" / f"{name}.{options.seed}.{options.images}{'.quick' * options.quick}.json"
         if not kept.exists():
             write_json(kept, measure(name, options))
-        found[name] = read_json(kept)
-        write_json(record, found)
-    fill(path, parts(found))
+        measured[name] = read_json(kept)
+        write_json(record, measured)
+    fill(path, parts(measured))
 
 
-def parts(found: Mapping[str, Any]) -> dict[str, str]:
+def parts(measured: Mapping[str, Any]) -> dict[str, str]:
     """The generated parts of the document, from the record."""
-    return {f"links {name}": table(own) for name, own in found.items()}
+    return {f"links {name}": table(rows) for name, rows in measured.items()}
 
 
 if __name__ == "__main__":

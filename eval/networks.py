@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from all_cnn_c import network as all_cnn_c
 from torch import Tensor, nn
 
 from debiased_laplace.evaluation.shipped.cifar10 import trained
@@ -14,23 +15,6 @@ __all__ = [
     "all_cnn_c", "cifar_3c3d", "digits_cnn", "digits_mlp", "digits_transformer", "lenet", "trained_cifar_resnet",
     "wide_head",
 ]  # fmt: skip
-
-
-def all_cnn_c(n_classes: int = 100) -> nn.Module:
-    """All-CNN-C (Springenberg et al., arXiv 1412.6806) for 32 x 32 colour images, 1.4 million parameters."""
-    widths = [(3, 96, 3, 1), (96, 96, 3, 1), (96, 96, 3, 2), (96, 192, 3, 1), (192, 192, 3, 1), (192, 192, 3, 2)]
-    layers: list[nn.Module] = []
-    for inputs, outputs, kernel, stride in widths:
-        layers += [nn.Conv2d(inputs, outputs, kernel, stride, padding=1), nn.ReLU()]
-    layers += [
-        nn.Conv2d(192, 192, 3),
-        nn.ReLU(),
-        nn.Conv2d(192, 192, 1),
-        nn.ReLU(),
-        nn.Conv2d(192, n_classes, 1),
-        nn.ReLU(),
-    ]
-    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
 
 
 def cifar_3c3d(n_classes: int = 10) -> nn.Module:

@@ -24,10 +24,10 @@ from results import compact
 
 from debiased_laplace.evaluation.demo import demo
 from debiased_laplace.evaluation.methods import is_variant
-from debiased_laplace.evaluation.processes import available
 from debiased_laplace.evaluation.records import read_json, write_json
-from debiased_laplace.evaluation.report import write_outputs
-from debiased_laplace.evaluation.statement import plus_minus, unit
+from debiased_laplace.evaluation.report.numbers import plus_minus, unit
+from debiased_laplace.evaluation.report.outputs import write_outputs
+from debiased_laplace.evaluation.suite.processes import available
 
 #: Shifts of the demonstration's table; severities 3 and 5 of all kinds are in the mean.
 SHIFTS = ("noise 5", "rotation 3", "contrast 5")
@@ -52,43 +52,43 @@ COSTS: tuple[tuple[str, str, str, tuple[str, ...]], ...] = (
 def demo_table(summary: Mapping[str, Any]) -> str:
     """What the README shows of the demonstration, and what its intervals are over."""
     shifts = {f"{entry['name']} {entry['severity']}": entry["scores"] for entry in summary["shifts"]}
-    (foreign,) = summary["ood"]
+    (ood,) = summary["ood"]
     rows = []
-    for name, own in summary["test"]["scores"].items():
+    for name, scores in summary["test"]["scores"].items():
         if is_variant(name):
             continue
         equal = summary["distances"].get("equal", {}).get(name)
         rows.append([
-            name, plus_minus(own["nll"], 3), plus_minus(summary["strong_shift"]["scores"][name]["nll"], 2),
+            name, plus_minus(scores["nll"], 3), plus_minus(summary["strong_shift"]["scores"][name]["nll"], 2),
             *(plus_minus(shifts[title][name]["nll"], 2) for title in SHIFTS),
-            plus_minus(foreign["scores"][name]["maximum probability, auroc"], 1, scale=100),
+            plus_minus(ood["scores"][name]["maximum probability, auroc"], 1, scale=100),
             "" if equal is None else plus_minus(equal["absolute"], 3),
         ])  # fmt: skip
     strong = summary["strong_shift"]
     columns = ["", "NLL, test", f"mean NLL, {len(strong['shifts'])} strong shifts", *(f"NLL, {t}" for t in SHIFTS)]
-    table = markdown([*columns, f"AUROC %, {foreign['name']}", "distance to full data at prior precision 1"], rows)
+    table = markdown([*columns, f"AUROC %, {ood['name']}", "distance to full data at prior precision 1"], rows)
     return f"{table}\n\nErrors are over {unit(summary, summary['test']['n'])}."
 
 
 def cost(sides: Mapping[str, Any], name: str, unit: str = "") -> str:
     """Seconds, also in units if there are some, and memory; or why there are none."""
-    own = sides[name]
-    if "error" in own:
-        wanted = re.search(r"allocate (\d+) bytes", own["error"])
+    measured = sides[name]
+    if "error" in measured:
+        wanted = re.search(r"allocate (\d+) bytes", measured["error"])
         return f"asks for {int(wanted[1]) / 1e9:,.0f} GB" if wanted else "not supported"
-    seconds = median(own["seconds"])
-    units = f", {seconds / median(own['unit_seconds']):.1f} {unit}" if unit else ""
-    return f"{seconds:.2g} s, {own['memory_mb']:,.0f} MB{units}"
+    seconds = median(measured["seconds"])
+    units = f", {seconds / median(measured['unit_seconds']):.1f} {unit}" if unit else ""
+    return f"{seconds:.2g} s, {measured['memory_mb']:,.0f} MB{units}"
 
 
 def cost_table(records: Sequence[Mapping[str, Any]]) -> str:
     """What the README shows of the benchmarks."""
-    found = {(own["what"], own["network"]): dict(own["sides"]) for own in records}
+    by_pair = {(record["what"], record["network"]): dict(record["sides"]) for record in records}
     rows = []
     for title, what, network, sides in COSTS:
-        cells = [cost(found[what, network], side, "single predictions" * (what == "grid")) for side in sides]
+        cells = [cost(by_pair[what, network], side, "single predictions" * (what == "grid")) for side in sides]
         rows.append([title, *cells, *[""] * (3 - len(cells))])
-    pairs, batches = found["eigenpairs", "3C3D"], found["largest batch", "3C3D"]
+    pairs, batches = by_pair["eigenpairs", "3C3D"], by_pair["largest batch", "3C3D"]
     there = f"{cost(pairs, 'vivit')}; within 4 GB {batches['ours']['batch']:,} images here at least, "
     return (
         markdown(["", "here", "laplace-torch, default", "laplace-torch, BackPACK"], rows)

@@ -4,6 +4,7 @@
 
 Every number that the tables need is written to ``<docs>/records/fidelity.json``, and they are made from there: what
 lies between ``<!-- table NAME -->`` and ``<!-- end -->`` in the document is replaced; the text around it stays.
+The file is long because each of ten tables has a function.
 """
 
 from __future__ import annotations
@@ -43,13 +44,13 @@ Key = tuple[str, str, str, int]  # network, structure, method, budget
 
 def load(folder: Path) -> dict[Key, list[dict[str, Any]]]:
     """Records of all seeds."""
-    found: dict[Key, list[dict[str, Any]]] = defaultdict(list)
+    by_key: dict[Key, list[dict[str, Any]]] = defaultdict(list)
     for path in sorted(folder.glob("*.json")):
         record = json.loads(path.read_text())
-        found[record["network"], record["structure"], record["method"], record["budget"]].append(record)
-    if not found:
+        by_key[record["network"], record["structure"], record["method"], record["budget"]].append(record)
+    if not by_key:
         sys.exit(f"Expected records in {folder}, found none. Run eval/fidelity.py first.")
-    return found
+    return by_key
 
 
 def statistics(records: Sequence[dict[str, Any]], *path: str) -> dict[str, float] | None:
@@ -70,42 +71,42 @@ def statistics(records: Sequence[dict[str, Any]], *path: str) -> dict[str, float
 class Records:
     """What the tables ask for."""
 
-    def __init__(self, found: dict[Key, list[dict[str, Any]]]) -> None:
-        self.found = found
+    def __init__(self, by_key: dict[Key, list[dict[str, Any]]]) -> None:
+        self.by_key = by_key
 
     def of(self, network: str, structure: str, method: str, budget: int, *path: str) -> dict[str, float] | None:
         """Statistics of a field."""
-        return statistics(self.found.get((network, structure, method, budget), []), *path)
+        return statistics(self.by_key.get((network, structure, method, budget), []), *path)
 
     def error(self, network: str, method: str, budget: int, prior: str, structure: str = "kron") -> float | None:
         """Mean absolute log ratio of the variances."""
-        own = self.of(network, structure, method, budget, "priors", prior, "abs_log_ratio")
-        return None if own is None else own["mean"]
+        cell = self.of(network, structure, method, budget, "priors", prior, "abs_log_ratio")
+        return None if cell is None else cell["mean"]
 
     def pool(self, network: str) -> int:
         """Number of data to draw from."""
-        return next(own[0]["n_pool"] for key, own in self.found.items() if key[0] == network)
+        return next(records[0]["n_pool"] for key, records in self.by_key.items() if key[0] == network)
 
     def by_seed(self, network: str, structure: str, method: str, budget: int, prior: str) -> dict[int, float]:
         """The error of every seed."""
-        own = self.found.get((network, structure, method, budget), [])
-        return {record["seed"]: record["priors"][prior]["abs_log_ratio"] for record in own}
+        records = self.by_key.get((network, structure, method, budget), [])
+        return {record["seed"]: record["priors"][prior]["abs_log_ratio"] for record in records}
 
     def networks(self, structure: str = "kron") -> list[str]:
         """Those with records, in the order of the document."""
-        return [name for name in NETWORKS if any(key[:2] == (name, structure) for key in self.found)]
+        return [name for name in NETWORKS if any(key[:2] == (name, structure) for key in self.by_key)]
 
     def budgets(self, network: str, structure: str = "kron", method: str = DEFAULT) -> list[int]:
         """Of one network."""
-        return sorted({key[3] for key in self.found if key[:3] == (network, structure, method)})
+        return sorted({key[3] for key in self.by_key if key[:3] == (network, structure, method)})
 
 
-def number(own: dict[str, float] | None, digits: int = 3, signed: bool = False) -> str:
+def number(cell: dict[str, float] | None, digits: int = 3, signed: bool = False) -> str:
     """Mean and standard error."""
-    if own is None:
+    if cell is None:
         return ""
     sign = "+" if signed else ""
-    return f"{own['mean']:{sign}.{digits}f} ± {own['se']:.{digits}f}"
+    return f"{cell['mean']:{sign}.{digits}f} ± {cell['se']:.{digits}f}"
 
 
 def geometric_mean(values: Sequence[float]) -> float:
@@ -118,12 +119,13 @@ def main_table(records: Records, prior: str) -> str:
     rows = []
     for network in records.networks():
         for budget in records.budgets(network):
-            own = {m: records.of(network, "kron", m, budget, "priors", prior, "abs_log_ratio") for m in MAIN}
+            cells = {m: records.of(network, "kron", m, budget, "priors", prior, "abs_log_ratio") for m in MAIN}
             bias = records.of(network, "kron", DEFAULT, budget, "priors", prior, "log_ratio")
-            two, default = own[TWO], own[DEFAULT]
+            two, default = cells[TWO], cells[DEFAULT]
             ratio = f"{default['mean'] / two['mean']:.3f}" if two and default and two["mean"] > 0 else ""
             rows.append([
-                NETWORKS[network], str(budget), *(number(own[m], 4) for m in MAIN), number(bias, 4, signed=True), ratio,
+                NETWORKS[network], str(budget), *(number(cells[m], 4) for m in MAIN), number(bias, 4, signed=True),
+                ratio,
             ])  # fmt: skip
     head = ["network", "budget", *MAIN, "default, signed", "default / two batches"]
     return markdown(head, rows)
@@ -134,11 +136,11 @@ def claims(records: Records) -> str:
     rows = []
     for prior in ("1", "tuned"):
         for budget, wanted in ((128, 0.02), (512, 0.005)):
-            own = records.of("resnet20", "kron", DEFAULT, budget, "priors", prior, "abs_log_ratio")
-            if own:
+            cell = records.of("resnet20", "kron", DEFAULT, budget, "priors", prior, "abs_log_ratio")
+            if cell:
                 rows.append([
                     f"ResNet-20, K-FAC, {budget} samples, default, prior precision {prior}", f"at most {wanted}",
-                    number(own, 4), "yes" if own["mean"] <= wanted else "no",
+                    number(cell, 4), "yes" if cell["mean"] <= wanted else "no",
                 ])  # fmt: skip
         against_two, against_best, sparse, worse = [], [], [], []
         for network in records.networks():
@@ -181,14 +183,14 @@ def ablation(records: Records, prior: str = "1") -> str:
         for budget in budgets:
             ratios = []
             for network in records.networks():
-                own = records.by_seed(network, "kron", method, budget, prior)
+                errors = records.by_seed(network, "kron", method, budget, prior)
                 default = records.by_seed(network, "kron", DEFAULT, budget, prior)
-                seeds = own.keys() & default.keys()
+                seeds = errors.keys() & default.keys()
                 if seeds and records.by_seed(network, "kron", "priority, cross-fit, factored", budget, prior):
-                    ratios.append(sum(own[s] for s in seeds) / sum(default[s] for s in seeds))
+                    ratios.append(sum(errors[s] for s in seeds) / sum(default[s] for s in seeds))
             if ratios:
-                spread = np.std(np.log(ratios), ddof=1) / math.sqrt(len(ratios)) if len(ratios) > 1 else math.nan
-                cells.append(f"{geometric_mean(ratios):.2f} ± {100 * math.expm1(spread):.0f} % ({len(ratios)})")
+                error = np.std(np.log(ratios), ddof=1) / math.sqrt(len(ratios)) if len(ratios) > 1 else math.nan
+                cells.append(f"{geometric_mean(ratios):.2f} ± {100 * math.expm1(error):.0f} % ({len(ratios)})")
             else:
                 cells.append("")
         rows.append([method, *cells])
@@ -201,14 +203,14 @@ def predictions(records: Records) -> str:
     for network in records.networks():
         for budget in [b for b in records.budgets(network) if b in (32, 128, 512)]:
             for method in MAIN:
-                own = [
+                cells = [
                     records.of(network, "kron", method, budget, "priors", prior, field)
                     for prior in ("1", "tuned") for field in ("kl", "nll_difference", "ece_difference")
                 ]  # fmt: skip
-                if own[0] is not None:
+                if cells[0] is not None:
                     rows.append([
                         NETWORKS[network], str(budget), method,
-                        *(f"{cell['mean']:.2e} ± {cell['se']:.0e}" if cell else "" for cell in own),
+                        *(f"{cell['mean']:.2e} ± {cell['se']:.0e}" if cell else "" for cell in cells),
                     ])  # fmt: skip
     names = ["KL", "NLL", "ECE"]
     return markdown(
@@ -223,12 +225,12 @@ def low_rank(records: Records) -> str:
     for network in records.networks("lowrank"):
         for budget in records.budgets(network, "lowrank"):
             for method in methods:
-                own = records.of(network, "lowrank", method, budget, "curvature_ratio")
-                if own is None:
+                cell = records.of(network, "lowrank", method, budget, "curvature_ratio")
+                if cell is None:
                     continue
                 error = records.of(network, "lowrank", method, budget, "priors", "1", "abs_log_ratio")
                 rows.append([
-                    NETWORKS[network], str(budget), method, number(own), f"{own['min']:.3f} to {own['max']:.3f}",
+                    NETWORKS[network], str(budget), method, number(cell), f"{cell['min']:.3f} to {cell['max']:.3f}",
                     number(error, 4),
                 ])  # fmt: skip
     head = ["network", "budget", "method", "sum, estimated / true", "range over draws", "error of the variances"]
@@ -241,9 +243,11 @@ def diagonal(records: Records) -> str:
     methods = [ONE, TWO, "priority, one batch"]
     for network in records.networks("diag"):
         for budget in records.budgets(network, "diag", ONE):
-            own = [records.of(network, "diag", m, budget, "priors", "1", "abs_log_ratio") for m in methods]
+            absolute = [records.of(network, "diag", m, budget, "priors", "1", "abs_log_ratio") for m in methods]
             signed = [records.of(network, "diag", m, budget, "priors", "1", "log_ratio") for m in methods]
-            cells = [f"{number(a, 3)} ({s['mean']:+.3f})" if a and s else "" for a, s in zip(own, signed, strict=True)]
+            cells = [
+                f"{number(a, 3)} ({s['mean']:+.3f})" if a and s else "" for a, s in zip(absolute, signed, strict=True)
+            ]
             rows.append([NETWORKS[network], str(budget), *cells])
     return markdown(["network", "budget", ONE, TWO, "priority, one batch (default)"], rows)
 
@@ -253,9 +257,9 @@ def exact(records: Records) -> str:
     rows = []
     for network in records.networks():
         for budget in records.budgets(network):
-            own = [records.of(network, "kron", m, budget, "priors", "1", "exact_abs_log_ratio") for m in MAIN]
-            if own[-1] is not None:
-                rows.append([NETWORKS[network], str(budget), *(number(cell) for cell in own)])
+            cells = [records.of(network, "kron", m, budget, "priors", "1", "exact_abs_log_ratio") for m in MAIN]
+            if cells[-1] is not None:
+                rows.append([NETWORKS[network], str(budget), *(number(cell) for cell in cells)])
         full = records.of(
             network, "kron", DEFAULT, records.budgets(network)[0], "priors", "1", "reference_exact_abs_log_ratio"
         )
@@ -267,9 +271,9 @@ def exact(records: Records) -> str:
 def time_table(timing: Mapping[str, Any]) -> str:
     """Seconds of the steps of whole fits."""
     rows = []
-    for network, found in timing.items():
-        whole = found["all data"]["total"]
-        for fitted, shares in found.items():
+    for network, methods in timing.items():
+        whole = methods["all data"]["total"]
+        for fitted, shares in methods.items():
             cells = ", ".join(
                 f"{name} {100 * value / shares['total']:.0f} %" for name, value in shares.items() if name != "total"
             )
@@ -290,8 +294,8 @@ def figure(records: Records, prior: str, path: Path) -> None:
     for axis, network in zip(axes.flat, names, strict=False):
         for method, (colour, marker, line) in STYLES.items():
             budgets = records.budgets(network, "kron", method)
-            own = [records.of(network, "kron", method, b, "priors", prior, "abs_log_ratio") for b in budgets]
-            points = [(b, s["mean"], s["se"]) for b, s in zip(budgets, own, strict=True) if s and s["mean"] > 1e-6]
+            cells = [records.of(network, "kron", method, b, "priors", prior, "abs_log_ratio") for b in budgets]
+            points = [(b, s["mean"], s["se"]) for b, s in zip(budgets, cells, strict=True) if s and s["mean"] > 1e-6]
             if points:
                 x, y, error = (list(column) for column in zip(*points, strict=True))
                 axis.errorbar(x, y, error, color=colour, marker=marker, linestyle=line, markersize=4, capsize=2,
@@ -313,8 +317,8 @@ def figure(records: Records, prior: str, path: Path) -> None:
 
 def ratios(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """The curvature ratio, where there is one."""
-    own = statistics(records, "curvature_ratio")
-    return {} if own is None else {"curvature_ratio": {key: round(value, 4) for key, value in own.items()}}
+    cell = statistics(records, "curvature_ratio")
+    return {} if cell is None else {"curvature_ratio": {key: round(value, 4) for key, value in cell.items()}}
 
 
 def main() -> None:
@@ -323,24 +327,24 @@ def main() -> None:
     parser.add_argument("--docs", type=Path, default=Path("docs"))
     options = parser.parse_args()
     timing = {path.stem: rounded(read_json(path)) for path in sorted((options.results / "timing").glob("*.json"))}
-    found = load(options.results / "fidelity")
+    by_key = load(options.results / "fidelity")
     summary = [
-        {"network": key[0], "structure": key[1], "method": key[2], "budget": key[3], "seeds": len(own)}
+        {"network": key[0], "structure": key[1], "method": key[2], "budget": key[3], "seeds": len(records)}
         | {
-            f"{field}, prior {prior}": {k: float(f"{v:.4g}") for k, v in value.items() if k in ("mean", "se")}
+            f"{field}, prior {prior}": {k: float(f"{cell[k]:.4g}") for k in cell if k in ("mean", "se")}
             for prior in ("1", "tuned") for field in ("abs_log_ratio", "log_ratio")
-            if (value := statistics(own, "priors", prior, field)) is not None
+            for cell in [statistics(records, "priors", prior, field)] if cell is not None
         }
-        | ratios(own)
-        | {"records": [rounded({name: one[name] for name in SHOWN if name in one}) for one in own]}
-        for key, own in sorted(found.items())
+        | ratios(records)
+        | {"records": [rounded({name: one[name] for name in SHOWN if name in one}) for one in records]}
+        for key, records in sorted(by_key.items())
     ]  # fmt: skip
     target = options.docs / "records" / "fidelity.json"
     target.parent.mkdir(exist_ok=True)
     lines = ",\n".join(json.dumps(encode(entry), allow_nan=False) for entry in [*summary, {"timing": timing}])
     target.write_text(f"[\n{lines}\n]\n")
     fill(options.docs / "fidelity.md", parts(read_json(target)))
-    figure(Records(found), "1", options.docs / "fidelity.png")
+    figure(Records(by_key), "1", options.docs / "fidelity.png")
 
 
 #: Of a record, what tables are made of.
@@ -350,9 +354,9 @@ SHOWN = ("seed", "n_pool", "priors", "curvature_ratio")
 def rounded(value: Any) -> Any:
     """Five digits."""
     if isinstance(value, Mapping):
-        return {key: rounded(own) for key, own in value.items()}
+        return {key: rounded(entry) for key, entry in value.items()}
     if isinstance(value, list):
-        return [rounded(own) for own in value]
+        return [rounded(entry) for entry in value]
     return float(f"{value:.5g}") if isinstance(value, float) else value
 
 
@@ -360,7 +364,7 @@ def parts(record: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     """The generated parts of the document, from its record."""
     *entries, last = record
     records = Records({
-        (own["network"], own["structure"], own["method"], own["budget"]): own["records"] for own in entries
+        (entry["network"], entry["structure"], entry["method"], entry["budget"]): entry["records"] for entry in entries
     })  # fmt: skip
     tables = {
         "claims": claims(records),
@@ -374,7 +378,7 @@ def parts(record: Sequence[Mapping[str, Any]]) -> dict[str, str]:
         "diagonal": diagonal(records),
         "exact": exact(records),
     }
-    return {f"table {name}": own for name, own in tables.items() if own.count("\n") > 1}  # of what was measured
+    return {f"table {name}": entry for name, entry in tables.items() if entry.count("\n") > 1}  # of what was measured
 
 
 if __name__ == "__main__":

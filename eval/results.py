@@ -18,14 +18,16 @@ from typing import Any
 
 from documents import fill, markdown, save_small
 
-from debiased_laplace.evaluation import suite
-from debiased_laplace.evaluation.figures import pictures
+from debiased_laplace.evaluation import run
 from debiased_laplace.evaluation.methods import MAP, TEMPERATURE, TEMPERATURE_RULE, Options, methods_of
 from debiased_laplace.evaluation.records import read_json, write_json
-from debiased_laplace.evaluation.report import write_outputs
-from debiased_laplace.evaluation.statement import plus_minus, statement, unit, with_interval
-from debiased_laplace.evaluation.summary import by_role, summarise, verdict
-from debiased_laplace.evaluation.tables import tables
+from debiased_laplace.evaluation.report.figures import pictures
+from debiased_laplace.evaluation.report.numbers import plus_minus, unit, with_interval
+from debiased_laplace.evaluation.report.outputs import write_outputs
+from debiased_laplace.evaluation.report.statement import statement
+from debiased_laplace.evaluation.report.summary import summarise
+from debiased_laplace.evaluation.report.tables import tables
+from debiased_laplace.evaluation.report.verdicts import by_role, verdict
 from debiased_laplace.evaluation.tasks import Context, Task, resolve_device
 
 TASKS = (
@@ -44,7 +46,7 @@ def evaluate(name: str, options: argparse.Namespace) -> Summary:
         device=resolve_device(options.device),
     )  # fmt: skip
     n_seeds = options.seeds or (1 if options.quick else int(task.constant("SEEDS", 1)))
-    records = suite.run(
+    records = run(
         task, out, range(n_seeds), context, methods=methods_of(task, equal_seconds=True),
         options=Options(n_resamples=200 if options.quick else 1000, draws=options.draws or (1 if options.quick else 4)),
         n_processes=options.processes,
@@ -58,31 +60,31 @@ def evaluate(name: str, options: argparse.Namespace) -> Summary:
 # -- the document ----------------------------------------------------------------------------------
 
 
-def document(path: Path, found: Mapping[str, Summary]) -> None:
+def document(path: Path, summaries: Mapping[str, Summary]) -> None:
     """Write the record and the figures, and fill the marked parts of the document from the record."""
-    for name, summary in found.items():
+    for name, summary in summaries.items():
         picture = next(iter(pictures(summary)), None)
         if not summary["regression"] and picture is not None and summary["shifts"]:
             save_small(picture.png, path.parent / f"results-{name}.png")
     record = path.parent / "records" / "results.json"
     record.parent.mkdir(parents=True, exist_ok=True)
-    write_json(record, {name: compact(summary) for name, summary in found.items()})
+    write_json(record, {name: compact(summary) for name, summary in summaries.items()})
     fill(path, parts(read_json(record)))
 
 
-def parts(found: Mapping[str, Summary]) -> dict[str, str]:
+def parts(summaries: Mapping[str, Summary]) -> dict[str, str]:
     """The parts of the document, from its record alone."""
-    classifiers = {name: s for name, s in found.items() if not s["regression"]}
-    regressions = {name: s for name, s in found.items() if s["regression"]}
-    made = {"answers": answers(found)}
+    classifiers = {name: s for name, s in summaries.items() if not s["regression"]}
+    regressions = {name: s for name, s in summaries.items() if s["regression"]}
+    made = {"answers": answers(summaries)}
     if classifiers:
         made |= {"aims": aims(classifiers), "shift": shift(classifiers)}
     if regressions:
         made["uci"] = uci(regressions)
     for name, summary in classifiers.items():
         shown = [table for table in tables(summary) if table.title in titles(summary)]
-        foreign = [table for table in tables(summary, short=True) if table.title == "Foreign data"]
-        made[f"task {name}"] = "\n".join(table.markdown(3) for table in [*shown, *foreign])
+        ood = [table for table in tables(summary, short=True) if table.title == "Out-of-distribution data"]
+        made[f"task {name}"] = "\n".join(table.markdown(3) for table in [*shown, *ood])
     return made
 
 
@@ -102,7 +104,7 @@ LEFT_OUT = ("curves", "curve", "histograms", "most_uncertain", "coverage", "sett
 def compact(summary: Summary) -> Summary:
     """Everything that tables and sentences show, five digits; of shifted data the differences of the candidate."""
     candidate = by_role(summary, "candidate")
-    kept: Summary = rounded({key: own for key, own in summary.items() if key not in LEFT_OUT})
+    kept: Summary = rounded({key: entry for key, entry in summary.items() if key not in LEFT_OUT})
     for entry in (*kept["shifts"], *kept["ood"]):
         entry["differences"] = {
             second: {first: scores for first, scores in others.items() if first == candidate}
@@ -114,21 +116,21 @@ def compact(summary: Summary) -> Summary:
 def rounded(value: Any) -> Any:
     """The same with five digits, without what is left out."""
     if isinstance(value, Mapping):
-        return {key: rounded(own) for key, own in value.items() if key not in LEFT_OUT}
+        return {key: rounded(entry) for key, entry in value.items() if key not in LEFT_OUT}
     if isinstance(value, (list, tuple)):
-        return [rounded(own) for own in value]
+        return [rounded(entry) for entry in value]
     return float(f"{value:.5g}") if isinstance(value, float) else value
 
 
-def answers(found: Mapping[str, Summary]) -> str:
+def answers(summaries: Mapping[str, Summary]) -> str:
     """The sentence of every report."""
-    return "\n".join(f"* **{name}**: {statement(summary)['answer']}" for name, summary in found.items())
+    return "\n".join(f"* **{name}**: {statement(summary)['answer']}" for name, summary in summaries.items())
 
 
-def aims(found: Mapping[str, Summary]) -> str:
+def aims(summaries: Mapping[str, Summary]) -> str:
     """Every posterior against temperature scaling by both rules, a single batch and all data."""
     rows = []
-    for name, summary in found.items():
+    for name, summary in summaries.items():
         for method in [m for m in summary["test"]["scores"] if m not in POINTS]:
             cells = [name, method]
             for second in (*POINTS, by_role(summary, "baseline"), by_role(summary, "reference")):
@@ -143,15 +145,15 @@ def _mark(score: str, cell: list[float]) -> str:
     return {"better": " ✓", "worse": " ✗"}.get(verdict(score, cell), "")
 
 
-def shift(found: Mapping[str, Summary]) -> str:
+def shift(summaries: Mapping[str, Summary]) -> str:
     """Mean NLL over the strong shifts, one comparison for each task: images are drawn jointly over all of them."""
     rows = []
-    for name, summary in found.items():
+    for name, summary in summaries.items():
         strong = summary["strong_shift"]
         if strong is None:
             continue
-        for method, own in strong["scores"].items():
-            cells = [name, method, plus_minus(own["nll"], 3)]
+        for method, scores in strong["scores"].items():
+            cells = [name, method, plus_minus(scores["nll"], 3)]
             for second in (TEMPERATURE, TEMPERATURE_RULE, by_role(summary, "baseline")):
                 cell = strong["differences"].get(second, {}).get(method, {}).get("nll")
                 cells.append("" if cell is None else f"{with_interval(cell, 3)}{_mark('nll', cell)}")
@@ -160,21 +162,21 @@ def shift(found: Mapping[str, Summary]) -> str:
     return markdown([*columns, "intervals over"], rows)
 
 
-def uci(found: Mapping[str, Summary]) -> str:
+def uci(summaries: Mapping[str, Summary]) -> str:
     """NLL, RMSE, CRPS and coverage of the regressions."""
     rows = []
-    for name, summary in found.items():
-        for method, own in summary["test"]["scores"].items():
+    for name, summary in summaries.items():
+        for method, scores in summary["test"]["scores"].items():
             cell = summary["test"]["differences"].get(MAP, {}).get(method, {}).get("nll")
             rows.append(
                 [
-                    name.removeprefix("uci-"), method, plus_minus(own["rmse"], 3), plus_minus(own["nll"], 3),
-                    plus_minus(own["crps"], 3), plus_minus(own["coverage_95"], 1, scale=100),
+                    name.removeprefix("uci-"), method, plus_minus(scores["rmse"], 3), plus_minus(scores["nll"], 3),
+                    plus_minus(scores["crps"], 3), plus_minus(scores["coverage_95"], 1, scale=100),
                     "" if cell is None else f"{with_interval(cell, 3)}{_mark('nll', cell)}",
                 ]
             )  # fmt: skip
     columns = ["set", "method", "RMSE", "NLL", "CRPS", "95 % interval holds %", f"NLL minus {MAP}"]
-    over = {unit(summary, summary["test"]["n"]) for summary in found.values()}
+    over = {unit(summary, summary["test"]["n"]) for summary in summaries.values()}
     return markdown(columns, rows) + f"\n\nIntervals over {'; '.join(sorted(over))}."
 
 
@@ -192,9 +194,9 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="one seed and little of everything")
     parser.add_argument("--no-document", action="store_true", help="records and pages only")
     options = parser.parse_args()
-    found = {name: evaluate(name, options) for name in options.tasks}
+    summaries = {name: evaluate(name, options) for name in options.tasks}
     if not options.no_document:
-        document(options.docs / "results.md", found)
+        document(options.docs / "results.md", summaries)
 
 
 if __name__ == "__main__":

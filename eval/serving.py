@@ -2,7 +2,7 @@
 
     python eval/serving.py [--seconds 3] [--rounds 5] [--out docs/records/serving.json]
 
-Threads of Python call one posterior, each with inputs of its own; torch has one thread in each. Reported are
+Threads of Python call one posterior, each with different inputs; torch has one thread in each. Reported are
 predictions in a second, over those of one thread in the same round (median over rounds, smallest and largest), and the
 median time of a prediction over that of the network's forward pass for the same inputs. The numbers are checked: all
 predictions of all threads must be those that one thread makes.
@@ -54,8 +54,8 @@ def throughput(
     def work(index: int) -> None:
         start.wait()
         while not stop.is_set():
-            own = (index + counts[index]) % len(inputs)
-            assert torch.equal(predict(inputs[own]), expected[own]), "a thread predicts something else"
+            place = (index + counts[index]) % len(inputs)
+            assert torch.equal(predict(inputs[place]), expected[place]), "a thread predicts something else"
             counts[index] += 1
 
     threads = [threading.Thread(target=work, args=(index,)) for index in range(n_threads)]
@@ -97,9 +97,9 @@ def measure(name: str, kind: str, size: int, rounds: int, seconds: float) -> dic
     latency = seconds_for(lambda: predict(inputs[0]), 15) / forward
     record: dict[str, Any] = {"network": name, "kind": kind, "inputs": size, "latency": latency}
     expected = [predict(x) for x in inputs]
-    found = [[throughput(predict, inputs, expected, n, seconds) for n in N_THREADS] for _ in range(rounds)]
+    throughputs = [[throughput(predict, inputs, expected, n, seconds) for n in N_THREADS] for _ in range(rounds)]
     for index, n in enumerate(N_THREADS[1:], 1):
-        ratios = sorted(own[index] / own[0] for own in found)
+        ratios = sorted(one_round[index] / one_round[0] for one_round in throughputs)
         record[f"{n} threads"] = [median(ratios), ratios[0], ratios[-1]]
     return record
 
@@ -108,9 +108,11 @@ def table(records: list[dict[str, Any]]) -> str:
     """As it stands in docs/benchmarks.md."""
     lines = ["| network | prediction | inputs | time, in forward passes of them | two threads | four threads |"]
     lines.append("|---|---|---|---|---|---|")
-    for own in records:
-        two, four = (f"{m:.2f} ({low:.2f} to {high:.2f})" for m, low, high in (own["2 threads"], own["4 threads"]))
-        lines.append(f"| {own['network']} | {own['kind']} | {own['inputs']} | {own['latency']:.1f} | {two} | {four} |")
+    for record in records:
+        threads = record["2 threads"], record["4 threads"]
+        cells = [record["network"], record["kind"], record["inputs"], f"{record['latency']:.1f}"]
+        cells += [f"{middle:.2f} ({low:.2f} to {high:.2f})" for middle, low, high in threads]
+        lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines)
 
 

@@ -9,37 +9,36 @@
 
 Every part writes a JSON record and a figure into ``--out``; ``--document`` fills ``docs/steps.md`` from them, and
 ``--all`` does everything that is in it. Two batches always share the number of data that one batch has. The noisy
-quadratic is that of ViViT (arXiv 2106.02624, figure 3); conjugate gradients are those of figure 5 of arXiv 2410.14325,
-whose network and data are larger.
+quadratic is in ``steps_quadratic.py``, the tables are in ``steps_document.py``; conjugate gradients are those of figure
+5 of arXiv 2410.14325, whose network and data are larger. The experiments on networks stay in one file: they share
+batches, evaluation and options.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
-import json
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
 import torch
 import torch.nn.functional as F
-from documents import fill, markdown, save_small
-from fidelity import PROBLEMS, Problem, write
+from documents import save_run
+from fidelity import PROBLEMS, Problem
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from steps_document import document
+from steps_quadratic import noisy_quadratic
 from torch import Tensor, nn
 
 from debiased_laplace.evaluation import Context, Task
-from debiased_laplace.evaluation.figures import STYLES
-from debiased_laplace.evaluation.records import write_json
+from debiased_laplace.evaluation.report.drawing import STYLES
 from debiased_laplace.quadratic.optim import (
     DebiasedNewtonCG,
     conjugate_gradients,
@@ -48,7 +47,6 @@ from debiased_laplace.quadratic.optim import (
     second_batch_damped_step,
 )
 from debiased_laplace.quadratic.quadratic import Quadratic
-from debiased_laplace.quadratic.spectrum import DirectionalDerivatives
 
 Batch = tuple[Tensor, Tensor]
 Numbers = dict[str, float]
@@ -57,11 +55,11 @@ Numbers = dict[str, float]
 # -- networks and data -------------------------------------------------------------------------------
 
 
-def of_task(name: str) -> Callable[[Path, Path | None], Problem]:
-    """The network and the data of a shipped task."""
+def of_task(source: str | Path) -> Callable[[Path, Path | None], Problem]:
+    """The network and the data of a task file or a shipped task."""
 
     def load(cache: Path, folder: Path | None) -> Problem:
-        task, context = Task.load(name), Context(data_dir=folder, cache=cache)
+        task, context = Task.load(source), Context(data_dir=folder, cache=cache)
         train, validation, test = (
             tuple(torch.cat(parts) for parts in zip(*task.call(f"{part}_loader", context), strict=True))
             for part in ("train", "val", "test")
@@ -72,147 +70,11 @@ def of_task(name: str) -> Callable[[Path, Path | None], Problem]:
 
 
 #: Those of the fidelity experiment, and networks that were trained to the end.
-NETWORKS = {**PROBLEMS, "lenet-trained": of_task("fashion-mnist"), "all-cnn-c": of_task("cifar10-all-cnn-c")}
-
-
-# -- a noisy quadratic -----------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class NoisyQuadratic:
-    r"""Half of :math:`\theta^\top G \theta` with G_ii = i^2, seen along the axes through noise of constant variance.
-
-    Slopes of a datum are normal, curvatures are gamma distributed, so that they are positive; both are unbiased. The
-    noise, the number of data and that of steps are not in the paper's text; they are those of its published experiment.
-    """
-
-    dimensions: int = 20
-    start: float = 100.0
-    n_data: int = 128
-    n_steps: int = 20
-    slope_variance: float = 5000.0
-    curvature_variance: float = 50.0
-
-    @property
-    def curvatures(self) -> Tensor:
-        """The diagonal of G."""
-        return torch.arange(1, self.dimensions + 1).double().square()
-
-    def loss(self, points: Tensor) -> Tensor:
-        """Without noise, ``[..., D] -> [...]``."""
-        return 0.5 * (points.square() * self.curvatures).sum(-1)
-
-    def observe(self, point: Tensor, n: int, generator: np.random.Generator) -> DirectionalDerivatives:
-        """Slopes and curvatures of n data."""
-        mean = self.curvatures.numpy()
-        slopes = generator.normal((self.curvatures * point).numpy(), self.slope_variance**0.5, (n, self.dimensions))
-        gamma = generator.gamma(mean**2 / self.curvature_variance, self.curvature_variance / mean, (n, len(mean)))
-        weights = torch.full((n,), 1 / n, dtype=torch.float64)
-        return DirectionalDerivatives(torch.from_numpy(slopes), torch.from_numpy(gamma), weights)
-
-
-GRID = torch.logspace(-4, 2, 200).double()
-Step = Callable[[DirectionalDerivatives, DirectionalDerivatives, DirectionalDerivatives, int], tuple[Tensor, Tensor]]
-
-
-def quadratic_methods() -> dict[str, Step]:
-    """From all the data, and their two halves, to a step and its dampings."""
-
-    def damped(step: Any) -> tuple[Tensor, Tensor]:
-        return step.coefficients, step.dampings
-
-    def bootstrap(every: DirectionalDerivatives, _a: Any, _b: Any, seed: int) -> tuple[Tensor, Tensor]:
-        return damped(directionally_damped_step(every, grid=GRID, n_resamples=100, level=0.05, generator=seed))
-
-    methods: dict[str, Step] = {
-        "SGD": lambda every, _a, _b, _: (-1e-3 * every.slope, torch.full_like(every.slope, torch.nan)),
-        "bootstrap": bootstrap,
-        "second batch": lambda _, a, b, __: damped(second_batch_damped_step(a, b, grid=GRID)),
-    }
-    for exponent in range(-4, 3):
-        methods[f"constant 1e{exponent}"] = lambda every, _a, _b, _, e=exponent: damped(damped_step(every, 10.0**e))  # type: ignore[misc]
-    return methods
-
-
-def noisy_quadratic(options: argparse.Namespace) -> None:
-    problem, methods = NoisyQuadratic(), quadratic_methods()
-    losses = {name: np.zeros((options.runs, problem.n_steps + 1)) for name in methods}
-    distances = {name: np.zeros(options.runs) for name in methods}
-    relative: dict[str, list[list[float]]] = {name: [] for name in ("bootstrap", "second batch")}
-    for name, method in methods.items():
-        for run in range(options.runs):
-            generator = np.random.default_rng(run)  # the same noise for all methods
-            point = torch.full((problem.dimensions,), problem.start, dtype=torch.float64)
-            for step in range(problem.n_steps):
-                losses[name][run, step] = float(problem.loss(point))
-                every = problem.observe(point, problem.n_data, generator)
-                move, dampings = method(every, *parts(every), 1000 * run + step)
-                if run == 0 and name in relative:
-                    relative[name].append((dampings / problem.curvatures).tolist())
-                point = point + move
-            losses[name][run, -1] = float(problem.loss(point))
-            distances[name][run] = float(point.norm())
-    quantiles = {
-        name: dict(zip(("min", "q25", "median", "q75", "max"),
-                       np.quantile(own, (0, 0.25, 0.5, 0.75, 1)).tolist(), strict=True))
-        for name, own in distances.items()
-    }  # fmt: skip
-    record = {
-        "problem": asdict(problem), "runs": options.runs, "grid": "logspace(-4, 2, 200)", "resamples": 100,
-        "level": 0.05, "sgd_learning_rate": 1e-3, "final_distance": quantiles,
-        "final_loss": {name: {"mean": float(own[:, -1].mean()), "median": float(np.median(own[:, -1]))}
-                       for name, own in losses.items()},
-        "all_final_distances": {name: own.tolist() for name, own in distances.items()},
-        "median_loss": {name: np.median(own, 0).tolist() for name, own in losses.items()},
-        "relative_dampings_of_the_first_run": {
-            name: [[x if math.isfinite(x) else None for x in row] for row in own] for name, own in relative.items()
-        },
-        "smallest_median_final_distance": min(quantiles, key=lambda name: quantiles[name]["median"]),
-    }  # fmt: skip
-    save(options.out, "noisy-quadratic", record, draw_quadratic(losses, distances, relative["bootstrap"]))
-    for name, own in sorted(quantiles.items(), key=lambda item: item[1]["median"]):
-        print(f"{name:>15}  final distance: median {own['median']:9.3f}  quartiles {own['q25']:9.3f} {own['q75']:9.3f}"
-              f"  max {own['max']:11.3f}   mean loss {record['final_loss'][name]['mean']:.3g}")  # type: ignore[index] # fmt: skip
-
-
-def parts(every: DirectionalDerivatives) -> tuple[DirectionalDerivatives, DirectionalDerivatives]:
-    """The two halves of the data, each with weights of its own."""
-    n = len(every.slopes) // 2
-    halves = []
-    for part in (slice(0, n), slice(n, None)):
-        slopes, curvatures = every.slopes[part], every.curvatures[part]
-        halves.append(DirectionalDerivatives(slopes, curvatures, torch.full((len(slopes),), 1 / len(slopes)).double()))
-    return halves[0], halves[1]
-
-
-def draw_quadratic(losses: dict[str, np.ndarray], distances: dict[str, np.ndarray], relative: Any) -> Figure:
-    figure = Figure((13, 4), layout="constrained")
-    left, middle, right = figure.subplots(1, 3)
-    for (name, own), (color, _, dashes) in zip(losses.items(), STYLES, strict=False):
-        low, median, high = np.quantile(own, (0.25, 0.5, 0.75), axis=0)
-        left.plot(median, color=color, linestyle=dashes, label=name, linewidth=2.2 if "1e" not in name else 1.1)
-        if "1e" not in name:
-            left.fill_between(range(len(median)), low, high, color=color, alpha=0.15, linewidth=0)
-    left.set(yscale="log", xlabel="step", ylabel="loss: median, quartiles")
-    left.legend(fontsize=7, ncols=2)
-    box = middle.boxplot(list(distances.values()), whis=(0, 100), tick_labels=list(distances), patch_artist=True)
-    for patch, median, (color, *_) in zip(box["boxes"], box["medians"], STYLES, strict=False):
-        patch.set(facecolor=color, alpha=0.4)
-        median.set(color="black")
-    middle.set(yscale="log", ylabel="final distance to the minimum")
-    middle.tick_params("x", rotation=75)
-    table = np.array(relative)
-    table[~np.isfinite(table)] = 1e3  # no step at all, drawn at the top
-    shades = matplotlib.colormaps["cividis_r"](np.linspace(0.1, 1, table.shape[1]))
-    for k in range(table.shape[1]):
-        right.plot(table[:, k], color=shades[k], linewidth=1)
-    right.set(
-        yscale="log",
-        xlabel="step",
-        ylabel="damping over true curvature",
-        title="bootstrap; dark: more curved; top: no step",
-    )
-    return figure
+NETWORKS = {
+    **PROBLEMS,
+    "lenet-trained": of_task("fashion-mnist"),
+    "all-cnn-c": of_task(Path(__file__).with_name("all_cnn_c.py")),
+}
 
 
 # -- conjugate gradients on a trained network --------------------------------------------------------
@@ -239,14 +101,14 @@ def scores(model: nn.Module, data: Batch) -> tuple[float, float]:
 def along(model: nn.Module, points: Tensor, sets: dict[str, Batch]) -> dict[str, dict[str, list[float]]]:
     """Loss and accuracy at every point ``[K, D]`` on every set."""
     moved = copy.deepcopy(model).eval()
-    found: dict[str, dict[str, list[float]]] = {name: {"loss": [], "accuracy": []} for name in sets}
+    curves: dict[str, dict[str, list[float]]] = {name: {"loss": [], "accuracy": []} for name in sets}
     for point in points:
         nn.utils.vector_to_parameters(point.float(), moved.parameters())
         for name, data in sets.items():
             loss, accuracy = scores(moved, data)
-            found[name]["loss"].append(loss)
-            found[name]["accuracy"].append(accuracy)
-    return found
+            curves[name]["loss"].append(loss)
+            curves[name]["accuracy"].append(accuracy)
+    return curves
 
 
 def some(data: Any, n: int) -> Batch:
@@ -258,12 +120,12 @@ def some(data: Any, n: int) -> Batch:
 def figure5(options: argparse.Namespace) -> None:
     problem = NETWORKS[options.network](options.cache, options.data_dir)
     held = (torch.cat(parts) for parts in zip(problem.validation, problem.test, strict=True))  # nothing is tuned
-    sets = {name: some(own, options.evaluate) for name, own in {"train": problem.pool, "test": tuple(held)}.items()}
+    sets = {name: some(part, options.evaluate) for name, part in {"train": problem.pool, "test": tuple(held)}.items()}
     runs: dict[str, list[Any]] = {"single": [], "debiased": []}
     for whole, first, second in batches(problem, options.batch, options.draws):
         for name, used in (("single", (whole,)), ("debiased", (first, second))):
             start = time.perf_counter()
-            quadratics = [Quadratic(problem.model, own, "classification", l2=options.l2) for own in used]
+            quadratics = [Quadratic(problem.model, part, "classification", l2=options.l2) for part in used]
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", RuntimeWarning)  # the reason is in the record
                 result = conjugate_gradients(
@@ -275,29 +137,29 @@ def figure5(options: argparse.Namespace) -> None:
                 run | {"stopped": result.stopped.value, "seconds": seconds, "step_sizes": result.step_sizes.tolist(),
                        "first_step_sizes": result.first_step_sizes.tolist()}
             )  # fmt: skip
-    summary = {name: summarise(own) for name, own in runs.items()}
+    summary = {name: summarise(of_method) for name, of_method in runs.items()}
     record = {
         "network": options.network, "batch": options.batch, "damping": options.damping, "l2": options.l2,
         "iterations": options.iterations, "n_train": len(sets["train"][0]), "n_test": len(sets["test"][0]),
         "summary": summary, "runs": runs,
     }  # fmt: skip
-    save(options.out, f"figure5-{options.network}-{options.batch}", record, draw_figure5(runs, options))
-    for name, own in summary.items():
-        print(f"{name:>9}: " + "; ".join(f"{key} {format_numbers(value)}" for key, value in own.items()))
+    save_run(options.out, f"figure5-{options.network}-{options.batch}", record, draw_figure5(runs, options))
+    for name, numbers in summary.items():
+        print(f"{name:>9}: " + "; ".join(f"{key} {format_numbers(value)}" for key, value in numbers.items()))
 
 
 def summarise(runs: list[Any]) -> dict[str, Any]:
     """At the start, at the best iteration and at the end, one number for each draw."""
-    found: dict[str, Any] = {}
+    summary: dict[str, Any] = {}
     for part in ("train", "test"):
         losses = [run[part]["loss"] for run in runs]
-        found |= {
+        summary |= {
             f"{part} loss at the start": losses[0][0],
-            f"{part} loss, best": [min(own) for own in losses],
-            f"{part} loss, last": [own[-1] for own in losses],
+            f"{part} loss, best": [min(path) for path in losses],
+            f"{part} loss, last": [path[-1] for path in losses],
             f"{part} accuracy, last": [run[part]["accuracy"][-1] for run in runs],
         }
-    return found | {"stopped after": [len(run["train"]["loss"]) - 1 for run in runs]}
+    return summary | {"stopped after": [len(run["train"]["loss"]) - 1 for run in runs]}
 
 
 def format_numbers(value: Any) -> str:
@@ -336,42 +198,42 @@ def directional(options: argparse.Namespace) -> None:
     problem = NETWORKS[options.network](options.cache, options.data_dir)
     everything = Quadratic(problem.model, problem.pool, "classification", l2=options.l2, chunk_size=1000)
     start = along(problem.model, everything.center[None], {"test": problem.test})["test"]["loss"][0]
-    found: dict[str, list[Numbers]] = {}
+    runs_by_method: dict[str, list[Numbers]] = {}
     for draw, (whole, first, second) in enumerate(batches(problem, options.batch, options.draws)):
-        one, a, b = (Quadratic(problem.model, own, "classification", l2=options.l2) for own in (whole, first, second))
-        rows, own_rows = one.eigenpairs(options.directions)[1], a.eigenpairs(options.directions)[1]
-        every, seen, other = one.per_datum(rows), a.per_datum(own_rows), b.per_datum(own_rows)
+        one, a, b = (Quadratic(problem.model, part, "classification", l2=options.l2) for part in (whole, first, second))
+        rows, half_rows = one.eigenpairs(options.directions)[1], a.eigenpairs(options.directions)[1]
+        every, seen, other = one.per_datum(rows), a.per_datum(half_rows), b.per_datum(half_rows)
         steps = {
             "one batch, no damping": damped_step(every).lift(rows),
             "one batch, bootstrap": directionally_damped_step(every, generator=draw).lift(rows),
-            "half, damped by the second": second_batch_damped_step(seen, other).lift(own_rows),
-            "directions of half, Newton of the second": damped_step(other).lift(own_rows),
+            "half, damped by the second": second_batch_damped_step(seen, other).lift(half_rows),
+            "directions of half, Newton of the second": damped_step(other).lift(half_rows),
         }
         for name, step in steps.items():
             point = everything.center + step
             test, accuracy = (along(problem.model, point[None], {"test": problem.test})["test"][k][0]
                               for k in ("loss", "accuracy"))  # fmt: skip
-            found.setdefault(name, []).append(
+            runs_by_method.setdefault(name, []).append(
                 {"quadratic": float(everything.value(point)) - everything.loss,
                  "train": float(everything.true_loss(point)) - everything.loss, "test loss": test,
                  "test accuracy": accuracy, "length": float(step.norm())}
             )  # fmt: skip
     record = {
         "network": options.network, "batch": options.batch, "directions": options.directions, "l2": options.l2,
-        "train loss at the start": everything.loss, "test loss at the start": start, "steps": found,
+        "train loss at the start": everything.loss, "test loss at the start": start, "steps": runs_by_method,
     }  # fmt: skip
     figure = Figure((8, 4), layout="constrained")
     axes = figure.add_subplot()
-    for index, ((name, own), (color, marker, _)) in enumerate(zip(found.items(), STYLES[1:], strict=False)):
-        axes.plot([run["train"] for run in own], [index] * len(own), marker, color=color, label=name)
+    for index, ((name, runs), (color, marker, _)) in enumerate(zip(runs_by_method.items(), STYLES[1:], strict=False)):
+        axes.plot([run["train"] for run in runs], [index] * len(runs), marker, color=color, label=name)
     axes.axvline(0, color="0.6", linewidth=1)
     axes.set_xscale("symlog", linthresh=max(everything.loss, 1e-8))
-    axes.set_yticks(range(len(found)), list(found))
+    axes.set_yticks(range(len(runs_by_method)), list(runs_by_method))
     axes.set(xlabel="change of the training loss", title=f"One step along {options.directions} eigenvectors")
-    save(options.out, f"directional-{options.network}-{options.batch}", record, figure)
+    save_run(options.out, f"directional-{options.network}-{options.batch}", record, figure)
     print(f"train loss at the start {everything.loss:.4g}, test {start:.4g}")
-    for name, own in found.items():
-        print(f"{name:>42}: " + "; ".join(f"{key} {format_numbers([x[key] for x in own])}" for key in own[0]))
+    for name, runs in runs_by_method.items():
+        print(f"{name:>42}: " + "; ".join(f"{key} {format_numbers([x[key] for x in runs])}" for key in runs[0]))
 
 
 # -- training ----------------------------------------------------------------------------------------
@@ -392,8 +254,8 @@ def trainers(l2: float, n_steps: int) -> dict[str, Trainer]:
         common: dict[str, Any] = {"n_steps": n_steps, "debiased": debiased, "l2": l2}
         return Trainer(lambda m, **setting: DebiasedNewtonCG(m, "classification", **setting, **common), settings, 256)
 
-    def rates(*found: float) -> tuple[Numbers, ...]:
-        return tuple({"lr": lr} for lr in found)
+    def rates(*values: float) -> tuple[Numbers, ...]:
+        return tuple({"lr": lr} for lr in values)
 
     return {
         "SGD": Trainer(
@@ -475,13 +337,13 @@ def training(options: argparse.Namespace) -> None:
         raise SystemExit("Expected --seconds, or equal samples as well, whose debiased method says how many.")
     for budget in options.budgets:
         if budget == "seconds" and seconds is None:  # what the debiased method took at equal samples
-            own = record["budgets"]["samples"]["Newton-CG, debiased"]["curves"]
-            seconds = float(np.median([curve[-1]["seconds"] for curve in own]))
+            curves = record["budgets"]["samples"]["Newton-CG, debiased"]["curves"]
+            seconds = float(np.median([curve[-1]["seconds"] for curve in curves]))
         limits = (samples, math.inf) if budget == "samples" else (math.inf, float(seconds))
-        found: dict[str, Any] = {}
+        of_methods: dict[str, Any] = {}
         for name, trainer in methods.items():
             tuned = []
-            for setting in trainer.settings:  # on seeds of their own
+            for setting in trainer.settings:  # on other seeds
                 ends = [
                     train(fresh(problem, seed), trainer, setting, problem, seed, *limits)[-1]
                     for seed in range(100, 100 + options.tuning_seeds)
@@ -491,25 +353,25 @@ def training(options: argparse.Namespace) -> None:
             best = trainer.settings[int(np.argmin(tuned))]
             curves = [train(fresh(problem, seed), trainer, best, problem, seed, *limits)
                       for seed in range(options.draws)]  # fmt: skip
-            found[name] = {
+            of_methods[name] = {
                 "setting": best, "batch": trainer.batch, "curves": curves,
                 "tuning": [dict(setting, worst=worst) for setting, worst in zip(trainer.settings, tuned, strict=True)],
             }  # fmt: skip
             last = {key: [curve[-1][key] for curve in curves] for key in curves[0][-1]}
             print(f"equal {budget}: {name:>21} ({best}): "
                   + "; ".join(f"{key} {format_numbers(value)}" for key, value in last.items()))  # fmt: skip
-        record["budgets"][budget] = found
+        record["budgets"][budget] = of_methods
     name = "-".join(["training", options.network, *(options.budgets if len(options.budgets) == 1 else ())])
-    save(options.out, name, record, draw_training(record))
+    save_run(options.out, name, record, draw_training(record))
 
 
 def draw_training(record: dict[str, Any]) -> Figure:
     figure = Figure((10, 7), layout="constrained")
     panels = figure.subplots(2, len(record["budgets"]), squeeze=False)
     for column, (budget, methods) in enumerate(record["budgets"].items()):
-        for (name, found), (color, _, dashes) in zip(methods.items(), STYLES, strict=False):
+        for (name, method), (color, _, dashes) in zip(methods.items(), STYLES, strict=False):
             for row, key in enumerate(("train loss", "test loss")):
-                for index, curve in enumerate(found["curves"]):
+                for index, curve in enumerate(method["curves"]):
                     panels[row, column].plot(
                         [p[budget] for p in curve], [p[key] for p in curve], color=color, linestyle=dashes,
                         label=name if index == 0 else None,
@@ -521,119 +383,7 @@ def draw_training(record: dict[str, Any]) -> Figure:
     return figure
 
 
-def save(folder: Path, name: str, record: dict[str, Any], figure: Figure) -> None:
-    finite = json.loads(json.dumps(record), parse_constant=lambda _: None)  # a training may diverge
-    write_json(folder / f"{name}.json", finite)
-    write(folder / f"{name}.png", lambda path: FigureCanvasAgg(figure).print_png(path))
-
-
-# -- the document ------------------------------------------------------------------------------------
-
-
-def spread(values: list[float]) -> str:
-    """Median and range."""
-    return f"{np.median(values):.3g} ({min(values):.3g} to {max(values):.3g})"
-
-
-def mean(values: list[float | None], digits: int = 3) -> str:
-    """Mean and standard error, and every value where one is missing, of a training that diverged."""
-    if None in values:
-        return ", ".join("diverged" if value is None else f"{value:.{digits}f}" for value in values)
-    own = np.array(values, dtype=float)
-    return f"{own.mean():.{digits}f} ± {own.std(ddof=1) / len(own) ** 0.5:.{digits}f}"
-
-
-def figure5_table(records: list[Any]) -> str:
-    rows = []
-    for own in sorted(records, key=lambda r: (r["network"], r["batch"])):
-        for part in ("train", "test"):
-            one, two = (own["summary"][name] for name in ("single", "debiased"))
-            rows.append([
-                own["network"], f"{own['batch']:,} / 2 x {own['batch'] // 2:,}", part,
-                f"{one[f'{part} loss at the start']:.3f}",
-                spread(one[f"{part} loss, last"]), spread(two[f"{part} loss, last"]), spread(one[f"{part} loss, best"]),
-                spread(two[f"{part} loss, best"]), str(len(one[f"{part} loss, last"])),
-            ])  # fmt: skip
-    columns = [
-        "network",
-        "data",
-        "loss",
-        "start",
-        "one batch, end",
-        "debiased, end",
-        "one batch, best",
-        "debiased, best",
-    ]
-    return markdown([*columns, "draws"], rows)
-
-
-def quadratic_table(record: Any) -> str:
-    found = sorted(record["final_distance"].items(), key=lambda item: item[1]["median"])
-    return markdown(
-        ["step", "median", "quartiles", "largest"],
-        (
-            [name, f"{own['median']:.2f}", f"{own['q25']:.2f}, {own['q75']:.2f}", f"{own['max']:.2f}"]
-            for name, own in found
-        ),
-    )
-
-
-def directional_table(records: list[Any]) -> str:
-    rows = [
-        [own["network"], f"{own['batch']:,}", name, f"{own['train loss at the start']:.3f}",
-         *(spread([run[key] for run in runs]) for key in ("quadratic", "train"))]
-        for own in sorted(records, key=lambda r: (r["network"], r["batch"])) for name, runs in own["steps"].items()
-    ]  # fmt: skip
-    return markdown(["network", "data", "step", "training loss", "change of its quadratic", "change of it"], rows)
-
-
-def training_table(records: list[Any]) -> str:
-    rows = []
-    for own in sorted(records, key=lambda r: r["network"]):
-        for budget, methods in own["budgets"].items():
-            for name, about in methods.items():
-                last = about["curves"]  # of which a record has the ends
-                setting = ", ".join(f"{key} {value:g}" for key, value in about["setting"].items())
-                rows.append([
-                    own["network"], budget, name, setting, f"{np.mean([x['samples'] for x in last]):,.0f}",
-                    f"{np.mean([x['seconds'] for x in last]):.1f}", mean([x["train loss"] for x in last], 4),
-                    mean([x["test loss"] for x in last]), mean([100 * x["test accuracy"] for x in last], 1),
-                ])  # fmt: skip
-    columns = ["network", "equal", "method", "tuned", "samples", "CPU s", "train loss", "test loss", "test accuracy %"]
-    return markdown(columns, rows)
-
-
-def document(options: argparse.Namespace) -> None:
-    """Keep the numbers of all records that are there, fill the tables from them, and copy the figures."""
-    found: dict[str, list[Any]] = {}
-    for path in sorted(options.out.glob("*.json")):
-        found.setdefault(path.stem.split("-")[0], []).append(compact(json.loads(path.read_text())))
-    write_json(options.docs / "records" / "steps.json", found)
-    fill(options.docs / "steps.md", parts_of(found))
-    for name in SHOWN:
-        if (options.out / f"{name}.png").exists():
-            save_small((options.out / f"{name}.png").read_bytes(), options.docs / f"steps-{name}.png")
-
-
-def parts_of(found: Mapping[str, list[Any]]) -> dict[str, str]:
-    """The generated parts of the document, from its record."""
-    makers = {"figure5": figure5_table, "directional": directional_table, "training": training_table}
-    made = {name: make(found[name]) for name, make in makers.items() if name in found}
-    return made | ({"noisy quadratic": quadratic_table(found["noisy"][0])} if "noisy" in found else {})
-
-
-def compact(record: Any) -> Any:
-    """Without what only single runs have; of a training its end, of other curves six digits."""
-    if isinstance(record, dict):
-        left_out = {"step_sizes", "first_step_sizes", "all_final_distances", "relative_dampings_of_the_first_run"}
-        kept = {key: own for key, own in record.items() if key not in left_out}
-        return {key: [curve[-1] for curve in own] if key == "curves" else compact(own) for key, own in kept.items()}
-    if isinstance(record, list):
-        return [compact(own) for own in record]
-    return float(f"{record:.6g}") if isinstance(record, float) else record
-
-
-#: What the document is made of, and the figures it shows.
+#: What the document is made of.
 RUNS = (
     "--noisy-quadratic",
     "--figure5 --network digits-cnn --batch 128",
@@ -645,7 +395,6 @@ RUNS = (
     "--training --network lenet --draws 3 --epochs 5 --tuning-seeds 1 --budgets samples",
     "--training --network lenet --draws 3 --seconds 15 --budgets seconds",
 )
-SHOWN = ("figure5-lenet-trained-1024", "noisy-quadratic", "training-digits-cnn", "training-lenet-seconds")
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -19,10 +19,10 @@ from pathlib import Path
 import numpy as np
 from documents import fill, markdown
 
-from debiased_laplace.evaluation import bootstrap, metrics
-from debiased_laplace.evaluation.judge import cell
-from debiased_laplace.evaluation.replicates import Replicates
-from debiased_laplace.evaluation.summary import verdict
+from debiased_laplace.evaluation.report.verdicts import verdict
+from debiased_laplace.evaluation.scores import bootstrap, detection, weighted
+from debiased_laplace.evaluation.scores.cells import cell
+from debiased_laplace.evaluation.scores.replicates import Replicates
 
 Scores = dict[str, Replicates]
 Draw = Callable[[int, np.random.Generator, list[np.ndarray]], tuple[Scores, Scores]]
@@ -37,24 +37,24 @@ def softmax(logits: np.ndarray) -> np.ndarray:
 
 
 def classifiers(sharpness: float, classes: int = 4, noise: float = 0.5) -> Draw:
-    """Two classifiers that see the true logits with noise, on test data and on foreign data with smaller logits."""
+    """Two classifiers that see the true logits with noise; out-of-distribution data have smaller logits."""
 
     def draw(n: int, random: np.random.Generator, weights: list[np.ndarray]) -> tuple[Scores, Scores]:
         logits = sharpness * random.standard_normal((2, n, classes)) * np.array([1.0, 0.6])[:, None, None]
         targets = (softmax(logits[0]).cumsum(1) < random.random((n, 1))).sum(1).clip(max=classes - 1)
         pair = []
         for _ in range(2):
-            known, foreign = softmax(logits + noise * sharpness * random.standard_normal(logits.shape))
-            found = bootstrap.classification_replicates(known, targets, weights[0])
-            scores = metrics.foreignness(known), metrics.foreignness(foreign)
-            pair.append(found | bootstrap.detection_replicates(*scores, *weights))
+            inside, outside = softmax(logits + noise * sharpness * random.standard_normal(logits.shape))
+            scores_of_classes = bootstrap.classification_replicates(inside, targets, weights[0])
+            scores = detection.ood_score(inside), detection.ood_score(outside)
+            pair.append(scores_of_classes | bootstrap.detection_replicates(*scores, *weights))
         return pair[0], pair[1]
 
     return draw
 
 
 def regressions(n: int, random: np.random.Generator, weights: list[np.ndarray]) -> tuple[Scores, Scores]:
-    """Two Gaussian predictions, each with errors and variances of its own."""
+    """Two Gaussian predictions with different errors and variances."""
     targets, pair = random.standard_normal(n), []
     for _ in range(2):
         mean, variance = 0.5 * random.standard_normal(n), np.exp(0.5 * random.standard_normal(n))
@@ -85,16 +85,16 @@ PAIRS: dict[str, Draw] = {
 def rates(draw: Draw, n: int, trials: int, seed: int = 0) -> dict[str, float]:
     """Shares of trials with a verdict, of every score."""
     random = np.random.default_rng([seed, n])
-    weights = [bootstrap.resample_weights(n, N_RESAMPLES, index) for index in range(2)]
-    found: dict[str, list[bool]] = {}
+    weights = [weighted.resample_weights(n, N_RESAMPLES, index) for index in range(2)]
+    verdicts: dict[str, list[bool]] = {}
     for _ in range(trials):
         first, second = draw(n, random, weights)
         for score in first:
             difference = first[score] - second[score]
-            found.setdefault(score, []).append(verdict(score, cell(difference)) in ("better", "worse"))
+            verdicts.setdefault(score, []).append(verdict(score, cell(difference)) in ("better", "worse"))
         low, high = np.quantile((first["nll"] - second["nll"]).replicates, [0.025, 0.975])
-        found.setdefault(PERCENTILES, []).append(low > 0 or high < 0)
-    return {score: float(np.mean(said)) for score, said in found.items()}
+        verdicts.setdefault(PERCENTILES, []).append(low > 0 or high < 0)
+    return {score: float(np.mean(said)) for score, said in verdicts.items()}
 
 
 def main() -> None:

@@ -12,8 +12,8 @@ import pytest
 import torch
 from PIL import Image
 
-from debiased_laplace.evaluation import figures
 from debiased_laplace.evaluation.bias import pictures as bias_pictures
+from debiased_laplace.evaluation.report import figures
 
 torch.set_num_threads(1)
 

@@ -28,8 +28,8 @@ NAMES = {"abs": abs, "exp": math.exp, "len": len, "max": max, "mean": statistics
 
 def generated(document: Path) -> dict[str, str]:
     """What stands between the marks of a document."""
-    found = re.findall(r"<!-- (?!end -->)([\w -]+?) -->\n(.*?)<!-- end -->", document.read_text(), re.DOTALL)
-    return {name: content.strip() for name, content in found}
+    result = re.findall(r"<!-- (?!end -->)([\w -]+?) -->\n(.*?)<!-- end -->", document.read_text(), re.DOTALL)
+    return {name: content.strip() for name, content in result}
 
 
 def remade() -> dict[str, dict[str, str]]:
@@ -45,15 +45,15 @@ def remade() -> dict[str, dict[str, str]]:
         import report
         import results
         import serving
-        import steps
+        import steps_document
 
         names = {name: f"bias-{name}.json" for name in bias.OPTIONS}
         benchmarks = json.loads((RECORDS / "bench-cpu.json").read_text())["records"]
-        found = {
+        result = {
             "README.md": readme.parts(DOCS),
             "bias.md": bias.parts({name: read_json(RECORDS / file) for name, file in names.items()}),
             "evidence.md": evidence.parts(read_json(RECORDS / "evidence.json")),
-            "steps.md": steps.parts_of(read_json(RECORDS / "steps.json")),
+            "steps.md": steps_document.parts_of(read_json(RECORDS / "steps.json")),
             "benchmarks.md": {
                 "cpu": bench.report(benchmarks),
                 "serving": serving.table(read_json(RECORDS / "serving.json")["records"]),
@@ -61,20 +61,20 @@ def remade() -> dict[str, dict[str, str]]:
         }
         outstanding = claims()["outstanding"]
         if "results.md" not in outstanding:
-            found["results.md"] = results.parts(read_json(RECORDS / "results.json"))
+            result["results.md"] = results.parts(read_json(RECORDS / "results.json"))
             if (RECORDS / "links.json").exists():
-                found["results.md"] |= links.parts(read_json(RECORDS / "links.json"))
+                result["results.md"] |= links.parts(read_json(RECORDS / "links.json"))
         if "fidelity.md" not in outstanding:
-            found["fidelity.md"] = report.parts(read_json(RECORDS / "fidelity.json"))
+            result["fidelity.md"] = report.parts(read_json(RECORDS / "fidelity.json"))
         for name in set(sys.modules) - before:  # of the folder with experiments, whose names are anybody's
             if Path(getattr(sys.modules[name], "__file__", None) or "/").parent == ROOT / "eval":
                 del sys.modules[name]
-    return found
+    return result
 
 
-def differing(found: str, expected: str) -> str | None:
+def differing(text: str, expected: str) -> str | None:
     """The first line in which two texts differ by more than the last digit of a number, if there is one."""
-    one, two = found.strip().splitlines(), expected.strip().splitlines()
+    one, two = text.strip().splitlines(), expected.strip().splitlines()
     for first, second in zip(one, two, strict=False):
         if NUMBER.sub("#", first) != NUMBER.sub("#", second):
             return f"{first!r} for {second!r}"

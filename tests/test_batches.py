@@ -28,7 +28,7 @@ from torch.utils.data import DataLoader, IterableDataset, Sampler, SubsetRandomS
 from debiased_laplace import Bernoulli, Categorical, DebiasedLaplace, Gaussian, Single, _data
 from debiased_laplace.curvature.hesscale import hessian_diagonal
 from debiased_laplace.evaluation import evaluate
-from debiased_laplace.evaluation.predictors import gaussian_predictor, point_predictor
+from debiased_laplace.evaluation.predictors.baselines import gaussian_predictor, point_predictor
 from debiased_laplace.likelihoods import Likelihood
 from debiased_laplace.network.gradients import Network
 from debiased_laplace.quadratic.optim import newton_step

@@ -27,13 +27,13 @@ FEW = BiasOptions(
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return study(Task.load(BLOBS), tmp_path_factory.mktemp("study"), Context(seed=3), FEW, tolerance=0.2)
 
 
-def numbers(found: dict[str, Any]) -> dict[str, Any]:
+def numbers(measured: dict[str, Any]) -> dict[str, Any]:
     """All but when it was measured."""
-    return {key: value for key, value in found.items() if key not in ("made", "kept")}
+    return {key: value for key, value in measured.items() if key not in ("made", "kept")}
 
 
 def batches_and_reference() -> tuple[list[Quadratic], Quadratic]:
@@ -47,29 +47,31 @@ def batches_and_reference() -> tuple[list[Quadratic], Quadratic]:
     return parts, Quadratic(model, (sample.inputs[one[:80]], sample.targets[one[:80]]), "classification")
 
 
-def test_the_numbers_are_those_of_the_quadratics(found: dict[str, Any]) -> None:
+def test_the_numbers_are_those_of_the_quadratics(measured: dict[str, Any]) -> None:
     batches, reference = batches_and_reference()
-    own = found["directions"]["curvatures"]
+    curvatures = measured["directions"]["curvatures"]
     for m, batch in enumerate(batches):
         values, directions = batch.eigenpairs(4)
-        assert own["batches"][m][m] == pytest.approx(values.tolist(), rel=1e-4)
-        assert own["share"] == pytest.approx(20 / 90)
-        assert own["reference"][m] == pytest.approx(reference.curvature(directions).tolist(), rel=1e-3)
+        assert curvatures["batches"][m][m] == pytest.approx(values.tolist(), rel=1e-4)
+        assert curvatures["share"] == pytest.approx(20 / 90)
+        assert curvatures["reference"][m] == pytest.approx(reference.curvature(directions).tolist(), rel=1e-3)
         for j, other in enumerate(batches):
-            assert own["batches"][m][j] == pytest.approx(other.curvature(directions).tolist(), rel=1e-3)
+            assert curvatures["batches"][m][j] == pytest.approx(other.curvature(directions).tolist(), rel=1e-3)
     rows = [[b.eigenpairs(4)[0], reference.curvature(b.eigenpairs(4)[1])] for b in batches]
     mean_own, mean_reference = (torch.stack(list(column)).mean(0) for column in zip(*rows, strict=True))
     ratio = mean_own / mean_reference
-    assert own["typical_ratio_own"]["value"] == pytest.approx(float(ratio.log().mean().exp()), rel=1e-3)
-    assert own["total_ratio_own"]["value"] == pytest.approx(float(mean_own.sum() / mean_reference.sum()), rel=1e-3)
+    assert curvatures["typical_ratio_own"]["value"] == pytest.approx(float(ratio.log().mean().exp()), rel=1e-3)
+    assert curvatures["total_ratio_own"]["value"] == pytest.approx(
+        float(mean_own.sum() / mean_reference.sum()), rel=1e-3
+    )
 
 
-def test_step_magnitudes_are_newton_steps_of_the_restricted_quadratics(found: dict[str, Any]) -> None:
+def test_step_magnitudes_are_newton_steps_of_the_restricted_quadratics(measured: dict[str, Any]) -> None:
     """The first step is along the gradient: every magnitude is minus slope over curvature there."""
     batches, reference = batches_and_reference()
     for m, batch in enumerate(batches):
         direction = -batch.gradient
-        entry = found["steps"][m]
+        entry = measured["steps"][m]
         others = [other for other in batches if other is not batch]
         for magnitude, quadratic in zip(
             [entry["own"][0], entry["reference"][0], *(row[0] for row in entry["others"])],
@@ -79,11 +81,11 @@ def test_step_magnitudes_are_newton_steps_of_the_restricted_quadratics(found: di
             assert magnitude == pytest.approx(expected, rel=2e-3)
 
 
-def test_overlaps_explain_curvatures(found: dict[str, Any]) -> None:
+def test_overlaps_explain_curvatures(measured: dict[str, Any]) -> None:
     """Batches of 20 have rank 40 at most, so that four directions explain less than all of the curvature."""
-    pairs = [(entry["first"], entry["second"]) for entry in found["alignment"]]
+    pairs = [(entry["first"], entry["second"]) for entry in measured["alignment"]]
     assert pairs == [(i, j) for i in (0, 1) for j in range(3)]
-    for entry in found["alignment"]:
+    for entry in measured["alignment"]:
         same = entry["first"] == entry["second"]
         for explained, curvature, total in zip(
             entry["explained"], entry["curvatures"], entry["row_sums"], strict=True
@@ -94,24 +96,24 @@ def test_overlaps_explain_curvatures(found: dict[str, Any]) -> None:
             assert entry["explained"] == pytest.approx(entry["curvatures"], rel=1e-4)
 
 
-def test_planes_noise_and_sizes(found: dict[str, Any]) -> None:
+def test_planes_noise_and_sizes(measured: dict[str, Any]) -> None:
     batches, _ = batches_and_reference()
-    for own, batch in zip(found["planes"], batches[:3], strict=True):
-        assert own["first"]["curvatures"][0][0] == pytest.approx(float(batch.eigenpairs(2)[0][0]), rel=1e-4)
-    assert found["noise"]["own"]["curvatures"] == pytest.approx(batches[0].eigenpairs(4)[0].tolist(), rel=1e-4)
-    assert found["noise"]["own"]["n_data"] == found["noise"]["other"]["n_data"] == 20
-    assert found["noise"]["own"]["slope_snr"] != found["noise"]["other"]["slope_snr"]
-    assert found["sizes"]["sizes"] == [10, 20]
-    assert found["sizes"]["population"] == found["task"]["n_pool"] == 90
-    assert len(found["sizes"]["predictions"]) == len(found["sizes"]["isotropic"]) == 2
-    assert found["suggestion"]["tolerance"] == 0.2
-    spikes, noise = (torch.tensor(found["sizes"][key]).double() for key in ("spikes", "noise_along"))
+    for of_batch, batch in zip(measured["planes"], batches[:3], strict=True):
+        assert of_batch["first"]["curvatures"][0][0] == pytest.approx(float(batch.eigenpairs(2)[0][0]), rel=1e-4)
+    assert measured["noise"]["own"]["curvatures"] == pytest.approx(batches[0].eigenpairs(4)[0].tolist(), rel=1e-4)
+    assert measured["noise"]["own"]["n_data"] == measured["noise"]["other"]["n_data"] == 20
+    assert measured["noise"]["own"]["slope_snr"] != measured["noise"]["other"]["slope_snr"]
+    assert measured["sizes"]["sizes"] == [10, 20]
+    assert measured["sizes"]["population"] == measured["task"]["n_pool"] == 90
+    assert len(measured["sizes"]["predictions"]) == len(measured["sizes"]["isotropic"]) == 2
+    assert measured["suggestion"]["tolerance"] == 0.2
+    spikes, noise = (torch.tensor(measured["sizes"][key]).double() for key in ("spikes", "noise_along"))
     inverse = spikes**2 * (0.2 / 2.2) / noise + 1 / 100  # for all the training data, not only those that were kept
-    assert found["suggestion"]["predicted"] == (1 / inverse).ceil().tolist()
-    assert found["task"]["n_seen"] == 100
-    assert found["sizes"]["n_reference"] == 80
-    assert len(found["environments"]) == 1
-    for entry in found["steps"]:  # the Gauss-Newton matrix is never negative: magnitudes have the sign of the slopes
+    assert measured["suggestion"]["predicted"] == (1 / inverse).ceil().tolist()
+    assert measured["task"]["n_seen"] == 100
+    assert measured["sizes"]["n_reference"] == 80
+    assert len(measured["environments"]) == 1
+    for entry in measured["steps"]:  # the Gauss-Newton matrix is never negative: magnitudes have the sign of the slopes
         assert entry["uphill"]["reference"] == [magnitude < 0 for magnitude in entry["reference"]]
 
 
@@ -136,10 +138,10 @@ def test_a_second_batch_is_unbiased_for_the_pool_by_the_study_as_it_draws() -> N
     other, reference, own_sums = [], [], []
     for seed in range(100):
         bench = source._Bench(Task("blobs", SameNetwork()), Context(seed=seed), options)
-        own = bench.directions()["directions"]["curvatures"]
-        other.append(torch.tensor(own["mean_other"]["value"]).sum())
-        reference.append(torch.tensor(own["mean_reference"]["value"]).sum())
-        own_sums.append(torch.tensor(own["mean_own"]["value"]).sum())
+        curvatures = bench.directions()["directions"]["curvatures"]
+        other.append(torch.tensor(curvatures["mean_other"]["value"]).sum())
+        reference.append(torch.tensor(curvatures["mean_reference"]["value"]).sum())
+        own_sums.append(torch.tensor(curvatures["mean_own"]["value"]).sum())
     difference = torch.stack(other) - torch.stack(reference)
     error = difference.std() / len(difference) ** 0.5
     assert abs(float(difference.mean() / error)) < 4
@@ -156,11 +158,11 @@ def test_other_data_are_another_study(tmp_path: Path) -> None:
     assert "x.pt" in text
     task.write_text(text)
     definition = Task.load(BLOBS).definition
-    found = []
+    measured = []
     for seed in (100, 200):
         torch.save(definition.data(seed, 100), tmp_path / "x.pt")
-        found.append(study(Task.load(task), folder, Context(seed=3), FEW)["directions"])
-    assert found[0] != found[1]
+        measured.append(study(Task.load(task), folder, Context(seed=3), FEW)["directions"])
+    assert measured[0] != measured[1]
 
 
 def test_no_step_at_all(tmp_path: Path) -> None:
@@ -174,8 +176,8 @@ def test_no_step_at_all(tmp_path: Path) -> None:
         "def val_loader(): return train_loader()\ndef test_loader(): return train_loader()\n"
     )
     options = BiasOptions(batch_size=16, n_batches=3, n_directions=2, n_steps=4, sizes=(8,), n_size_directions=1)
-    found = study(Task.load(task), tmp_path / "out", Context(), options)
-    paths = write_outputs(tmp_path / "out", found)
+    measured = study(Task.load(task), tmp_path / "out", Context(), options)
+    paths = write_outputs(tmp_path / "out", measured)
     assert "Conjugate gradients took no step: the gradient on the batch" in paths["bias.md"].read_text()
 
 
@@ -184,8 +186,8 @@ def test_hessians_and_regressions(tmp_path: Path, task: Path, curvature: str) ->
     options = BiasOptions(
         batch_size=16, n_batches=3, n_directions=2, n_steps=4, sizes=(8,), n_size_directions=1, curvature=curvature
     )
-    found = study(Task.load(task), tmp_path, Context(seed=1), options)
-    paths = write_outputs(tmp_path, found)
+    measured = study(Task.load(task), tmp_path, Context(seed=1), options)
+    paths = write_outputs(tmp_path, measured)
     assert ("Hessian" if curvature == "hessian" else "Gauss-Newton matrix") in paths["bias.md"].read_text()
 
 
@@ -224,18 +226,18 @@ def test_complete_parts_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert numbers(study(task, tmp_path, context, FEW)) == numbers(resumed)
 
 
-def test_a_study_leaves_random_states_and_is_the_same_again(tmp_path: Path, found: dict[str, Any]) -> None:
+def test_a_study_leaves_random_states_and_is_the_same_again(tmp_path: Path, measured: dict[str, Any]) -> None:
     state = torch.get_rng_state()
     again = study(Task.load(BLOBS), tmp_path, Context(seed=3), FEW, tolerance=0.2)
     assert torch.equal(torch.get_rng_state(), state)
-    assert numbers(again) == numbers(found)
+    assert numbers(again) == numbers(measured)
 
 
 # -- sentences and pages ---------------------------------------------------------------------------
 
 
-def test_the_answer_says_what_is_shown_and_no_more(found: dict[str, Any]) -> None:
-    changed = copy.deepcopy(found)
+def test_the_answer_says_what_is_shown_and_no_more(measured: dict[str, Any]) -> None:
+    changed = copy.deepcopy(measured)
     about = changed["directions"]["curvatures"]
     about["typical_ratio_own"] = {"value": 9.71, "error": 0.4}
     about["typical_ratio_other"] = {"value": 1.02, "error": 0.05}
@@ -258,8 +260,8 @@ def test_the_answer_says_what_is_shown_and_no_more(found: dict[str, Any]) -> Non
         assert "the data have -2 and a second batch has 4; they have no common ratio" in said
 
 
-def test_sizes_are_told_as_far_as_they_are_known(found: dict[str, Any]) -> None:
-    changed = copy.deepcopy(found)
+def test_sizes_are_told_as_far_as_they_are_known(measured: dict[str, Any]) -> None:
+    changed = copy.deepcopy(measured)
     changed["suggestion"] = {"tolerance": 0.1, "predicted": [42.0, None], "measured": [None, 15.2]}
     assert statement(changed)["details"][-1] == (
         "To overstate the curvature by no more than 10 % along the top 2 directions, one after the other, a batch "
@@ -267,28 +269,28 @@ def test_sizes_are_told_as_far_as_they_are_known(found: dict[str, Any]) -> None:
     )
 
 
-def test_steps_that_were_not_taken_are_told(found: dict[str, Any]) -> None:
-    changed = copy.deepcopy(found)
+def test_steps_that_were_not_taken_are_told(measured: dict[str, Any]) -> None:
+    changed = copy.deepcopy(measured)
     for entry in changed["steps"]:
         entry |= {"own": [], "others": [[], []], "reference": [], "uphill": {"others": [[], []], "reference": []}}
     assert any("took no step: all the steps" in sentence for sentence in statement(changed)["details"])
 
 
-def test_outputs(found: dict[str, Any], tmp_path: Path) -> None:
-    paths = write_outputs(tmp_path, found, notice="A warning <b>here</b>.")
+def test_outputs(measured: dict[str, Any], tmp_path: Path) -> None:
+    paths = write_outputs(tmp_path, measured, notice="A warning <b>here</b>.")
     record = json.loads(paths["bias.json"].read_text())
-    assert record["statement"] == statement(found)
-    assert record["directions"] == found["directions"]
+    assert record["statement"] == statement(measured)
+    assert record["directions"] == measured["directions"]
     page, text = paths["bias.html"].read_text(), paths["bias.md"].read_text()
-    for own in (page, text):
-        assert "Curvature along a batch" in own
-        assert str(found["task"]["n_seen"]) in own
+    for text_of in (page, text):
+        assert "Curvature along a batch" in text_of
+        assert str(measured["task"]["n_seen"]) in text_of
     assert "A warning &lt;b&gt;here" in page
     assert page.count("data:image/png;base64,") == 6
     assert "http" not in page.replace("http-equiv", "")
-    assert {path.name for path in tmp_path.glob("*.png")} == {f"bias-{name}.png" for name in pictures(found)}
+    assert {path.name for path in tmp_path.glob("*.png")} == {f"bias-{name}.png" for name in pictures(measured)}
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in tmp_path.glob("*.png"))
-    assert [len(table.sections[0][1]) for table in tables(found)] == [6, 2]
+    assert [len(table.sections[0][1]) for table in tables(measured)] == [6, 2]
 
 
 # -- the command -----------------------------------------------------------------------------------

@@ -9,8 +9,16 @@ import numpy as np
 import pytest
 import torch
 
-from debiased_laplace.evaluation import bootstrap, metrics, regression
-from debiased_laplace.evaluation.bootstrap import Replicates
+from debiased_laplace.evaluation.scores import (
+    bootstrap,
+    calibration,
+    checks,
+    classification,
+    detection,
+    regression,
+    weighted,
+)
+from debiased_laplace.evaluation.scores.replicates import Replicates
 from tests.tolerances import EXACT, MONTE_CARLO_Z, assert_unbiased
 
 pytestmark = pytest.mark.filterwarnings("error::RuntimeWarning")
@@ -28,7 +36,7 @@ def counts(n: int, rows: int = 25) -> np.ndarray:
     """Ones, a single datum, rows of other totals, and resamples."""
     alone = np.zeros(n)
     alone[n // 2] = 3
-    return np.stack([np.ones(n), alone, 2.0 + np.arange(n) % 3, *bootstrap.resample_weights(n, rows)])
+    return np.stack([np.ones(n), alone, 2.0 + np.arange(n) % 3, *weighted.resample_weights(n, rows)])
 
 
 # -- weights -----------------------------------------------------------------------------------
@@ -36,17 +44,17 @@ def counts(n: int, rows: int = 25) -> np.ndarray:
 
 def test_weights_are_multinomial_counts() -> None:
     state = np.random.get_state()[1].copy()
-    weights = bootstrap.resample_weights(7, 20_000, seed=3)
+    weights = weighted.resample_weights(7, 20_000, seed=3)
     assert weights.shape == (20_000, 7)
     assert (weights.sum(1) == 7).all()
     deviations = torch.from_numpy(weights).double() - 1
     products = deviations[:, :, None] * deviations[:, None, :]
     assert_unbiased(deviations, torch.zeros(7))
     assert_unbiased(products, torch.eye(7, dtype=torch.float64) - 1 / 7)  # covariance of one draw, seven times
-    assert np.array_equal(weights, bootstrap.resample_weights(7, 20_000, seed=3))
-    assert not np.array_equal(weights, bootstrap.resample_weights(7, 20_000, seed=4))
+    assert np.array_equal(weights, weighted.resample_weights(7, 20_000, seed=3))
+    assert not np.array_equal(weights, weighted.resample_weights(7, 20_000, seed=4))
     assert np.array_equal(state, np.random.get_state()[1])
-    assert bootstrap.resample_weights(1, 2).tolist() == [[1.0], [1.0]]
+    assert weighted.resample_weights(1, 2).tolist() == [[1.0], [1.0]]
 
 
 @pytest.mark.parametrize(
@@ -76,7 +84,7 @@ def test_bad_weights_are_refused(weights: Any, message: str) -> None:
 
 def test_numbers_are_checked() -> None:
     with pytest.raises(ValueError, match="at least one datum and one resample, got 0 and 5"):
-        bootstrap.resample_weights(0, 5)
+        weighted.resample_weights(0, 5)
     with pytest.raises(ValueError, match="equally many resamples of both kinds, got 2 and 3"):
         bootstrap.detection_replicates([0.1], [0.3], np.ones((2, 1)), np.ones((3, 1)))
     with pytest.raises(ValueError, match=r"shapes \[N\] and \[M\], got \(1, 1\) and \(1,\)"):
@@ -92,8 +100,8 @@ def test_numbers_are_checked() -> None:
 
 def adaptive_of_repeated(probabilities: np.ndarray, targets: np.ndarray, weights: np.ndarray) -> float:
     """With the bins of the whole sample, by a loop."""
-    confidence, correct = metrics.confidence_and_hits(probabilities, targets)
-    index = metrics.equally_full_bins(confidence, metrics.N_BINS)
+    confidence, correct = calibration.confidence_and_hits(probabilities, targets)
+    index = calibration.equally_full_bins(confidence, calibration.N_BINS)
     gaps = [sum(w * (c - h) for w, c, h, i in zip(weights, confidence, correct, index, strict=True) if i == b)
             for b in range(max(index) + 1)]  # fmt: skip
     return sum(map(abs, gaps)) / weights.sum()
@@ -122,18 +130,18 @@ def awkward() -> dict[str, tuple[Any, Any]]:
 def test_classification(case: str) -> None:
     probabilities, targets = awkward()[case]
     weights = counts(len(targets))
-    found = bootstrap.classification_replicates(probabilities, targets, weights)
-    assert list(found) == ["accuracy", "nll", "brier", "ece", "adaptive_ece", "classwise_ece", "aurc"]
-    probabilities, targets = metrics.check_predictions(probabilities, targets)
-    whole = metrics.classification_metrics(probabilities, targets)
+    scores = bootstrap.classification_replicates(probabilities, targets, weights)
+    assert list(scores) == ["accuracy", "nll", "brier", "ece", "adaptive_ece", "classwise_ece", "aurc"]
+    probabilities, targets = checks.check_predictions(probabilities, targets)
+    whole = classification.classification_metrics(probabilities, targets)
     for row, w in enumerate(weights):
         repeated = np.repeat(probabilities, w.astype(int), 0), np.repeat(targets, w.astype(int))
-        expected = metrics.classification_metrics(*repeated)
+        expected = classification.classification_metrics(*repeated)
         expected["adaptive_ece"] = adaptive_of_repeated(probabilities, targets, w)
-        for name, score in found.items():
+        for name, score in scores.items():
             assert score.value == pytest.approx(whole[name], rel=EXACT, abs=1e-15)
             assert score.replicates[row] == pytest.approx(expected[name], rel=EXACT, abs=1e-12), (name, row)
-    for score in found.values():
+    for score in scores.values():
         assert score.replicates[0] == pytest.approx(score.value, rel=EXACT, abs=1e-12)
 
 
@@ -143,13 +151,13 @@ def test_regression(n: int, outputs: int) -> None:
     mean, variance = generator.standard_normal((n, outputs)), np.exp(generator.standard_normal((n, outputs)))
     targets = mean + generator.standard_normal((n, outputs))
     weights = counts(n)
-    found = bootstrap.regression_replicates(mean, variance, targets, weights)
-    assert list(found) == list(regression.regression_metrics(mean, variance, targets))
+    scores = bootstrap.regression_replicates(mean, variance, targets, weights)
+    assert list(scores) == list(regression.regression_metrics(mean, variance, targets))
     for row, w in enumerate(weights):
         expected = regression.regression_metrics(*(np.repeat(a, w.astype(int), 0) for a in (mean, variance, targets)))
-        for name, score in found.items():
+        for name, score in scores.items():
             assert score.replicates[row] == pytest.approx(expected[name], rel=EXACT, abs=1e-12), (name, row)
-    for name, score in found.items():
+    for name, score in scores.items():
         assert score.value == regression.regression_metrics(mean, variance, targets)[name]
 
 
@@ -162,24 +170,24 @@ def test_detection(digits: int, n: int, m: int, shift: float) -> None:
     inside, outside = generator.standard_normal(n).round(digits), (shift + generator.standard_normal(m)).round(digits)
     first, second = counts(n), counts(m)[::-1].copy()
     first[-1], second[-1] = 1, 1
-    found = bootstrap.detection_replicates(inside, outside, first, second)
-    assert list(found) == ["auroc", "aupr", "fpr95"]
+    scores = bootstrap.detection_replicates(inside, outside, first, second)
+    assert list(scores) == ["auroc", "aupr", "fpr95"]
     for row, (v, w) in enumerate(zip(first.astype(int), second.astype(int), strict=True)):
         score, labels = (
             np.concatenate([np.repeat(inside, v), np.repeat(outside, w)]),
             np.repeat([0, 1], [v.sum(), w.sum()]),
         )
-        for name, replicates in found.items():
-            expected = getattr(metrics, name)(score, labels)
+        for name, replicates in scores.items():
+            expected = getattr(detection, name)(score, labels)
             assert replicates.replicates[row] == pytest.approx(expected, rel=EXACT, abs=1e-12), (name, row)
-    for replicates in found.values():
+    for replicates in scores.values():
         assert replicates.replicates[-1] == pytest.approx(replicates.value, rel=EXACT, abs=1e-12)
 
 
 @pytest.mark.parametrize("entries", [1, 130])
 def test_blocks_do_not_matter(entries: int, monkeypatch: pytest.MonkeyPatch) -> None:
     probabilities, targets = draws()
-    weights, other = bootstrap.resample_weights(60, 11), bootstrap.resample_weights(60, 11, seed=1)
+    weights, other = weighted.resample_weights(60, 11), weighted.resample_weights(60, 11, seed=1)
     mean, variance = probabilities[:, :2], probabilities[:, 2:]
 
     def all_scores() -> dict[str, Replicates]:
@@ -193,18 +201,18 @@ def test_blocks_do_not_matter(entries: int, monkeypatch: pytest.MonkeyPatch) -> 
         }
 
     whole = all_scores()
-    monkeypatch.setattr(bootstrap, "BLOCK_ENTRIES", entries)
+    monkeypatch.setattr(weighted, "BLOCK_ENTRIES", entries)
     for name, score in all_scores().items():
         assert score.replicates == pytest.approx(whole[name].replicates, rel=EXACT), name
 
 
 def test_weights_may_be_integers_or_tensors() -> None:
     probabilities, targets = draws()
-    weights = bootstrap.resample_weights(60, 5)
+    weights = weighted.resample_weights(60, 5)
     expected = bootstrap.classification_replicates(probabilities, targets, weights)
     for other in (weights.astype(np.uint8), torch.from_numpy(weights), weights.astype(int).tolist()):
-        found = bootstrap.classification_replicates(probabilities, targets, other)
-        assert all(np.array_equal(found[name].replicates, expected[name].replicates) for name in expected)
+        scores = bootstrap.classification_replicates(probabilities, targets, other)
+        assert all(np.array_equal(scores[name].replicates, expected[name].replicates) for name in expected)
 
 
 # -- an impossible target ----------------------------------------------------------------------
@@ -213,16 +221,16 @@ def test_weights_may_be_integers_or_tensors() -> None:
 def test_an_impossible_target() -> None:
     probabilities, targets = draws(20)
     probabilities[3] = np.eye(4)[(targets[3] + 1) % 4]
-    weights = bootstrap.resample_weights(20, 300)
-    found = bootstrap.classification_replicates(probabilities, targets, weights)
-    nll, holds = found["nll"], weights[:, 3] > 0
+    weights = weighted.resample_weights(20, 300)
+    scores = bootstrap.classification_replicates(probabilities, targets, weights)
+    nll, holds = scores["nll"], weights[:, 3] > 0
     assert nll.value == nll.standard_error == math.inf
     assert (nll.replicates[holds] == math.inf).all()
     assert np.isfinite(nll.replicates[~holds]).all()
     low, high = nll.interval()
     assert math.isfinite(low)
     assert high == math.inf
-    assert all(np.isfinite(score.replicates).all() for name, score in found.items() if name != "nll")
+    assert all(np.isfinite(score.replicates).all() for name, score in scores.items() if name != "nll")
     # Against a predictor whose scores are finite, and against itself.
     other = bootstrap.classification_replicates(np.full((20, 4), 0.25), targets, weights)["nll"]
     assert (nll - other).value == math.inf
@@ -277,7 +285,7 @@ def test_replicates_are_checked() -> None:
 def test_paired_differences_are_narrower() -> None:
     probabilities, targets = draws(300)
     similar = 0.95 * probabilities + 0.0125
-    weights, independent = bootstrap.resample_weights(300, 500), bootstrap.resample_weights(300, 500, seed=1)
+    weights, independent = weighted.resample_weights(300, 500), weighted.resample_weights(300, 500, seed=1)
     first = bootstrap.classification_replicates(probabilities, targets, weights)
     second = bootstrap.classification_replicates(similar, targets, weights)
     unpaired = bootstrap.classification_replicates(similar, targets, independent)
@@ -307,13 +315,13 @@ def test_intervals_hold_the_truth() -> None:
     right mean and twice the right variance is (1/2 + log 4 pi) / 2, their mean squared error is one.
     """
     generator, nll, rmse = np.random.default_rng(0), [], []
-    weights = bootstrap.resample_weights(300, 400)
+    weights = weighted.resample_weights(300, 400)
     for _ in range(400):
-        found = bootstrap.regression_replicates(
+        scores = bootstrap.regression_replicates(
             np.zeros(300), np.full(300, 2.0), generator.standard_normal(300), weights
         )
-        nll.append(found["nll"].interval())
-        rmse.append(found["rmse"].interval())
+        nll.append(scores["nll"].interval())
+        rmse.append(scores["rmse"].interval())
     assert abs(covered(nll, (0.5 + math.log(4 * math.pi)) / 2)) <= MONTE_CARLO_Z
     assert abs(covered(rmse, 1.0)) <= MONTE_CARLO_Z
 
@@ -321,15 +329,15 @@ def test_intervals_hold_the_truth() -> None:
 def test_intervals_of_classification_and_detection_hold_the_truth() -> None:
     """As above. Binary confidences uniform in [1/2, 1]: accuracy 3/4, Brier score 1/3. AUROC is Phi(1/sqrt 2)."""
     generator, accuracy, brier, auroc = np.random.default_rng(0), [], [], []
-    weights, other = bootstrap.resample_weights(200, 400), bootstrap.resample_weights(200, 400, seed=1)
+    weights, other = weighted.resample_weights(200, 400), weighted.resample_weights(200, 400, seed=1)
     for _ in range(200):
         confidence = 0.5 + generator.random(200) / 2
         targets = (generator.random(200) > confidence).astype(int)
-        found = bootstrap.classification_replicates(np.stack([confidence, 1 - confidence], 1), targets, weights)
-        accuracy.append(found["accuracy"].interval())
-        brier.append(found["brier"].interval())
-        known, foreign = generator.standard_normal(200), 1 + generator.standard_normal(200)
-        auroc.append(bootstrap.detection_replicates(known, foreign, weights, other)["auroc"].interval())
+        scores = bootstrap.classification_replicates(np.stack([confidence, 1 - confidence], 1), targets, weights)
+        accuracy.append(scores["accuracy"].interval())
+        brier.append(scores["brier"].interval())
+        inside, outside = generator.standard_normal(200), 1 + generator.standard_normal(200)
+        auroc.append(bootstrap.detection_replicates(inside, outside, weights, other)["auroc"].interval())
     assert abs(covered(accuracy, 0.75)) <= MONTE_CARLO_Z
     assert abs(covered(brier, 1 / 3)) <= MONTE_CARLO_Z
     assert abs(covered(auroc, 0.5 * (1 + math.erf(0.5)))) <= MONTE_CARLO_Z

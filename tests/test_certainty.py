@@ -21,6 +21,7 @@ from debiased_laplace.fitting.checkpoint import Progress
 from debiased_laplace.fitting.fit import UNIFORM_BUDGET, fit
 from debiased_laplace.fitting.reading import Reading
 from debiased_laplace.fitting.stream import Stream
+from debiased_laplace.likelihoods import Likelihood
 from debiased_laplace.posterior.certainty import Certainty, certainty_on, wilson_lower
 from debiased_laplace.testing import dense_jacobian
 from tests.tolerances import EXACT, assert_equal, assert_unbiased
@@ -394,9 +395,9 @@ def test_other_likelihoods_have_nothing_to_compare():
     found = certainty_on(la.network, la.posterior, Own(), la.fitted.uniform.data)
     assert isinstance(found, Certainty)
 
-    class Foreign(Bernoulli.__base__):  # a likelihood that is neither
+    class Foreign(Likelihood):  # a likelihood that is neither
         links = ()
-        check_targets = loss = hessian_square_root = sampled_square_root = predictive = None
+        check_targets = loss = hessian_square_root = inverse_link = None
 
     assert certainty_on(la.network, la.posterior, Foreign(), la.fitted.uniform.data) is None
 

@@ -17,8 +17,10 @@ from typer.testing import CliRunner
 import debiased_laplace
 from debiased_laplace import DebiasedLaplace
 from debiased_laplace.cli import app
-from debiased_laplace.evaluation import Context, Task, suite
+from debiased_laplace.evaluation import Context, Task
+from debiased_laplace.evaluation.methods import methods_of
 from debiased_laplace.evaluation.shipped import names
+from debiased_laplace.evaluation.suite import bench
 from tests.tolerances import FLOAT32
 
 BLOBS, WAVE = (Path(__file__).parent / "tasks" / f"{name}.py" for name in ("blobs", "wave"))
@@ -67,7 +69,7 @@ def test_evaluate(evaluated: SimpleNamespace) -> None:
     results = json.loads((out / "results.json").read_text())
     assert results["seeds"] == [0]  # a try has one, whatever the task says
     assert results["task"]["name"] == "blobs"
-    assert list(results["test"]["scores"]) == [m.name for m in suite.methods_of(Task.load(BLOBS))]
+    assert list(results["test"]["scores"]) == [m.name for m in methods_of(Task.load(BLOBS))]
     written = " ".join(result.stdout.split())
     assert results["statement"]["answer"] in written
     assert "Three blobs in the plane." in written
@@ -110,7 +112,7 @@ def test_an_interrupted_evaluation_says_how_to_go_on(tmp_path: Path, monkeypatch
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(suite, "evaluate", interrupt)
+        patch.setattr(bench, "evaluate", interrupt)
         result = invoke("evaluate", BLOBS, "--out", tmp_path, "--quick", "--only", "debiased K-FAC")
     assert result.exit_code == 130
     assert "run the same command to go on" in told(result)
@@ -131,10 +133,10 @@ def test_fit_and_predict(posterior: Path, tmp_path: Path) -> None:
     result = invoke("predict", BLOBS, posterior, "--out", tmp_path / "p.npz", "--device", "cpu")
     assert result.exit_code == 0, result.output
     assert "probabilities [70, 3]" in result.stdout
-    with np.load(tmp_path / "p.npz") as found:
-        assert found["probabilities"] == pytest.approx(la(inputs).double().numpy(), abs=FLOAT32)
-        assert found["targets"].tolist() == targets.tolist()
-        assert set(found.files) == {"probabilities", "targets", "functional_variance", "mutual_information"}
+    with np.load(tmp_path / "p.npz") as stored:
+        assert stored["probabilities"] == pytest.approx(la(inputs).double().numpy(), abs=FLOAT32)
+        assert stored["targets"].tolist() == targets.tolist()
+        assert set(stored.files) == {"probabilities", "targets", "functional_variance", "mutual_information"}
 
 
 def test_fit_has_its_options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -154,10 +156,10 @@ def test_fit_tunes_the_noise_of_a_regression(tmp_path: Path) -> None:
     """The targets' noise is 0.2; with a standard deviation of one, all intervals would be useless."""
     assert invoke("fit", WAVE, "--out", tmp_path / "w.safetensors").exit_code == 0
     assert invoke("predict", WAVE, tmp_path / "w.safetensors", "--out", tmp_path / "p.npz").exit_code == 0
-    with np.load(tmp_path / "p.npz") as found:
-        assert found["mean"].shape == found["variance"].shape == (70, 1)
-        deviation = np.sqrt(found["variance"].mean())
-        assert deviation == pytest.approx(np.sqrt(np.square(found["mean"] - found["targets"]).mean()), rel=0.5)
+    with np.load(tmp_path / "p.npz") as stored:
+        assert stored["mean"].shape == stored["variance"].shape == (70, 1)
+        deviation = np.sqrt(stored["variance"].mean())
+        assert deviation == pytest.approx(np.sqrt(np.square(stored["mean"] - stored["targets"]).mean()), rel=0.5)
 
 
 def test_an_interrupted_fit_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -165,12 +167,12 @@ def test_an_interrupted_fit_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     original = Task.call
 
     def call(self: Task, name: str, context: Context) -> object:
-        found = original(self, name, context)
+        loader = original(self, name, context)
         if name != "train_loader":
-            return found
+            return loader
 
         def batches() -> object:
-            for batch in found:
+            for batch in loader:
                 calls.append(1)
                 if len(calls) == 3:
                     raise KeyboardInterrupt

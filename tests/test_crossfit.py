@@ -244,16 +244,17 @@ def test_importance_keeps_its_use_with_random_vectors(likelihood):
     """The trace of the curvature from one vector for each datum, on a confident network with many outputs."""
     generator = torch.Generator().manual_seed(0)
     outputs = 8 * torch.randn(2000, 60, generator=generator, dtype=torch.float64)
-    traces = likelihood.curvature(outputs)
+    targets = torch.zeros(2000, 60) if isinstance(likelihood, Bernoulli) else torch.zeros(2000, dtype=torch.long)
+    traces = likelihood.curvature(outputs, targets)
     errors: dict[str, list[float]] = {"priority": [], "uniform": []}
     for seed in range(40):
         own = torch.Generator().manual_seed(seed)
         for name, sampler in (("priority", PrioritySampler(64)), ("uniform", UniformSampler(64))):
             data = sampler.draw(
-                [(outputs, torch.zeros(2000))], 1, own, likelihood=likelihood, observe=lambda inputs, _: inputs
+                [(outputs, targets)], 1, own, likelihood=likelihood, observe=lambda inputs, _: inputs
             ).data
             uniforms = torch.rand(64, 1, 60, generator=own, dtype=torch.float64)
-            found = likelihood.sampled_square_root(data.inputs, uniforms).square().sum((0, 2))
+            found = likelihood.sampled_square_root(data.inputs, data.targets, uniforms).square().sum((0, 2))
             errors[name].append(float(data.weights @ found / traces.mean()) - 1)
     spread = {name: float(torch.tensor(values).square().mean()) ** 0.5 for name, values in errors.items()}
     assert spread["priority"] < 0.5 * spread["uniform"]

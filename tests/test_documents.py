@@ -21,21 +21,21 @@ def remade():
 
 @pytest.mark.parametrize("name", DOCUMENTS)
 def test_generated_parts_are_those_of_the_records(name, remade):
-    found, outstanding, parts = generated(path(name)), claims()["outstanding"], remade.get(name, {})
-    assert found
-    filled = {part for part, content in found.items() if content}  # others are of experiments that were not run
+    result, outstanding, parts = generated(path(name)), claims()["outstanding"], remade.get(name, {})
+    assert result
+    filled = {part for part, content in result.items() if content}  # others are of experiments that were not run
     # Records of an earlier version lack some of what the tables show: then these cannot be made.
-    lacking = filled if name in outstanding else {part for part in found if f"{name}: {part}" in outstanding}
+    lacking = filled if name in outstanding else {part for part in result if f"{name}: {part}" in outstanding}
     assert set(parts) == filled - lacking
     for part, content in parts.items():
-        assert differing(found[part], content) is None, part
+        assert differing(result[part], content) is None, part
 
 
 def test_outstanding_documents_are_those_with_earlier_records():
     """Once its record can make a document, it leaves the list."""
     from debiased_laplace.evaluation.records import SCHEMA_VERSION, read_json
 
-    versions = {own.get("schema_version") for own in read_json(RECORDS / "results.json").values()}
+    versions = {summary.get("schema_version") for summary in read_json(RECORDS / "results.json").values()}
     lacking = {"results.md": versions != {SCHEMA_VERSION}}
     lacking["fidelity.md"] = "timing" not in read_json(RECORDS / "fidelity.json")[-1]
     whole = {name for name in claims()["outstanding"] if ":" not in name}
@@ -45,8 +45,8 @@ def test_outstanding_documents_are_those_with_earlier_records():
 def test_every_number_in_prose_is_claimed():
     text, table = prose(path("README.md")), claims()
     texts = [claim["text"] for claim in table["claims"]]
-    assert unclaimed(text, texts + [own["text"] for own in table["without_record"]]) == []
-    for claim in texts + [own["text"] for own in table["without_record"]]:
+    assert unclaimed(text, texts + [claim_alone["text"] for claim_alone in table["without_record"]]) == []
+    for claim in texts + [claim_alone["text"] for claim_alone in table["without_record"]]:
         assert " ".join(claim.split()) in text, f"README.md has no {claim!r} any more: take it out of claims.json."
 
 
@@ -55,9 +55,9 @@ def test_claims_are_what_their_records_say():
 
 
 def test_a_number_that_nothing_claims_is_found():
-    found = unclaimed("It took 38 s, 2.5 % more, ResNet-20 (3C3D) has 1,024 and laplace-torch 0.3, ICLR 2025.", [])
-    assert len(found) == 3
-    for text, number in zip(found, ("38 s", "2.5 %", "1,024"), strict=True):
+    result = unclaimed("It took 38 s, 2.5 % more, ResNet-20 (3C3D) has 1,024 and laplace-torch 0.3, ICLR 2025.", [])
+    assert len(result) == 3
+    for text, number in zip(result, ("38 s", "2.5 %", "1,024"), strict=True):
         assert number in text
     assert unclaimed("It took 38 s.", ["took 38 s"]) == []
     assert len(unclaimed("It took 38 s.", ["took 39 s"])) == 1

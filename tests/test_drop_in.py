@@ -1561,14 +1561,14 @@ def test_the_level_of_a_noise_for_each_output_has_a_gradient():
 
 
 def test_random_vectors_with_a_noise_for_each_output_are_unbiased():
-    from debiased_laplace.laplace_torch.noise import ProfiledGaussian
+    from debiased_laplace.likelihoods import ProfiledGaussian
 
     likelihood = ProfiledGaussian(SIGMAS)
     outputs = torch.randn(2, C, generator=generator(), dtype=torch.float64)
-    root = likelihood.hessian_square_root(outputs)
+    root = likelihood.hessian_square_root(outputs, outputs)
     exact = torch.einsum("vnc,vnd->ncd", root, root)
     assert_equal(exact, torch.diag(SIGMAS**-2).expand(2, C, C))
-    vectors = likelihood.sampled_square_root(outputs, torch.rand(2, 4000, C, generator=generator()).double())
+    vectors = likelihood.sampled_square_root(outputs, outputs, torch.rand(2, 4000, C, generator=generator()).double())
     assert_unbiased(4000 * torch.einsum("vnc,vnd->vncd", vectors, vectors), exact)
     leaf = outputs[0].clone().requires_grad_()
     hessian = torch.autograd.functional.hessian(lambda f: likelihood.loss(f[None], outputs[1:])[0], leaf)

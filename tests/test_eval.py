@@ -88,13 +88,13 @@ def test_the_report_fills_its_tables(results, tmp_path):
     text = (docs / "fidelity.md").read_text()
     row = next(line for line in text.splitlines() if line.startswith("| CNN on digits | 64 |"))
     *summary, _ = json.loads((docs / "records" / "fidelity.json").read_text())
-    (own,) = [e for e in summary if (e["structure"], e["method"], e["budget"]) == ("kron", "default", 64)]
+    (debiased,) = [e for e in summary if (e["structure"], e["method"], e["budget"]) == ("kron", "default", 64)]
     shown = float(row.split("|")[5].split("±")[0])
-    assert shown == pytest.approx(own["abs_log_ratio, prior 1"]["mean"], abs=1e-4)
+    assert shown == pytest.approx(debiased["abs_log_ratio, prior 1"]["mean"], abs=1e-4)
     uniform = next(
         e for e in summary if (e["structure"], e["method"], e["budget"]) == ("kron", "uniform, two batches", 64)
     )
-    assert own["abs_log_ratio, prior 1"]["mean"] < uniform["abs_log_ratio, prior 1"]["mean"]
+    assert debiased["abs_log_ratio, prior 1"]["mean"] < uniform["abs_log_ratio, prior 1"]["mean"]
     assert (docs / "fidelity.png").stat().st_size > 5000
 
 
@@ -121,14 +121,14 @@ def test_the_results_of_the_shipped_tasks(tmp_path, few_digits, request):
     assert done.returncode == 0, done.stderr
     text = (docs / "results.md").read_text()
     kept = json.loads((docs / "records" / "results.json").read_text())["digits"]
-    own = kept["test"]["scores"]["debiased K-FAC"]["nll"]
+    loss = kept["test"]["scores"]["debiased K-FAC"]["nll"]
     cell = kept["strong_shift"]["differences"]["temperature, one standard error"]["debiased K-FAC"]["nll"]
     assert len(cell) == 4
     assert kept["predictors"]["debiased K-FAC"]["prior_precision"]
     assert kept["distances"]["equal"]["debiased K-FAC"]["absolute"][0] > 0
     part = text.split("<!-- task digits -->")[1].split("<!-- end -->")[0]
     row = next(line for line in part.splitlines() if line.startswith("| debiased K-FAC |"))
-    assert float(row.split("|")[3].split("±")[0]) == pytest.approx(own[0], abs=1e-3)
+    assert float(row.split("|")[3].split("±")[0]) == pytest.approx(loss[0], abs=1e-3)
     assert "* **digits**: On data like the training data" in text
     assert "<!-- task cifar10 -->" in text  # other parts stay
     assert (docs / "results-digits.png").stat().st_size > 5000
@@ -168,7 +168,9 @@ def test_the_noisy_quadratic(tmp_path):
     part = (docs / "steps.md").read_text().split("<!-- noisy quadratic -->")[1].split("<!-- end -->")[0]
     medians = [float(line.split("|")[2]) for line in part.strip().splitlines()[2:]]
     assert medians == sorted(medians)
-    assert medians == pytest.approx(sorted(own["median"] for own in record["final_distance"].values()), abs=6e-3)
+    assert medians == pytest.approx(
+        sorted(distances["median"] for distances in record["final_distance"].values()), abs=6e-3
+    )
     assert (docs / "steps-noisy-quadratic.png").exists()
     done = script("steps.py")
     assert done.returncode == 2
@@ -182,14 +184,14 @@ def test_what_can_be_tuned_without_validation_data(tmp_path):
     arguments = ("evidence.py", "--tasks", "digits", "--quick", "--seeds", "0", "--out", str(out), "--docs", str(docs))
     done = script(*arguments, "--cache", str(out / "cache"))
     assert done.returncode == 0, done.stderr
-    records = {own["posterior"]: own for own in json.loads((docs / "records" / "evidence.json").read_text())}
+    records = {record["posterior"]: record for record in json.loads((docs / "records" / "evidence.json").read_text())}
     assert list(records) == ["debiased", "single batch", "full data"]
     assert all(0 < records[kind]["scores"]["evidence, probit"]["nll"] < 3 for kind in records)
     text = (docs / "evidence.md").read_text()
     part = text.split("<!-- evidence digits -->")[1].split("<!-- end -->")[0]
     row = next(line for line in part.splitlines() if line.startswith("| evidence, layers, probit |"))
-    for cell, own in zip(row.split("|")[2:5], records.values(), strict=True):
-        assert float(cell) == pytest.approx(own["scores"]["evidence, layers, probit"]["nll"], abs=6e-4)
+    for cell, record in zip(row.split("|")[2:5], records.values(), strict=True):
+        assert float(cell) == pytest.approx(record["scores"]["evidence, layers, probit"]["nll"], abs=6e-4)
     paths = sorted((out / "evidence").glob("*.json"))
     before = [path.read_bytes() for path in paths]
     done = script(*arguments)  # what is there is used

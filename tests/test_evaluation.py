@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import copy
 import io
 import json
@@ -17,28 +18,21 @@ import torch
 from PIL import Image
 from torch import nn
 
-from debiased_laplace import Single
+from debiased_laplace import Single, evaluation
 from debiased_laplace._files import CannotWriteError
-from debiased_laplace.evaluation import (
-    Context,
-    Method,
-    Options,
-    Task,
-    figures,
-    metrics,
-    records,
-    run,
-    shifts,
-    summarise,
-    write_outputs,
-)
-from debiased_laplace.evaluation import summary as summaries
+from debiased_laplace.evaluation import Context, Method, Options, Task, records, run, shifts, summarise, write_outputs
+from debiased_laplace.evaluation.judge import conditions
 from debiased_laplace.evaluation.methods import MAP, TEMPERATURE, TEMPERATURE_RULE
 from debiased_laplace.evaluation.names import markdown as escaped
-from debiased_laplace.evaluation.report import markdown, render
-from debiased_laplace.evaluation.statement import MINUS, plus_minus, statement, with_interval
-from debiased_laplace.evaluation.summary import combine, verdict
-from debiased_laplace.evaluation.tables import Table, tables
+from debiased_laplace.evaluation.report import figures, verdicts
+from debiased_laplace.evaluation.report.numbers import MINUS, plus_minus, with_interval
+from debiased_laplace.evaluation.report.outputs import markdown, render
+from debiased_laplace.evaluation.report.statement import statement
+from debiased_laplace.evaluation.report.table import Table
+from debiased_laplace.evaluation.report.tables import tables
+from debiased_laplace.evaluation.report.verdicts import verdict
+from debiased_laplace.evaluation.scores import calibration, classification, detection
+from debiased_laplace.evaluation.scores.cells import combine
 from tests.tolerances import EXACT, assert_equal
 
 # -- metrics -----------------------------------------------------------------------------------
@@ -62,7 +56,7 @@ def independent_ece(probabilities: np.ndarray, targets: np.ndarray, bins: int = 
 
 def test_scores_by_hand() -> None:
     probabilities, targets = [[0.5, 0.3, 0.2], [0.1, 0.1, 0.8]], [0, 1]
-    scores = metrics.classification_metrics(probabilities, targets)
+    scores = classification.classification_metrics(probabilities, targets)
     assert scores["accuracy"] == 0.5
     assert scores["nll"] == pytest.approx(-(math.log(0.5) + math.log(0.1)) / 2, rel=EXACT)
     assert scores["brier"] == pytest.approx((0.25 + 0.09 + 0.04 + 0.01 + 0.81 + 0.64) / 2, rel=EXACT)
@@ -74,7 +68,7 @@ def test_scores_by_hand() -> None:
 @pytest.mark.parametrize("sharpness", [0.5, 3.0, 50.0])
 def test_ece_is_the_independent_one(sharpness: float) -> None:
     probabilities, targets = draws(sharpness=sharpness)
-    assert metrics.expected_calibration_error(probabilities, targets) == pytest.approx(
+    assert calibration.expected_calibration_error(probabilities, targets) == pytest.approx(
         independent_ece(probabilities, targets), rel=EXACT
     )
 
@@ -84,8 +78,8 @@ def test_ece_at_the_edges_of_bins() -> None:
     probabilities = np.array([[1.0, 0.0], [0.03, 0.97], [0.5, 0.5], [0.8, 0.2]])
     targets = np.array([0, 0, 0, 0])
     expected = (abs(1 - 0.985 * 2) + 0.5 + 0.2) / 4
-    assert metrics.expected_calibration_error(probabilities, targets) == pytest.approx(expected, rel=EXACT)
-    bins = metrics.reliability(probabilities, targets)
+    assert calibration.expected_calibration_error(probabilities, targets) == pytest.approx(expected, rel=EXACT)
+    bins = calibration.reliability(probabilities, targets)
     assert len(bins.counts) == 15
     assert bins.counts[14] == 2
     assert bins.confidences[14] == pytest.approx(1.97)
@@ -97,7 +91,7 @@ def test_ece_of_few_different_targets(classes: int) -> None:
     # netcal takes targets with two different values for a binary problem if it sees the whole table.
     probabilities, _ = draws(60, classes)
     for targets in (np.zeros(60, dtype=int), np.arange(60) % 2):
-        assert metrics.expected_calibration_error(probabilities, targets) == pytest.approx(
+        assert calibration.expected_calibration_error(probabilities, targets) == pytest.approx(
             independent_ece(probabilities, targets), rel=EXACT
         )
 
@@ -105,9 +99,9 @@ def test_ece_of_few_different_targets(classes: int) -> None:
 @pytest.mark.parametrize("n_bins", [1, 7, 15])
 def test_ece_is_that_of_the_reliability_bins(n_bins: int) -> None:
     probabilities, targets = draws()
-    bins = metrics.reliability(probabilities, targets, n_bins)
+    bins = calibration.reliability(probabilities, targets, n_bins)
     gaps = np.abs(np.array(bins.confidences) - np.array(bins.correct)).sum() / len(targets)
-    assert metrics.expected_calibration_error(probabilities, targets, n_bins) == pytest.approx(gaps, rel=EXACT)
+    assert calibration.expected_calibration_error(probabilities, targets, n_bins) == pytest.approx(gaps, rel=EXACT)
 
 
 def test_adaptive_ece() -> None:
@@ -115,13 +109,13 @@ def test_adaptive_ece() -> None:
     probabilities = np.stack([confidence, 1 - confidence], 1)
     targets = np.array([0, 1, 0, 1])
     expected = (abs(1.3 - 1) + abs(1.7 - 1)) / 4
-    assert metrics.adaptive_calibration_error(probabilities, targets, 2) == pytest.approx(expected, rel=EXACT)
+    assert calibration.adaptive_calibration_error(probabilities, targets, 2) == pytest.approx(expected, rel=EXACT)
     many, labels = draws(450)
     inside = np.sort(many.max(1)).reshape(15, 30)  # no ties: bins are equally full
     order = np.argsort(many.max(1))
     hits = (many.argmax(1) == labels)[order].reshape(15, 30)
     expected = np.abs(inside.mean(1) - hits.mean(1)).mean()
-    assert metrics.adaptive_calibration_error(many, labels) == pytest.approx(expected, rel=EXACT)
+    assert calibration.adaptive_calibration_error(many, labels) == pytest.approx(expected, rel=EXACT)
 
 
 def test_adaptive_ece_does_not_depend_on_the_order_of_ties() -> None:
@@ -129,22 +123,24 @@ def test_adaptive_ece_does_not_depend_on_the_order_of_ties() -> None:
     probabilities[:5] = [0.7, 0.3]
     targets = (np.arange(40) % 3 == 0).astype(int)
     values = {
-        round(metrics.adaptive_calibration_error(probabilities[order], targets[order]), 12)
+        round(calibration.adaptive_calibration_error(probabilities[order], targets[order]), 12)
         for order in (np.arange(40), np.arange(40)[::-1], np.random.default_rng(0).permutation(40))
     }
     assert len(values) == 1
 
 
 def test_nll_of_an_impossible_target_is_infinite() -> None:
-    assert metrics.negative_log_likelihood([[1.0, 0.0], [0.5, 0.5]], [1, 0]) == math.inf
+    assert classification.negative_log_likelihood([[1.0, 0.0], [0.5, 0.5]], [1, 0]) == math.inf
 
 
 def test_tensors_and_half_precision() -> None:
     probabilities, targets = draws(50)
-    expected = metrics.classification_metrics(probabilities, targets)
-    found = metrics.classification_metrics(torch.from_numpy(probabilities).requires_grad_(), torch.from_numpy(targets))
-    assert found == expected
-    half = metrics.classification_metrics(torch.from_numpy(probabilities).bfloat16().softmax(1), targets)
+    expected = classification.classification_metrics(probabilities, targets)
+    scores = classification.classification_metrics(
+        torch.from_numpy(probabilities).requires_grad_(), torch.from_numpy(targets)
+    )
+    assert scores == expected
+    half = classification.classification_metrics(torch.from_numpy(probabilities).bfloat16().softmax(1), targets)
     assert half["accuracy"] > 0
 
 
@@ -166,12 +162,12 @@ def test_tensors_and_half_precision() -> None:
 )
 def test_bad_predictions_are_refused(probabilities: Any, targets: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        metrics.classification_metrics(probabilities, targets)
+        classification.classification_metrics(probabilities, targets)
 
 
 def test_number_of_bins_is_checked() -> None:
     with pytest.raises(ValueError, match="positive number of bins, got 0"):
-        metrics.expected_calibration_error([[0.5, 0.5]], [0], 0)
+        calibration.expected_calibration_error([[0.5, 0.5]], [0], 0)
 
 
 @pytest.mark.parametrize(
@@ -179,51 +175,51 @@ def test_number_of_bins_is_checked() -> None:
     [
         ([0.1, 0.2, 0.3], [0.7, 0.8, 0.9], 1.0, 0.0),  # separated
         ([0.7, 0.8, 0.9], [0.1, 0.2, 0.3], 0.0, 1.0),  # reversed
-        ([0.5, 0.5], [0.5, 0.5, 0.5], 0.5, 1.0),  # all tied: finding all calls everything foreign
-        ([0.1, 0.5], [0.5, 0.9], 0.875, 0.5),  # one tie at the threshold is called foreign
+        ([0.5, 0.5], [0.5, 0.5, 0.5], 0.5, 1.0),  # all tied: finding all calls everything out of distribution
+        ([0.1, 0.5], [0.5, 0.9], 0.875, 0.5),  # one tie at the threshold is called out of distribution
         ([0.1, 0.2, 0.3, 0.4], [0.25], 0.5, 0.5),
     ],
 )
 def test_out_of_distribution_by_hand(inside: list[float], outside: list[float], auroc: float, fpr95: float) -> None:
     score, is_outside = [*inside, *outside], [0] * len(inside) + [1] * len(outside)
-    assert metrics.auroc(score, is_outside) == pytest.approx(auroc, rel=EXACT)
-    assert metrics.fpr95(score, is_outside) == pytest.approx(fpr95, rel=EXACT)
+    assert detection.auroc(score, is_outside) == pytest.approx(auroc, rel=EXACT)
+    assert detection.fpr95(score, is_outside) == pytest.approx(fpr95, rel=EXACT)
 
 
 def test_fpr95_leaves_five_per_cent_unfound() -> None:
     inside, outside = np.arange(20) / 20 + 0.01, np.arange(20) / 20 + 1.0
     outside[0] = -1.0  # one of twenty may be missed
     labels = np.repeat([0, 1], 20)
-    assert metrics.fpr95(np.concatenate([inside, outside]), labels) == 0.0
+    assert detection.fpr95(np.concatenate([inside, outside]), labels) == 0.0
     outside[1] = 0.5  # the second one may not: ten known data score above it
-    assert metrics.fpr95(np.concatenate([inside, outside]), labels) == 0.5
+    assert detection.fpr95(np.concatenate([inside, outside]), labels) == 0.5
 
 
 def test_positive_is_outside() -> None:
     sure, unsure = np.tile([0.99, 0.01], (30, 1)), np.tile([0.55, 0.45], (20, 1))
-    assert metrics.out_of_distribution_metrics(sure, unsure) == {"auroc": 1.0, "aupr": 1.0, "fpr95": 0.0}
+    assert detection.out_of_distribution_metrics(sure, unsure) == {"auroc": 1.0, "aupr": 1.0, "fpr95": 0.0}
     # found in the reverse order: precision n / (30 + n) for all twenty, which are tied
-    assert metrics.out_of_distribution_metrics(unsure, sure) == {"auroc": 0.0, "aupr": 0.6, "fpr95": 1.0}
+    assert detection.out_of_distribution_metrics(unsure, sure) == {"auroc": 0.0, "aupr": 0.6, "fpr95": 1.0}
 
 
-def test_foreignness_keeps_the_order_of_saturated_probabilities() -> None:
+def test_the_out_of_distribution_score_keeps_the_order_of_saturated_probabilities() -> None:
     probabilities = torch.tensor([[1.0, 1e-12], [1.0, 1e-20]])
-    score = metrics.foreignness(probabilities)
+    score = detection.ood_score(probabilities)
     assert score[0] > score[1] > 0
-    assert metrics.foreignness([[0.7, 0.1, 0.2]])[0] == pytest.approx(0.3)
+    assert detection.ood_score([[0.7, 0.1, 0.2]])[0] == pytest.approx(0.3)
 
 
 @pytest.mark.parametrize(
     ("score", "is_outside", "message"),
     [
         ([0.1, math.nan], [0, 1], "finite scores, got 1"),
-        ([0.1, 0.2], [1, 1], r"both 0 \(known\) and 1 \(foreign\), got \[1\]"),
+        ([0.1, 0.2], [1, 1], r"both 0 \(in distribution\) and 1 \(out of distribution\), got \[1\]"),
         ([0.1, 0.2], [0, 2], "both 0"),
         ([0.1, 0.2], [0], r"one shape \[N\], got \(2,\) and \(1,\)"),
     ],
 )
 def test_bad_scores_are_refused(score: Any, is_outside: Any, message: str) -> None:
-    for function in (metrics.auroc, metrics.fpr95):
+    for function in (detection.auroc, detection.fpr95):
         with pytest.raises(ValueError, match=message):
             function(score, is_outside)
 
@@ -391,13 +387,15 @@ def test_seeds_with_a_score_that_is_not_finite(same_data: bool, value: float) ->
 
 
 def test_a_summary_of_one_seed_has_its_cells(two: list[dict[str, Any]]) -> None:
-    found = summarise(two[:1])
-    assert found["seeds"] == [0]
+    summarised = summarise(two[:1])
+    assert summarised["seeds"] == [0]
     for kind in ("test", "shifts", "ood"):
-        for own, record in zip(*([e] if kind == "test" else e for e in (found[kind], two[0][kind])), strict=True):
-            assert own["scores"] == record["scores"]
-            assert own["differences"] == record["differences"]
-    assert json.loads(json.dumps(found, allow_nan=False)) == found
+        for entry, record in zip(
+            *([e] if kind == "test" else e for e in (summarised[kind], two[0][kind])), strict=True
+        ):
+            assert entry["scores"] == record["scores"]
+            assert entry["differences"] == record["differences"]
+    assert json.loads(json.dumps(summarised, allow_nan=False)) == summarised
 
 
 def test_a_summary_of_several_seeds(two: list[dict[str, Any]], summary: dict[str, Any]) -> None:
@@ -405,16 +403,12 @@ def test_a_summary_of_several_seeds(two: list[dict[str, Any]], summary: dict[str
     assert summary["same_data"]
     assert json.loads(json.dumps(summary, allow_nan=False)) == summary
     for kind, place in (("test", None), ("shifts", 1), ("ood", 0)):
-        own, entries = (
-            (item[kind] if place is None else item[kind][place] for item in (summary, two[0])),
-            [record[kind] if place is None else record[kind][place] for record in two],
-        )
-        own = next(iter(own))
-        score = next(iter(own["scores"][CANDIDATE]))
+        combined, *entries = (item[kind] if place is None else item[kind][place] for item in (summary, *two))
+        score = next(iter(combined["scores"][CANDIDATE]))
         cells = [entry["scores"][CANDIDATE][score] for entry in entries]
-        assert own["scores"][CANDIDATE][score] == combine(cells, True)
+        assert combined["scores"][CANDIDATE][score] == combine(cells, True)
         cells = [entry["differences"][MAP][CANDIDATE][score] for entry in entries]
-        assert own["differences"][MAP][CANDIDATE][score] == combine(cells, True)
+        assert combined["differences"][MAP][CANDIDATE][score] == combine(cells, True)
     bins = summary["test"]["curves"][CANDIDATE]["reliability"]
     assert sum(bins["counts"]) == 2 * 70
     assert bins["correct"] == [
@@ -453,30 +447,34 @@ def test_a_method_that_failed_for_a_seed_has_the_numbers_of_the_others_and_is_to
     for entry in (changed[1]["test"], *changed[1]["shifts"], *changed[1]["ood"]):
         del entry["scores"]["laplace-torch"], entry["differences"]["laplace-torch"]
         entry["differences"] = {
-            second: {first: cell for first, cell in found.items() if first != "laplace-torch"}
-            for second, found in entry["differences"].items()
+            second: {first: cell for first, cell in summarised.items() if first != "laplace-torch"}
+            for second, summarised in entry["differences"].items()
         }
     old = changed[1]["predictors"]["laplace-torch"]
     changed[1]["predictors"]["laplace-torch"] = {key: old[key] for key in ("kind", "role", "description")} | {
         "failed": "RuntimeError: no memory", "seconds": {}, "warnings": []
     }  # fmt: skip
     for order in (changed, changed[::-1]):
-        found = summarise(order)
+        summarised = summarise(order)
         for part in ("test", "shifts", "ood"):
-            pairs = [(found[part], two[0][part])] if part == "test" else zip(found[part], two[0][part], strict=True)
+            pairs = (
+                [(summarised[part], two[0][part])]
+                if part == "test"
+                else zip(summarised[part], two[0][part], strict=True)
+            )
             for entry, alone in pairs:
                 assert entry["scores"]["laplace-torch"] == alone["scores"]["laplace-torch"]
                 assert entry["differences"]["laplace-torch"][MAP] == alone["differences"]["laplace-torch"][MAP]
                 assert entry["scores"][MAP] != alone["scores"][MAP]
-        assert found["predictors"]["laplace-torch"]["failed"] == ["RuntimeError: no memory"]
+        assert summarised["predictors"]["laplace-torch"]["failed"] == ["RuntimeError: no memory"]
         assert (
-            found["predictors"]["laplace-torch"]["seconds"]
+            summarised["predictors"]["laplace-torch"]["seconds"]
             == old["seconds"] | two[0]["predictors"]["laplace-torch"]["seconds"]
         )
         said = "laplace-torch did not run in 1 of 2 seeds; its numbers are of the others: RuntimeError: no memory."
-        assert said in statement(found)["details"]
-        assert said in markdown(found, title="Failed")
-    assert "Did not run: RuntimeError: no memory" in render(found, title="Failed")
+        assert said in statement(summarised)["details"]
+        assert said in markdown(summarised, title="Failed")
+    assert "Did not run: RuntimeError: no memory" in render(summarised, title="Failed")
 
 
 @pytest.mark.parametrize(
@@ -506,11 +504,11 @@ def test_verdicts(score: str, cell: list[float], word: str) -> None:
 
 
 def test_roles_and_shifts_are_found(summary: dict[str, Any]) -> None:
-    assert summaries.by_role(summary, "candidate") == CANDIDATE
-    assert summaries.by_role(summary, "reference") == REFERENCE
-    assert summaries.by_role(summary, "nobody") is None
-    assert [entry["severity"] for entry in summaries.shifts(summary)["moved"]] == [1, 3, 5]
-    strong = [summaries.is_strong({"severity": severity}) for severity in (1, 2, 3, 5, None)]
+    assert verdicts.by_role(summary, "candidate") == CANDIDATE
+    assert verdicts.by_role(summary, "reference") == REFERENCE
+    assert verdicts.by_role(summary, "nobody") is None
+    assert [entry["severity"] for entry in verdicts.shifts(summary)["moved"]] == [1, 3, 5]
+    strong = [conditions.is_strong({"severity": severity}) for severity in (1, 2, 3, 5, None)]
     assert strong == [False, False, True, True, True]
 
 
@@ -521,14 +519,14 @@ def with_differences(
     summary: dict[str, Any], against: dict[str, list[float]], strong: dict[str, list[float]] | None = None
 ) -> dict[str, Any]:
     """A summary in which the candidate's NLL differs so much from that of others, also under strong shift."""
-    found = copy.deepcopy(summary)
+    changed = copy.deepcopy(summary)
     for second, cell in against.items():
-        found["test"]["differences"][second][CANDIDATE]["nll"] = cell
+        changed["test"]["differences"][second][CANDIDATE]["nll"] = cell
     for second, cell in (strong or {}).items():
-        found["strong_shift"]["differences"][second][CANDIDATE]["nll"] = cell
+        changed["strong_shift"]["differences"][second][CANDIDATE]["nll"] = cell
     if strong is None:
-        found["strong_shift"] = None
-    return found
+        changed["strong_shift"] = None
+    return changed
 
 
 @pytest.mark.parametrize(
@@ -554,8 +552,8 @@ def test_the_answer_follows_the_numbers(
     summary: dict[str, Any], point: list[float], temperature: list[float], strong: list[float] | None, words: list[str]
 ) -> None:
     rule = {TEMPERATURE_RULE: strong} if strong else None
-    found = with_differences(summary, {MAP: point, TEMPERATURE: temperature}, rule)
-    said = statement(found)
+    changed = with_differences(summary, {MAP: point, TEMPERATURE: temperature}, rule)
+    said = statement(changed)
     assert said["answer"].startswith("On data like the training data of blobs, the probabilities of debiased K-FAC")
     assert said["answer"].endswith(".")
     for part in [*words, *(with_interval(cell, 3) for cell in (point, temperature, strong) if cell is not None)]:
@@ -568,27 +566,27 @@ def test_the_answer_follows_the_numbers(
 
 
 def test_without_a_temperature_nothing_is_said_of_it(summary: dict[str, Any]) -> None:
-    found = with_differences(summary, {MAP: BETTER})
+    changed = with_differences(summary, {MAP: BETTER})
     for name in (TEMPERATURE, TEMPERATURE_RULE):
-        for entry in (found["test"], *found["shifts"], *found["ood"]):
+        for entry in (changed["test"], *changed["shifts"], *changed["ood"]):
             del entry["scores"][name], entry["differences"][name]
             for others in entry["differences"].values():
                 del others[name]
-        del found["predictors"][name]
+        del changed["predictors"][name]
     for name in ("debiased, probit", "debiased, layers"):
-        del found["predictors"][name]
-        for entry in (found["test"], *found["shifts"], *found["ood"]):
+        del changed["predictors"][name]
+        for entry in (changed["test"], *changed["shifts"], *changed["ood"]):
             del entry["scores"][name]
-    for about in found["predictors"].values():  # that of a posterior is another thing
+    for about in changed["predictors"].values():  # that of a posterior is another thing
         about["edges"] = [{}, {}]
-    said = statement(found)
+    said = statement(changed)
     assert said["answer"].endswith(f"are better than the network's own (NLL {with_interval(BETTER, 3)}).")
     assert "temperature" not in " ".join([said["answer"], *said["details"]])
 
 
 def test_posteriors_are_compared_with_one_another(summary: dict[str, Any]) -> None:
-    found = with_differences(summary, {BASELINE: BETTER, REFERENCE: NEITHER}, {BASELINE: BETTER, REFERENCE: WORSE})
-    details = statement(found)["details"]
+    changed = with_differences(summary, {BASELINE: BETTER, REFERENCE: NEITHER}, {BASELINE: BETTER, REFERENCE: WORSE})
+    details = statement(changed)["details"]
     (first,) = [d for d in details if "the single batch at the same budget (single-batch K-FAC)" in d]
     assert f"{with_interval(BETTER, 4)} (better)." in first
     (second,) = [d for d in details if "all the training data (full-data K-FAC)" in d]
@@ -599,23 +597,23 @@ def test_posteriors_are_compared_with_one_another(summary: dict[str, Any]) -> No
 
 
 def test_the_best_method_is_named(summary: dict[str, Any]) -> None:
-    found = copy.deepcopy(summary)
-    found["test"]["scores"]["laplace-torch"]["nll"] = [0.0, 0.001, 0.0, 0.0]
+    changed = copy.deepcopy(summary)
+    changed["test"]["scores"]["laplace-torch"]["nll"] = [0.0, 0.001, 0.0, 0.0]
     start = "The lowest NLL on test data has laplace-torch (0.000 ± 0.001), the lowest of "
-    assert any(sentence.startswith(start) for sentence in statement(found)["details"])
+    assert any(sentence.startswith(start) for sentence in statement(changed)["details"])
 
 
 def test_sentences_of_a_regression(wave: list[dict[str, Any]]) -> None:
-    found = summarise(wave)
+    summarised = summarise(wave)
     for cell, words in (
         (BETTER, "describes the errors better than one noise level for all inputs does"),
         (WORSE, "describes the errors worse than one noise level"),
         (NEITHER, "is not shown to describe the errors better than one noise level"),
         (NEGLIGIBLE, "describes the errors practically as well as one noise level"),
     ):
-        said = statement(with_differences(found | {"shifts": []}, {MAP: cell}))
+        said = statement(with_differences(summarised | {"shifts": []}, {MAP: cell}))
         assert said["answer"].startswith(f"On wave, the uncertainty of {CANDIDATE} {words}")
-        coverage = plus_minus(found["test"]["scores"][CANDIDATE]["coverage_95"], 1, scale=100)
+        coverage = plus_minus(summarised["test"]["scores"][CANDIDATE]["coverage_95"], 1, scale=100)
         assert f"its 95 % intervals hold {coverage} % of the test targets." in said["answer"]
         assert with_interval(cell, 3) in said["details"][0]
 
@@ -625,32 +623,32 @@ def test_without_a_candidate_nothing_is_compared(two: list[dict[str, Any]]) -> N
     changed = copy.deepcopy(two)
     for record in changed:
         record["predictors"][CANDIDATE]["role"] = ""
-    found = summarise(changed)
-    said = statement(found)
+    summarised = summarise(changed)
+    said = statement(summarised)
     assert "none is marked as a candidate" in said["answer"]
     assert said["details"] == []
-    assert render(found, title="Alone")
+    assert render(summarised, title="Alone")
 
 
 @pytest.mark.usefixtures("undrawn")
 def test_edges_of_the_grid_are_told(summary: dict[str, Any]) -> None:
-    found = copy.deepcopy(summary)
+    changed = copy.deepcopy(summary)
     marked = {
         "debiased, layers": [{"prior precision (2 of 4)": "largest"}, {"prior precision (1 of 4)": "largest"}],
         CANDIDATE: [{"prior precision": "largest", "temperature": "smallest"}, {}],
         BASELINE: [{"prior precision": "smallest"}] * 2,
         TEMPERATURE_RULE: [{}, {"temperature": "largest"}],
     }
-    for name, about in found["predictors"].items():
+    for name, about in changed["predictors"].items():
         about["edges"] = marked.get(name, [{}, {}])
-    (said,) = [d for d in statement(found)["details"] if d.startswith("At the end of their search")]
+    (said,) = [d for d in statement(changed)["details"] if d.startswith("At the end of their search")]
     for part in (
         f"{CANDIDATE} (prior precision, largest, 1 of 2 seeds)", f"{CANDIDATE} (temperature, smallest, 1 of 2 seeds)",
         "debiased, layers (prior precision of some layers, largest, 2 of 2 seeds)",
         f"{BASELINE} (prior precision, smallest, 2 of 2 seeds)", f"{TEMPERATURE_RULE} (temperature, largest, 1 of 2",
     ):  # fmt: skip
         assert part in said
-    (table,) = [table for table in tables(found) if table.title == "Tuning and cost"]
+    (table,) = [table for table in tables(changed) if table.title == "Tuning and cost"]
     tuned = {row[0]: row[1] for row in table.sections[0][1]}
     assert re.fullmatch(r"prior \S+ ↑, temperature \S+ ↓", tuned[CANDIDATE])
     assert re.fullmatch(r"prior \S+ ↓, temperature \S+", tuned[BASELINE])
@@ -667,11 +665,11 @@ def test_the_prior_precision_of_distances_is_the_one_that_was_asked_for(tmp_path
         Method(REFERENCE, fit={"budget": None}, role="reference"),
         Method(CANDIDATE, fit={"budget": 50}, role="candidate"), Method(MAP, "map"),
     )  # fmt: skip
-    found = summarise(run(task_of(tmp_path), tmp_path, [0], Context(), methods=methods, options=options))
-    details = " ".join(statement(found)["details"])
+    summarised = summarise(run(task_of(tmp_path), tmp_path, [0], Context(), methods=methods, options=options))
+    details = " ".join(statement(summarised)["details"])
     assert "at prior precision 20" in details
     assert "at prior precision 1," not in details
-    assert any("prior precision 20" in section for table in tables(found) for section, _ in table.sections)
+    assert any("prior precision 20" in section for table in tables(summarised) for section, _ in table.sections)
 
 
 def test_numbers_as_text() -> None:
@@ -691,19 +689,19 @@ VERDICT = re.compile(rf"({INTERVAL.pattern} \([a-z ]+\))?")
 
 def lines_of(text: str) -> list[list[str]]:
     """The tables of a Markdown text, as lists of lines."""
-    found: list[list[str]] = [[]]
+    tables_of_lines: list[list[str]] = [[]]
     for line in text.splitlines():
         if line.startswith("|"):
-            found[-1].append(line)
-        elif found[-1]:
-            found.append([])
-    return [table for table in found if table]
+            tables_of_lines[-1].append(line)
+        elif tables_of_lines[-1]:
+            tables_of_lines.append([])
+    return [table for table in tables_of_lines if table]
 
 
 @pytest.mark.parametrize("kind", ["classification", "regression"])
 def test_every_number_has_its_error(summary: dict[str, Any], wave: list[dict[str, Any]], kind: str) -> None:
-    found = tables(summary if kind == "classification" else summarise(wave))
-    titles = [table.title for table in found]
+    summarised = tables(summary if kind == "classification" else summarise(wave))
+    titles = [table.title for table in summarised]
     assert titles[:3] == ["Test data", f"{CANDIDATE} against the others, test data", "Shifted data: NLL"]
     assert titles[-1] == "Tuning and cost"
     assert len(set(titles)) == len(titles)
@@ -711,7 +709,7 @@ def test_every_number_has_its_error(summary: dict[str, Any], wave: list[dict[str
         "Strong shift: mean NLL": lambda row: ERROR.fullmatch(row[1]) and all(map(VERDICT.fullmatch, row[2:])),
         f"NLL of {CANDIDATE} minus {BASELINE}, at equal settings": lambda row: INTERVAL.fullmatch(row[1]),
     }
-    for table in found[:-1]:
+    for table in summarised[:-1]:
         if table.title in kinds_of_cells:
             assert all(kinds_of_cells[table.title](row) for _, rows in table.sections for row in rows), table.title
             continue
@@ -720,7 +718,7 @@ def test_every_number_has_its_error(summary: dict[str, Any], wave: list[dict[str
             for row in rows:
                 cells = row[1:2] if "against" in table.title else row[1:]
                 assert all(pattern.fullmatch(cell) for cell in cells), (table.title, row)
-    against = found[1]
+    against = summarised[1]
     assert against.sections[0][0] == f"minus {MAP}"
     verdicts = {row[0]: row[2] for row in against.sections[0][1]}
     if kind == "regression":
@@ -745,19 +743,19 @@ def ragged(folder: Path) -> dict[str, Any]:
 def test_rows_have_as_many_cells_as_the_head(
     summary: dict[str, Any], wave: list[dict[str, Any]], tmp_path: Path
 ) -> None:
-    for found in (summary, summarise(wave), ragged(tmp_path)):
-        for table in [*tables(found), *tables(found, short=True)]:
+    for summarised in (summary, summarise(wave), ragged(tmp_path)):
+        for table in [*tables(summarised), *tables(summarised, short=True)]:
             assert {len(row) for _, rows in table.sections for row in rows} == {len(table.columns)}, table.title
-        for lines in lines_of(markdown(found, title="All")):
+        for lines in lines_of(markdown(summarised, title="All")):
             assert len({line.replace("\\|", "").count("|") for line in lines}) == 1, lines[0]
 
 
 def test_numbers_are_under_their_severity(tmp_path: Path) -> None:
-    found = ragged(tmp_path)
-    (table,) = [table for table in tables(found) if table.title == "Shifted data: NLL"]
-    (minus,) = [table for table in tables(found) if table.title == f"Shifted data: NLL of {CANDIDATE} minus {MAP}"]
+    result = ragged(tmp_path)
+    (table,) = [table for table in tables(result) if table.title == "Shifted data: NLL"]
+    (minus,) = [table for table in tables(result) if table.title == f"Shifted data: NLL of {CANDIDATE} minus {MAP}"]
     places = {"2": [c for c in table.columns if "2" in c], "3": [c for c in table.columns if "3" in c]}
-    turned = next(entry for entry in found["shifts"] if entry["name"] == "turned")
+    turned = next(entry for entry in result["shifts"] if entry["name"] == "turned")
     rows = {row[0]: row for section, rows in table.sections if section == "turned" for row in rows}
     assert len(places["2"]) == 1
     cell = plus_minus(turned["scores"][MAP]["nll"], 3)
@@ -882,16 +880,16 @@ def test_files_of_a_regression(wave: list[dict[str, Any]], tmp_path: Path) -> No
 @pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize("n", [1, 2])
 def test_a_page_with_little_on_it(tmp_path: Path, n: int) -> None:
-    """A method or two, no shifts, no foreign data, no pictures."""
+    """A method or two, no shifts, no out-of-distribution data, no pictures."""
     task = task_of(
         tmp_path, ("def shifted_loaders", "def nothing"), ("def ood_loaders", "def nothing_else"),
         ("def images", "def no_images"), ("CLASSES", "NAMES"), ("NOTES", "REMARKS"),
     )  # fmt: skip
     methods = (Method(MAP, "map"), Method(CANDIDATE, fit={"budget": 24}, role="candidate"))[:n]
-    found = summarise(run(task, tmp_path, [0], Context(), methods=methods, options=OPTIONS))
-    paths = write_outputs(tmp_path / "out", found)
+    summarised = summarise(run(task, tmp_path, [0], Context(), methods=methods, options=OPTIONS))
+    paths = write_outputs(tmp_path / "out", summarised)
     check_page(paths["report.html"].read_text())
-    assert len(tables(found)) == 2 + (n == 2)
+    assert len(tables(summarised)) == 2 + (n == 2)
 
 
 @pytest.mark.usefixtures("undrawn")
@@ -903,18 +901,18 @@ def test_names_of_others_cannot_change_the_page(tmp_path: Path) -> None:
         ('NAME = "blobs"', 'NAME = "</title><u>"'),
     )  # fmt: skip
     methods = (Method("<s>MAP", "map"), Method("<em>", fit={"budget": 24}, role="candidate"))
-    found = summarise(run(task, tmp_path, [0], Context(), methods=methods, options=OPTIONS))
-    page = check_page(write_outputs(tmp_path / "out", found)["report.html"].read_text())
+    summarised = summarise(run(task, tmp_path, [0], Context(), methods=methods, options=OPTIONS))
+    page = check_page(write_outputs(tmp_path / "out", summarised)["report.html"].read_text())
     assert not {tag for tag, _ in page.tags} & {"b", "i", "u", "s", "em"}
     for name in ("<script>alert(1)</script>", "{{ 7 * 7 }}", "<b>moved", "<i>far", "</p><h1>Owned</h1>", "<s>MAP"):
         assert name in page.text
 
 
 def test_the_figures_are_pictures_and_say_what_they_show(summary: dict[str, Any], wave: list[dict[str, Any]]) -> None:
-    for found, n in ((summary, 5), (summarise(wave), 4)):
-        own = [*figures.pictures(found), *figures.reliability_pictures(found)]
-        assert len(own) == n + (0 if found["regression"] else len(figures.drawn(found)))
-        for picture in own:
+    for summarised, n in ((summary, 5), (summarise(wave), 4)):
+        drawn = [*figures.pictures(summarised), *figures.reliability_pictures(summarised)]
+        assert len(drawn) == n + (0 if summarised["regression"] else len(figures.drawn(summarised)))
+        for picture in drawn:
             image = np.asarray(Image.open(io.BytesIO(picture.png)).convert("L"))
             assert min(image.shape) > 200
             assert image.std() > 3
@@ -922,3 +920,27 @@ def test_the_figures_are_pictures_and_say_what_they_show(summary: dict[str, Any]
     assert set(figures.style(summary)) < set(summary["test"]["scores"])
     looks = [str(look) for look in figures.style(summary).values()]
     assert len(set(looks)) == len(looks)
+
+
+# -- rooms -----------------------------------------------------------------------------------------
+
+#: Data flow one way, and so do imports: a room imports from those before it alone, and from itself.
+ROOMS = [
+    "names", "records", "provenance", "shifts", "scores", "predictors", "shipped", "tasks", "methods", "judge", "suite",
+    "report", "bias", "demo", "progress", "template",
+]  # fmt: skip
+EVALUATION = Path(evaluation.__file__).parent
+
+
+@pytest.mark.parametrize("path", sorted(EVALUATION.rglob("*.py")), ids=lambda p: str(p.relative_to(EVALUATION)))
+def test_rooms_of_the_evaluation_import_one_way(path: Path) -> None:
+    room = path.relative_to(EVALUATION).with_suffix("").parts[0]
+    if room == "__init__":
+        return
+    imported = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            parts = node.module.split(".")
+            if parts[:2] == ["debiased_laplace", "evaluation"]:
+                imported |= {parts[2]} if len(parts) > 2 else {alias.name for alias in node.names}
+    assert imported <= {*ROOMS[: ROOMS.index(room)], *([room] if path.parent != EVALUATION else [])}

@@ -14,7 +14,7 @@ from debiased_laplace import DebiasedLaplace, Single, UniformSampler
 from debiased_laplace.fitting.fit import fit
 from debiased_laplace.fitting.fitted import Fit
 from debiased_laplace.likelihoods import Gaussian
-from debiased_laplace.posterior.tuning import maximise_marginal_likelihood, maximise_with_noise
+from debiased_laplace.posterior.evidence import maximise_marginal_likelihood, maximise_with_noise
 from tests.networks import ZOO
 from tests.tolerances import EXACT, assert_equal
 
@@ -47,16 +47,16 @@ def test_prior_and_noise_of_the_largest_evidence(structure: str, temperature: fl
 
 
 def test_prior_and_noise_for_every_block_and_without_a_maximum() -> None:
-    found = fitted()
-    priors, noise = maximise_with_noise(found.posterior, found.mean_loss, 2, per_block=True)
-    assert len(priors) == len(found.posterior.basis.parts)
-    posterior = replace(found.posterior, prior_precision=priors, noise_variance=noise)
+    result = fitted()
+    priors, noise = maximise_with_noise(result.posterior, result.mean_loss, 2, per_block=True)
+    assert len(priors) == len(result.posterior.basis.parts)
+    posterior = replace(result.posterior, prior_precision=priors, noise_variance=noise)
     n_effective = float((1 - posterior.column_prior / posterior.precisions).sum())
-    expected = 2 * found.posterior.n_data * found.mean_loss / (2 * found.posterior.n_data - n_effective)
+    expected = 2 * result.posterior.n_data * result.mean_loss / (2 * result.posterior.n_data - n_effective)
     assert noise == pytest.approx(expected, rel=EXACT)
     assert_equal(maximise_marginal_likelihood(posterior, per_block=True), priors)
     with pytest.raises(ValueError, match=r"without any error on its training data, got a mean loss of 0"):
-        maximise_with_noise(found.posterior, 0.0, 2)
+        maximise_with_noise(result.posterior, 0.0, 2)
     la = DebiasedLaplace(ZOO["mlp"].model(), "regression")
     la.fit([data()])
     with pytest.raises(ValueError, match="one init_prior_prec with tune_sigma_noise=True"):
@@ -69,12 +69,12 @@ def test_prior_and_noise_for_every_block_and_without_a_maximum() -> None:
 @given(st.integers(1, 30), st.integers(1, 12), st.floats(1e-30, 1e30), st.floats(1e-12, 1e12), st.integers(0, 99))
 @example(1, 12, 1e-30, 1e12, 0)  # more parameters than data, and hardly an error
 def test_the_equation_of_the_noise(n_data: int, rank: int, loss: float, scale: float, seed: int) -> None:
-    found = fitted()
+    result = fitted()
     generator = torch.Generator().manual_seed(seed)
-    curvatures = torch.zeros(found.posterior.basis.rank, dtype=torch.float64)
+    curvatures = torch.zeros(result.posterior.basis.rank, dtype=torch.float64)
     curvatures[:rank] = scale * torch.rand(rank, generator=generator, dtype=torch.float64)
-    posterior = replace(found.posterior, curvatures=curvatures, n_data=n_data)
+    posterior = replace(result.posterior, curvatures=curvatures, n_data=n_data)
     prior, noise = maximise_with_noise(posterior, loss, 2)
-    own = replace(posterior, prior_precision=prior, noise_variance=noise)
-    n_effective = float((1 - own.column_prior / own.precisions).sum())
+    tuned = replace(posterior, prior_precision=prior, noise_variance=noise)
+    n_effective = float((1 - tuned.column_prior / tuned.precisions).sum())
     assert n_effective / n_data == pytest.approx(2 - 2 * loss / noise, abs=EXACT)

@@ -19,14 +19,23 @@ from typer.testing import CliRunner
 
 from debiased_laplace import DebiasedLaplace
 from debiased_laplace.cli import app
-from debiased_laplace.evaluation import Context, Method, Options, Task, TaskError, bootstrap, records, run, suite
-from debiased_laplace.evaluation.figures import pictures
+from debiased_laplace.evaluation import Context, Method, Options, Task, TaskError, records, run
 from debiased_laplace.evaluation.methods import methods_of
-from debiased_laplace.evaluation.predictors import LaplacePredictor, TwoClasses, as_prediction, two_classes
-from debiased_laplace.evaluation.report import markdown, render, write_outputs
-from debiased_laplace.evaluation.statement import number, plus_minus, statement, with_interval
-from debiased_laplace.evaluation.summary import combine, judged, summarise
-from debiased_laplace.evaluation.tables import tables
+from debiased_laplace.evaluation.predictors.one_logit import TwoClasses, two_classes
+from debiased_laplace.evaluation.predictors.posterior import LaplacePredictor
+from debiased_laplace.evaluation.predictors.prediction import as_prediction
+from debiased_laplace.evaluation.report.figures import pictures
+from debiased_laplace.evaluation.report.numbers import number, plus_minus, with_interval
+from debiased_laplace.evaluation.report.outputs import markdown, render, write_outputs
+from debiased_laplace.evaluation.report.statement import statement
+from debiased_laplace.evaluation.report.summary import summarise
+from debiased_laplace.evaluation.report.tables import tables
+from debiased_laplace.evaluation.report.verdicts import judged
+from debiased_laplace.evaluation.scores import weighted
+from debiased_laplace.evaluation.scores.cells import combine
+from debiased_laplace.evaluation.scores.replicates import Replicates
+from debiased_laplace.evaluation.suite import bench, distances
+from debiased_laplace.evaluation.suite.posteriors import Posteriors
 from debiased_laplace.evaluation.tasks import watched
 from tests.tolerances import EXACT, FLOAT32
 
@@ -64,10 +73,10 @@ def judged_blobs(folder: Path, methods: tuple[Method, ...], *replacements: tuple
 @pytest.mark.parametrize(
     ("kind", "place"),
     [
-        ("temperature", "suite.tuned_temperature"), ("ensemble", ""), ("laplace", "suite.DebiasedLaplace.fit"),
-        ("laplace", "suite.DebiasedLaplace.optimize_prior_precision"), ("laplace", "suite.LaplacePredictor"),
-        ("laplace", "suite.LaplacePredictor.__call__"), ("laplace-torch", "suite.fitted_peer"),
-        ("map", "suite.outputs_of"),
+        ("temperature", "bench.tuned_temperature"), ("ensemble", ""), ("laplace", "posteriors.DebiasedLaplace.fit"),
+        ("laplace", "posteriors.DebiasedLaplace.optimize_prior_precision"), ("laplace", "bench.LaplacePredictor"),
+        ("laplace", "bench.LaplacePredictor.__call__"), ("laplace-torch", "bench.fitted_peer"),
+        ("map", "bench.outputs_of"),
     ],
 )  # fmt: skip
 def test_a_method_that_fails_is_a_row_that_says_why(
@@ -76,41 +85,41 @@ def test_a_method_that_fails_is_a_row_that_says_why(
     broken = Method("broken", kind, laplace={"structure": "kron"} if kind == "laplace-torch" else {})  # type: ignore[arg-type]
     sound = Method("sound", "map" if kind != "map" else "temperature")
     changes = [] if place else [("def train_loader", "def ensemble():\n    1 / 0\n\n\ndef train_loader")]
-    if place == "suite.outputs_of":
-        monkeypatch.setattr(suite._Bench, "_check_outputs", lambda self: None)
+    if place == "bench.outputs_of":
+        monkeypatch.setattr(bench.Bench, "_check_outputs", lambda self: None)
     if place:
-        monkeypatch.setattr(f"debiased_laplace.evaluation.{place}", fails)
+        monkeypatch.setattr(f"debiased_laplace.evaluation.suite.{place}", fails)
     record = judged_blobs(tmp_path, (sound, broken), *changes)
     why = record["predictors"]["broken"]["failed"]
     assert "ZeroDivisionError: division by zero" in why if not place else "RuntimeError: out of everything" in why
     assert list(record["test"]["scores"]) == ["sound"]
-    found = summarise([record])
+    summarised = summarise([record])
     assert any(
-        sentence.startswith("broken did not run: ") and why in sentence for sentence in statement(found)["details"]
+        sentence.startswith("broken did not run: ") and why in sentence for sentence in statement(summarised)["details"]
     )
-    first = tables(found)[0]
+    first = tables(summarised)[0]
     assert [row[:2] for row in first.sections[0][1]][1] == ["broken", "failed"]
-    assert why in first.caption and why in markdown(found, title="t")
+    assert why in first.caption and why in markdown(summarised, title="t")
 
 
 @pytest.mark.parametrize("failing", ["single-batch K-FAC", "debiased K-FAC", "full-data K-FAC"])
 def test_everything_is_written_whichever_posterior_fails(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str
 ) -> None:
-    original = suite._Bench._laplace
+    original = Posteriors.of
     monkeypatch.setattr(
-        suite._Bench, "_laplace", lambda self, method: fails() if method.name == failing else original(self, method)
+        Posteriors, "of", lambda self, method: fails() if method.name == failing else original(self, method)
     )
     task = task_of(tmp_path)
     methods = tuple(method for method in methods_of(task) if method.role or method.kind in ("map", "temperature"))
     (record,) = run(task, tmp_path, [0], Context(), methods=methods, options=OPTIONS)
-    found = summarise([record])
-    assert failing not in found["test"]["scores"] and len(found["test"]["scores"]) == 5
-    assert bool(found["distances"]) == (failing != "full-data K-FAC")
-    assert f"{failing} did not run: RuntimeError: out of everything." in statement(found)["details"]
-    assert markdown(found, title="t")
+    summarised = summarise([record])
+    assert failing not in summarised["test"]["scores"] and len(summarised["test"]["scores"]) == 5
+    assert bool(summarised["distances"]) == (failing != "full-data K-FAC")
+    assert f"{failing} did not run: RuntimeError: out of everything." in statement(summarised)["details"]
+    assert markdown(summarised, title="t")
     if failing == "debiased K-FAC":
-        assert statement(found)["answer"] == "The tables show each method by itself: debiased K-FAC did not run."
+        assert statement(summarised)["answer"] == "The tables show each method by itself: debiased K-FAC did not run."
 
 
 def test_a_method_that_fails_on_some_data_keeps_the_rest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -127,14 +136,14 @@ def test_a_method_that_fails_on_some_data_keeps_the_rest(tmp_path: Path, monkeyp
     assert math.isfinite(record["test"]["scores"]["debiased K-FAC"]["nll"][0])
     assert math.isnan(record["ood"][0]["scores"]["debiased K-FAC"]["entropy, auroc"][0])
     assert math.isfinite(record["ood"][0]["scores"]["MAP"]["entropy, auroc"][0])
-    found = summarise([record])
-    (foreign,) = [table for table in tables(found) if table.title == "Foreign data"]
-    assert "undefined" in foreign.markdown()
-    assert render(found, title="t")
+    summarised = summarise([record])
+    (ood,) = [table for table in tables(summarised) if table.title == "Out-of-distribution data"]
+    assert "undefined" in ood.markdown()
+    assert render(summarised, title="t")
 
 
 def test_distances_that_fail_take_nothing_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(suite, "functional_moments", fails)
+    monkeypatch.setattr(distances, "functional_moments", fails)
     methods = (*DEBIASED, Method("all", fit={"budget": None}, role="reference"))
     record = judged_blobs(tmp_path, methods)
     assert record["distances"] == {}
@@ -170,7 +179,7 @@ def test_a_late_batch_that_is_wrong_names_the_function(tmp_path: Path, name: str
         judged_blobs(tmp_path, DEBIASED, (RETURNS[name], late))
 
 
-def test_late_shifted_and_foreign_data_name_the_function_and_what_they_are(tmp_path: Path) -> None:
+def test_late_shifted_and_out_of_distribution_data_name_the_function_and_what_they_are(tmp_path: Path) -> None:
     head = "def late(batches):\n    yield from batches[:2]\n    raise OSError('gone')\n\n\n"
     for old, name, title in (
         ("s: cut(inputs + torch.tensor([0.4 * s, 0.0]), targets)", "shifted_loaders", "'moved' 1"),
@@ -258,7 +267,9 @@ def test_a_variance_of_zero_is_at_no_distance_from_zero(tmp_path: Path) -> None:
 
 
 def test_one_variance_of_zero_is_infinitely_far() -> None:
-    ratio = suite._log_ratio(torch.tensor([0.0, 0.0, 2.0, 2.0]).double(), torch.tensor([0.0, 1.0, 0.0, 1.0]).double())
+    ratio = distances.log_ratio(
+        torch.tensor([0.0, 0.0, 2.0, 2.0]).double(), torch.tensor([0.0, 1.0, 0.0, 1.0]).double()
+    )
     assert ratio.tolist() == [0.0, -math.inf, math.inf, pytest.approx(math.log(2), rel=EXACT)]
 
 
@@ -267,11 +278,11 @@ def test_one_variance_of_zero_is_infinitely_far() -> None:
 @example([math.inf, -math.inf])
 @example([math.nan, math.inf])
 def test_means_of_resamples_follow_from_their_values(values: list[float]) -> None:
-    weights = bootstrap.resample_weights(len(values), 12, 0)
-    seen: list[bootstrap.Replicates] = []
+    weights = weighted.resample_weights(len(values), 12, 0)
+    seen: list[Replicates] = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(suite, "cell", lambda own: (seen.append(own), [own.value])[1])
-        suite._mean_cell(torch.tensor(values, dtype=torch.float64), weights)
+        patch.setattr(distances, "cell", lambda score: (seen.append(score), [score.value])[1])
+        distances.mean_cell(torch.tensor(values, dtype=torch.float64), weights)
     with np.errstate(invalid="ignore"):
         drawn = [np.mean(np.repeat(values, row.astype(int))) for row in weights]
         assert seen[0].value == pytest.approx(float(np.mean(values)), rel=EXACT, nan_ok=True)
@@ -284,16 +295,16 @@ CELLS = st.tuples(*[st.sampled_from([0.1, -0.2, 0.0, math.inf, -math.inf, math.n
 @settings(deadline=None, max_examples=60, derandomize=True)
 @given(st.lists(CELLS, min_size=1, max_size=4), st.booleans())
 def test_cells_of_several_seeds_can_be_combined(cells: list[list[float]], same: bool) -> None:
-    found = combine(cells, same)
-    assert len(found) == 4
+    result = combine(cells, same)
+    assert len(result) == 4
     values = [cell[0] for cell in cells]
     if len(cells) > 1 and not np.isfinite(values).all():
         with np.errstate(invalid="ignore"):
-            assert found[0] == pytest.approx(np.mean(values), nan_ok=True)
-    for text in (plus_minus(found, 3), with_interval(found, 3), number(found[0], 2, sign=True, scale=100)):
+            assert result[0] == pytest.approx(np.mean(values), nan_ok=True)
+    for text in (plus_minus(result, 3), with_interval(result, 3), number(result[0], 2, sign=True, scale=100)):
         assert "inf " not in text and "nan" not in text
-    assert judged("nll", found) in ("better", "worse", "negligible", "no difference shown", "not defined")
-    assert (judged("nll", found) == "not defined") == math.isnan(found[0])
+    assert judged("nll", result) in ("better", "worse", "negligible", "no difference shown", "not defined")
+    assert (judged("nll", result) == "not defined") == math.isnan(result[0])
 
 
 def test_numbers_that_are_none_are_said() -> None:
@@ -317,29 +328,29 @@ def test_numbers_that_are_none_are_said() -> None:
 def record(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     task = Task.load(TASKS / "blobs.py")
     methods = tuple(m for m in methods_of(task) if m.role or m.kind in ("map", "temperature"))
-    (found,) = run(task, tmp_path_factory.mktemp("all"), [0], Context(), methods=methods, options=OPTIONS)
-    return found
+    (result,) = run(task, tmp_path_factory.mktemp("all"), [0], Context(), methods=methods, options=OPTIONS)
+    return result
 
 
 def spoiled(record: dict[str, Any], value: float, which: Callable[[str, str], bool]) -> dict[str, Any]:
     """The cells of some methods and scores with another value."""
-    found = copy.deepcopy(record)
-    entries = [found["test"], *found["shifts"], *found["ood"]]
+    changed = copy.deepcopy(record)
+    entries = [changed["test"], *changed["shifts"], *changed["ood"]]
     for entry in entries:
-        for own in [entry["scores"], *entry["differences"].values()]:
-            for name, cells in own.items():
+        for scores in [entry["scores"], *entry["differences"].values()]:
+            for name, cells in scores.items():
                 for score in cells:
                     if which(name, score):
                         cells[score] = [value, math.inf, -math.inf, math.inf]
-    for own in found["distances"].values():
-        for name, cells in own.items():
+    for scores in changed["distances"].values():
+        for name, cells in scores.items():
             if name != "prior_precision" and which(name, "nll"):
-                own[name] = {part: [value, math.inf, -math.inf, math.inf] for part in cells}
-    for name, about in found["predictors"].items():
+                scores[name] = {part: [value, math.inf, -math.inf, math.inf] for part in cells}
+    for name, about in changed["predictors"].items():
         if which(name, "nll") and "curve" in about:
             about["curve"]["losses"][::2] = [value] * len(about["curve"]["losses"][::2])
             about["validation_nll"] = value
-    return found
+    return changed
 
 
 @pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
@@ -349,26 +360,26 @@ def test_sentences_and_tables_of_such_scores(record: dict[str, Any], value: floa
         lambda name, score: True, lambda name, score: name == "debiased K-FAC", lambda name, score: name == "MAP",
         lambda name, score: score == "nll",
     ):  # fmt: skip
-        own = spoiled(record, value, which)
-        found = summarise([own, {**record, "seed": 1}] if several else [own])
-        text = markdown(found, title="t")
+        changed = spoiled(record, value, which)
+        summarised = summarise([changed, {**record, "seed": 1}] if several else [changed])
+        text = markdown(summarised, title="t")
         assert ("undefined" if math.isnan(value) else "infinite") in text
         assert not {"nan", "inf", "-inf", "inf,"} & set(
             text.replace("|", " ").replace("(", " ").replace("[", " ").split()
         )
-        json.dumps(records.encode(found), allow_nan=False)
+        json.dumps(records.encode(summarised), allow_nan=False)
 
 
 def test_pages_and_figures_of_such_scores(record: dict[str, Any], tmp_path: Path) -> None:
     """All of one posterior undefined and of another infinite; and figures where nothing is finite."""
-    own = spoiled(record, math.nan, lambda name, score: name == "debiased K-FAC")
-    found = summarise([spoiled(own, math.inf, lambda name, score: name == "single-batch K-FAC")])
-    paths = write_outputs(tmp_path, found)
+    changed = spoiled(record, math.nan, lambda name, score: name == "debiased K-FAC")
+    summarised = summarise([spoiled(changed, math.inf, lambda name, score: name == "single-batch K-FAC")])
+    paths = write_outputs(tmp_path, summarised)
     assert all(path.stat().st_size for path in paths.values())
     page = paths["report.html"].read_text()
     assert "not drawn where they are not: NLL of single-batch K-FAC on moved" in page
     assert "infinite" in page and "undefined" in page
-    assert repr(records.read_json(paths["results.json"])["test"]["scores"]) == repr(found["test"]["scores"])
+    assert repr(records.read_json(paths["results.json"])["test"]["scores"]) == repr(summarised["test"]["scores"])
     assert pictures(summarise([spoiled(record, math.inf, lambda name, score: True)]))
 
 
@@ -416,15 +427,15 @@ def test_one_logit_is_judged_like_two_classes(tmp_path: Path) -> None:
         "def model(): return Two()\n"
     )
     (tmp_path / "two.py").write_text(two)
-    found = []
+    result = []
     for name in ("one", "two"):
         task = Task.load(tmp_path / f"{name}.py")
         (record,) = run(task, tmp_path / name, [0], Context(), options=OPTIONS)
         assert not [about["failed"] for about in record["predictors"].values() if "failed" in about]
-        found.append(record)
-    assert list(found[0]["test"]["scores"]) == [m.name for m in methods_of(Task.load(tmp_path / "one.py"))]
+        result.append(record)
+    assert list(result[0]["test"]["scores"]) == [m.name for m in methods_of(Task.load(tmp_path / "one.py"))]
     for part in ("test", "shifts", "ood"):
-        pairs = [[record[part]] if part == "test" else record[part] for record in found]
+        pairs = [[record[part]] if part == "test" else record[part] for record in result]
         for one, other in zip(*pairs, strict=True):
             for name, scores in one["scores"].items():
                 for score in ("nll", "brier", "accuracy", "entropy, auroc", "maximum probability, auroc"):
@@ -478,7 +489,7 @@ def test_targets_and_networks_of_one_logit_are_checked(tmp_path: Path) -> None:
 
 def test_one_logit_from_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "one.py").write_text(LOGIT)
-    for module in ("figures", "bias.pictures"):  # drawing takes long
+    for module in ("report.figures", "bias.pictures"):  # drawing takes long
         monkeypatch.setattr(f"debiased_laplace.evaluation.{module}.png", lambda figure: b"")
 
     def invoke(*arguments: object) -> Any:
@@ -492,7 +503,7 @@ def test_one_logit_from_the_command_line(tmp_path: Path, monkeypatch: pytest.Mon
     invoke("bias", tmp_path / "one.py", "--quick", "--out", tmp_path / "b")
     invoke("fit", tmp_path / "one.py", "--out", tmp_path / "p.safetensors")
     invoke("predict", tmp_path / "one.py", tmp_path / "p.safetensors", "--out", tmp_path / "p.npz")
-    with np.load(tmp_path / "p.npz") as found:
-        assert found["probabilities"].shape == (70, 2)
-        right = found["probabilities"].argmax(1) == found["targets"].ravel()
+    with np.load(tmp_path / "p.npz") as stored:
+        assert stored["probabilities"].shape == (70, 2)
+        right = stored["probabilities"].argmax(1) == stored["targets"].ravel()
     assert right.mean() > 0.7

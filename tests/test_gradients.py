@@ -180,7 +180,7 @@ def test_curvature_data_carry_weights_and_do_not_depend_on_chunks(mc_samples):
         assert_equal(vectors(chunk_size), vectors(None))
     if mc_samples is None:
         outputs = network.outputs(data.inputs)
-        root = Categorical().hessian_square_root(outputs) * data.weights.sqrt()[:, None]
+        root = Categorical().hessian_square_root(outputs, data.targets) * data.weights.sqrt()[:, None]
         assert_equal(vectors(None), root)
 
 

@@ -11,8 +11,8 @@ from debiased_laplace import testing
 from debiased_laplace.curvature.structures import Diagonal, Full, Kronecker, LowRank
 from debiased_laplace.fitting.fit import fit
 from debiased_laplace.fitting.fitted import Fit
+from debiased_laplace.posterior.evidence import maximise_marginal_likelihood
 from debiased_laplace.posterior.predictive import functional_moments, joint_covariance
-from debiased_laplace.posterior.tuning import maximise_marginal_likelihood
 from debiased_laplace.sampling.samplers import UniformSampler
 from debiased_laplace.sampling.splits import Single, TwoBatch
 from tests.tolerances import assert_equal

@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 from scipy.stats import binomtest, skew
 from scipy.stats import t as student
 
-from debiased_laplace.evaluation import bootstrap, evaluate, intervals
-from debiased_laplace.evaluation.replicates import Replicates
-from debiased_laplace.evaluation.summary import verdict
+from debiased_laplace.evaluation import evaluate
+from debiased_laplace.evaluation.report.verdicts import verdict
+from debiased_laplace.evaluation.scores import bootstrap, intervals, weighted
+from debiased_laplace.evaluation.scores.replicates import Replicates
 from tests.tolerances import EXACT, MONTE_CARLO_Z
 
 pytestmark = pytest.mark.filterwarnings("error::RuntimeWarning")
@@ -35,8 +36,8 @@ def one_hot(targets: Any, classes: int, sharpness: float = 3.0) -> np.ndarray:
 @QUICK
 @given(st.integers(1, 400).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))), st.floats(0.5, 0.99))
 def test_a_proportion_is_exact(counts: tuple[int, int], confidence: float) -> None:
-    found = binomtest(*counts).proportion_ci(confidence, "exact")
-    assert intervals.proportion(*counts, confidence) == pytest.approx((found.low, found.high), rel=EXACT, abs=EXACT)
+    result = binomtest(*counts).proportion_ci(confidence, "exact")
+    assert intervals.proportion(*counts, confidence) == pytest.approx((result.low, result.high), rel=EXACT, abs=EXACT)
     if counts[0] == counts[1]:
         share = intervals.unseen_share(counts[1], confidence)
         assert intervals.proportion(*counts, confidence) == pytest.approx((1 - share, 1), rel=EXACT)
@@ -149,7 +150,7 @@ def predictions(draw: st.DrawFn) -> tuple[list[np.ndarray], np.ndarray]:
     return tables, targets
 
 
-def check_own(name: str, score: Replicates, exact: Callable[[str], bool] = lambda name: False) -> None:
+def check_alone(name: str, score: Replicates, exact: Callable[[str], bool] = lambda name: False) -> None:
     low, high = score.interval()
     assert not math.isnan(low), name
     assert not math.isnan(high), name
@@ -176,12 +177,12 @@ def check_difference(name: str, score: Replicates, n: int) -> None:
 def test_classification_whatever_the_data(drawn: tuple[list[np.ndarray], np.ndarray]) -> None:
     tables, targets = drawn
     n = len(targets)
-    weights = bootstrap.resample_weights(n, 50)
+    weights = weighted.resample_weights(n, 50)
     first, second = (bootstrap.classification_replicates(table, targets, weights) for table in tables)
     uniform = [np.ptp(table) < 1e-12 for table in tables]  # what these lose does not depend on the target
-    for own, flat in zip((first, second), uniform, strict=True):
-        for name, score in own.items():
-            check_own(name, score, lambda name, flat=flat: flat and name in ("nll", "brier"))
+    for scores, flat in zip((first, second), uniform, strict=True):
+        for name, score in scores.items():
+            check_alone(name, score, lambda name, flat=flat: flat and name in ("nll", "brier"))
     for name in first:
         check_difference(name, first[name] - second[name], n)
         twin = first[name] - first[name]
@@ -202,11 +203,11 @@ def test_regression_whatever_the_data(
     errors = {"errors": random.standard_normal((n, outputs)), "none": 0.0, "equal": 0.5}[kind] * np.ones((n, outputs))
     mean = np.zeros_like(mean) if kind == "equal" else mean  # so that differences are equal to the last digit
     variance = np.ones((n, outputs)) if one_variance else np.exp(random.standard_normal((n, outputs)))
-    weights = bootstrap.resample_weights(n, 50)
-    found = bootstrap.regression_replicates(scale * mean, scale**2 * variance, scale * (mean + errors), weights)
+    weights = weighted.resample_weights(n, 50)
+    scores = bootstrap.regression_replicates(scale * mean, scale**2 * variance, scale * (mean + errors), weights)
     other = bootstrap.regression_replicates(scale * (mean + 0.1), scale**2 * 2 * variance, scale * mean, weights)
-    for name, score in found.items():
-        check_own(name, score, lambda name: name.startswith("width"))
+    for name, score in scores.items():
+        check_alone(name, score, lambda name: name.startswith("width"))
         check_difference(name, score - other[name], n)
         if kind == "errors" and n > 1 and name != "nll":  # the unit of the targets is one of scores
             unit = scale if name in ("rmse", "crps") or name.startswith("width") else 1.0
@@ -219,22 +220,22 @@ def test_regression_whatever_the_data(
     st.integers(1, 25), st.integers(1, 25), st.integers(0, 1000), st.sampled_from([0, 1, 9]),
     st.sampled_from([-40.0, 0.0, 40.0]), st.sampled_from([1e-30, 1.0, 1e30]),
 )  # fmt: skip
-@example(20, 1, 0, 9, 40.0, 1.0)  # one foreign datum
+@example(20, 1, 0, 9, 40.0, 1.0)  # one out-of-distribution datum
 @example(1, 20, 0, 9, 0.0, 1.0)
 @example(12, 12, 0, 0, 0.0, 1e-30)  # few different scores
 def test_detection_whatever_the_data(n: int, m: int, seed: int, digits: int, shift: float, scale: float) -> None:
     random = np.random.default_rng(seed)
-    weights = bootstrap.resample_weights(n, 50), bootstrap.resample_weights(m, 50, 1)
+    weights = weighted.resample_weights(n, 50), weighted.resample_weights(m, 50, 1)
 
-    def found(noise: float) -> dict[str, Replicates]:
-        known, foreign = random.standard_normal(n), shift + random.standard_normal(m)
+    def result(noise: float) -> dict[str, Replicates]:
+        inside, outside = random.standard_normal(n), shift + random.standard_normal(m)
         return bootstrap.detection_replicates(
-            scale * (known + noise).round(digits), scale * (foreign + noise).round(digits), *weights
+            scale * (inside + noise).round(digits), scale * (outside + noise).round(digits), *weights
         )
 
-    first, second = found(0.0), found(0.1)
+    first, second = result(0.0), result(0.1)
     for name, score in first.items():
-        check_own(name, score)
+        check_alone(name, score)
         check_difference(name, score - second[name], min(n, m))
 
 
@@ -245,21 +246,21 @@ def test_detection_whatever_the_data(n: int, m: int, seed: int, digits: int, shi
 def test_all_right(n: int) -> None:
     """The accuracy's interval is the exact one; other scores reach as far as mistakes that could have been missed."""
     targets = np.arange(n) % 3
-    found = bootstrap.classification_replicates(one_hot(targets, 3), targets, bootstrap.resample_weights(n, 100))
+    scores = bootstrap.classification_replicates(one_hot(targets, 3), targets, weighted.resample_weights(n, 100))
     share = intervals.unseen_share(n, 0.95)
-    assert found["accuracy"].interval() == pytest.approx((1 - share, 1), rel=EXACT)
-    assert found["accuracy"].standard_error == pytest.approx(share / (2 * 1.959963984540054), rel=EXACT)
+    assert scores["accuracy"].interval() == pytest.approx((1 - share, 1), rel=EXACT)
+    assert scores["accuracy"].standard_error == pytest.approx(share / (2 * 1.959963984540054), rel=EXACT)
     if n == 1:
-        assert found["nll"].interval() == (0, math.inf)
-        assert found["brier"].interval() == (0, 2)
-        assert found["ece"].interval() == found["aurc"].interval() == (0, 1)
+        assert scores["nll"].interval() == (0, math.inf)
+        assert scores["brier"].interval() == (0, 2)
+        assert scores["ece"].interval() == scores["aurc"].interval() == (0, 1)
         return
     confidence = math.exp(3) / (math.exp(3) + 2)
     right, wrong = -math.log(confidence), -math.log((1 - confidence) / 2)
-    assert found["nll"].interval() == pytest.approx((right, (1 - share) * right + share * wrong), rel=EXACT)
-    assert found["aurc"].interval() == pytest.approx((0, share), rel=EXACT)
+    assert scores["nll"].interval() == pytest.approx((right, (1 - share) * right + share * wrong), rel=EXACT)
+    assert scores["aurc"].interval() == pytest.approx((0, share), rel=EXACT)
     gaps = sorted(abs(confidence - accuracy) for accuracy in (1 - share, 1.0))
-    assert found["ece"].interval() == pytest.approx(gaps, rel=1e-6)
+    assert scores["ece"].interval() == pytest.approx(gaps, rel=1e-6)
 
 
 def test_predictors_that_are_all_right_are_told_apart_only_if_mistakes_would_not_turn_the_tables() -> None:
@@ -279,12 +280,12 @@ def test_predictors_that_are_all_right_are_told_apart_only_if_mistakes_would_not
 
 
 def test_a_perfect_separation_is_as_certain_as_its_pairs() -> None:
-    weights = bootstrap.resample_weights(100, 60), bootstrap.resample_weights(20, 60, 1)
-    found = bootstrap.detection_replicates(np.arange(100.0), np.arange(100.0, 120.0), *weights)
+    weights = weighted.resample_weights(100, 60), weighted.resample_weights(20, 60, 1)
+    scores = bootstrap.detection_replicates(np.arange(100.0), np.arange(100.0, 120.0), *weights)
     share = intervals.unseen_share(20, 0.95)  # twenty disjoint pairs are twenty independent trials
-    assert found["auroc"].interval() == pytest.approx((1 - share, 1), rel=EXACT)
-    assert found["fpr95"].interval() == (0, 1)  # below the smallest of twenty lie more than 5 % with 36 % probability
-    many = bootstrap.resample_weights(100, 60), bootstrap.resample_weights(100, 60, 1)
+    assert scores["auroc"].interval() == pytest.approx((1 - share, 1), rel=EXACT)
+    assert scores["fpr95"].interval() == (0, 1)  # below the smallest of twenty lie more than 5 % with 36 % probability
+    many = weighted.resample_weights(100, 60), weighted.resample_weights(100, 60, 1)
     rate = bootstrap.detection_replicates(np.arange(100.0), np.arange(100.0, 200.0), *many)["fpr95"]
     assert rate.interval() == pytest.approx((0, intervals.unseen_share(100, 0.95)), rel=EXACT)
     reverse = bootstrap.detection_replicates(np.arange(100.0, 200.0), np.arange(100.0), *many)
@@ -294,17 +295,17 @@ def test_a_perfect_separation_is_as_certain_as_its_pairs() -> None:
 def test_the_same_predictions_do_not_differ_and_the_same_errors_have_one_rmse() -> None:
     inputs, errors = torch.randn(2, 30, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     same = {"MAP": lambda x: (x, 0 * x + 1), "twin": lambda x: (x, 0 * x + 1), "wide": lambda x: (x, 0 * x + 2)}
-    found = evaluate(same, [(inputs, inputs + errors)], n_resamples=100)["test"]["differences"]["MAP"]
-    assert all(cell == [0, 0, 0, 0] for cell in found["twin"].values())
-    assert found["wide"]["rmse"] == [0, 0, 0, 0]
-    assert found["wide"]["nll"][2] < found["wide"]["nll"][3]
+    result = evaluate(same, [(inputs, inputs + errors)], n_resamples=100)["test"]["differences"]["MAP"]
+    assert all(cell == [0, 0, 0, 0] for cell in result["twin"].values())
+    assert result["wide"]["rmse"] == [0, 0, 0, 0]
+    assert result["wide"]["nll"][2] < result["wide"]["nll"][3]
 
 
 # -- two equal predictors --------------------------------------------------------------------------
 
 
-def share_of_verdicts(differences: np.ndarray, found: Callable[[np.ndarray], tuple[float, float]]) -> float:
-    bounds = np.array([found(row) for row in differences])
+def share_of_verdicts(differences: np.ndarray, interval: Callable[[np.ndarray], tuple[float, float]]) -> float:
+    bounds = np.array([interval(row) for row in differences])
     return float(((bounds[:, 0] > 0) | (bounds[:, 1] < 0)).mean())
 
 
@@ -325,6 +326,6 @@ def test_two_equal_predictors_are_told_apart_in_at_most_seven_per_cent(law: str,
     error = math.sqrt(0.07 * 0.93 / trials)
     assert 0.02 < rate < 0.07 + MONTE_CARLO_Z * error
     if n == 10:
-        weights = bootstrap.resample_weights(n, 400)
+        weights = weighted.resample_weights(n, 400)
         percentiles = share_of_verdicts(differences, lambda row: tuple(np.quantile(weights @ row / n, [0.025, 0.975])))
         assert percentiles > 0.09

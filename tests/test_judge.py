@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import copy
 import io
 import json
 import math
@@ -23,21 +24,23 @@ from debiased_laplace import DebiasedLaplace
 from debiased_laplace.evaluation import (
     LaplacePredictor,
     Prediction,
-    bootstrap,
     ensemble_predictor,
     evaluate,
     gaussian_predictor,
-    judge,
-    metrics,
     point_predictor,
-    predictors,
     records,
     tuned_temperature,
 )
-from debiased_laplace.evaluation.judge import ConditionError, conditions, preflight
-from debiased_laplace.evaluation.peer import PeerPredictor
-from debiased_laplace.evaluation.predictors import Shared, as_prediction, mutual_information, tuned_noise
-from debiased_laplace.evaluation.regression import regression_metrics
+from debiased_laplace.evaluation.judge import scored
+from debiased_laplace.evaluation.judge.conditions import ConditionError, conditions
+from debiased_laplace.evaluation.judge.preflight import preflight
+from debiased_laplace.evaluation.predictors import baselines, posterior
+from debiased_laplace.evaluation.predictors.baselines import tuned_noise
+from debiased_laplace.evaluation.predictors.peer import PeerPredictor
+from debiased_laplace.evaluation.predictors.posterior import Shared
+from debiased_laplace.evaluation.predictors.prediction import as_prediction, mutual_information
+from debiased_laplace.evaluation.scores import bootstrap, classification, detection, weighted
+from debiased_laplace.evaluation.scores.regression import regression_metrics
 from tests.tolerances import EXACT, FLOAT32, assert_equal
 
 B = 60
@@ -103,24 +106,24 @@ def test_values_are_those_of_the_metrics_however_batches_are_cut(size: int) -> N
     ]  # fmt: skip
     for entry, (inputs, targets) in ((result["test"], TEST), (result["shifts"][0], SHIFTED)):
         for name, predictor in PREDICTORS.items():
-            expected = metrics.classification_metrics(predictor(inputs), targets)
+            expected = classification.classification_metrics(predictor(inputs), targets)
             bins = expected.pop("reliability")
-            found = entry["scores"][name]
-            assert {score: cell[0] for score, cell in found.items()} == pytest.approx(expected, rel=EXACT)
+            cells = entry["scores"][name]
+            assert {score: cell[0] for score, cell in cells.items()} == pytest.approx(expected, rel=EXACT)
             assert entry["curves"][name]["reliability"]["counts"] == bins["counts"]
             assert entry["curves"][name]["reliability"]["correct"] == bins["correct"]
-            assert all(low <= value <= high for value, _, low, high in (found["nll"], found["accuracy"]))
+            assert all(low <= value <= high for value, _, low, high in (cells["nll"], cells["accuracy"]))
     for name, predictor in PREDICTORS.items():
-        coverage, risk = metrics.risk_coverage(predictor(TEST[0]), TEST[1])
+        coverage, risk = classification.risk_coverage(predictor(TEST[0]), TEST[1])
         assert result["test"]["curves"][name]["coverage"] == pytest.approx(coverage, rel=1e-5)
         assert result["test"]["curves"][name]["risk"] == pytest.approx(risk, rel=1e-5)
-    (foreign,) = result["ood"]
+    (ood,) = result["ood"]
     for name, predictor in PREDICTORS.items():
-        expected = metrics.out_of_distribution_metrics(predictor(TEST[0]), predictor(FAR[0]))
-        found = {key.removeprefix("maximum probability, "): cell[0] for key, cell in foreign["scores"][name].items()}
-        assert {key: found[key] for key in expected} == pytest.approx(expected, rel=EXACT)
-        for own in foreign["histograms"][name].values():
-            assert (sum(own["known"]), sum(own["foreign"])) == (61, 40)
+        expected = detection.out_of_distribution_metrics(predictor(TEST[0]), predictor(FAR[0]))
+        cells = {key.removeprefix("maximum probability, "): cell[0] for key, cell in ood["scores"][name].items()}
+        assert {key: cells[key] for key in expected} == pytest.approx(expected, rel=EXACT)
+        for histogram in ood["histograms"][name].values():
+            assert (sum(histogram["known"]), sum(histogram["foreign"])) == (61, 40)
     if size != 61:
         whole = evaluate(
             PREDICTORS, [TEST], {"wide": {2: [SHIFTED], 4: [TEST]}}, {"far": [FAR]}, n_resamples=B
@@ -147,22 +150,24 @@ def test_differences_are_paired() -> None:
     result = evaluate(PREDICTORS | {"twin": softmax(1.0)}, [TEST], {"wide": [SHIFTED]}, {"far": [FAR]}, n_resamples=B)
     for entry in (result["test"], *result["shifts"], *result["ood"]):
         assert set(entry["differences"]) == {"MAP", "temperature scaling"}
-        for second, found in entry["differences"].items():
-            assert set(found) == set(entry["scores"]) - {second}
-            for first, cells in found.items():
+        for second, differences in entry["differences"].items():
+            assert set(differences) == set(entry["scores"]) - {second}
+            for first, cells in differences.items():
                 for score, cell in cells.items():
                     difference = entry["scores"][first][score][0] - entry["scores"][second][score][0]
                     assert cell[0] == pytest.approx(difference, abs=1e-12)
         # the same resamples for both: a predictor does not differ from its twin
         assert all(cell == [0, 0, 0, 0] for cell in entry["differences"]["MAP"]["twin"].values())
-    weights = bootstrap.resample_weights(61, B, 0)
+    weights = weighted.resample_weights(61, B, 0)
     first, second = (
         bootstrap.classification_replicates(PREDICTORS[name](TEST[0]), TEST[1], weights) for name in ("other", "MAP")
     )
     cells = result["test"]["differences"]["MAP"]["other"]
     for score in first:
-        own = first[score] - second[score]
-        assert cells[score] == pytest.approx([own.value, own.standard_error, *own.interval()], rel=EXACT)
+        difference = first[score] - second[score]
+        assert cells[score] == pytest.approx(
+            [difference.value, difference.standard_error, *difference.interval()], rel=EXACT
+        )
 
 
 def test_names_to_compare_with_that_are_not_there_are_left_out() -> None:
@@ -203,11 +208,11 @@ def test_generators_are_enough() -> None:
     def generator(data: tuple[Tensor, Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
         yield from cut(data, 20)
 
-    found = evaluate(
+    result = evaluate(
         PREDICTORS, generator(TEST), {"wide": zip(*(t.split(20) for t in SHIFTED), strict=True)},
         {"far": map(tuple, generator(FAR))}, n_resamples=B,
     )  # fmt: skip
-    assert without_seconds(found) == without_seconds(expected)
+    assert without_seconds(result) == without_seconds(expected)
     (read,) = preflight(PREDICTORS, conditions(generator(TEST)))
     assert torch.equal(torch.cat([inputs for inputs, _ in read.loader]), TEST[0])
 
@@ -234,7 +239,7 @@ def test_what_predictors_and_loaders_may_give() -> None:
         assert evaluate({"p": pair}, [(TEST[0], y)])["test"]["scores"] == expected["scores"]
 
 
-def test_foreign_data_are_told_by_everything_a_prediction_has() -> None:
+def test_out_of_distribution_data_are_told_by_everything_a_prediction_has() -> None:
     def rich(x: Tensor) -> Prediction:
         norms = x.square().sum(1)
         return Prediction(probabilities=x.softmax(1), functional_variance=norms, mutual_information=1 / norms)
@@ -243,24 +248,24 @@ def test_foreign_data_are_told_by_everything_a_prediction_has() -> None:
     score = np.concatenate([rich(data[0]).functional_variance for data in (TEST, FAR)])
     labels = np.repeat([0, 1], [61, 40])
     cells = entry["scores"]["p"]
-    assert cells["functional variance, auroc"][0] == pytest.approx(metrics.auroc(score, labels), rel=EXACT)
-    assert cells["mutual information, auroc"][0] == pytest.approx(metrics.auroc(1 / score, labels), rel=EXACT)
+    assert cells["functional variance, auroc"][0] == pytest.approx(detection.auroc(score, labels), rel=EXACT)
+    assert cells["mutual information, auroc"][0] == pytest.approx(detection.auroc(1 / score, labels), rel=EXACT)
     assert len(cells) == 4 * 3
-    # known and foreign data are resampled independently, also if there are equally many
+    # in- and out-of-distribution data are resampled independently, also if there are equally many
     (entry,) = evaluate({"p": rich}, [TEST], None, {"far": [(2 * TEST[0], TEST[1])]}, n_resamples=B)["ood"]
-    norms, weights = TEST[0].square().sum(1), [bootstrap.resample_weights(61, B, seed) for seed in (0, 1)]
-    own = bootstrap.detection_replicates(norms, 4 * norms, *weights)["auroc"]
-    expected = [own.value, own.standard_error, *own.interval()]
+    norms, weights = TEST[0].square().sum(1), [weighted.resample_weights(61, B, seed) for seed in (0, 1)]
+    replicates = bootstrap.detection_replicates(norms, 4 * norms, *weights)["auroc"]
+    expected = [replicates.value, replicates.standard_error, *replicates.interval()]
     assert entry["scores"]["p"]["functional variance, auroc"] == pytest.approx(expected, rel=EXACT)
 
 
-def test_targets_of_foreign_data_do_not_matter() -> None:
+def test_targets_of_out_of_distribution_data_do_not_matter() -> None:
     """They need not be classes, not even numbers of one kind: nothing is said about them."""
     pictures = {"images": lambda x: x.sigmoid().reshape(-1, 1, 1, 3), "n_resamples": 2}
     expected = evaluate(PREDICTORS, [TEST], None, {"far": [FAR]}, **pictures)["ood"][0]["scores"]
     for targets in (FAR[1] + 90, torch.full((40,), math.nan), torch.randn(40, 4)):
-        found = evaluate(PREDICTORS, [TEST], None, {"far": [(FAR[0], targets)]}, **pictures)
-        assert found["ood"][0]["scores"] == expected
+        result = evaluate(PREDICTORS, [TEST], None, {"far": [(FAR[0], targets)]}, **pictures)
+        assert result["ood"][0]["scores"] == expected
 
 
 # -- the most uncertain inputs ---------------------------------------------------------------------
@@ -313,12 +318,12 @@ def test_an_interrupted_evaluation_goes_on(tmp_path: Path, regression: bool) -> 
             raise KeyboardInterrupt
         return gaussian(inputs) if regression else inputs.softmax(1)
 
-    def judge(own: list[Counted], **options: Any) -> dict[str, Any]:
-        shifts = {"wide": {1: own[1], 5: own[2]}}
+    def judge(counted: list[Counted], **options: Any) -> dict[str, Any]:
+        shifts = {"wide": {1: counted[1], 5: counted[2]}}
         images = None if regression else lambda x: x.sigmoid().reshape(-1, 1, 1, 3)
         return evaluate(
-            {"b": gaussian if regression else softmax(2), "MAP": predictor}, own[0], shifts,
-            None if regression else {"far": own[3]}, n_resamples=B, images=images, **options,
+            {"b": gaussian if regression else softmax(2), "MAP": predictor}, counted[0], shifts,
+            None if regression else {"far": counted[3]}, n_resamples=B, images=images, **options,
         )  # fmt: skip
 
     stop = -1
@@ -326,12 +331,12 @@ def test_an_interrupted_evaluation_goes_on(tmp_path: Path, regression: bool) -> 
     asked, stop = [], 8  # 3 batches with more than two data of each of the first loaders, and then the second
     with pytest.raises(KeyboardInterrupt):
         judge(loaders(), folder=tmp_path)
-    stop, asked, steps, own = -1, [], [], loaders()
-    result = judge(own, folder=tmp_path, progress=steps.append)
+    stop, asked, steps, counted = -1, [], [], loaders()
+    result = judge(counted, folder=tmp_path, progress=steps.append)
     assert without_seconds(result) == without_seconds(expected)
     assert steps == ["test", "wide 1", "wide 5"] + ([] if regression else ["far"])
     # of finished loaders two data are looked at, and whether the first batch and what is said of it are the same
-    assert [loader.starts for loader in own[:3]] == [2, 2, 2]
+    assert [loader.starts for loader in counted[:3]] == [2, 2, 2]
     assert [size for size in asked if size > 2] == [20] * 5 + ([] if regression else [20, 20])
     assert all(result["predictors"][name]["seconds"]["predict"] > 0 for name in ("b", "MAP"))
     with pytest.raises(KeyError):
@@ -341,22 +346,22 @@ def test_an_interrupted_evaluation_goes_on(tmp_path: Path, regression: bool) -> 
 def test_predictions_of_others_are_not_used(tmp_path: Path) -> None:
     evaluate({"a": softmax(1)}, [TEST], folder=tmp_path, n_resamples=2)
     expected = evaluate({"a": softmax(1), "b": softmax(2)}, [TEST], n_resamples=2)
-    found = evaluate({"a": softmax(1), "b": softmax(2)}, [TEST], folder=tmp_path, n_resamples=2)
-    assert without_seconds(found) == without_seconds(expected)
+    result = evaluate({"a": softmax(1), "b": softmax(2)}, [TEST], folder=tmp_path, n_resamples=2)
+    assert without_seconds(result) == without_seconds(expected)
     again = evaluate({"b": softmax(2)}, [TEST], folder=tmp_path, n_resamples=2)
     assert list(again["test"]["scores"]) == ["b"]
     # nor those of another predictor of the same name, or on other data
     for predictor, data in ((softmax(3), TEST), (softmax(3), (TEST[0], 2 - TEST[1])), (softmax(3), SHIFTED)):
         expected = evaluate({"b": predictor}, [data], n_resamples=2)
-        found = evaluate({"b": predictor}, [data], folder=tmp_path, n_resamples=2)
-        assert without_seconds(found) == without_seconds(expected)
+        result = evaluate({"b": predictor}, [data], folder=tmp_path, n_resamples=2)
+        assert without_seconds(result) == without_seconds(expected)
 
 
 def test_names_that_look_alike_have_files_of_their_own(tmp_path: Path) -> None:
-    foreign = {"a b": [FAR], "a-b": [SHIFTED], "a/b": [(9 * FAR[0], FAR[1])]}
-    expected = evaluate(PREDICTORS, [TEST], None, foreign, n_resamples=2)
-    found = evaluate(PREDICTORS, [TEST], None, foreign, n_resamples=2, folder=tmp_path)
-    assert without_seconds(found) == without_seconds(expected)
+    ood = {"a b": [FAR], "a-b": [SHIFTED], "a/b": [(9 * FAR[0], FAR[1])]}
+    expected = evaluate(PREDICTORS, [TEST], None, ood, n_resamples=2)
+    result = evaluate(PREDICTORS, [TEST], None, ood, n_resamples=2, folder=tmp_path)
+    assert without_seconds(result) == without_seconds(expected)
 
 
 # -- errors ----------------------------------------------------------------------------------------
@@ -404,7 +409,7 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "targets of another shape": (
         {"predictors": {"a": gaussian}, "test": [(TEST[0], REAL)]}, ValueError, r"targets with 2 number\(s\)",
     ),
-    "foreign data of a regression": (
+    "out-of-distribution data of a regression": (
         {"predictors": {"a": lambda x: (x[:, 0], x[:, 0].exp())}, "test": [(TEST[0], REAL)],
          "out_of_distribution": {"far": [FAR]}}, ValueError, "Expected a classifier for out-of-distribution data",
     ),
@@ -426,7 +431,7 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         r"'a' failed on the first batch of the shift data 's 3', whose inputs have shape \(9, 4\): RuntimeError",
     ),
     "empty": ({"test": []}, ValueError, "got an empty loader for the test data 'test'. A generator"),
-    "empty foreign": ({"out_of_distribution": {"far": iter([])}}, ValueError, "empty loader for the ood data 'far'"),
+    "empty ood": ({"out_of_distribution": {"far": iter([])}}, ValueError, "empty loader for the ood data 'far'"),
     "empty batch": ({"test": [(TEST[0][:0], TEST[1][:0])]}, ValueError, "got an empty loader for the test data"),
     "no loader": ({"shifted": {"s": 3}}, TypeError, "iterable of batches for the shift data 's', got int"),
     "triples": ({"test": [(TEST[0], TEST[1], TEST[1])]}, TypeError, "pairs .*got a tuple of length 3"),
@@ -434,7 +439,7 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "a name twice": (
         {"shifted": {"s 3": [TEST], "s": {3: [TEST]}}}, ValueError, "different names for all data, got .*'s 3', 's 3'",
     ),
-    # what follows was found after predictions were made, or was not told in words
+    # what follows was noticed after predictions were made, or was not told in words
     "a pair with nothing": (
         {"predictors": {"a": lambda x: (x.softmax(1), None)}}, (TypeError, ValueError), "predictor 'a'",
     ),
@@ -495,23 +500,23 @@ def test_a_predictor_that_fails_takes_nothing_from_the_others() -> None:
     broken, whole = cut((inputs, TEST[1]), 20), cut(TEST, 20)
     options = {"n_resamples": 5, "compare_with": ["a", "b"], "highlight": "b"}
     expected = evaluate({"a": sound}, broken, {"s": broken}, {"f": broken}, n_resamples=5, compare_with=["a"])
-    found = evaluate({"a": sound, "b": softmax(1)}, broken, {"s": whole}, {"f": whole}, **options)
-    assert list(found["test"]["scores"]) == list(found["shifts"][0]["scores"]) == ["a"]
-    assert found["test"]["scores"] == expected["test"]["scores"]
-    (reason,) = found["failures"]["b"]
+    result = evaluate({"a": sound, "b": softmax(1)}, broken, {"s": whole}, {"f": whole}, **options)
+    assert list(result["test"]["scores"]) == list(result["shifts"][0]["scores"]) == ["a"]
+    assert result["test"]["scores"] == expected["test"]["scores"]
+    (reason,) = result["failures"]["b"]
     assert re.fullmatch(
         r"the test data 'test', batch 3: ValueError: Expected finite probabilities .*datum 5\..*", reason
     )
-    found = evaluate({"a": sound, "b": softmax(1)}, whole, {"s": broken}, {"f": broken}, **options)
-    for entry, own in ((found["shifts"][0], expected["shifts"][0]), (found["ood"][0], None)):
-        if own is not None:
-            assert entry["scores"]["a"] == own["scores"]["a"]
+    result = evaluate({"a": sound, "b": softmax(1)}, whole, {"s": broken}, {"f": broken}, **options)
+    for entry, sound_entry in ((result["shifts"][0], expected["shifts"][0]), (result["ood"][0], None)):
+        if sound_entry is not None:
+            assert entry["scores"]["a"] == sound_entry["scores"]["a"]
         assert all(np.isfinite(cell).all() for cell in entry["scores"]["a"].values())
         assert entry["scores"]["b"].keys() == entry["scores"]["a"].keys()
         assert all(math.isnan(cell[0]) for cell in entry["scores"]["b"].values())
         assert all(math.isnan(cell[0]) for cell in entry["differences"]["a"]["b"].values())
         assert "most_uncertain" not in entry
-    assert [reason.split(":")[0] for reason in found["failures"]["b"]] == [
+    assert [reason.split(":")[0] for reason in result["failures"]["b"]] == [
         "the shift data 's', batch 3", "the ood data 'f', batch 3"
     ]  # fmt: skip
 
@@ -522,8 +527,8 @@ def test_the_first_data_decide_only_if_they_shall() -> None:
 
     with pytest.raises(ValueError, match="Predictor 'b' failed on the first batch of the test data"):
         evaluate({"a": softmax(1), "b": fails}, [TEST], n_resamples=2)
-    found = evaluate({"a": softmax(1), "b": fails}, [TEST], n_resamples=2, strict=False)
-    assert found["failures"] == {"b": ["the test data 'test', batch 1: RuntimeError: out of everything"]}
+    result = evaluate({"a": softmax(1), "b": fails}, [TEST], n_resamples=2, strict=False)
+    assert result["failures"] == {"b": ["the test data 'test', batch 1: RuntimeError: out of everything"]}
     with pytest.raises(ValueError, match="Predictor 'b' failed on the first batch of the test data"):
         evaluate({"b": fails}, [TEST], n_resamples=2, strict=False)
 
@@ -543,9 +548,9 @@ def test_an_infinite_score_is_infinite_and_takes_nothing_else_away() -> None:
     hard[0] = torch.eye(3)[(TEST[1][0] + 1) % 3]
     index = (torch.arange(len(hard))[:, None], TEST[1])
     table = {"soft": probabilities, "hard": hard, "too": hard}
-    predictors = {name: (lambda x, own=own: own[x[:, 0].long()]) for name, own in table.items()}
-    found = evaluate(predictors, [index], compare_with=["soft", "hard"], n_resamples=200)
-    test = found["test"]
+    predictors = {name: (lambda x, rows=rows: rows[x[:, 0].long()]) for name, rows in table.items()}
+    result = evaluate(predictors, [index], compare_with=["soft", "hard"], n_resamples=200)
+    test = result["test"]
     value, _, low, high = test["scores"]["hard"]["nll"]
     assert (value, high) == (math.inf, math.inf) and low <= value
     assert test["differences"]["soft"]["hard"]["nll"][0] == math.inf
@@ -556,23 +561,23 @@ def test_an_infinite_score_is_infinite_and_takes_nothing_else_away() -> None:
     brier = np.square(hard.numpy() - np.eye(3)[TEST[1].numpy()]).sum(1)
     assert test["scores"]["hard"]["brier"][0] == pytest.approx(brier.mean(), rel=EXACT)
     assert test["differences"]["hard"]["too"]["brier"][:2] == [0, 0]
-    text = json.dumps(records.encode(found), allow_nan=False)
+    text = json.dumps(records.encode(result), allow_nan=False)
     assert repr(records.decode(json.loads(text))["test"]["scores"]) == repr(test["scores"])
 
 
 @pytest.mark.parametrize(
-    ("known", "foreign"),
+    ("inside", "outside"),
     [
         (np.ones(5), np.ones(4)), (np.zeros(5), np.zeros(4)), (np.full(5, 1.0), np.full(4, 1 + 1e-16 * 4)),
         (np.array([5e-324, 0]), np.array([5e-324])), (np.array([1e300, 0]), np.array([1e308])),
         (np.log(3) + 1e-15 * np.arange(5), np.log(3) * np.ones(4)),
     ],
 )  # fmt: skip
-def test_histograms_of_scores_that_hardly_differ(known: Any, foreign: Any) -> None:
+def test_histograms_of_scores_that_hardly_differ(inside: Any, outside: Any) -> None:
     """Such as the entropies of a network whose last layer is zero."""
-    found = judge._histogram(known, foreign)
-    assert (sum(found["known"]), sum(found["foreign"])) == (len(known), len(foreign))
-    assert np.isfinite(found["edges"]).all() and (np.diff(found["edges"]) >= 0).all()
+    result = scored._histogram(inside, outside)
+    assert (sum(result["known"]), sum(result["foreign"])) == (len(inside), len(outside))
+    assert np.isfinite(result["edges"]).all() and (np.diff(result["edges"]) >= 0).all()
 
 
 @pytest.mark.parametrize("value", [torch.full((2, 2), 0.5), np.full((2, 2), 0.5)])
@@ -603,20 +608,20 @@ def test_point_gaussian_and_ensemble() -> None:
     assert_equal(scaled, (outputs(model, inputs) / 2.5).softmax(1))
     assert not scaled.requires_grad
     assert model.training
-    found = gaussian_predictor(model, 0.3)(inputs)
-    assert_equal(found.mean, outputs(model, inputs))
-    assert_equal(found.variance, torch.full_like(found.mean, 0.3))
+    prediction = gaussian_predictor(model, 0.3)(inputs)
+    assert_equal(prediction.mean, outputs(model, inputs))
+    assert_equal(prediction.variance, torch.full_like(prediction.mean, 0.3))
     models = [network(seed) for seed in range(3)]
     several = torch.stack([outputs(member, inputs) for member in models])
-    found = ensemble_predictor(models)(inputs)
-    assert_equal(found.probabilities, several.softmax(-1).mean(0))
-    assert_equal(found.functional_variance, several.var(0, correction=0).sum(-1))
+    prediction = ensemble_predictor(models)(inputs)
+    assert_equal(prediction.probabilities, several.softmax(-1).mean(0))
+    assert_equal(prediction.functional_variance, several.var(0, correction=0).sum(-1))
     entropies = torch.distributions.Categorical(several.softmax(-1)).entropy()
     whole = torch.distributions.Categorical(several.softmax(-1).mean(0)).entropy()
-    assert_equal(found.mutual_information, whole - entropies.mean(0), 1e-8)
-    found = ensemble_predictor(models, 0.3)(inputs)
-    assert_equal(found.mean, several.mean(0))
-    assert_equal(found.variance, several.var(0, correction=0) + 0.3)
+    assert_equal(prediction.mutual_information, whole - entropies.mean(0), 1e-8)
+    prediction = ensemble_predictor(models, 0.3)(inputs)
+    assert_equal(prediction.mean, several.mean(0))
+    assert_equal(prediction.variance, several.var(0, correction=0) + 0.3)
     with pytest.raises(ValueError, match="at least one network for an ensemble, got none"):
         ensemble_predictor([])
 
@@ -705,12 +710,12 @@ def test_a_posterior_predicts_as_it_does(link: str, temperature: float) -> None:
     la = fitted()
     la.link, la.output_temperature, la.prior_precision = link, temperature, 3.0
     predictor = LaplacePredictor(la)
-    found, inputs = predictor(TEST[0]), TEST[0]
+    result, inputs = predictor(TEST[0]), TEST[0]
     expected = la(inputs)
-    assert_equal(found.probabilities, expected)
+    assert_equal(result.probabilities, expected)
     _, variance = la._glm_predictive_distribution(inputs, diagonal_output=True)
-    assert_equal(found.functional_variance, variance.sum(1))
-    assert bool((found.mutual_information >= 0).all())
+    assert_equal(result.functional_variance, variance.sum(1))
+    assert bool((result.mutual_information >= 0).all())
     # tuned once more, the predictor stays what it was
     la.prior_precision, la.output_temperature = 70.0, 1.1
     assert_equal(predictor(inputs).probabilities, expected)
@@ -720,22 +725,22 @@ def test_a_posterior_predicts_as_it_does(link: str, temperature: float) -> None:
 def test_mutual_information_is_of_samples_of_the_outputs() -> None:
     la = fitted()
     la.output_temperature = 1.5
-    found = LaplacePredictor(la, n_samples=4000)(TEST[0]).mutual_information
+    prediction = LaplacePredictor(la, n_samples=4000)(TEST[0]).mutual_information
     mean, variance = la._glm_predictive_distribution(TEST[0], diagonal_output=True)
     normals = torch.randn(4000, 1, 3, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
     expected = mutual_information(((mean + variance.sqrt() * normals) / 1.5).softmax(-1))
-    assert float((found - expected).abs().max()) < 0.1 * float(expected.max())
+    assert float((prediction - expected).abs().max()) < 0.1 * float(expected.max())
 
 
 def test_a_regression_adds_the_noise() -> None:
     la = fitted("regression", sigma_noise=0.4, prior_precision=2.0)
-    found = LaplacePredictor(la)(TEST[0])
+    prediction = LaplacePredictor(la)(TEST[0])
     mean, covariance = la(TEST[0])
     variance = covariance.diagonal(dim1=1, dim2=2)
-    assert_equal(found.mean, mean)
-    assert_equal(found.variance, variance + 0.16)
-    assert_equal(found.functional_variance, variance.sum(1))
-    assert found.probabilities is None
+    assert_equal(prediction.mean, mean)
+    assert_equal(prediction.variance, variance + 0.16)
+    assert_equal(prediction.functional_variance, variance.sum(1))
+    assert prediction.probabilities is None
 
 
 @pytest.mark.parametrize("links", [("probit", "probit"), ("mc", "mc"), ("mean_field", "probit")])
@@ -749,17 +754,17 @@ def test_sharing_changes_nothing(links: tuple[str, str], monkeypatch: pytest.Mon
             la.prior_precision, la.link = prior, link
             members.append((LaplacePredictor(la, shared), LaplacePredictor(la), la(TEST[0])))
     calls = []
-    original = predictors.functional_moments
-    monkeypatch.setattr(predictors, "functional_moments", lambda *a, **k: (calls.append(1), original(*a, **k))[1])
+    original = posterior.functional_moments
+    monkeypatch.setattr(posterior, "functional_moments", lambda *a, **k: (calls.append(1), original(*a, **k))[1])
     for inputs in (TEST[0], SHIFTED[0], TEST[0]):
         calls.clear()
-        found = [together(inputs) for together, _, _ in members]
+        result = [together(inputs) for together, _, _ in members]
         assert len(calls) == 2  # once for each basis
-        for own, (_, alone, expected) in zip(found, members, strict=True):
-            assert_equal(own.probabilities, alone(inputs).probabilities)
-            assert_equal(own.mutual_information, alone(inputs).mutual_information)
+        for shared_prediction, (_, alone, expected) in zip(result, members, strict=True):
+            assert_equal(shared_prediction.probabilities, alone(inputs).probabilities)
+            assert_equal(shared_prediction.mutual_information, alone(inputs).mutual_information)
             if inputs is TEST[0]:
-                assert_equal(own.probabilities, expected)
+                assert_equal(shared_prediction.probabilities, expected)
 
 
 def test_a_loader_may_fill_one_buffer_again_and_again() -> None:
@@ -772,8 +777,8 @@ def test_a_loader_may_fill_one_buffer_again_and_again() -> None:
             yield buffer.copy_(inputs), targets
 
     expected = evaluate({"p": LaplacePredictor(la)}, cut(draw(60), 20), n_resamples=2)
-    found = evaluate({"p": predictor}, refilled(), n_resamples=2)
-    assert found["test"]["scores"] == expected["test"]["scores"]
+    result = evaluate({"p": predictor}, refilled(), n_resamples=2)
+    assert result["test"]["scores"] == expected["test"]["scores"]
 
 
 @pytest.mark.parametrize("structure", ["kron", "full"])
@@ -787,12 +792,27 @@ def test_the_peer_predicts_as_it_does(regression: bool, structure: str) -> None:
     labels = inputs[:, :2].sin() if regression else targets
     dataset = torch.utils.data.TensorDataset(inputs, labels)
     la.fit(torch.utils.data.DataLoader(dataset, batch_size=40))
-    found = PeerPredictor(la, regression)(inputs)
+    prediction = PeerPredictor(la, regression)(inputs)
     if not regression:
-        assert_equal(found.probabilities, la(inputs, link_approx="probit"), FLOAT32)
+        assert_equal(prediction.probabilities, la(inputs, link_approx="probit"), FLOAT32)
         return
     la.sigma_noise = 0.5
     mean, covariance = la(inputs)
-    found = PeerPredictor(la, regression)(inputs)
-    assert_equal(found.mean, mean, FLOAT32)
-    assert_equal(found.variance, covariance.diagonal(dim1=1, dim2=2) + 0.25, FLOAT32)
+    prediction = PeerPredictor(la, regression)(inputs)
+    assert_equal(prediction.mean, mean, FLOAT32)
+    assert_equal(prediction.variance, covariance.diagonal(dim1=1, dim2=2) + 0.25, FLOAT32)
+
+
+@pytest.mark.parametrize("make", [point_predictor, lambda model: gaussian_predictor(model, 0.3)])
+def test_a_predictor_copies_its_network_once(make: Callable[[nn.Module], Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    copies = []
+    original = baselines.in_evaluation_mode
+    monkeypatch.setattr(baselines, "in_evaluation_mode", lambda model: (copies.append(model), original(model))[1])
+    model = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3), nn.Dropout(0.5)).double()
+    predictor, inputs = make(model), TEST[0].double()
+    prediction = [predictor(inputs) for _ in range(3)][-1]
+    assert copies == [model]
+    assert model.training and all(module.training for module in model.modules())  # the copy alone is not
+    expected = copy.deepcopy(model).eval()(inputs)
+    outputs = expected.softmax(1) if prediction.mean is None else expected
+    assert_equal(prediction.probabilities if prediction.mean is None else prediction.mean, outputs.detach())

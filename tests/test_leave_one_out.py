@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from debiased_laplace import Bernoulli, Categorical, DebiasedLaplace, Gaussian
-from debiased_laplace.laplace_torch.noise import ProfiledGaussian
+from debiased_laplace.likelihoods import ProfiledGaussian
 from debiased_laplace.posterior.leave_one_out import leave_one_out
 from debiased_laplace.posterior.predictive import functional_moments
 from tests.tolerances import assert_equal

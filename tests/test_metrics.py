@@ -13,7 +13,7 @@ from scipy.integrate import quad
 from scipy.stats import entropy as scipy_entropy
 from scipy.stats import norm
 
-from debiased_laplace.evaluation import metrics, regression
+from debiased_laplace.evaluation.scores import calibration, checks, classification, detection, regression
 from tests.tolerances import EXACT, FLOAT32, MONTE_CARLO_Z
 
 pytestmark = pytest.mark.filterwarnings("error::RuntimeWarning")
@@ -46,7 +46,7 @@ def test_classwise_by_hand() -> None:
     probabilities = [[0.1, 0.9], [0.15, 0.85], [0.9, 0.1]]
     # Two bins. Class 0: |0.25 - 1| below one half (two data, one hit), |0.9 - 1| above; class 1 likewise.
     expected = ((abs(1 - 0.25) + abs(1 - 0.9)) + (abs(1 - 1.75) + abs(0 - 0.1))) / 3 / 2
-    assert metrics.classwise_calibration_error(probabilities, [0, 1, 0], 2) == pytest.approx(expected, rel=EXACT)
+    assert calibration.classwise_calibration_error(probabilities, [0, 1, 0], 2) == pytest.approx(expected, rel=EXACT)
 
 
 @pytest.mark.parametrize(
@@ -55,8 +55,8 @@ def test_classwise_by_hand() -> None:
 def test_classwise_is_the_loop(classes: int, sharpness: float, n_bins: int) -> None:
     probabilities, targets = draws(80, classes, sharpness)
     for labels in (targets, np.zeros(80, dtype=int)):  # all classes, and one alone
-        found = metrics.classwise_calibration_error(probabilities, labels, n_bins)
-        assert found == pytest.approx(loop_classwise(probabilities, labels, n_bins), rel=EXACT)
+        value = calibration.classwise_calibration_error(probabilities, labels, n_bins)
+        assert value == pytest.approx(loop_classwise(probabilities, labels, n_bins), rel=EXACT)
 
 
 def test_classwise_is_the_mean_of_binary_errors() -> None:
@@ -66,19 +66,19 @@ def test_classwise_is_the_mean_of_binary_errors() -> None:
         functional.binary_calibration_error(torch.from_numpy(column), torch.from_numpy(targets == c).long(), n_bins=15)
         for c, column in enumerate(probabilities.T.copy())
     ]
-    assert metrics.classwise_calibration_error(probabilities, targets) == pytest.approx(
+    assert calibration.classwise_calibration_error(probabilities, targets) == pytest.approx(
         float(torch.stack(each).double().mean()), rel=FLOAT32  # it adds up in float32
     )  # fmt: skip
 
 
 def test_calibration_at_probabilities_zero_and_one() -> None:
     sure = np.array([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0], [0.97, 0.03]])
-    assert metrics.classwise_calibration_error(sure[:3], [0, 0, 1]) == 0
-    assert metrics.classwise_calibration_error(sure[:3], [1, 1, 0]) == 1
+    assert calibration.classwise_calibration_error(sure[:3], [0, 0, 1]) == 0
+    assert calibration.classwise_calibration_error(sure[:3], [1, 1, 0]) == 1
     # One shares the last bin with 0.97, and zero the first one with 0.03.
     expected = (abs(2.97 - 2) + abs(0 - 0)) / 4 / 2 + (abs(0.03 - 1) + abs(1 - 1)) / 4 / 2
-    assert metrics.classwise_calibration_error(sure, [0, 0, 1, 1]) == pytest.approx(expected, rel=EXACT)
-    assert metrics.classwise_calibration_error([[0.7, 0.2, 0.1]], [0]) == pytest.approx(0.6 / 3, rel=EXACT)
+    assert calibration.classwise_calibration_error(sure, [0, 0, 1, 1]) == pytest.approx(expected, rel=EXACT)
+    assert calibration.classwise_calibration_error([[0.7, 0.2, 0.1]], [0]) == pytest.approx(0.6 / 3, rel=EXACT)
 
 
 @pytest.mark.parametrize("n_bins", [10, 15])
@@ -90,26 +90,26 @@ def test_confidences_at_edges_of_bins(n_bins: int) -> None:
     expected = np.abs(
         np.bincount(np.minimum(np.arange(len(confidence)), len(confidence) - 2), confidence - (targets == 0))
     )
-    found = metrics.expected_calibration_error(probabilities, targets, n_bins)
-    assert found == pytest.approx(expected.sum() / len(confidence), rel=EXACT)
-    assert metrics.equal_width_bins(np.array([0.0, *confidence]), n_bins).tolist() == [
+    value = calibration.expected_calibration_error(probabilities, targets, n_bins)
+    assert value == pytest.approx(expected.sum() / len(confidence), rel=EXACT)
+    assert calibration.equal_width_bins(np.array([0.0, *confidence]), n_bins).tolist() == [
         0, *range((n_bins + 1) // 2, n_bins), n_bins - 1
     ]  # fmt: skip
 
 
 def test_all_scores_are_reported() -> None:
     probabilities, targets = draws()
-    scores = metrics.classification_metrics(probabilities, targets)
-    assert scores["classwise_ece"] == metrics.classwise_calibration_error(probabilities, targets)
-    assert scores["aurc"] == metrics.aurc(probabilities, targets)
-    foreign = metrics.out_of_distribution_metrics(probabilities, draws(90, sharpness=1.0, seed=1)[0])
-    assert list(foreign) == ["auroc", "aupr", "fpr95"]
+    scores = classification.classification_metrics(probabilities, targets)
+    assert scores["classwise_ece"] == calibration.classwise_calibration_error(probabilities, targets)
+    assert scores["aurc"] == classification.aurc(probabilities, targets)
+    ood = detection.out_of_distribution_metrics(probabilities, draws(90, sharpness=1.0, seed=1)[0])
+    assert list(ood) == ["auroc", "aupr", "fpr95"]
 
 
 @pytest.mark.parametrize("logits", [[[2.0, -1.0]], [[0.3, 0.3]], [[4.0, 5.0]]])
 def test_logits_are_recognised(logits: list[list[float]]) -> None:
     with pytest.raises(ValueError, match=r"rows sum to one.*Apply softmax first: this looks like logits"):
-        metrics.check_probabilities(logits)
+        checks.check_probabilities(logits)
 
 
 # -- selection ---------------------------------------------------------------------------------
@@ -130,13 +130,15 @@ def loop_aurc(confidence: list[float], wrong: list[int]) -> float:
 
 
 def test_aurc_by_hand() -> None:
-    assert metrics.aurc(binary([0.9, 0.8, 0.7, 0.6]), [0, 1, 0, 1]) == pytest.approx(
+    assert classification.aurc(binary([0.9, 0.8, 0.7, 0.6]), [0, 1, 0, 1]) == pytest.approx(
         (1 / 2 + 1 / 3 + 2 / 4) / 4, rel=EXACT
     )
-    assert metrics.aurc(binary([0.9, 0.8, 0.8]), [0, 1, 0]) == pytest.approx((0 + 0.5 / 2 + 1 / 3) / 3, rel=EXACT)
-    assert metrics.aurc(binary([0.9]), [0]) == 0
-    assert metrics.aurc(binary([0.9]), [1]) == 1
-    assert metrics.aurc(binary([1.0] * 7), [0, 1, 1, 0, 0, 0, 0]) == pytest.approx(2 / 7, rel=EXACT)
+    assert classification.aurc(binary([0.9, 0.8, 0.8]), [0, 1, 0]) == pytest.approx(
+        (0 + 0.5 / 2 + 1 / 3) / 3, rel=EXACT
+    )
+    assert classification.aurc(binary([0.9]), [0]) == 0
+    assert classification.aurc(binary([0.9]), [1]) == 1
+    assert classification.aurc(binary([1.0] * 7), [0, 1, 1, 0, 0, 0, 0]) == pytest.approx(2 / 7, rel=EXACT)
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -145,31 +147,31 @@ def test_aurc_is_the_mean_over_orders_of_ties(seed: int) -> None:
     confidence, targets = generator.choice([0.6, 0.7, 0.8, 1.0], 7), generator.integers(2, size=7)
     expected = loop_aurc(confidence.tolist(), targets.tolist())
     for order in (np.arange(7), np.arange(7)[::-1], generator.permutation(7)):
-        assert metrics.aurc(binary(confidence[order]), targets[order]) == pytest.approx(expected, rel=EXACT)
+        assert classification.aurc(binary(confidence[order]), targets[order]) == pytest.approx(expected, rel=EXACT)
 
 
 def test_aurc_is_the_sorted_mean_without_ties() -> None:
     probabilities, targets = draws(150)
     wrong = (probabilities.argmax(1) != targets)[np.argsort(-probabilities.max(1))]
     expected = np.mean([wrong[: k + 1].mean() for k in range(150)])
-    assert metrics.aurc(probabilities, targets) == pytest.approx(expected, rel=EXACT)
+    assert classification.aurc(probabilities, targets) == pytest.approx(expected, rel=EXACT)
 
 
 def test_risk_coverage_is_thinned_and_ends_at_the_error_rate() -> None:
     probabilities, targets = draws(150)
-    coverage, risk = metrics.risk_coverage(probabilities, targets)
+    coverage, risk = classification.risk_coverage(probabilities, targets)
     assert coverage == pytest.approx(np.arange(1, 151) / 150, rel=EXACT)
-    assert risk.mean() == pytest.approx(metrics.aurc(probabilities, targets), rel=EXACT)
+    assert risk.mean() == pytest.approx(classification.aurc(probabilities, targets), rel=EXACT)
     many, labels = draws(5000)
-    coverage, risk = metrics.risk_coverage(many, labels)
+    coverage, risk = classification.risk_coverage(many, labels)
     assert len(coverage) == len(risk) == 200
     assert (np.diff(coverage) > 0).all()
     assert (coverage[0], coverage[-1]) == (1 / 5000, 1)
-    assert risk[-1] == pytest.approx(1 - metrics.accuracy(many, labels), rel=EXACT)
+    assert risk[-1] == pytest.approx(1 - classification.accuracy(many, labels), rel=EXACT)
     wrong = (many.argmax(1) != labels)[np.argsort(-many.max(1))]
     for share, value in zip(coverage, risk, strict=True):
         assert value == pytest.approx(wrong[: round(share * 5000)].mean(), rel=EXACT)
-    assert [array.tolist() for array in metrics.risk_coverage(binary([0.9]), [1])] == [[1.0], [1.0]]
+    assert [array.tolist() for array in classification.risk_coverage(binary([0.9]), [1])] == [[1.0], [1.0]]
 
 
 # -- detection ---------------------------------------------------------------------------------
@@ -189,13 +191,13 @@ def loop_aupr(score: np.ndarray, is_outside: np.ndarray) -> float:
     [
         ([0.1, 0.2, 0.3], [0.7, 0.8], 1.0),  # separated
         ([0.7, 0.8, 0.9], [0.1], 0.25),  # found last of four
-        ([0.5, 0.5, 0.5], [0.5], 0.25),  # all tied: the share of foreign data
+        ([0.5, 0.5, 0.5], [0.5], 0.25),  # all tied: the share of out-of-distribution data
         ([0.1, 0.5], [0.5, 0.9], 1 / 2 * 1 + 1 / 2 * 2 / 3),
     ],
 )
 def test_aupr_by_hand(inside: list[float], outside: list[float], expected: float) -> None:
     score, is_outside = np.array([*inside, *outside]), np.repeat([0, 1], [len(inside), len(outside)])
-    assert metrics.aupr(score, is_outside) == pytest.approx(expected, rel=EXACT)
+    assert detection.aupr(score, is_outside) == pytest.approx(expected, rel=EXACT)
     assert loop_aupr(score, is_outside) == pytest.approx(expected, rel=EXACT)
 
 
@@ -205,20 +207,20 @@ def test_aupr_is_the_independent_one(digits: int) -> None:
     generator = np.random.default_rng(0)
     is_outside = generator.integers(2, size=300)
     score = (generator.standard_normal(300) + is_outside).round(digits)  # with ties, and without
-    found = metrics.aupr(score, is_outside)
-    assert found == pytest.approx(loop_aupr(score, is_outside), rel=EXACT)
+    value = detection.aupr(score, is_outside)
+    assert value == pytest.approx(loop_aupr(score, is_outside), rel=EXACT)
     ranks = torch.from_numpy(np.unique(score, return_inverse=True)[1] / 300)
     reference = functional.binary_average_precision(ranks, torch.from_numpy(is_outside))
-    assert found == pytest.approx(float(reference), rel=FLOAT32)  # it adds up in float32
+    assert value == pytest.approx(float(reference), rel=FLOAT32)  # it adds up in float32
 
 
 def test_entropy() -> None:
     probabilities, _ = draws()
-    assert metrics.entropy(probabilities) == pytest.approx(scipy_entropy(probabilities, axis=1), rel=EXACT)
-    assert metrics.entropy([[0.25] * 4, [0.5, 0.5, 0.0, 0.0], [0.0, 0.0, 1.0, 0.0]]) == pytest.approx(
+    assert detection.entropy(probabilities) == pytest.approx(scipy_entropy(probabilities, axis=1), rel=EXACT)
+    assert detection.entropy([[0.25] * 4, [0.5, 0.5, 0.0, 0.0], [0.0, 0.0, 1.0, 0.0]]) == pytest.approx(
         [math.log(4), math.log(2), 0.0], rel=EXACT
     )
-    assert metrics.entropy([[1.0005, 0.0]])[0] == 0
+    assert detection.entropy([[1.0005, 0.0]])[0] == 0
 
 
 # -- regression --------------------------------------------------------------------------------

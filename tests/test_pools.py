@@ -221,7 +221,10 @@ def test_fewer_uncertain_data_than_folds_are_still_two_batches(split, n_uncertai
     scores = torch.tensor([9.0] * 10 + [1e-3] * 30, dtype=torch.float64)
 
     class Given:
-        def curvature(self, outputs: Tensor) -> Tensor:
+        def prepare_targets(self, targets: Tensor, n_outputs: int) -> Tensor:
+            return targets
+
+        def curvature(self, outputs: Tensor, targets: Tensor) -> Tensor:
             return outputs[:, 0]
 
     sample = PrioritySampler(10 + n_uncertain).draw(

@@ -21,9 +21,9 @@ from debiased_laplace.laplace_torch.precision import KroneckerPrecision
 from debiased_laplace.likelihoods import Categorical
 from debiased_laplace.network.blocks import Block
 from debiased_laplace.network.gradients import CurvatureData, Network
+from debiased_laplace.posterior.evidence import maximise_over_priors
 from debiased_laplace.posterior.gaussian import Posterior
 from debiased_laplace.posterior.predictive import functional_moments, joint_covariance
-from debiased_laplace.posterior.tuning import maximise_over_priors
 from debiased_laplace.sampling.samplers import UniformSampler
 from debiased_laplace.testing import (
     check_posterior,

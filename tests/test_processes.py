@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from debiased_laplace.evaluation import Context, Method, Options, Task, run
-from debiased_laplace.evaluation.processes import available, spread
 from debiased_laplace.evaluation.progress import Reporter, Seeds
+from debiased_laplace.evaluation.suite.processes import available, in_processes
 
 BLOBS = Path(__file__).parent / "tasks" / "blobs.py"
 
@@ -55,50 +55,50 @@ def n_threads(item: int, tell: Callable[[str], None]) -> int:
 
 def test_results_are_in_order_and_from_other_processes() -> None:
     told: list[tuple[int, str]] = []
-    found = spread(square, [3, 1, 2], 2, lambda item, step: told.append((item, step)))
-    assert [value for value, _ in found] == [9, 1, 4]
-    assert len({process for _, process in found} | {os.getpid()}) == 4
+    result = in_processes(square, [3, 1, 2], 2, lambda item, step: told.append((item, step)))
+    assert [value for value, _ in result] == [9, 1, 4]
+    assert len({process for _, process in result} | {os.getpid()}) == 4
     assert sorted(told) == [(1, "squaring 1"), (2, "squaring 2"), (3, "squaring 3")]
-    assert spread(square, [], 2) == []
-    assert spread(n_threads, [0], 2) == [1]
+    assert in_processes(square, [], 2) == []
+    assert in_processes(n_threads, [0], 2) == [1]
     assert available() >= 1
 
 
 def test_an_error_ends_all_of_them() -> None:
     processes: list[int] = []
     with pytest.raises(KeyError, match="two"):
-        spread(fail_at_two, [1, 2], 2, lambda item, step: processes.append(int(step)))
+        in_processes(fail_at_two, [1, 2], 2, lambda item, step: processes.append(int(step)))
     for process in processes:
         with pytest.raises(ProcessLookupError, match="No such process"):
             os.kill(process, 0)
     with pytest.raises(RuntimeError, match="Unpicklable: both"):
-        spread(raise_unpicklable, [1], 2)
+        in_processes(raise_unpicklable, [1], 2)
 
 
 def test_a_killed_process_is_noticed() -> None:
     with pytest.raises(RuntimeError, match=r"a result for 7, got none: its process ended with exit code -9.*memory"):
-        spread(die, [7], 2)
+        in_processes(die, [7], 2)
 
 
 def test_seeds_in_processes_give_the_same_records(tmp_path: Path) -> None:
     task, methods = Task.load(BLOBS), (Method("MAP", "map"), Method("debiased K-FAC", fit={"budget": 20}))
     options = Options(grid_size=5, n_resamples=20, conditions=("moved 3",), n_shifted=30)
     told: list[tuple[int, str]] = []
-    found = [
+    result = [
         run(
             task, tmp_path / str(n), [0, 1], Context(), methods=methods, options=options, n_processes=n,
             progress=lambda *step: told.append(step),
         )
         for n in (1, 2)
     ]  # fmt: skip
-    for one, other in zip(*found, strict=True):
+    for one, other in zip(*result, strict=True):
         assert [(entry["name"], entry["severity"], entry["n"]) for entry in one["shifts"]] == [("moved", 3, 30)]
         assert one["ood"] == []
         for key in ("test", "shifts", "ood", "settings"):
             assert one[key] == other[key]
     assert {told.count((seed, step)) for seed in (0, 1) for step in ("model", "fit: MAP", "distances", "done")} == {2}
     again = run(task, tmp_path / "2", [0, 1], Context(), methods=methods, options=options)
-    assert again == found[1]
+    assert again == result[1]
 
 
 # -- how far -----------------------------------------------------------------------------------------
@@ -117,8 +117,8 @@ def test_without_a_terminal_there_is_a_line_for_each_seed_and_stage(capsys: pyte
             for second, step in ((0, "model"), (10, "fit: a"), (10, "fit: b"), (20, "predict: c"), (30, "done")):
                 now[0] = 60.0 * (seed - 1) + second
                 seeds(seed, step)
-    found = lines(capsys)
-    assert [re.sub(r"^\[ *|\]", "", line) for line in found] == [
+    result = lines(capsys)
+    assert [re.sub(r"^\[ *|\]", "", line) for line in result] == [
         "0 s 1 of 3: seed 0: kept",
         "0 s 1 of 3: seed 1: model",
         "10 s 1 of 3: seed 1: fit",
@@ -146,5 +146,5 @@ def test_on_a_terminal_there_is_a_bar(monkeypatch: pytest.MonkeyPatch, capsys: p
 
 def test_the_callers_threads_are_left_alone() -> None:
     before = torch.get_num_threads()
-    spread(square, [1], 1)
+    in_processes(square, [1], 1)
     assert torch.get_num_threads() == before

@@ -18,19 +18,21 @@ from scipy.special import logsumexp
 from scipy.stats import t as student
 
 from debiased_laplace.evaluation import Context, Method, Options, Task, evaluate, run, summarise
-from debiased_laplace.evaluation import draws as several
-from debiased_laplace.evaluation.calibrated import expected_errors
-from debiased_laplace.evaluation.draws import EQUAL, budget_within
-from debiased_laplace.evaluation.edges import near_the_end, of_prior, of_temperature, told
-from debiased_laplace.evaluation.intervals import mean as interval_of_mean
-from debiased_laplace.evaluation.intervals import overlap_factor
 from debiased_laplace.evaluation.methods import CHOSEN_ON, MAP, TEMPERATURE, TEMPERATURE_RULE, standard_methods
-from debiased_laplace.evaluation.metrics import classification_metrics
-from debiased_laplace.evaluation.predictors import NOISE_RANGE, tuned_noise, tuned_temperature
-from debiased_laplace.evaluation.report import markdown
-from debiased_laplace.evaluation.statement import MINUS, statement, unit
-from debiased_laplace.evaluation.summary import combine, comparisons, is_worse_than_uniform
-from debiased_laplace.evaluation.tables import OF_NO_USE, tables
+from debiased_laplace.evaluation.predictors.baselines import NOISE_RANGE, tuned_noise, tuned_temperature
+from debiased_laplace.evaluation.predictors.edges import near_the_end, of_prior, of_temperature, told
+from debiased_laplace.evaluation.report.numbers import MINUS, unit
+from debiased_laplace.evaluation.report.outputs import markdown
+from debiased_laplace.evaluation.report.statement import statement
+from debiased_laplace.evaluation.report.tables import OF_NO_USE, tables
+from debiased_laplace.evaluation.report.verdicts import comparisons, is_worse_than_uniform
+from debiased_laplace.evaluation.scores.calibrated import expected_errors
+from debiased_laplace.evaluation.scores.cells import combine
+from debiased_laplace.evaluation.scores.classification import classification_metrics
+from debiased_laplace.evaluation.scores.intervals import mean as interval_of_mean
+from debiased_laplace.evaluation.scores.intervals import overlap_factor
+from debiased_laplace.evaluation.suite import draws as several
+from debiased_laplace.evaluation.suite.draws import EQUAL, budget_within
 from debiased_laplace.likelihoods import Categorical
 from debiased_laplace.posterior.temperature import (
     TEMPERATURES,
@@ -66,28 +68,28 @@ def test_the_temperature_of_one_standard_error(n: int, classes: int, seed: int, 
     logits = 3 * scale * random.standard_normal((n, classes))
     targets = (logits / scale + 2 * random.gumbel(size=logits.shape)).argmax(1)
     arguments = Categorical(), torch.from_numpy(logits), torch.from_numpy(targets)
-    best, found = temperature_scaling(*arguments), most_uncertain_temperature(*arguments)
+    best, result = temperature_scaling(*arguments), most_uncertain_temperature(*arguments)
     if best.undetermined:
-        assert found == best
+        assert result == best
         return
 
     def is_as_good(temperature: float) -> bool:
         difference = losses(logits, targets, temperature) - losses(logits, targets, best.value)
         return float(difference.mean()) <= float(difference.std(ddof=1)) / math.sqrt(n) + 1e-12
 
-    assert found.value >= best.value
-    assert found.loss == pytest.approx(losses(logits, targets, found.value).mean(), rel=EXACT)
-    assert is_as_good(found.value * (1 - 1e-9))
+    assert result.value >= best.value
+    assert result.loss == pytest.approx(losses(logits, targets, result.value).mean(), rel=EXACT)
+    assert is_as_good(result.value * (1 - 1e-9))
     end = TEMPERATURES[1] * (1.0 if TEMPERATURES[0] <= best.value <= TEMPERATURES[1] else best.value)
-    if at_the_end(found.value, best.value) != "largest":
-        larger = np.geomspace(found.value * 1.0001, end, 400)
+    if at_the_end(result.value, best.value) != "largest":
+        larger = np.geomspace(result.value * 1.0001, end, 400)
         assert not any(is_as_good(temperature) for temperature in larger)
 
 
 def test_what_has_no_best_temperature_has_no_other() -> None:
     right = torch.tensor([[3.0, 0.0], [0.0, 2.0]] * 4), torch.tensor([0, 1] * 4)
-    found = most_uncertain_temperature(Categorical(), *right)
-    assert (found.value, bool(found.undetermined)) == (1.0, True)
+    result = most_uncertain_temperature(Categorical(), *right)
+    assert (result.value, bool(result.undetermined)) == (1.0, True)
     one = most_uncertain_temperature(Categorical(), torch.tensor([[1.0, 2.0]]), torch.tensor([0]))
     assert one == temperature_scaling(Categorical(), torch.tensor([[1.0, 2.0]]), torch.tensor([0]))
     with pytest.raises(ValueError, match=r"selection out of \['best', 'one_standard_error'\], got 'largest'"):
@@ -124,10 +126,10 @@ def test_the_budget_that_takes_as_long(fixed: float, each: float, start: int, ti
         return fixed + each * budget
 
     wanted = times * (fixed + each * start)
-    found = budget_within(wanted, seconds, start, 10**7)
+    result = budget_within(wanted, seconds, start, 10**7)
     assert len(asked) <= 3
     exact = (wanted - fixed) / each
-    assert found == pytest.approx(exact, rel=0.12, abs=1)
+    assert result == pytest.approx(exact, rel=0.12, abs=1)
 
 
 def test_no_more_data_than_there_are() -> None:
@@ -160,12 +162,12 @@ def drawn(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 def test_scores_are_means_over_draws(drawn: dict[str, Any]) -> None:
     about = drawn["predictors"][CANDIDATE]
     assert len(about["draws"]) == 3
-    assert len({own["validation_nll"] for own in about["draws"]}) == 3
+    assert len({draw["validation_nll"] for draw in about["draws"]}) == 3
     for entry in (drawn["test"], *drawn["shifts"], *drawn["ood"], drawn["strong_shift"]):
         assert set(entry["draws"]) >= {CANDIDATE, BASELINE, "single batch, importance", "single batch, equal seconds"}
         assert not set(entry["draws"]) & {MAP, REFERENCE, "identity curvature"}
-        for name, found in entry["draws"].items():
-            for score, values in found.items():
+        for name, summarised in entry["draws"].items():
+            for score, values in summarised.items():
                 assert len(values) == 3
                 assert entry["scores"][name][score][0] == pytest.approx(np.mean(values), rel=EXACT)
     values = {name: drawn["test"]["draws"][name]["nll"] for name in (CANDIDATE, BASELINE)}
@@ -174,17 +176,17 @@ def test_scores_are_means_over_draws(drawn: dict[str, Any]) -> None:
     assert difference[0] == pytest.approx(np.mean(np.subtract(*values.values())), rel=EXACT)
     assert difference[1] > spread
     assert difference[3] - difference[2] > 2 * student.ppf(0.975, 2) * spread
-    found = summarise([drawn])
-    assert found["units"] == {"networks": 1, "splits": 1, "draws": 3, "rest": 0}
-    assert unit(found, 70) == "70 data and 3 draws of the curvature data, one network"
-    (table,) = [table for table in tables(found) if table.title.startswith("Draws of the curvature data")]
+    summarised = summarise([drawn])
+    assert summarised["units"] == {"networks": 1, "splits": 1, "draws": 3, "rest": 0}
+    assert unit(summarised, 70) == "70 data and 3 draws of the curvature data, one network"
+    (table,) = [table for table in tables(summarised) if table.title.startswith("Draws of the curvature data")]
     assert CANDIDATE in [row[0] for row in table.sections[0][1]]
 
 
 def test_a_single_batch_has_the_seconds_of_the_debiased_fit(drawn: dict[str, Any]) -> None:
     about = drawn["predictors"]["single batch, equal seconds"]
     assert 1 <= about["budget"] <= drawn["data"]["train"]
-    assert all(own["budget"] == about["budget"] for own in about["draws"])
+    assert all(draw["budget"] == about["budget"] for draw in about["draws"])
     (table,) = [table for table in tables(summarise([drawn])) if table.title == "Tuning and cost"]
     (row,) = [row for row in table.sections[0][1] if row[0] == "single batch, equal seconds"]
     assert f"{about['budget']} data" in row[1]
@@ -212,9 +214,11 @@ def test_equal_settings_are_those_of_the_reference(tmp_path: Path) -> None:
     difference = [record["test"]["equal_settings"]["scores"][name]["nll"][0] for name in (CANDIDATE, BASELINE)]
     assert cell[0] == pytest.approx(difference[0] - difference[1], rel=1e-6, abs=1e-12)
     assert not [name for name in record["test"]["scores"] if name.endswith(EQUAL)]
-    found = summarise([record])
-    assert any(f"With the settings of {REFERENCE} for both" in sentence for sentence in statement(found)["details"])
-    (table,) = [table for table in tables(found) if table.title.endswith("at equal settings")]
+    summarised = summarise([record])
+    assert any(
+        f"With the settings of {REFERENCE} for both" in sentence for sentence in statement(summarised)["details"]
+    )
+    (table,) = [table for table in tables(summarised) if table.title.endswith("at equal settings")]
     assert [row[0] for row in table.sections[0][1]] == [
         "test data, tuned, each by itself", "test data, equal settings", "strong shift, tuned, each by itself",
         "strong shift, equal settings",
@@ -232,23 +236,23 @@ def shifted(n: int, random: np.random.Generator) -> tuple[dict[str, Any], dict[s
     }
     predictors = {"plain": lambda x: x.softmax(1), "flat": lambda x: (x / 3).softmax(1)}
     loaders = {severity: [(x, targets)] for severity, x in sets.items()}
-    found = evaluate(predictors, [(sets[1], targets)], {"noise": loaders}, compare_with=["plain"], n_resamples=200)
+    result = evaluate(predictors, [(sets[1], targets)], {"noise": loaders}, compare_with=["plain"], n_resamples=200)
     per_image = {
         name: np.mean([losses(sets[s].numpy() / scale, targets.numpy(), 1.0) for s in (3, 4, 5)], 0)
         for name, scale in (("plain", 1), ("flat", 3))
     }
-    return found, per_image, targets.numpy()
+    return result, per_image, targets.numpy()
 
 
 def test_copies_of_the_same_images_are_one_comparison() -> None:
-    found, per_image, _ = shifted(80, np.random.default_rng(0))
-    strong = found["strong_shift"]
+    result, per_image, _ = shifted(80, np.random.default_rng(0))
+    strong = result["strong_shift"]
     assert (strong["shifts"], strong["n"], strong["sets"]) == (["noise 3", "noise 4", "noise 5"], 80, 1)
-    for name, own in per_image.items():
+    for name, losses in per_image.items():
         value, error, low, high = strong["scores"][name]["nll"]
-        assert value == pytest.approx(own.mean(), rel=EXACT)
-        assert (low, high) == pytest.approx(interval_of_mean(own, 0.95), rel=EXACT)
-        assert error == pytest.approx(own.std(ddof=1) / math.sqrt(80), rel=0.2)  # of 200 resamples
+        assert value == pytest.approx(losses.mean(), rel=EXACT)
+        assert (low, high) == pytest.approx(interval_of_mean(losses, 0.95), rel=EXACT)
+        assert error == pytest.approx(losses.std(ddof=1) / math.sqrt(80), rel=0.2)  # of 200 resamples
     difference = per_image["flat"] - per_image["plain"]
     cell = strong["differences"]["plain"]["flat"]["nll"]
     assert cell[0] == pytest.approx(difference.mean(), rel=EXACT)
@@ -262,8 +266,8 @@ def test_other_images_are_drawn_on_their_own() -> None:
         for n in (40, 60, 60)
     ]
     shifts = {"a": {3: [sets[1]]}, "b": {5: [sets[2]]}}
-    found = evaluate({"plain": lambda x: x.softmax(1)}, [sets[0]], shifts, n_resamples=400)
-    strong, one, two = found["strong_shift"], *(entry["scores"]["plain"]["nll"] for entry in found["shifts"])
+    result = evaluate({"plain": lambda x: x.softmax(1)}, [sets[0]], shifts, n_resamples=400)
+    strong, one, two = result["strong_shift"], *(entry["scores"]["plain"]["nll"] for entry in result["shifts"])
     assert strong["sets"] == 2
     assert strong["scores"]["plain"]["nll"][0] == pytest.approx((one[0] + two[0]) / 2, rel=EXACT)
     independent = math.hypot(one[1], two[1]) / 2
@@ -308,17 +312,17 @@ def test_the_unit_of_splits_is_said(drawn: dict[str, Any]) -> None:
     other = copy.deepcopy(drawn) | {"seed": 2}
     other["test"]["targets"] = "others"
     other["inputs"]["network"] = "another"
-    found = summarise([drawn, other])
-    assert found["units"] == {"networks": 2, "splits": 2, "draws": 3, "rest": 100}
-    assert unit(found, 70) == (
+    summarised = summarise([drawn, other])
+    assert summarised["units"] == {"networks": 2, "splits": 2, "draws": 3, "rest": 100}
+    assert unit(summarised, 70) == (
         "2 splits with 70 data each (they overlap: corrected for 70 test data to 100 training data) and 2 networks and "
         "3 draws of the curvature data"
     )
-    assert any("2 splits with 70 data each" in sentence for sentence in statement(found)["details"])
+    assert any("2 splits with 70 data each" in sentence for sentence in statement(summarised)["details"])
     other["inputs"]["network"] = drawn["inputs"]["network"]  # then the data that tune and judge are what is split
-    found = summarise([drawn, other])
-    assert found["units"]["rest"] == 60
-    assert "corrected for 70 test data to 60 validation data)" in unit(found, 70)
+    summarised = summarise([drawn, other])
+    assert summarised["units"]["rest"] == 60
+    assert "corrected for 70 test data to 60 validation data)" in unit(summarised, 70)
 
 
 # -- marks -----------------------------------------------------------------------------------------
@@ -356,19 +360,19 @@ def test_the_noise_of_an_ensemble_at_the_end_of_its_search() -> None:
 
 
 def test_scores_worse_than_saying_nothing_are_marked(drawn: dict[str, Any]) -> None:
-    found = summarise([copy.deepcopy(drawn)])
-    assert is_worse_than_uniform(found, "nll", [1.1, 0, 0, 0])
-    assert not is_worse_than_uniform(found, "nll", [math.log(3), 0, 0, 0])
-    assert is_worse_than_uniform(found, "brier", [0.67, 0, 0, 0])
-    assert not is_worse_than_uniform(found, "ece", [0.9, 0, 0, 0])
-    assert not is_worse_than_uniform(found | {"regression": True}, "nll", [9.0, 0, 0, 0])
-    for entry in (found["test"], *found["shifts"]):
-        for own in entry["scores"].values():
-            own["nll"] = [0.5, 0.1, 0.3, 0.7]
-    found["shifts"][2]["scores"][MAP]["nll"] = [1.2, 0.1, 1.0, 1.4]
-    (said,) = [d for d in statement(found)["details"] if d.startswith("Worse than saying 1/3")]
+    summarised = summarise([copy.deepcopy(drawn)])
+    assert is_worse_than_uniform(summarised, "nll", [1.1, 0, 0, 0])
+    assert not is_worse_than_uniform(summarised, "nll", [math.log(3), 0, 0, 0])
+    assert is_worse_than_uniform(summarised, "brier", [0.67, 0, 0, 0])
+    assert not is_worse_than_uniform(summarised, "ece", [0.9, 0, 0, 0])
+    assert not is_worse_than_uniform(summarised | {"regression": True}, "nll", [9.0, 0, 0, 0])
+    for entry in (summarised["test"], *summarised["shifts"]):
+        for scores in entry["scores"].values():
+            scores["nll"] = [0.5, 0.1, 0.3, 0.7]
+    summarised["shifts"][2]["scores"][MAP]["nll"] = [1.2, 0.1, 1.0, 1.4]
+    (said,) = [d for d in statement(summarised)["details"] if d.startswith("Worse than saying 1/3")]
     assert said == "Worse than saying 1/3 for every class, by NLL (1.099): moved 5 (MAP)."
-    (table,) = [table for table in tables(found) if table.title == "Shifted data: NLL"]
+    (table,) = [table for table in tables(summarised) if table.title == "Shifted data: NLL"]
     marked = [cell for _, rows in table.sections for row in rows for cell in row if OF_NO_USE in cell]
     assert marked == [f"1.200 ± 0.100 {OF_NO_USE}"]
     assert f"{OF_NO_USE} Worse than saying 1/3 for every class." in table.caption
@@ -381,18 +385,18 @@ def test_scores_worse_than_saying_nothing_are_marked(drawn: dict[str, Any]) -> N
 def test_what_a_calibrated_predictor_would_have(classes: int) -> None:
     random = np.random.default_rng(classes)
     probabilities = random.dirichlet(np.ones(classes), size=150)
-    found = expected_errors(probabilities, 400, seed=1)
+    result = expected_errors(probabilities, 400, seed=1)
     labels = [np.array([random.choice(classes, p=row) for row in probabilities]) for _ in range(150)]
-    every = [classification_metrics(probabilities, own) for own in labels]
-    for score, (mean, deviation, low, high) in found.items():
-        values = np.array([own[score] for own in every])
+    every = [classification_metrics(probabilities, drawn) for drawn in labels]
+    for score, (mean, deviation, low, high) in result.items():
+        values = np.array([drawn[score] for drawn in every])
         error = math.hypot(values.std() / math.sqrt(150), deviation / math.sqrt(400))
         assert abs(values.mean() - mean) < MONTE_CARLO_Z * error, score
         inside = np.mean((values >= low) & (values <= high))
         assert abs(inside - 0.95) < MONTE_CARLO_Z * math.sqrt(0.05 * 0.95 / 150) + 0.02, score
     quick = expected_errors(probabilities, 400, seed=1, classwise=False)
     assert set(quick) == {"ece", "adaptive_ece"}
-    assert quick["ece"][0] == pytest.approx(found["ece"][0], abs=MONTE_CARLO_Z * found["ece"][1] / math.sqrt(200))
+    assert quick["ece"][0] == pytest.approx(result["ece"][0], abs=MONTE_CARLO_Z * result["ece"][1] / math.sqrt(200))
 
 
 def test_certain_predictions_cannot_be_miscalibrated_by_chance() -> None:
@@ -402,21 +406,25 @@ def test_certain_predictions_cannot_be_miscalibrated_by_chance() -> None:
 
 
 def test_noise_is_not_told_as_a_gain(drawn: dict[str, Any]) -> None:
-    found = summarise([copy.deepcopy(drawn)])
+    summarised = summarise([copy.deepcopy(drawn)])
     for name in (CANDIDATE, MAP):
-        found["test"]["calibrated"][name]["ece"] = [0.024, 0.006, 0.014, 0.037]
-    found["test"]["scores"][CANDIDATE]["ece"] = [0.010, 0.001, 0.008, 0.012]
-    found["test"]["scores"][MAP]["ece"] = [0.022, 0.001, 0.02, 0.024]
-    found["test"]["differences"][MAP][CANDIDATE]["ece"] = [-0.012, 0.002, -0.016, -0.008]
+        summarised["test"]["calibrated"][name]["ece"] = [0.024, 0.006, 0.014, 0.037]
+    summarised["test"]["scores"][CANDIDATE]["ece"] = [0.010, 0.001, 0.008, 0.012]
+    summarised["test"]["scores"][MAP]["ece"] = [0.022, 0.001, 0.02, 0.024]
+    summarised["test"]["differences"][MAP][CANDIDATE]["ece"] = [-0.012, 0.002, -0.016, -0.008]
 
     def verdict() -> str:
-        table = next(table for table in tables(found) if table.title == f"{CANDIDATE} against the others, test data")
+        table = next(
+            table for table in tables(summarised) if table.title == f"{CANDIDATE} against the others, test data"
+        )
         (rows,) = [rows for section, rows in table.sections if section == f"minus {MAP}"]
         return next(row[2] for row in rows if row[0] == "ECE %")
 
     assert verdict() == "both as if calibrated"
-    assert any("ECE 2.2 ± 0.1 % (calibrated: 2.4 [1.4, 3.7])" in sentence for sentence in statement(found)["details"])
-    found["test"]["scores"][MAP]["ece"] = [0.05, 0.001, 0.02, 0.024]
+    assert any(
+        "ECE 2.2 ± 0.1 % (calibrated: 2.4 [1.4, 3.7])" in sentence for sentence in statement(summarised)["details"]
+    )
+    summarised["test"]["scores"][MAP]["ece"] = [0.05, 0.001, 0.02, 0.024]
     assert verdict() == "better"
 
 
@@ -424,8 +432,8 @@ def test_noise_is_not_told_as_a_gain(drawn: dict[str, Any]) -> None:
 
 
 def test_nothing_counts_cells(drawn: dict[str, Any]) -> None:
-    found = summarise([drawn])
-    text = markdown(found, title="All")
+    summarised = summarise([drawn])
+    text = markdown(summarised, title="All")
     assert not COUNTS.search(text), COUNTS.search(text)
     assert COUNTS.search("it beats the temperature in 8 and loses to it in 0")
     assert COUNTS.search("better in 16 of 18 strong shifts")
@@ -433,31 +441,31 @@ def test_nothing_counts_cells(drawn: dict[str, Any]) -> None:
 
 
 def test_data_that_tune_and_judge_are_named_and_comparisons_counted(drawn: dict[str, Any]) -> None:
-    found = summarise([copy.deepcopy(drawn)])
-    details = statement(found)["details"]
+    summarised = summarise([copy.deepcopy(drawn)])
+    details = statement(summarised)["details"]
     expected = (
         "tuned on 60 validation data and judged on 70 other test data, and on 70 in each shift. Trained on 100 data."
     )
     assert any(expected in sentence for sentence in details)
-    count = comparisons(found)
-    shown = next(table for table in tables(found) if table.title == f"{CANDIDATE} against the others, test data")
+    count = comparisons(summarised)
+    shown = next(table for table in tables(summarised) if table.title == f"{CANDIDATE} against the others, test data")
     rows = sum(len(rows) for _, rows in shown.sections)
-    strong = next(table for table in tables(found) if table.title == "Strong shift: mean NLL")
+    strong = next(table for table in tables(summarised) if table.title == "Strong shift: mean NLL")
     cells = sum(bool(cell) for _, rows in strong.sections for row in rows for cell in row[2:])
     assert count == rows + cells + 2  # and two at equal settings
     assert any(f"make {count} comparisons with a verdict" in sentence for sentence in details)
     assert not any("was chosen on this task" in sentence for sentence in details)
-    found["task"]["name"] = CHOSEN_ON[0]
-    assert any("was chosen on this task" in sentence for sentence in statement(found)["details"])
+    summarised["task"]["name"] = CHOSEN_ON[0]
+    assert any("was chosen on this task" in sentence for sentence in statement(summarised)["details"])
 
 
 def test_no_difference_shown_has_its_interval_and_is_not_as_good_as(drawn: dict[str, Any]) -> None:
-    found = summarise([copy.deepcopy(drawn)])
+    summarised = summarise([copy.deepcopy(drawn)])
     neither = [-0.001, 0.01, -0.02, 0.018]
     for second in (MAP, TEMPERATURE):
-        found["test"]["differences"][second][CANDIDATE]["nll"] = neither
-    found["strong_shift"]["differences"][TEMPERATURE_RULE][CANDIDATE]["nll"] = neither
-    said = statement(found)["answer"]
+        summarised["test"]["differences"][second][CANDIDATE]["nll"] = neither
+    summarised["strong_shift"]["differences"][TEMPERATURE_RULE][CANDIDATE]["nll"] = neither
+    said = statement(summarised)["answer"]
     assert said.count(f"[{MINUS}0.020, +0.018]") == 3
     assert "as good" not in said
     assert "would have done" not in said
@@ -467,9 +475,9 @@ def test_groups_are_of_predictors_that_are_there() -> None:
     data = [(torch.eye(3), torch.arange(3))]
     with pytest.raises(ValueError, match=r"groups of the predictors \['a'\], got \['b'\]"):
         evaluate({"a": lambda x: x.softmax(1)}, data, groups={"a": ["a", "b"]})
-    found = several.joined(
+    result = several.joined(
         [{"seconds": {"fit": 1.0}, "edges": {}}, {"seconds": {"fit": 3.0}, "edges": {"noise": "largest"}}]
     )
-    assert (found["seconds"], found["edges"]) == ({"fit": 2.0}, {"noise": "largest"})
+    assert (result["seconds"], result["edges"]) == ({"fit": 2.0}, {"noise": "largest"})
     with pytest.raises(ValueError, match="at least one draw, got draws=0"):
         Options(draws=0)

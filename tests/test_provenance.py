@@ -23,7 +23,7 @@ from debiased_laplace.cli import app
 from debiased_laplace.evaluation import Context, Method, Options, Task, TaskError, records, run
 from debiased_laplace.evaluation.bias import BiasOptions, study
 from debiased_laplace.evaluation.provenance import data_digest, network_digest, seeded, source_digest
-from debiased_laplace.evaluation.shipped import _common, digits, uci
+from debiased_laplace.evaluation.shipped import common, digits, uci
 
 pytestmark = pytest.mark.filterwarnings("ignore:The best prior precision:UserWarning")  # little data
 OPTIONS = Options(grid_size=3, n_resamples=5)
@@ -55,7 +55,7 @@ def train_loader(): return part("train")
 def val_loader(): return part("val")
 def test_loader(): return part("test")
 def shifted_loaders(): return {"s": part("shifted")}
-def ood_loaders(): return {"f": part("foreign")}
+def ood_loaders(): return {"f": part("ood")}
 """
 
 
@@ -69,7 +69,7 @@ def written(folder: Path) -> Path:
     (folder / "names.json").write_text('["a", "b"]')
     torch.manual_seed(0)
     torch.save(nn.Sequential(nn.Linear(2, 4), nn.Tanh(), nn.Linear(4, 2)).state_dict(), folder / "weights.pt")
-    for name in ("train", "val", "test", "shifted", "foreign"):
+    for name in ("train", "val", "test", "shifted", "ood"):
         x = torch.randn(60, 2)
         torch.save((x, (x[:, 0] > 0).long()), folder / f"{name}.pt")
     return folder
@@ -118,9 +118,9 @@ CHANGES = {
     "an input in the last batch of the validation data": tensors("val", lambda x, y: x[59].add_(1)),
     "an input in the last batch of the training data": tensors("train", lambda x, y: x[59].add_(1)),
     "an input in the first batch of the shifted data": tensors("shifted", lambda x, y: x[7].add_(1)),
-    "an input in the first batch of the foreign data": tensors("foreign", lambda x, y: x[7].add_(1)),
-    "the number of foreign data": lambda folder: torch.save(
-        [part[:50] for part in torch.load(folder / "foreign.pt", weights_only=True)], folder / "foreign.pt"
+    "an input in the first batch of the out-of-distribution data": tensors("ood", lambda x, y: x[7].add_(1)),
+    "the number of out-of-distribution data": lambda folder: torch.save(
+        [part[:50] for part in torch.load(folder / "ood.pt", weights_only=True)], folder / "ood.pt"
     ),
 }  # fmt: skip
 
@@ -209,9 +209,9 @@ def test_what_an_interrupted_run_did_belongs_to_what_made_it(finished: Path, tmp
     tensors("train", lambda x, y: x.mul_(3))(folder)
     tensors("test", lambda x, y: x[1:].mul_(2))(folder)
     task = Task.load(folder / "task.py")
-    (found,) = run(task, tmp_path / "out", [0], Context(), methods=methods, options=OPTIONS)
+    (result,) = run(task, tmp_path / "out", [0], Context(), methods=methods, options=OPTIONS)
     (expected,) = run(task, tmp_path / "new", [0], Context(), methods=methods, options=OPTIONS)
-    assert found["test"] == expected["test"]
+    assert result["test"] == expected["test"]
     assert not any((tmp_path / "out" / "work").iterdir())
 
 
@@ -243,7 +243,7 @@ def test_the_command_line_says_what_was_used_again_and_when(
     finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = copied(finished, tmp_path)
-    for module in ("figures", "bias.pictures"):  # drawing takes long
+    for module in ("report.figures", "bias.pictures"):  # drawing takes long
         monkeypatch.setattr(f"debiased_laplace.evaluation.{module}.png", lambda figure: b"")
     for command, what in ((["evaluate", "--only", "MAP"], "1 of 1 seeds"), (["bias"], "3 of 4 parts")):
         arguments = [command[0], folder / "task.py", "--quick", "--out", tmp_path / command[0], *command[1:]]
@@ -297,7 +297,7 @@ def test_kept_weights_belong_to_data_network_and_settings(tmp_path: Path, monkey
         def build() -> nn.Module:
             return nn.Sequential(nn.Linear(2, 2), activation())
 
-        return _common.kept(tmp_path, "a", settings, build, lambda: (made.append(1), build())[1], torch.device("cpu"))
+        return common.kept(tmp_path, "a", settings, build, lambda: (made.append(1), build())[1], torch.device("cpu"))
 
     first = model(seed=0, data="1")[0].weight
     assert torch.equal(model(seed=0, data="1")[0].weight, first)
@@ -329,8 +329,8 @@ def test_files_of_data_that_change_are_read_again(tmp_path: Path) -> None:
         os.utime(tmp_path / "a.npz", (scale, scale))
         with np.load(tmp_path / "a.npz") as file:
             test = file["y"][20:]
-        found = uci.split(tmp_path / "a.npz", 0)
-        assert found.test[1][:, 0].numpy() * found.std + found.mean == pytest.approx(test, rel=1e-4)
+        result = uci.split(tmp_path / "a.npz", 0)
+        assert result.test[1][:, 0].numpy() * result.std + result.mean == pytest.approx(test, rel=1e-4)
 
 
 # -- digests ---------------------------------------------------------------------------------------
@@ -457,8 +457,8 @@ def test_numbers_in_files_are_those_of_python_and_javascript(tmp_path: Path) -> 
     records.write_json(tmp_path / "a.json", {"a": [math.inf, -math.inf, math.nan, 1.5]})
     assert (tmp_path / "a.json").read_text() == '{"a":["Infinity","-Infinity","NaN",1.5]}\n'
     assert [float(value) for value in json.loads((tmp_path / "a.json").read_text())["a"]][:2] == [math.inf, -math.inf]
-    found = records.read_json(tmp_path / "a.json")["a"]
-    assert found[:2] == [math.inf, -math.inf] and math.isnan(found[2])
+    result = records.read_json(tmp_path / "a.json")["a"]
+    assert result[:2] == [math.inf, -math.inf] and math.isnan(result[2])
 
 
 def test_a_task_that_fails_has_no_record(finished: Path, tmp_path: Path) -> None:

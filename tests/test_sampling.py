@@ -191,7 +191,10 @@ def test_an_exception_of_the_loader_comes_through():
 class Given:
     """A likelihood whose curvature is the output itself."""
 
-    def curvature(self, outputs: torch.Tensor) -> torch.Tensor:
+    def prepare_targets(self, targets: torch.Tensor, n_outputs: int) -> torch.Tensor:
+        return targets
+
+    def curvature(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         return outputs[:, 0]
 
 

@@ -15,22 +15,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from debiased_laplace import DebiasedLaplace, Single
-from debiased_laplace.evaluation import (
-    Context,
-    Method,
-    Options,
-    Task,
-    TaskError,
-    peer,
-    records,
-    run,
-    standard_methods,
-    suite,
-)
+from debiased_laplace import DebiasedLaplace, Single, evaluation
+from debiased_laplace.evaluation import Context, Method, Options, Task, TaskError, records, run, standard_methods
 from debiased_laplace.evaluation.methods import methods_of
-from debiased_laplace.evaluation.suite import settings_of
-from debiased_laplace.posterior.tuning import best_noise, gaussian_nll
+from debiased_laplace.evaluation.predictors import peer
+from debiased_laplace.evaluation.suite import distances, seeds
+from debiased_laplace.evaluation.suite.subject import settings_of
+from debiased_laplace.likelihoods import gaussian_nll
+from debiased_laplace.posterior.noise import best_noise
 from tests.tolerances import EXACT, FLOAT32
 
 TASKS = Path(__file__).parent / "tasks"
@@ -72,8 +64,8 @@ def fits(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
 def blobs(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     folder = tmp_path_factory.mktemp("blobs")
     task, steps = Task.load(TASKS / "blobs.py"), []
-    found = run(task, folder, range(2), Context(), options=OPTIONS, progress=lambda *step: steps.append(step))
-    return SimpleNamespace(task=task, folder=folder, records=found, steps=steps)
+    records_made = run(task, folder, range(2), Context(), options=OPTIONS, progress=lambda *step: steps.append(step))
+    return SimpleNamespace(task=task, folder=folder, records=records_made, steps=steps)
 
 
 @pytest.fixture(scope="module")
@@ -164,7 +156,7 @@ def test_records_that_are_there_are_used(blobs: SimpleNamespace, monkeypatch: py
     def refuse(*_: Any) -> None:
         raise AssertionError("nothing is to be done")
 
-    monkeypatch.setattr(suite, "_Bench", refuse)
+    monkeypatch.setattr(seeds, "Bench", refuse)
     again = run(
         blobs.task, blobs.folder, [1, 0], Context(), options=OPTIONS, progress=lambda *step: steps.append(step)
     )  # fmt: skip
@@ -194,8 +186,8 @@ def test_roles_are_settings() -> None:
     """They decide what is compared with what, so a record made with others is of no use."""
     task = Task.load(TASKS / "blobs.py")
     kinds = [(Method("a", role=role), Method("b")) for role in ("", "candidate", "reference")]
-    found = [records.digest(settings_of(task, methods, OPTIONS, Context())) for methods in kinds]
-    assert len(set(found)) == 3
+    result = [records.digest(settings_of(task, methods, OPTIONS, Context())) for methods in kinds]
+    assert len(set(result)) == 3
 
 
 def test_the_users_random_state_is_left_alone(tmp_path: Path) -> None:
@@ -238,12 +230,12 @@ STOPS = {
 @pytest.fixture(scope="module")
 def resumed(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], SimpleNamespace]:
     """A run that is interrupted before a step and begun again: its record, and the fits of either part."""
-    task, found = Task.load(TASKS / "blobs.py"), {}
+    task, result = Task.load(TASKS / "blobs.py"), {}
     original = DebiasedLaplace.fit
 
     def go(stop: str) -> SimpleNamespace:
-        if stop in found:
-            return found[stop]
+        if stop in result:
+            return result[stop]
         folder, counts = tmp_path_factory.mktemp("resumed"), []
 
         def counted(self: DebiasedLaplace, *arguments: Any, **keywords: Any) -> Any:
@@ -262,8 +254,8 @@ def resumed(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], SimpleN
             assert not (folder / "records").exists()
             counts.append(0)
             (record,) = run(task, folder, [0], Context(), options=OPTIONS, progress=interrupt)
-        found[stop] = SimpleNamespace(record=record, folder=folder, fits=counts)
-        return found[stop]
+        result[stop] = SimpleNamespace(record=record, folder=folder, fits=counts)
+        return result[stop]
 
     return go
 
@@ -272,9 +264,9 @@ def resumed(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], SimpleN
 def test_an_interrupted_run_gives_the_same_scores(
     blobs: SimpleNamespace, resumed: Callable[[str], SimpleNamespace], stop: str
 ) -> None:
-    own = resumed(stop)
-    assert scores(own.record) == scores(blobs.records[0])
-    assert not any((own.folder / "work").iterdir())
+    finished = resumed(stop)
+    assert scores(finished.record) == scores(blobs.records[0])
+    assert not any((finished.folder / "work").iterdir())
 
 
 @pytest.mark.parametrize("stop", STOPS)
@@ -287,8 +279,8 @@ def test_an_interrupted_run_keeps_its_warnings(
 ) -> None:
     expected = {name: about["warnings"] for name, about in blobs.records[0]["predictors"].items()}
     assert any(expected.values())
-    found = resumed("predict: test").record["predictors"]
-    assert {name: about["warnings"] for name, about in found.items()} == expected
+    result = resumed("predict: test").record["predictors"]
+    assert {name: about["warnings"] for name, about in result.items()} == expected
 
 
 def test_an_interrupted_run_of_a_network_that_is_never_the_same(tmp_path: Path, fits: list[dict[str, Any]]) -> None:
@@ -348,7 +340,7 @@ def test_the_edge_is_that_of_the_prior_precision_in_use(tmp_path: Path) -> None:
         Method("temperature", fit={"budget": None}, tune={"tune_temperature": True}),
     )
     options = Options(grid_size=9, log_prior_prec_min=0.0, log_prior_prec_max=4, n_resamples=2)
-    found = 0
+    result = 0
     for seed in range(4):
         (record,) = run(task_of(tmp_path, sharp), tmp_path, [seed], Context(), methods=methods, options=options)
         about = record["predictors"]["temperature"]
@@ -356,8 +348,8 @@ def test_the_edge_is_that_of_the_prior_precision_in_use(tmp_path: Path) -> None:
         at = "smallest" if prior <= 1.0001 else "largest" if prior >= 0.9999e4 else None
         assert about["edges"].get("prior precision") == at
         assert about["prior_precision"] == pytest.approx(prior)
-        found += record["predictors"]["alone"]["edges"].get("prior precision") != at
-    assert found
+        result += record["predictors"]["alone"]["edges"].get("prior precision") != at
+    assert result
 
 
 def test_an_ensemble(tmp_path: Path) -> None:
@@ -421,8 +413,8 @@ def fails(*_: Any, **__: Any) -> Any:
 
 @pytest.mark.parametrize("what", ["Laplace", "tune_peer", "PeerPredictor"])
 def test_a_peer_that_fails_is_told_and_not_raised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str) -> None:
-    place: Any = {"Laplace": "laplace.Laplace", "tune_peer": "debiased_laplace.evaluation.suite.tune_peer"}
-    monkeypatch.setattr(place.get(what, "debiased_laplace.evaluation.peer.PeerPredictor.__call__"), fails)
+    place: Any = {"Laplace": "laplace.Laplace", "tune_peer": "debiased_laplace.evaluation.suite.bench.tune_peer"}
+    monkeypatch.setattr(place.get(what, "debiased_laplace.evaluation.predictors.peer.PeerPredictor.__call__"), fails)
     methods = (*MAP_ALONE, Method("laplace-torch", "laplace-torch", laplace={"structure": "kron"}))
     (record,) = run(task_of(tmp_path), tmp_path, [0], Context(), methods=methods, options=OPTIONS)
     assert record["predictors"]["laplace-torch"]["failed"] == "RuntimeError: out of everything"
@@ -487,10 +479,10 @@ def test_distances_are_log_ratios_of_functional_variances(blobs: SimpleNamespace
         logarithms = {role: log_variances(la, model, inputs) for role, la in fitted.items()}
         for role, name in (("baseline", "single-batch K-FAC"), ("candidate", "debiased K-FAC")):
             ratio = logarithms[role] - logarithms["reference"]
-            own = record["distances"][where][name]
-            assert own["absolute"][0] == pytest.approx(float(ratio.abs().mean()), rel=1e-3)
-            assert own["signed"][0] == pytest.approx(float(ratio.mean()), rel=1e-2, abs=1e-5)
-            assert own["absolute"][2] <= own["absolute"][0] <= own["absolute"][3]
+            distance = record["distances"][where][name]
+            assert distance["absolute"][0] == pytest.approx(float(ratio.abs().mean()), rel=1e-3)
+            assert distance["signed"][0] == pytest.approx(float(ratio.mean()), rel=1e-2, abs=1e-5)
+            assert distance["absolute"][2] <= distance["absolute"][0] <= distance["absolute"][3]
 
 
 @pytest.mark.parametrize("name", ["blobs", "wave"])
@@ -500,8 +492,8 @@ def test_tuning_has_no_part_in_distances(tmp_path: Path, name: str) -> None:
     tune = {"tune_temperature": True} if name == "blobs" else {"tune_sigma_noise": True}
     methods = (Method("a", fit=fit, role="reference"), Method("b", fit=fit, tune=tune, role="baseline"))
     (record,) = run(task, tmp_path, [0], Context(), methods=methods, options=OPTIONS)
-    for own in record["distances"].values():
-        assert own["b"]["absolute"] == pytest.approx([0, 0, 0, 0], abs=1e-6)
+    for distances_at in record["distances"].values():
+        assert distances_at["b"]["absolute"] == pytest.approx([0, 0, 0, 0], abs=1e-6)
 
 
 def test_distances_need_a_reference_and_use_the_first_inputs(tmp_path: Path) -> None:
@@ -509,9 +501,9 @@ def test_distances_need_a_reference_and_use_the_first_inputs(tmp_path: Path) -> 
     methods = (Method("a", fit={"budget": 24}, role="candidate"),)
     (record,) = run(task, tmp_path, [0], Context(), methods=methods, options=OPTIONS)
     assert record["distances"] == {}
-    inputs = suite._first([(torch.arange(4.0), torch.zeros(4)), (torch.arange(4.0, 8.0), torch.zeros(4))], 6)
+    inputs = distances.first_inputs([(torch.arange(4.0), torch.zeros(4)), (torch.arange(4.0, 8.0), torch.zeros(4))], 6)
     assert inputs.tolist() == [0, 1, 2, 3, 4, 5]
-    assert len(suite._first([(torch.arange(4.0), torch.zeros(4))], 6)) == 4
+    assert len(distances.first_inputs([(torch.arange(4.0), torch.zeros(4))], 6)) == 4
 
 
 # -- regression ------------------------------------------------------------------------------------
@@ -582,16 +574,15 @@ def test_the_best_noise() -> None:
     variances = torch.rand(3, 30, 2, generator=generator, dtype=torch.float64)
     noise, losses = best_noise(mean, variances, targets)
     grid = torch.linspace(0.5, 2, 301, dtype=torch.float64)
-    for own, best, least in zip(variances, noise, losses, strict=True):
-        table = torch.stack([gaussian_nll(mean, v * own, targets, v).mean() for v in best * grid])
+    for variance, best, least in zip(variances, noise, losses, strict=True):
+        table = torch.stack([gaussian_nll(mean, v * variance, targets, v).mean() for v in best * grid])
         assert float(table.min()) == pytest.approx(float(least), rel=EXACT)
         assert int(table.argmin()) == 100
 
 
 @pytest.mark.usefixtures("undrawn")
 def test_the_template_runs(tmp_path: Path) -> None:
-    source: Callable[..., Path] = Path(suite.__file__).with_name
-    task = Task.load(source("template.py"))
+    task = Task.load(Path(evaluation.__file__).with_name("template.py"))
     methods = tuple(method for method in methods_of(task) if method.kind != "laplace-torch")
     context = Context(cache=tmp_path, quick=True)
     (record,) = run(task, tmp_path, [0], context, methods=methods, options=Options(grid_size=9, n_resamples=10))

@@ -11,7 +11,9 @@ import pytest
 import torch
 from torch import nn
 
-from debiased_laplace.evaluation import Context, Options, Task, TaskError, run, suite
+from debiased_laplace import DebiasedLaplace
+from debiased_laplace.evaluation import Context, Options, Task, TaskError, run
+from debiased_laplace.evaluation.methods import methods_of
 from debiased_laplace.evaluation.shipped import names
 from debiased_laplace.evaluation.tasks import DEFAULT_BUDGET, REQUIRED, resolve_device
 
@@ -54,8 +56,8 @@ def test_a_task_file(tmp_path: Path) -> None:
     plain = Task.load(write(tmp_path, MINIMAL, "plain name.py"))
     assert (plain.name, plain.likelihood, plain.budget) == ("plain name", "classification", DEFAULT_BUDGET)
     assert plain.description(Context()) == ""
-    own = Task.load(write(tmp_path, MINIMAL + "\ndef description(quick): return f'quick is {quick}'"))
-    assert own.description(Context(quick=True)) == "quick is True"
+    described = Task.load(write(tmp_path, MINIMAL + "\ndef description(quick): return f'quick is {quick}'"))
+    assert described.description(Context(quick=True)) == "quick is True"
 
 
 def test_shipped_tasks_are_found_by_name() -> None:
@@ -188,11 +190,11 @@ def test_what_cannot_work_is_told_before_anything_is_fitted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, old: str, new: str, message: str
 ) -> None:
     fits: list[int] = []
-    original = suite.DebiasedLaplace.fit
-    monkeypatch.setattr(suite.DebiasedLaplace, "fit", lambda self, *a, **k: (fits.append(1), original(self, *a, **k)))
+    original = DebiasedLaplace.fit
+    monkeypatch.setattr(DebiasedLaplace, "fit", lambda self, *a, **k: (fits.append(1), original(self, *a, **k)))
     task = changed(tmp_path, (old, new))
     with pytest.raises(TaskError, match=message):
-        methods = tuple(m for m in suite.methods_of(task) if m.role == "candidate")
+        methods = tuple(m for m in methods_of(task) if m.role == "candidate")
         run(task, tmp_path, [0], Context(), methods=methods, options=Options(grid_size=3, n_resamples=2))
     assert not fits
 

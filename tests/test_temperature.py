@@ -19,11 +19,12 @@ from torch import nn
 from debiased_laplace import DebiasedLaplace
 from debiased_laplace._checks import NonFiniteError
 from debiased_laplace.evaluation import Context, Method, run, summarise, tuned_temperature
-from debiased_laplace.evaluation.predictors import tuned_noise
-from debiased_laplace.evaluation.statement import statement
-from debiased_laplace.evaluation.tables import tables
+from debiased_laplace.evaluation.predictors.baselines import tuned_noise
+from debiased_laplace.evaluation.report.statement import statement
+from debiased_laplace.evaluation.report.tables import tables
 from debiased_laplace.likelihoods import Bernoulli, Categorical, Gaussian
-from debiased_laplace.posterior.joint import _Search, _ValidationLoss, joint_search
+from debiased_laplace.posterior.curve import PriorCurve
+from debiased_laplace.posterior.search import Search, ValidationLoss
 from debiased_laplace.posterior.temperature import (
     AS_GOOD,
     TEMPERATURES,
@@ -32,7 +33,7 @@ from debiased_laplace.posterior.temperature import (
     undetermined_in,
     unit_of,
 )
-from debiased_laplace.posterior.tuning import PriorCurve, grid_search, noise_search
+from debiased_laplace.posterior.tune import tune
 from tests.networks import ZOO
 from tests.test_suite import OPTIONS, task_of
 from tests.test_tuning import data, fitted, noisy
@@ -166,14 +167,14 @@ def test_a_joint_search_leaves_the_temperature_too(link: str, selection: str) ->
     result, batches = all_right()
     arguments = result.network, result.posterior, Categorical(), batches, FINE
     with pytest.warns(UserWarning, match="do not determine the temperature: all 30 predictions"):
-        found = joint_search(*arguments, per_part=False, temperature=True, link=link, selection=selection)
+        found = tune(*arguments, per_part=False, temperature=True, link=link, selection=selection)
     alone = categorical(result.network.outputs(batches[0][0]).numpy(), batches[0][1].numpy())
     assert found.temperature == 1
     assert found.temperature_alone == (alone.value, pytest.approx(alone.loss, rel=EXACT))
     assert "temperature" in found.undetermined
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        without = joint_search(*arguments, per_part=False, temperature=False, link=link, selection=selection)
+        without = tune(*arguments, per_part=False, temperature=False, link=link, selection=selection)
     assert_equal(found.prior_precisions, without.prior_precisions)
 
 
@@ -183,12 +184,12 @@ def test_the_most_uncertain_of_equally_good_priors(link: str) -> None:
     result, batches = all_right()
     wide = torch.logspace(-3, 12, 61, dtype=torch.float64)
     with pytest.warns(UserWarning, match=r"do not determine the prior precision: all from .* equally good"):
-        curve = grid_search(result.network, result.posterior, Categorical(), batches, wide, link=link)
+        curve = tune(result.network, result.posterior, Categorical(), batches, wide, link=link).curve
     good = curve.losses <= curve.losses.min() + AS_GOOD
     assert curve.best == float(wide[good][0]) < float(wide[-1])
     assert curve.is_flat
     with pytest.warns(UserWarning, match="do not determine the prior precision: all from"):
-        found = joint_search(
+        found = tune(
             result.network, result.posterior, Categorical(), batches, wide, per_part=False, temperature=False, link=link
         )
     assert found.undetermined == ("prior precision",)
@@ -200,9 +201,7 @@ def test_a_part_that_nothing_depends_on_keeps_its_uncertainty() -> None:
     """A last layer of zeros lets nothing through to the first."""
     result, batches = noisy(scale=0.0)
     with pytest.warns(UserWarning, match="do not determine the prior precision of 0: every value of the grid is as"):
-        found = joint_search(
-            result.network, result.posterior, Categorical(), batches, FINE, per_part=True, temperature=True
-        )
+        found = tune(result.network, result.posterior, Categorical(), batches, FINE, per_part=True, temperature=True)
     assert float(found.prior_precisions[0]) == pytest.approx(float(FINE[0]), rel=EXACT)
     assert "prior precision" in found.undetermined
 
@@ -211,9 +210,7 @@ def test_a_determined_search_says_nothing() -> None:
     result, batches = noisy()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        found = joint_search(
-            result.network, result.posterior, Categorical(), batches, FINE, per_part=False, temperature=True
-        )
+        found = tune(result.network, result.posterior, Categorical(), batches, FINE, per_part=False, temperature=True)
     assert found.undetermined == ()
     pairs = [(result.network.outputs(inputs), labels) for inputs, labels in batches]
     outputs, targets = (torch.cat(part) for part in zip(*pairs, strict=True))
@@ -228,8 +225,8 @@ def test_the_range_moves_with_the_scale_of_the_outputs(scale: float) -> None:
     targets = torch.cat([labels for _, labels in batches])
     table, found = 0.1 * torch.ones(1, 1, *outputs.shape, dtype=torch.float64), []
     for factor in (1.0, scale):
-        loss = _ValidationLoss(Categorical(), "probit", None, 1.0, factor * outputs, targets)
-        search = _Search(loss, factor**2 * table, torch.ones(1, dtype=torch.float64), None)
+        loss = ValidationLoss(Categorical(), "probit", None, 1.0, factor * outputs, targets)
+        search = Search(loss, factor**2 * table, torch.ones(1, dtype=torch.float64), None)
         search.unit = unit_of(temperature_scaling(Categorical(), factor * outputs, targets).value)
         found.append(search.profile(0))
     assert found[1][0] == pytest.approx(scale * found[0][0], rel=1e-6)
@@ -277,7 +274,7 @@ def test_errors_that_are_all_zero_leave_the_noise(shift: float) -> None:
     inputs = ZOO["mlp"].inputs(20, seed=4)
     batches = [(inputs, result.network.outputs(inputs) * (1 + shift))]
     with pytest.warns(UserWarning, match=r"observation noise: all errors on them are zero.*It is as it was"):
-        found = noise_search(result.network, result.posterior, Gaussian(), batches, FINE)
+        found = tune(result.network, result.posterior, Gaussian(), batches, FINE, noise=True)
     assert found.noise_variance == pytest.approx(0.3, rel=EXACT)
     assert bool(found.curve.losses.isfinite().all())
     for models in ([nn.Identity()], [nn.Identity()] * 3):

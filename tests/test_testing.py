@@ -86,8 +86,8 @@ def test_the_laws_notice_wrong_curvatures():
     halved = replace(problem.data, weights=problem.data.weights.clone())
 
     class Halved(Categorical):
-        def hessian_square_root(self, outputs):
-            return super().hessian_square_root(outputs) / 2
+        def hessian_square_root(self, outputs, targets):
+            return super().hessian_square_root(outputs, targets) / 2
 
     with pytest.raises(AssertionError, match="curvatures are diag"):
         testing.check_curvatures(network, basis, halved, Halved())

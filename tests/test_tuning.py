@@ -18,17 +18,13 @@ from debiased_laplace._checks import NonFiniteError
 from debiased_laplace.curvature.structures import Diagonal, Full, LowRank
 from debiased_laplace.fitting.fit import fit
 from debiased_laplace.fitting.fitted import Fit
-from debiased_laplace.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood
+from debiased_laplace.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood, ProfiledGaussian, gaussian_nll
+from debiased_laplace.posterior.evidence import maximise_marginal_likelihood
 from debiased_laplace.posterior.gaussian import standard_normals
-from debiased_laplace.posterior.joint import TunedPrior, _interpolate, _Search, joint_search
+from debiased_laplace.posterior.noise import best_noise
 from debiased_laplace.posterior.predictive import functional_moments
-from debiased_laplace.posterior.tuning import (
-    best_noise,
-    gaussian_nll,
-    grid_search,
-    maximise_marginal_likelihood,
-    noise_search,
-)
+from debiased_laplace.posterior.search import Search, interpolate
+from debiased_laplace.posterior.tune import Tuned, tune
 from debiased_laplace.testing import dense_jacobian, dense_posterior_precision, truncate
 from tests.networks import ZOO
 from tests.test_posterior import example as posterior_example
@@ -157,7 +153,7 @@ def one_by_one(result: Fit, likelihood: Likelihood, batches, link: str, seed: in
             jacobians = dense_jacobian(result.network.model, inputs)
             spread = jacobians @ covariance @ jacobians.mT
             mean = result.network.outputs(inputs)
-            if likelihood.is_regression:
+            if isinstance(likelihood, Gaussian):
                 noise = float(posterior.noise_variance)
                 gaussian = torch.distributions.Normal(mean, (spread.diagonal(dim1=1, dim2=2) + noise).sqrt())
                 total -= float(gaussian.log_prob(targets).sum())
@@ -181,14 +177,14 @@ def one_by_one(result: Fit, likelihood: Likelihood, batches, link: str, seed: in
     ids=lambda value: value if isinstance(value, str) else type(value).__name__,
 )
 def test_a_grid_equals_one_prediction_for_each_value(likelihood, link, incomplete):
-    fields = {"noise_variance": 0.3} if likelihood.is_regression else {}
+    fields = {"noise_variance": 0.3} if isinstance(likelihood, Gaussian) else {}
     result = fitted(likelihood, temperature=0.5, **fields)
     if incomplete:
         basis = truncate(result.posterior.basis)
         curvatures = torch.linspace(1, 0, basis.rank, dtype=torch.float64)
         result = replace(result, posterior=replace(result.posterior, basis=basis, curvatures=curvatures))
     batches = [data(likelihood, 5, seed=4), data(likelihood, 3, seed=5)]  # unequal: a mean over data, not batches
-    curve = grid_search(result.network, result.posterior, likelihood, batches, GRID, link=link, n_samples=20)
+    curve = tune(result.network, result.posterior, likelihood, batches, GRID, link=link, n_samples=20).curve
     expected = one_by_one(result, likelihood, batches, link)
     assert_equal(curve.losses, expected)
     assert_equal(curve.prior_precisions, GRID, 0.0)
@@ -201,8 +197,8 @@ def test_the_grid_is_a_generator_read_once():
     batches = [data(Categorical(), 5, seed=4), data(Categorical(), 3, seed=5)]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        one = grid_search(result.network, result.posterior, Categorical(), iter(batches), GRID)
-        other = grid_search(result.network, result.posterior, Categorical(), batches[::-1], GRID)
+        one = tune(result.network, result.posterior, Categorical(), iter(batches), GRID).curve
+        other = tune(result.network, result.posterior, Categorical(), batches[::-1], GRID).curve
     assert_equal(one.losses, other.losses)
 
 
@@ -220,12 +216,12 @@ def overconfident() -> tuple[Fit, list]:
 def test_the_edges_of_the_grid_are_reported():
     result, batches = overconfident()
     with pytest.warns(UserWarning, match="is the smallest of the grid.*Change log_prior_prec_min"):
-        curve = grid_search(result.network, result.posterior, Categorical(), batches, GRID)
+        curve = tune(result.network, result.posterior, Categorical(), batches, GRID).curve
     assert curve.at_edge
     inputs = batches[0][0]
     right = result.network.outputs(inputs).argmax(1)
     with pytest.warns(UserWarning, match="is the largest of the grid.*Change log_prior_prec_max.*levelled off"):
-        grid_search(result.network, result.posterior, Categorical(), [(inputs, right)], GRID)
+        tune(result.network, result.posterior, Categorical(), [(inputs, right)], GRID)
 
 
 def test_no_warning_inside_the_grid_or_for_one_value():
@@ -233,12 +229,12 @@ def test_no_warning_inside_the_grid_or_for_one_value():
     batches = [data(Gaussian(), 8, seed=4)]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        grid_search(result.network, result.posterior, Gaussian(), batches, torch.tensor([1.0]))
+        tune(result.network, result.posterior, Gaussian(), batches, torch.tensor([1.0]))
     wide = torch.logspace(-8, 8, 33, dtype=torch.float64)
     result, batches = overconfident()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        curve = grid_search(result.network, result.posterior, Categorical(), batches, wide, link="mc")
+        curve = tune(result.network, result.posterior, Categorical(), batches, wide, link="mc").curve
     assert not curve.at_edge
 
 
@@ -254,7 +250,7 @@ def test_bad_grids_and_data():
     inputs, targets = data(Categorical(), 5)
 
     def search(batches=((inputs, targets),), grid=GRID, **options):
-        return grid_search(result.network, result.posterior, Categorical(), batches, grid, **options)
+        return tune(result.network, result.posterior, Categorical(), batches, grid, **options).curve
 
     with pytest.raises(ValueError, match=r"empty val_loader. A generator can be read only once"):
         search([])
@@ -318,17 +314,17 @@ def search(result: Fit, batches: Any, grid: torch.Tensor, likelihood: Likelihood
     """The existing search, without its warnings."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return grid_search(result.network, result.posterior, likelihood or Categorical(), batches, grid, **options)
+        return tune(result.network, result.posterior, likelihood or Categorical(), batches, grid, **options).curve
 
 
 def joint(
     result: Fit, batches: Any, grid: torch.Tensor = FINE, likelihood: Likelihood | None = None, **options: Any
-) -> TunedPrior:
+) -> Tuned:
     """Without the warnings of the edges."""
     options = {"per_part": False, "temperature": False} | options
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The best prior precision")
-        return joint_search(result.network, result.posterior, likelihood or Categorical(), batches, grid, **options)
+        return tune(result.network, result.posterior, likelihood or Categorical(), batches, grid, **options)
 
 
 def reference(result: Fit, batches: list, n_samples: int = 100) -> Callable[..., float]:
@@ -464,25 +460,27 @@ def test_the_temperature_alone_is_temperature_scaling(likelihood):
     assert fixed.temperature_alone == (3.0, pytest.approx(scaled(math.log(3.0)), abs=1e-12))
 
 
-@pytest.mark.parametrize("noise", [0.3, [0.2, 0.6]])
-def test_a_prior_for_each_part_of_a_regression(noise):
-    result = fitted(Gaussian(), noise_variance=0.3)
+@pytest.mark.parametrize("ratio", [1.0, 3.0])
+def test_a_prior_for_each_part_of_a_regression(ratio):
+    """Also with noise of another size in every output."""
+    likelihood = ProfiledGaussian(torch.tensor([ratio**-0.5, ratio**0.5], dtype=torch.float64))
+    result = fitted(likelihood, noise_variance=0.3)
     batches = [data(Gaussian(), 5, seed=4), data(Gaussian(), 3, seed=5)]
-    variances = torch.as_tensor(noise, dtype=torch.float64)
-    found = joint(result, batches, likelihood=Gaussian(), per_part=True, noise_variance=variances)
+    noise = 0.3 * likelihood.profile.square()
+    tuned = joint(result, batches, likelihood=likelihood, per_part=True)
     inputs, targets = (torch.cat(column) for column in zip(*batches, strict=True))
 
     def exact(priors: torch.Tensor) -> float:
-        own = replace(result.posterior, prior_precision=priors)
-        mean, spread = functional_moments(result.network, own, inputs, covariance=False)
-        return float(-torch.distributions.Normal(mean, (spread + variances).sqrt()).log_prob(targets).sum(1).mean())
+        posterior = replace(result.posterior, prior_precision=priors)
+        mean, variance = functional_moments(result.network, posterior, inputs, covariance=False)
+        return float(-torch.distributions.Normal(mean, (variance + noise).sqrt()).log_prob(targets).sum(1).mean())
 
-    assert found.loss == pytest.approx(exact(found.prior_precisions), rel=EXACT)
-    assert found.loss <= min(exact(p) for p in torch.cartesian_prod(FINE, FINE)) + INTERPOLATION
-    if noise == 0.3:
-        by_default = joint(result, batches, likelihood=Gaussian(), per_part=True)
-        assert by_default.loss == pytest.approx(found.loss, rel=EXACT)
-        assert_equal(found.curve.losses, search(result, batches, FINE, Gaussian()).losses)
+    assert tuned.loss == pytest.approx(exact(tuned.prior_precisions), rel=EXACT)
+    assert tuned.loss <= min(exact(p) for p in torch.cartesian_prod(FINE, FINE)) + INTERPOLATION
+    assert_equal(tuned.curve.losses, search(result, batches, FINE, likelihood).losses)
+    if ratio == 1:
+        plain = joint(fitted(Gaussian(), noise_variance=0.3), batches, likelihood=Gaussian(), per_part=True)
+        assert plain.loss == pytest.approx(tuned.loss, rel=EXACT)
 
 
 def test_a_fixed_temperature_is_used_by_a_search_of_priors():
@@ -557,17 +555,17 @@ def test_the_interpolation_is_linear_in_logarithms():
     logs = torch.tensor([0.0, 1.0, 3.0]).double()
     table = torch.randn(3, 2, 4, 5, generator=torch.Generator().manual_seed(0)).double()
     at = torch.tensor([0.25, 2.5]).double().requires_grad_()
-    found = _interpolate(table, logs, at)
+    found = interpolate(table, logs, at)
     expected = (0.75 * table[0, 0] + 0.25 * table[1, 0]).exp() + (0.25 * table[1, 1] + 0.75 * table[2, 1]).exp()
     assert_equal(found, expected)
-    torch.autograd.gradcheck(lambda values: _interpolate(table, logs, values), at)
+    torch.autograd.gradcheck(lambda values: interpolate(table, logs, values), at)
     for index, value in enumerate(logs):
-        assert_equal(_interpolate(table, logs, value.repeat(2)), table[index].exp().sum(0))
+        assert_equal(interpolate(table, logs, value.repeat(2)), table[index].exp().sum(0))
 
 
 @pytest.mark.parametrize("start", [0, 3, 17, 24])
 def test_climbing_ends_where_no_neighbour_is_better(start):
-    search = _Search(None, torch.ones(25, 1, 1, 1), FINE, None)
+    search = Search(None, torch.ones(25, 1, 1, 1), FINE, None)
     search._profile = {index: (1.0, abs(index - 17.2)) for index in range(25)}
     assert search.climb(start) == 17
     search._profile = {index: (1.0, float(index)) for index in range(25)}
@@ -579,17 +577,17 @@ def test_warnings_of_a_joint_search():
     narrow = torch.logspace(-2, 0, 5, dtype=torch.float64)
     arguments = result.network, result.posterior, Categorical(), batches, narrow
     with pytest.warns(UserWarning, match="best prior precision of 0, 2, 0.01, is the smallest.*log_prior_prec_min"):
-        joint_search(*arguments, per_part=True, temperature=False)
+        tune(*arguments, per_part=True, temperature=False)
     with pytest.warns(UserWarning, match=r"The best prior precision, 0.01, is the smallest of the grid"):
-        joint_search(*arguments, per_part=False, temperature=False)
+        tune(*arguments, per_part=False, temperature=False)
     inputs = batches[0][0]
     right = [(inputs, result.network.outputs(inputs).argmax(1))]
     arguments = result.network, result.posterior, Categorical(), right, narrow
     with pytest.warns(UserWarning, match=r"precision, 1, is the largest of the grid.*log_prior_prec_max.*levelled off"):
-        joint_search(*arguments, per_part=False, temperature=False)
+        tune(*arguments, per_part=False, temperature=False)
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # a part at the upper end has no uncertainty, which is a result
-        found = joint_search(*arguments, per_part=True, temperature=False)
+        found = tune(*arguments, per_part=True, temperature=False)
     assert_equal(found.prior_precisions, torch.ones(2).double())
 
 
@@ -649,7 +647,7 @@ def test_noise_and_prior_precision_against_brute_force() -> None:
     batches = uncertain_data(found)
     inputs, targets = (torch.cat(column) for column in zip(*batches, strict=True))
     grid = torch.logspace(-2, 3, 26, dtype=torch.float64)
-    tuned = noise_search(found.network, found.posterior, Gaussian(), batches, grid)
+    tuned = tune(found.network, found.posterior, Gaussian(), batches, grid, noise=True)
 
     def loss(prior: float, noise: float) -> float:
         posterior = replace(
@@ -660,7 +658,7 @@ def test_noise_and_prior_precision_against_brute_force() -> None:
 
     best = float(tuned.curve.losses.min())
     alone = float((found.network.outputs(inputs) - targets).square().mean())
-    assert loss(tuned.prior_precision, tuned.noise_variance) == pytest.approx(best, rel=EXACT)
+    assert loss(float(tuned.prior_precisions), tuned.noise_variance) == pytest.approx(best, rel=EXACT)
     for noise in torch.logspace(-3, 1, 41, dtype=torch.float64).tolist():
         for prior in grid.tolist():  # the grid at the noise of the network alone
             assert loss(prior * alone / noise, noise) >= best - EXACT
@@ -685,9 +683,9 @@ def test_the_drop_in_tunes_its_noise() -> None:
     with pytest.raises(ValueError, match="a regression for tune_sigma_noise=True, got classif"):
         classifier.optimize_prior_precision(method="gridsearch", val_loader=batches, tune_sigma_noise=True)
     with pytest.raises(ValueError, match="Expected a regression to tune its noise, got Categorical"):
-        noise_search(classifier.network, classifier.posterior, Categorical(), batches, GRID)
+        tune(classifier.network, classifier.posterior, Categorical(), batches, GRID, noise=True)
     with pytest.raises(ValueError, match="empty val_loader"):
-        noise_search(la.network, la.posterior, Gaussian(), [], GRID)
+        tune(la.network, la.posterior, Gaussian(), [], GRID, noise=True)
 
 
 class InUnits(nn.Module):
@@ -754,7 +752,7 @@ def tempered() -> tuple[Fit, list[tuple[torch.Tensor, torch.Tensor]]]:
 def test_the_one_standard_error_rule_against_loops(link: str, temperature: bool) -> None:
     found, batches = tempered()
     grid = torch.logspace(-3, 5, 25, dtype=torch.float64)
-    tuned = joint_search(
+    tuned = tune(
         found.network, found.posterior, Categorical(), batches, grid, per_part=False, temperature=temperature,
         link=link, selection="one_standard_error",
     )  # fmt: skip
@@ -819,7 +817,7 @@ def test_the_one_standard_error_rule_does_not_stop_at_a_value_that_fails() -> No
             return spread.mean()
 
     for keep, expected in ((rows, 0), (rows[1:], 3)):  # one standard error of the first difference is 0.058
-        search = _Search(Loss(), keep[:, None], torch.arange(1.0, 1 + len(keep)), 1.0)  # type: ignore[arg-type]
+        search = Search(Loss(), keep[:, None], torch.arange(1.0, 1 + len(keep)), 1.0)  # type: ignore[arg-type]
         loss, index, temperature = search.most_uncertain(len(keep) - 1, 1.0)
         assert (index, temperature) == (expected, 1.0)
         assert loss == pytest.approx(float(keep[expected].mean()), rel=1e-12)
@@ -844,7 +842,7 @@ def test_the_rule_in_the_drop_in() -> None:
             method="gridsearch", val_loader=batches, prior_structure="layerwise", selection="one_standard_error"
         )
     with pytest.raises(ValueError, match="with per_part=True, got 'one_standard_error'"):
-        joint_search(
+        tune(
             la.network, la.posterior, Categorical(), batches, GRID, per_part=True, temperature=False,
             selection="one_standard_error",
         )  # fmt: skip

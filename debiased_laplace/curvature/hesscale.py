@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from debiased_laplace import _checks, _data
 from debiased_laplace._guards import gradients_enabled
-from debiased_laplace.likelihoods import Categorical, Likelihood
+from debiased_laplace.likelihoods import Likelihood
 from debiased_laplace.network.snapshot import Snapshot
 
 METHODS = ("hesscale", "hesscale_gn", "becker_lecun")
@@ -213,13 +213,9 @@ def _loss_derivatives(outputs: Tensor, targets: Tensor, likelihood: Likelihood, 
     targets = likelihood.prepare_targets(targets, outputs.shape[1])
     leaf = outputs.detach().requires_grad_()
     (gradient,) = torch.autograd.grad(likelihood.loss(leaf, targets).sum(), leaf)
-    if not isinstance(likelihood, Categorical):
-        return gradient, likelihood.hessian_square_root(outputs).square().sum(0)
-    p = outputs.softmax(-1)
-    top = p > 0.5  # where 1 - p would cancel, it is the sum of the other classes
-    curvature = p * torch.where(top, p.masked_fill(top, 0).sum(-1, keepdim=True), 1 - p)
+    curvature = likelihood.hessian_diagonal(outputs, targets)
     if method == "becker_lecun":
-        curvature = curvature * F.one_hot(targets.long(), outputs.shape[1])
+        curvature = curvature * likelihood.target_shares(outputs, targets)
     return gradient, curvature
 
 

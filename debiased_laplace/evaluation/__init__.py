@@ -1,10 +1,16 @@
-"""Does it help, and is that real? Scores of any predictors on test, shifted and foreign data, with intervals.
+"""Does it help, and is that real? Scores of predictors, also under shift and out of distribution, with intervals.
 
-:func:`evaluate` (in ``judge``) takes anything callable that gives probabilities, or a mean and a variance. On top of
-it, data flow one way: a task file (``tasks``, ``shipped``) and methods are fitted, tuned and evaluated (``suite``)
-into one record for each seed (``records``), records into a summary (``summary``), and a summary into sentences,
-tables, figures and files (``statement``, ``tables``, ``figures``, ``report``). Names are loaded when they are first
-used.
+:func:`evaluate` takes anything callable that gives probabilities, or a mean and a variance. Its rooms, each of which
+imports from those before it alone:
+
+* ``scores``: scores of predictions, and intervals for them
+* ``predictors``: the network, a temperature, ensembles, posteriors
+* ``judge``: named predictors on the data of an evaluation, compared
+* ``suite``: a task file (``tasks``, ``shipped``) and methods are fitted, tuned and evaluated, one record a seed
+* ``report``: records become a summary, and a summary sentences, tables, figures and a page
+* ``bias``: what mini-batches do to the quadratic of a network
+
+Names are loaded when they are first used.
 """
 
 from __future__ import annotations
@@ -13,44 +19,46 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from debiased_laplace.evaluation.judge import conditions, evaluate
+    from debiased_laplace.evaluation.judge.comparison import evaluate
+    from debiased_laplace.evaluation.judge.conditions import conditions
     from debiased_laplace.evaluation.methods import Method, Options, standard_methods
-    from debiased_laplace.evaluation.metrics import classification_metrics, out_of_distribution_metrics
-    from debiased_laplace.evaluation.predictors import (
-        LaplacePredictor,
-        Prediction,
+    from debiased_laplace.evaluation.predictors.baselines import (
         ensemble_predictor,
         gaussian_predictor,
         point_predictor,
         tuned_temperature,
     )
-    from debiased_laplace.evaluation.regression import regression_metrics
-    from debiased_laplace.evaluation.report import write_outputs
-    from debiased_laplace.evaluation.suite import run
-    from debiased_laplace.evaluation.summary import summarise
+    from debiased_laplace.evaluation.predictors.posterior import LaplacePredictor
+    from debiased_laplace.evaluation.predictors.prediction import Prediction
+    from debiased_laplace.evaluation.report.outputs import write_outputs
+    from debiased_laplace.evaluation.report.summary import summarise
+    from debiased_laplace.evaluation.scores.classification import classification_metrics
+    from debiased_laplace.evaluation.scores.detection import out_of_distribution_metrics
+    from debiased_laplace.evaluation.scores.regression import regression_metrics
+    from debiased_laplace.evaluation.suite.seeds import run
     from debiased_laplace.evaluation.tasks import Context, Task, TaskError
 
 _HOMES = {
-    "classification_metrics": "metrics",
-    "out_of_distribution_metrics": "metrics",
-    "regression_metrics": "regression",
-    "evaluate": "judge",
-    "conditions": "judge",
-    "Prediction": "predictors",
-    "LaplacePredictor": "predictors",
-    "ensemble_predictor": "predictors",
-    "gaussian_predictor": "predictors",
-    "point_predictor": "predictors",
-    "tuned_temperature": "predictors",
+    "classification_metrics": "scores.classification",
+    "out_of_distribution_metrics": "scores.detection",
+    "regression_metrics": "scores.regression",
+    "evaluate": "judge.comparison",
+    "conditions": "judge.conditions",
+    "Prediction": "predictors.prediction",
+    "LaplacePredictor": "predictors.posterior",
+    "ensemble_predictor": "predictors.baselines",
+    "gaussian_predictor": "predictors.baselines",
+    "point_predictor": "predictors.baselines",
+    "tuned_temperature": "predictors.baselines",
     "Context": "tasks",
     "Task": "tasks",
     "TaskError": "tasks",
     "Method": "methods",
     "Options": "methods",
-    "run": "suite",
+    "run": "suite.seeds",
     "standard_methods": "methods",
-    "summarise": "summary",
-    "write_outputs": "report",
+    "summarise": "report.summary",
+    "write_outputs": "report.outputs",
 }
 
 __all__ = [

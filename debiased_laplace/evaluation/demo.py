@@ -13,9 +13,9 @@ from typing import Any
 import torch
 
 from debiased_laplace.evaluation.methods import ISOTROPIC, Method, Options, is_variant, methods_of
-from debiased_laplace.evaluation.shipped._common import one_thread
-from debiased_laplace.evaluation.suite import run
-from debiased_laplace.evaluation.summary import summarise
+from debiased_laplace.evaluation.report.summary import summarise
+from debiased_laplace.evaluation.shipped.common import one_thread
+from debiased_laplace.evaluation.suite.seeds import run
 from debiased_laplace.evaluation.tasks import Context, Task
 
 #: Seeds of the demonstration, and of the quick one.
@@ -25,8 +25,8 @@ CONDITIONS = (
     *(f"{name} {severity}" for name in ("noise", "rotation", "blur", "contrast") for severity in (1, 3, 5)),
     "shuffled digits",
 )
-#: Shifted and foreign images of a seed, and of a quick one. Seeds differ by far more than more images would average:
-#: three times as many made standard errors of the strong shifts at most 12 % smaller, but for slight blur.
+#: Shifted and out-of-distribution images of a seed, and of a quick one. Seeds differ by far more than more images would
+#: average: three times as many made standard errors of the strong shifts at most 12 % smaller, but for slight blur.
 N_SHIFTED, N_SHIFTED_QUICK = 180, 90
 #: Prior precisions tried: three a decade.
 GRID_SIZE, GRID_SIZE_QUICK = 28, 16
@@ -63,7 +63,7 @@ def demo(
         device: Where the models run.
         quick: Two seeds and a shorter training.
         n_seeds: Another number of seeds.
-        n_processes: Seeds at a time, each in a process of its own; see :func:`~debiased_laplace.evaluation.suite.run`.
+        n_processes: Seeds at a time, each in its process; see :func:`~debiased_laplace.evaluation.suite.seeds.run`.
         progress: Called with the seed and what begins.
 
     Returns:

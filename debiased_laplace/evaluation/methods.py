@@ -78,7 +78,7 @@ class Options:
         n_resamples: Bootstrap resamples.
         distance_inputs: Number of test inputs for the distance to the reference.
         distance_prior_precision: Prior precision at which it is measured, besides the reference's tuned one.
-        conditions: Titles of the shifted and foreign data to use, such as ``"noise 3"``; ``None`` for all.
+        conditions: Titles of the shifted and out-of-distribution data to use, such as ``"noise 3"``; ``None`` for all.
         n_shifted: Of each of these the first so many; ``None`` for all.
         draws: How often the data of a method that draws some are drawn, for each seed; scores are means over draws.
     """
@@ -185,25 +185,31 @@ def standard_methods(
             "estimate.",
         ),
     )  # fmt: skip
-    timed = (
-        Method(
-            "single batch, equal seconds", fit={"split": Single()}, tune=tuned, seconds_of=debiased.name,
-            description="As many random training data as fit into the seconds of the debiased fit.",
-        ),
-    ) * equal_seconds  # fmt: skip
-    whole = (
-        Method(
-            "debiased, dense", laplace={"hessian_structure": "full"}, fit={"budget": budget}, tune=tuned,
-            description=f"The whole curvature matrix, from {budget} training data in the same way.",
-        ),
-        Method(
-            "full-data, dense", laplace={"hessian_structure": "full"}, fit=full, tune=tuned,
-            description="The whole curvature matrix, from all training data.",
-        ),
-    ) * dense  # fmt: skip
-    members = (
-        Method("deep ensemble", "ensemble", description="The mean of networks trained from other random starts."),
-    ) * ensemble
+    timed: tuple[Method, ...] = ()
+    if equal_seconds:
+        timed = (
+            Method(
+                "single batch, equal seconds", fit={"split": Single()}, tune=tuned, seconds_of=debiased.name,
+                description="As many random training data as fit into the seconds of the debiased fit.",
+            ),
+        )  # fmt: skip
+    whole: tuple[Method, ...] = ()
+    if dense:
+        whole = (
+            Method(
+                "debiased, dense", laplace={"hessian_structure": "full"}, fit={"budget": budget}, tune=tuned,
+                description=f"The whole curvature matrix, from {budget} training data in the same way.",
+            ),
+            Method(
+                "full-data, dense", laplace={"hessian_structure": "full"}, fit=full, tune=tuned,
+                description="The whole curvature matrix, from all training data.",
+            ),
+        )  # fmt: skip
+    members: tuple[Method, ...] = ()
+    if ensemble:
+        members = (
+            Method("deep ensemble", "ensemble", description="The mean of networks trained from other random starts."),
+        )
     if likelihood == "regression":
         point = Method(MAP, "map", description="The network's output and one noise variance, tuned on validation data.")
         return (point, *common, *timed, *whole, *members)

@@ -118,7 +118,8 @@ def source_digest(path: Path, folder: Path | None = None, root: Path | None = No
         name = "" if file == path else str(file.relative_to(folder).as_posix())
         if name not in texts:
             texts[name] = file.read_bytes()
-            waiting += [own for own in _imported(file, texts[name], root) if folder in own.parents and own != path]
+            imported = [other for other in _imported(file, texts[name], root) if folder in other.parents]
+            waiting += [other for other in imported if other != path]
     return _digest(repr([(name, hashlib.sha256(text).hexdigest()) for name, text in sorted(texts.items())]))
 
 
@@ -139,7 +140,8 @@ def _imported(file: Path, text: bytes, root: Path) -> Iterator[Path]:
         for parts in names:
             for depth in range(1, len(parts) + 1):
                 place = start.joinpath(*parts[:depth])
-                yield from (own for own in (place.with_suffix(".py"), place / "__init__.py") if own.is_file())
+                candidates = place.with_suffix(".py"), place / "__init__.py"
+                yield from (candidate for candidate in candidates if candidate.is_file())
 
 
 def _plain(value: Any) -> str:

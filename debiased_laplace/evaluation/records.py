@@ -136,13 +136,13 @@ def now() -> str:
 
 def versions() -> dict[str, str]:
     """Versions of this package and of those that the numbers depend on."""
-    found = {"debiased_laplace": debiased_laplace.__version__}
+    installed = {"debiased_laplace": debiased_laplace.__version__}
     for name in PACKAGES:
         try:
-            found[name] = version(name)
+            installed[name] = version(name)
         except PackageNotFoundError:
-            found[name] = "unknown"
-    return found
+            installed[name] = "unknown"
+    return installed
 
 
 def environment(device: torch.device) -> dict[str, Any]:

@@ -38,7 +38,7 @@ def gaussian_noise(images: Tensor, std: float, *, seed: int) -> Tensor:
     Args:
         images: ``[N, channels, height, width]`` in [0, 1].
         std: Standard deviation, in units of the full intensity range.
-        seed: Of a generator of its own, on the CPU: the same noise on every device.
+        seed: Of a separate generator, on the CPU: the same noise on every device.
 
     Returns:
         Images of the same shape, type and device.
@@ -68,14 +68,14 @@ def rotate(images: Tensor, degrees: float) -> Tensor:
 
 
 def shuffle_patches(images: Tensor, size: int, *, seed: int) -> Tensor:
-    """Cut every image into square patches and put them back in a random order of its own.
+    """Cut every image into square patches and put them back in another random order.
 
     The pixels of an image, its strokes within a patch and its histogram stay; its shape is gone.
 
     Args:
         images: ``[N, channels, height, width]``.
         size: Edge of a patch in pixels; divides height and width.
-        seed: Of a generator of its own, on the CPU.
+        seed: Of a separate generator, on the CPU.
 
     Returns:
         Images of the same shape, type and device.
@@ -101,7 +101,7 @@ def smooth_blobs(images: Tensor, *, sigma: float = 1.0, seed: int) -> Tensor:
     Args:
         images: ``[N, channels, height, width]``; channels are treated one by one.
         sigma: Standard deviation of the Gaussian blur, in pixels.
-        seed: Of a generator of its own, on the CPU.
+        seed: Of a separate generator, on the CPU.
 
     Returns:
         Images of the same shape, type and device.
@@ -143,7 +143,7 @@ def corrupt(images: Tensor, name: str, severity: int, *, seed: int = 0) -> Tenso
       the shorter edge from there on, so that larger images lose details of the same relative size. In smaller
       images it is the same number of pixels: a narrower Gaussian would leave 8 x 8 pixels as they are.
     * ``contrast``: m + c (x - m), with m the mean of the channel.
-    * ``rotation``: :func:`rotate`. The angles are this package's own; CIFAR-10-C has none.
+    * ``rotation``: :func:`rotate`. CIFAR-10-C has no such angles.
     * ``jpeg``: compression and decompression of the image rounded to 8 bits; grey images stay grey.
     * ``pixelate``: the mean over the cells of a coarser grid, whose numbers of rows and columns are the image's
       times the level, rounded down. Small images have equal grids at neighbouring severities.
@@ -152,7 +152,7 @@ def corrupt(images: Tensor, name: str, severity: int, *, seed: int = 0) -> Tenso
         images: ``[N, channels, height, width]`` in [0, 1], of 1 or 3 channels and at least 8 x 8 pixels.
         name: One of :data:`CORRUPTIONS`.
         severity: 1 (weakest) to 5.
-        seed: Of the noise, which has a generator of its own on the CPU: the same noise on every device.
+        seed: Of the noise, which has a separate generator on the CPU: the same noise on every device.
 
     Returns:
         Images of the same shape, type and device, in [0, 1].
@@ -273,7 +273,7 @@ def _contrast(images: Tensor, level: float, seed: int) -> Tensor:
 
 
 def _jpeg(images: Tensor, level: float, seed: int) -> Tensor:
-    from PIL import Image  # a dependency of matplotlib; torchvision is about to lose its own encoder
+    from PIL import Image  # a dependency of matplotlib; torchvision is about to lose its encoder
 
     pixels = (images.cpu().double() * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
     decoded = np.empty_like(pixels)

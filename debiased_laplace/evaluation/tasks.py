@@ -8,7 +8,7 @@ Functions of the file (all but the first four are optional):
 ``val_loader``       held-out batches, on which everything is tuned
 ``test_loader``      further ones, on which everything is judged
 ``shifted_loaders``  ``{name: loader}`` or ``{name: {severity: loader}}``
-``ood_loaders``      ``{name: loader}`` of foreign data
+``ood_loaders``      ``{name: loader}`` of out-of-distribution data
 ``ensemble``         trained networks of several runs
 ``images``           from the inputs of a batch to images ``[N, channels, H, W]`` in [0, 1], for the report
 ``target_scale``     of a regression: the standard deviation by which the targets were divided
@@ -21,7 +21,7 @@ parameter for. Loaders are asked for anew for every reading.
 Constants, all optional: ``NAME``, ``DESCRIPTION``, ``LIKELIHOOD`` (``"classification"``, ``"regression"``, or
 ``"bernoulli"`` for one output that is a logit, with targets 0 and 1), ``N_DATA`` (size of the training set, if the
 loader does not yield all of it), ``BUDGET`` (training data spent on curvature), ``SEEDS`` (how many by default),
-``SEEDS_NOTE`` (what a seed decides), ``INDEPENDENT_SEEDS`` (whether seeds with test data of their own have data that
+``SEEDS_NOTE`` (what a seed decides), ``INDEPENDENT_SEEDS`` (whether seeds with other test data have data that
 share nothing; otherwise they count as splits of one data set, and intervals allow for the overlap), ``NOTES`` (a
 sentence for each condition), ``CLASSES`` (names), ``DENSE`` (whether the network is small enough, some thousand
 parameters, for posteriors with the whole curvature matrix).
@@ -207,14 +207,14 @@ class Task:
         """
         if not self.has(name):
             return {}
-        origin, found = f"{name}() of {self.source}", self.call(name, context)
-        if not isinstance(found, Mapping):
-            raise TaskError(f"Expected {origin} to return a dictionary of loaders, got {type(found).__name__}.")
+        origin, loaders = f"{name}() of {self.source}", self.call(name, context)
+        if not isinstance(loaders, Mapping):
+            raise TaskError(f"Expected {origin} to return a dictionary of loaders, got {type(loaders).__name__}.")
         return {
-            key: {severity: watched(own, f"{origin}, {key!r} {severity}", read) for severity, own in value.items()}
+            key: {level: watched(loader, f"{origin}, {key!r} {level}", read) for level, loader in value.items()}
             if isinstance(value, Mapping)
             else watched(value, f"{origin}, {key!r}", read)
-            for key, value in found.items()
+            for key, value in loaders.items()
         }
 
     def model(self, context: Context) -> nn.Module:
@@ -297,8 +297,8 @@ def _module(path: Path) -> ModuleType:
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # classes of the file can be pickled, by workers of its loaders
-    own = {file.stem for file in path.resolve().parent.iterdir()}
-    for old in [old for old in _NEIGHBOURS if old.partition(".")[0] in own]:
+    neighbours = {file.stem for file in path.resolve().parent.iterdir()}
+    for old in [old for old in _NEIGHBOURS if old.partition(".")[0] in neighbours]:
         _NEIGHBOURS.discard(old)  # of an earlier version, or another task's neighbour of the same name
         sys.modules.pop(old, None)
     importlib.invalidate_caches()

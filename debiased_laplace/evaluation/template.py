@@ -1,6 +1,6 @@
 """A task for `debiased-laplace evaluate`: what network to judge, and on what data.
 
-This one runs as it is, on scikit-learn's small digits. Change it for your own network and data:
+This one runs as it is, on scikit-learn's small digits. Change it for your network and data:
 
     debiased-laplace evaluate task.py --quick      # a try
     debiased-laplace evaluate task.py              # in earnest
@@ -35,7 +35,7 @@ train, validation, test = order.split([900, 400, 497])
 
 
 def model(seed: int, quick: bool) -> nn.Module:
-    """The trained network. With your own: build it, load its weights, return it."""
+    """The trained network. With yours: build it, load its weights, return it."""
     torch.manual_seed(seed)
     network = nn.Sequential(nn.Flatten(), nn.Linear(64, 50), nn.ReLU(), nn.Linear(50, 10))
     optimizer = torch.optim.Adam(network.parameters(), 1e-2)

@@ -166,5 +166,7 @@ def default_sampler(budget: int | None, structure: Structure, curvature: str) ->
 
 
 def _in_words(value: Any) -> str:
-    """A number or a tensor, for the settings of a checkpoint."""
+    """A number, a tensor or a function, for the settings of a checkpoint."""
+    if callable(value):
+        return f"{value.__module__}.{value.__qualname__}" if hasattr(value, "__qualname__") else type(value).__name__
     return _store.fingerprint({"": value})[""] if isinstance(value, Tensor) else repr(value)

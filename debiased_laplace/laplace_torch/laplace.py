@@ -52,10 +52,10 @@ from debiased_laplace.laplace_torch.settings import (
 from debiased_laplace.likelihoods import Categorical, Likelihood, resolve_likelihood
 from debiased_laplace.network.gradients import Network
 from debiased_laplace.network.snapshot import Snapshot
+from debiased_laplace.posterior.curve import PriorCurve
 from debiased_laplace.posterior.gaussian import Posterior
 from debiased_laplace.posterior.temperature import warn_of_no_evidence, warn_the_caller
 from debiased_laplace.posterior.tune import Tuned
-from debiased_laplace.posterior.tuning import PriorCurve
 from debiased_laplace.sampling.samplers import Sampler
 from debiased_laplace.sampling.splits import Split
 
@@ -251,7 +251,7 @@ class DebiasedLaplace(ParametricLaplace):
             self._likelihood = REWARD_MODELING
             return
         self.output_likelihood = resolve_likelihood(likelihood)
-        self._likelihood = "regression" if self.output_likelihood.is_regression else "classification"
+        self._likelihood = self.output_likelihood.laplace_torch_name
 
     @property
     def prior_precision(self) -> Tensor:
@@ -290,7 +290,7 @@ class DebiasedLaplace(ParametricLaplace):
     @sigma_noise.setter
     def sigma_noise(self, sigma_noise: float | Tensor) -> None:
         sigma = noise.standard_deviation(sigma_noise, self._device, self._float_dtype)
-        if self.likelihood != "regression" and bool((sigma.detach() != 1).any()):
+        if not self.output_likelihood.has_noise and bool((sigma.detach() != 1).any()):
             raise ValueError(
                 f"sigma_noise other than one is only available for regression, got {sigma.tolist()} for "
                 f"{self.likelihood}. To scale another likelihood use temperature."
@@ -322,10 +322,11 @@ class DebiasedLaplace(ParametricLaplace):
     @output_temperature.setter
     def output_temperature(self, output_temperature: float) -> None:
         number = _checks.positive(output_temperature, "output_temperature")
-        if self.likelihood == "regression" and number != 1:
+        reason = self.output_likelihood.no_temperature
+        if reason is not None and number != 1:
             raise ValueError(
-                f"A regression has no link, and so no output temperature: expected 1, got {number:g}. To scale its "
-                "posterior use temperature, or sigma_noise."
+                f"{reason}, and so no output temperature: expected 1, got {number:g}. To scale its posterior use "
+                "temperature" + (", or sigma_noise." if self.output_likelihood.has_noise else ".")
             )
         self._output_temperature = number
 
@@ -671,7 +672,7 @@ class DebiasedLaplace(ParametricLaplace):
     def _log_likelihood(self) -> Tensor:
         fitted, sigma = self._require_fit(), self.sigma_noise.double()
         value = -fitted.mean_loss * self.n_data / (noise.level(sigma).square() * self.temperature)
-        if self.likelihood == "regression":
+        if self.output_likelihood.has_noise:
             logs = sigma.log().expand(self.n_outputs) + 0.5 * math.log(2 * math.pi)
             value = value - self.n_data * logs.sum()
         return value
@@ -752,7 +753,7 @@ class DebiasedLaplace(ParametricLaplace):
         if prior_precision is not None:
             self.prior_precision = prior_precision
         if sigma_noise is not None:
-            if self.likelihood != "regression":
+            if not self.output_likelihood.has_noise:
                 raise ValueError(
                     f"sigma_noise is only available for regression, got {sigma_noise!r} for {self.likelihood}."
                 )
@@ -829,8 +830,8 @@ class DebiasedLaplace(ParametricLaplace):
             pred_type: ``"glm"`` (linearised), ``"nn"`` (sampled weights), or ``"linearized"`` (samples of the
                 linearised network by forward mode: for many outputs).
             joint: One covariance over all inputs (regression, ``"glm"``).
-            link_approx: ``"probit"``, ``"mc"``, ``"bridge"`` or ``"bridge_norm"``; by default the one used in
-                tuning, or else probit.
+            link_approx: One of the likelihood's links, such as ``"probit"``, ``"mc"``, ``"bridge"`` or
+                ``"bridge_norm"``; by default the one used in tuning, or else the first, probit for classes.
             n_samples: Samples for ``"mc"``, ``"nn"`` and ``"linearized"``.
             diagonal_output: Variances instead of covariances: of a regression's result unless ``joint``, or of what
                 ``"mc"`` samples from.
@@ -839,9 +840,9 @@ class DebiasedLaplace(ParametricLaplace):
             **model_kwargs: Passed to the model's forward pass with ``"nn"`` and ``"linearized"``.
 
         Returns:
-            Class probabilities ``[N, C]``; for regression (and reward modelling) the mean and the epistemic
-            (co)variance, without observation noise. A model with outputs ``[N]`` has C = 1. No inputs, ``x[:0]``, have
-            predictions of no rows.
+            Class probabilities ``[N, C]``, or means of other targets, such as counts; for regression (and reward
+            modelling) the mean and the epistemic (co)variance, without observation noise. A model with outputs ``[N]``
+            has C = 1. No inputs, ``x[:0]``, have predictions of no rows.
         """
         _checks.whole(n_samples, "n_samples")
         native = self._native_or_prior(x)
@@ -855,7 +856,7 @@ class DebiasedLaplace(ParametricLaplace):
                         f"Extra model arguments are for pred_type 'nn' and 'linearized', got {sorted(model_kwargs)} "
                         "with 'glm'. Wrap the model in a module that knows them, and fit that."
                     )
-                link = link or self.link or "probit"
+                link = link or self.link or native.likelihood.links[0]
                 native.likelihood.check_link(link)
                 if regression:
                     predicted: Any = predictions.moments(
@@ -899,7 +900,7 @@ class DebiasedLaplace(ParametricLaplace):
             yield self.enable_backprop
 
     def _is_regression(self, fitting: bool = False) -> bool:
-        return self.output_likelihood.is_regression or (self.likelihood == REWARD_MODELING and not fitting)
+        return self.likelihood == "regression" or (self.likelihood == REWARD_MODELING and not fitting)
 
     def _glm_predictive_distribution(
         self, X: Any, joint: bool = False, diagonal_output: bool = False
@@ -1065,7 +1066,7 @@ class DebiasedLaplace(ParametricLaplace):
         if structure not in tuning.PRIOR_STRUCTURES:
             raise ValueError(f"Expected prior_structure out of {list(tuning.PRIOR_STRUCTURES)}, got {structure!r}.")
         if tune_sigma_noise:
-            tuning.check_noise_search(self.likelihood, pred_type, method, structure, loss, selection)
+            tuning.check_noise_search(self.output_likelihood, pred_type, method, structure, loss, selection)
         if method == "marglik":
             if tune_temperature:
                 raise ValueError(
@@ -1093,7 +1094,7 @@ class DebiasedLaplace(ParametricLaplace):
                 pred_type, link, structure, loss, grid, n_samples, tune_temperature, tune_sigma_noise, selection
             )
             with global_random_state(), torch.no_grad():  # a loader's order, and metrics, may draw
-                tuned = search.on(self.native, val_loader, self.sigma_noise, progress_bar)
+                tuned = search.on(self.native, val_loader, self.likelihood == "regression", progress_bar)
             self.curve = tuned.curve
             if tuned.noise_variance is not None:
                 self.sigma_noise = self._noise_of_level(tuned.noise_variance**0.5)
@@ -1182,7 +1183,7 @@ class DebiasedLaplace(ParametricLaplace):
             if stored["indices"] is not None:
                 chosen = {"subnetwork_indices": stored["indices"].cpu()}
             la._construct(
-                model, likelihood or state.LIKELIHOODS[header["likelihood"]](), header["subset_of_weights"],
+                model, likelihood or state.likelihood_of(header, stored), header["subset_of_weights"],
                 header["hessian_structure"], **chosen,
                 trainable=stored.get("trainable", stored["parameters"] if stored["indices"] is None else None),
             )  # fmt: skip

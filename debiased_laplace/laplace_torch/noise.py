@@ -12,45 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from debiased_laplace import _data
-from debiased_laplace.likelihoods import Gaussian, Likelihood
-
-
-class ProfiledGaussian(Gaussian):
-    r"""Regression with noise of another size in every output, :math:`\ell = \frac12 \|(f - y) / r\|^2`.
-
-    Args:
-        profile: ``r: [C]``, positive, with geometric mean one.
-    """
-
-    def __init__(self, profile: Tensor) -> None:
-        self.profile = profile
-
-    def check_targets(self, targets: Tensor, n_outputs: int) -> None:
-        """Raise also if there is not one noise for each output."""
-        super().check_targets(targets, n_outputs)
-        if len(self.profile) != n_outputs:
-            raise ValueError(
-                f"Expected sigma_noise to be one number or one for each of the {n_outputs} outputs, got "
-                f"{len(self.profile)}."
-            )
-
-    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """``[N]``, in units of the noise variance of equation (3)."""
-        errors = outputs - _data.target_rows(targets, outputs.shape[1]).to(outputs)
-        return 0.5 * (errors / self.profile.to(outputs)).square().sum(-1)
-
-    def hessian_square_root(self, outputs: Tensor) -> Tensor:
-        """``[C, N, C]``, the unit vectors divided by the profile."""
-        return super().hessian_square_root(outputs) / self.profile.to(outputs)
-
-    def curvature(self, outputs: Tensor) -> Tensor:
-        """``[N]``, the same for all data."""
-        return self.profile.to(outputs).square().reciprocal().sum().expand(len(outputs))
-
-    def sampled_square_root(self, outputs: Tensor, uniforms: Tensor) -> Tensor:
-        """``[M, N, C]``, likewise."""
-        return super().sampled_square_root(outputs, uniforms) / self.profile.to(outputs)
+from debiased_laplace.likelihoods import Likelihood, ProfiledGaussian
 
 
 def standard_deviation(value: Any, device: torch.device, dtype: torch.dtype) -> Tensor:

@@ -9,18 +9,14 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from debiased_laplace.likelihoods import Likelihood
-from debiased_laplace.posterior.tuning import gaussian_nll
-
 #: Class probabilities, or mean and (co)variance of a regression.
 Predicted = Tensor | tuple[Tensor, Tensor]
 
 
-class NegativeLogProbability:
-    """Mean negative log predictive probability, the default."""
+class MeanLoss:
+    """Mean of losses that are there already, of every datum: negative log predictive probabilities, the default."""
 
-    def __init__(self, likelihood: Likelihood, noise_variance: Tensor) -> None:
-        self.likelihood, self.noise_variance = likelihood, noise_variance
+    def __init__(self) -> None:
         self.total, self.count = 0.0, 0
 
     @property
@@ -30,13 +26,8 @@ class NegativeLogProbability:
 
     def update(self, prediction: Predicted, targets: Tensor) -> None:
         """Look at the next batch."""
-        if isinstance(prediction, tuple):
-            mean, covariance = prediction
-            variance = covariance if covariance.ndim == 2 else covariance.diagonal(dim1=1, dim2=2)
-            losses = gaussian_nll(mean, variance, targets, self.noise_variance)
-        else:
-            losses = self.likelihood.log_loss(prediction, targets)
-        self.total += float(losses.double().sum())
+        assert isinstance(prediction, Tensor)
+        self.total += float(prediction.double().sum())
         self.count += len(targets)
 
     def compute(self) -> float:
@@ -92,11 +83,11 @@ class FunctionLoss:
         return float(value)
 
 
-Score = NegativeLogProbability | MetricLoss | FunctionLoss
+Score = MeanLoss | MetricLoss | FunctionLoss
 
 
-def score_of(loss: Any, likelihood: Likelihood, noise_variance: Tensor) -> Score:
+def score_of(loss: Any, device: torch.device) -> Score:
     """What computes a loss batch after batch."""
     if loss is None:
-        return NegativeLogProbability(likelihood, noise_variance)
-    return MetricLoss(loss, noise_variance.device) if isinstance(loss, Metric) else FunctionLoss(loss)
+        return MeanLoss()
+    return MetricLoss(loss, device) if isinstance(loss, Metric) else FunctionLoss(loss)

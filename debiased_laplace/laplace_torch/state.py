@@ -10,13 +10,10 @@ from torch.utils import _pytree
 
 from debiased_laplace import _checks, _store
 from debiased_laplace.laplace_torch.settings import REWARD_MODELING
-from debiased_laplace.likelihoods import Bernoulli, Categorical, Gaussian
+from debiased_laplace.likelihoods import LIKELIHOODS, Likelihood
 
 STATE_FORMAT = 2
 KIND = "laplace"
-LIKELIHOODS: dict[str, Any] = {
-    "Categorical": Categorical, "Gaussian": Gaussian, "Bernoulli": Bernoulli, REWARD_MODELING: lambda: REWARD_MODELING,
-}  # fmt: skip
 
 #: Settings of an object that its state has, under their names.
 SETTINGS = (
@@ -50,6 +47,9 @@ def state_of(la: Any) -> dict[str, Any]:
         "temperature": float(la.temperature),
         **{name: getattr(la, name) for name in SETTINGS},
     }
+    likelihood_settings = la.output_likelihood.settings()
+    if likelihood_settings:
+        state["likelihood_settings"] = likelihood_settings
     detached = _pytree.tree_map_only(Tensor, torch.detach, state)
     return _pytree.tree_map_only(Tensor, torch.clone, detached)
 
@@ -64,6 +64,9 @@ def check_state(state: dict[str, Any], la: Any) -> None:
     ):
         if state.get(key) != expected:
             raise ValueError(f"Expected a state with {key} {expected!r}, got {state.get(key)!r}.")
+    given, stored = la.output_likelihood.settings(), state.get("likelihood_settings", {})
+    if given.keys() != stored.keys() or not all(_equal(given[name], stored[name]) for name in given):
+        raise ValueError(f"Expected a state of the likelihood with {given or 'no settings'}, got {stored or 'none'}.")
     settings = {name: value for name, value in state.items() if name != "fit"}
     for name, value in _store.tensors_of(settings).items():
         _checks.finite(value, f"the {name} of the state", "It was changed: make it again.")
@@ -113,12 +116,22 @@ def check_header(path: Any, header: dict[str, Any], classes: dict[str, type], cl
     return written_from
 
 
+def likelihood_of(header: dict[str, Any], state: dict[str, Any]) -> str | Likelihood:
+    """The likelihood that a file names."""
+    name = header["likelihood"]
+    return name if name == REWARD_MODELING else LIKELIHOODS[name](**state.get("likelihood_settings", {}))
+
+
 def check_likelihood(path: Any, header: dict[str, Any], likelihood: Any) -> None:
     """Raise a :class:`StoredFileError` if nobody says what likelihood it was."""
-    if likelihood is None and header["likelihood"] not in LIKELIHOODS:
+    if likelihood is None and header["likelihood"] not in (*LIKELIHOODS, REWARD_MODELING):
         raise _store.StoredFileError(
             f"Expected likelihood to be the {header['likelihood']} of the file, got None. Pass it (for {path})."
         )
+
+
+def _equal(a: Any, b: Any) -> bool:
+    return torch.equal(a.cpu(), b.cpu()) if isinstance(a, Tensor) and isinstance(b, Tensor) else bool(a == b)
 
 
 def _listed(indices: Tensor | None) -> list[int] | None:

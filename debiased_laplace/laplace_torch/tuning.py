@@ -14,22 +14,20 @@ from tqdm import tqdm
 
 from debiased_laplace import _checks, _data
 from debiased_laplace.laplace import Laplace
-from debiased_laplace.laplace_torch import noise
 from debiased_laplace.laplace_torch.predictions import linked, samples_at
 from debiased_laplace.laplace_torch.scores import Predicted, score_of
 from debiased_laplace.laplace_torch.settings import prior_of_the_posterior
-from debiased_laplace.posterior.gaussian import Posterior, standard_normals
-from debiased_laplace.posterior.joint import SELECTIONS
-from debiased_laplace.posterior.predictive import functional_moments
-from debiased_laplace.posterior.temperature import AS_GOOD, warn_the_caller
-from debiased_laplace.posterior.tune import Tuned, tune
-from debiased_laplace.posterior.tuning import (
-    PriorCurve,
-    check_losses,
+from debiased_laplace.likelihoods import Likelihood
+from debiased_laplace.posterior.curve import PriorCurve, check_losses
+from debiased_laplace.posterior.evidence import (
     maximise_marginal_likelihood,
     maximise_over_priors,
     maximise_with_noise,
 )
+from debiased_laplace.posterior.gaussian import Posterior, standard_normals
+from debiased_laplace.posterior.predictive import functional_moments
+from debiased_laplace.posterior.temperature import AS_GOOD, warn_the_caller
+from debiased_laplace.posterior.tune import SELECTIONS, Tuned, tune
 
 METHODS = ("marglik", "gridsearch")
 PRIOR_STRUCTURES = ("scalar", "layerwise", "diag")
@@ -101,44 +99,42 @@ class GridSearch:
         """Whether more is chosen than one prior precision, or by another rule than the smallest loss."""
         return self.temperature or self.structure == "layerwise" or self.selection != "best"
 
-    def on(self, native: Laplace, batches: Iterable[Any], sigma_noise: Tensor, progress_bar: bool) -> Tuned:
+    def on(self, native: Laplace, batches: Iterable[Any], regression: bool, progress_bar: bool) -> Tuned:
         """Search with a posterior.
 
         Args:
             native: Its prior precision has no effect.
             batches: Validation data.
-            sigma_noise: Standard deviation of the observation noise, ``[]`` or ``[C]``.
+            regression: Whether a metric takes mean and covariance of the outputs.
             progress_bar: Show a tqdm bar.
         """
-        by_the_core = self.pred_type == "glm" and self.loss is None and (sigma_noise.ndim == 0 or self.is_joint)
-        if self.noise or by_the_core:
+        if self.pred_type == "glm" and self.loss is None:
             return tune(
-                native.network, native.posterior, native.likelihood, batches, self.grid, link=self.link or "probit",
+                native.network, native.posterior, native.likelihood, batches, self.grid, link=self.link,
                 temperature=self.temperature, noise=self.noise, per_part=self.structure == "layerwise",
-                selection=self.selection, output_temperature=native.output_temperature,
-                noise_variance=sigma_noise.square() if self.is_joint else None,
-                noise_profile=noise.profile(sigma_noise), n_samples=self.n_samples, seed=native.seed,
-                targets_key=native.targets_key, progress_bar=progress_bar,
+                selection=self.selection, output_temperature=native.output_temperature, n_samples=self.n_samples,
+                seed=native.seed, targets_key=native.targets_key, progress_bar=progress_bar,
             )  # fmt: skip
-        curve = self._curve(native, batches, sigma_noise, progress_bar)
+        curve = self._curve(native, batches, regression, progress_bar)
         best = torch.tensor([curve.best], dtype=torch.float64)
         return Tuned(best, native.output_temperature, float(curve.losses[curve.best_index]), curve)
 
     def _curve(
-        self, native: Laplace, batches: Iterable[Any], sigma_noise: Tensor, progress_bar: bool
+        self, native: Laplace, batches: Iterable[Any], regression: bool, progress_bar: bool
     ) -> PriorCurve:  # fmt: skip
         """Of any loss and kind of prediction."""
-        likelihood = native.likelihood
-        link = (self.link or "probit") if self.pred_type == "glm" else "mc"
-        likelihood.check_link(link)
+        link = (self.link or native.likelihood.links[0]) if self.pred_type == "glm" else "mc"
+        native.likelihood.check_link(link)
         posteriors = [
             replace(native.posterior, prior_precision=p.reshape(1)) for p in _checks.prior_precisions(self.grid)
         ]
-        scores = [score_of(self.loss, likelihood, sigma_noise.square()) for _ in posteriors]
+        scores = [score_of(self.loss, native.network.device) for _ in posteriors]
         if self.pred_type == "glm":
-            predictions = _glm_predictions(native, posteriors, batches, link, self.n_samples)
+            predictions = _glm_predictions(native, posteriors, batches, link, self.n_samples, regression)
         else:
-            predictions = _sampled_predictions(native, posteriors, batches, self.pred_type, self.n_samples)
+            predictions = _sampled_predictions(
+                native, posteriors, batches, self.pred_type, self.n_samples, regression, scored=self.loss is None
+            )
         for index, prediction, targets in tqdm(
             predictions, desc="Prior precision", unit="batch", disable=not progress_bar, leave=False
         ):
@@ -165,11 +161,12 @@ def checked_grid(smallest: float, largest: float, size: int, base: float) -> Ten
 
 
 def check_noise_search(
-    likelihood: str, pred_type: str, method: str, structure: str, loss: Any, selection: str
+    likelihood: Likelihood, pred_type: str, method: str, structure: str, loss: Any, selection: str
 ) -> None:  # fmt: skip
     """Raise a ``ValueError`` where the noise cannot be tuned."""
-    if likelihood != "regression":
-        raise ValueError(f"Expected a regression for tune_sigma_noise=True, got {likelihood}.")
+    if not likelihood.has_noise:
+        name = likelihood.laplace_torch_name
+        raise ValueError(f"Expected a regression for tune_sigma_noise=True, got {name}.")
     if (structure, pred_type, loss, selection) != ("scalar", "glm", None, "best"):
         raise ValueError(
             "tune_sigma_noise=True minimises the negative log predictive density of pred_type='glm', or maximises "
@@ -180,36 +177,45 @@ def check_noise_search(
 
 
 def _glm_predictions(
-    native: Laplace, posteriors: list[Posterior], batches: Iterable[Any], link: str, n_samples: int
+    native: Laplace, posteriors: list[Posterior], batches: Iterable[Any], link: str, n_samples: int, regression: bool
 ) -> Iterator[tuple[int, Predicted, Tensor]]:
-    """In one pass over the data: projections are computed once for all posteriors."""
+    """In one pass over the data, as a metric takes them: projections are computed once for all posteriors."""
     network, likelihood, tau = native.network, native.likelihood, native.output_temperature
     generator = torch.Generator().manual_seed(native.seed)
     like = posteriors[0].mean
     normals = standard_normals((n_samples, network.n_outputs), like, generator) if link == "mc" else None
-    covariance = likelihood.is_regression or likelihood.needs_covariance(link)
+    covariance = regression or likelihood.needs_covariance(link)
     for inputs, targets, _ in _data.labelled(batches, native.targets_key):
         targets = likelihood.prepare_targets(targets, network.n_outputs).to(network.device)
         mean, covariances = functional_moments(network, posteriors, inputs, covariance=covariance)
         for index, of_posterior in enumerate(covariances):
-            if likelihood.is_regression:
+            if regression:
                 yield index, (mean, of_posterior), targets
             else:
                 yield index, likelihood.predictive(mean / tau, of_posterior / tau**2, link, normals), targets
 
 
 def _sampled_predictions(
-    native: Laplace, posteriors: list[Posterior], batches: Iterable[Any], pred_type: str, n_samples: int
-) -> Iterator[tuple[int, Predicted, Tensor]]:
-    """One posterior after the other, with the same draws: all their samples would not fit into memory."""
-    network, likelihood = native.network, native.likelihood
+    native: Laplace, posteriors: list[Posterior], batches: Iterable[Any], pred_type: str, n_samples: int,
+    regression: bool, *, scored: bool,
+) -> Iterator[tuple[int, Predicted, Tensor]]:  # fmt: skip
+    """One posterior after the other, with the same draws: all their samples would not fit into memory.
+
+    With ``scored`` the negative log predictive probabilities ``[N]`` instead of predictions.
+    """
+    network, likelihood, tau = native.network, native.likelihood, native.output_temperature
     kept = list(batches) if isinstance(batches, Iterator) else batches
     for index, posterior in enumerate(posteriors):
         deviations = posterior.deviations(n_samples, torch.Generator().manual_seed(native.seed))
         for inputs, targets, _ in _data.labelled(kept, native.targets_key):
             targets = likelihood.prepare_targets(targets, network.n_outputs).to(network.device)
             samples = samples_at(native, deviations, inputs, pred_type)
-            if likelihood.is_regression:
+            if scored:
+                losses = likelihood.negative_log_predictive_of_samples(
+                    samples / tau, targets, posterior.noise_variance
+                )  # fmt: skip
+                yield index, losses, targets
+            elif regression:
                 yield index, (samples.mean(0), samples.var(0)), targets
             else:
                 yield index, linked(native, samples).mean(0), targets
@@ -315,7 +321,7 @@ def warn_of_unused_validation_data(val_loader: Any) -> None:
 
 def lack_of_certainty(native: Laplace, prior_precision: Tensor, sigma_noise: Tensor) -> str | None:
     """What is wrong with predictions on the training data, if anything is and there are data to tell."""
-    certainty = native.certainty(link=native.link or "probit", noise_variance=sigma_noise.square())
+    certainty = native.certainty(link=native.link or native.likelihood.links[0], noise_variance=sigma_noise.square())
     if certainty is None or not certainty.too_small:
         return None
     more, otherwise = "", ""

@@ -882,8 +882,9 @@ class CurvatureData:
 
     def _vectors(self, outputs: Tensor, targets: Tensor, part: slice | Tensor) -> Tensor:
         """The vectors of a chunk before they are weighted, ``[V, N, C]``."""
+        targets = targets.to(outputs.device)
         if self.curvature == "empirical_fisher":
-            return self.likelihood.gradient(outputs, targets.to(outputs.device))[None]
+            return self.likelihood.gradient(outputs, targets)[None]
         if self.uniforms is None:
-            return self.likelihood.hessian_square_root(outputs)
-        return self.likelihood.sampled_square_root(outputs, self.uniforms[part].to(outputs.device))
+            return self.likelihood.hessian_square_root(outputs, targets)
+        return self.likelihood.sampled_square_root(outputs, targets, self.uniforms[part].to(outputs.device))

@@ -21,7 +21,7 @@ import torch
 from scipy.stats import chi2, norm
 from torch import Tensor
 
-from debiased_laplace.likelihoods import Bernoulli, Categorical, Likelihood
+from debiased_laplace.likelihoods import Likelihood
 from debiased_laplace.network.gradients import Network
 from debiased_laplace.posterior.gaussian import Posterior, standard_normals
 from debiased_laplace.posterior.leave_one_out import leave_one_out
@@ -123,7 +123,7 @@ def certainty_on(
         The numbers; None for a likelihood that has neither classes nor errors, and for more than 128 outputs, which
         would take as long as the fit.
     """
-    if not (likelihood.is_regression or isinstance(likelihood, (Categorical, Bernoulli))):
+    if not (likelihood.has_noise or likelihood.has_answers):
         return None
     n = MAX_OUTPUTS // network.n_outputs
     if n < FEWEST:
@@ -171,7 +171,7 @@ def compare(
     part = (1 - without.leverages).clamp_min(0)
     outputs = torch.where(part[:, None] > 0, without.outputs, mean)
     weights = weights / weights.sum()
-    if likelihood.is_regression:
+    if likelihood.has_noise:
         errors, left_out = ((own - targets.to(mean)).square().mean(-1) for own in (mean, outputs))
         noise = torch.as_tensor(noise_variance).to(mean).expand_as(mean)
         variances = covariances.diagonal(dim1=1, dim2=2) + noise
@@ -182,36 +182,21 @@ def compare(
         values = [value.sqrt() for value in values]
     else:
         tau = output_temperature
-        spread = covariances if likelihood.needs_covariance(link) else covariances.diagonal(dim1=1, dim2=2)
+        scaled = (covariances if likelihood.needs_covariance(link) else covariances.diagonal(dim1=1, dim2=2)) / tau**2
         normals = None
         if link == "mc":
             normals = standard_normals((n_samples, mean.shape[1]), mean, torch.Generator().manual_seed(seed))
-        probabilities = likelihood.predictive(mean / tau, spread / tau**2, link, normals)
-        network = likelihood.predictive(mean / tau, torch.zeros_like(mean), "probit")
-        right, left_out = (_right(likelihood, own, targets) for own in (mean, outputs))
-        certainty, alone = (_confidence(likelihood, own) for own in (probabilities, network))
+        probabilities = likelihood.predictive(mean / tau, scaled, link, normals)
+        network = likelihood.inverse_link(mean / tau)
+        right, left_out = (likelihood.correctness(f, targets) for f in (mean, outputs))
+        certainty, alone = (likelihood.confidence(p) for p in (probabilities, network))
         values = [weights @ right, weights @ (part * left_out), weights @ certainty, weights @ alone]
     n_effective = float(1 / weights.square().sum())
     performance, left_out_of, certain, by_itself = (float(value) for value in values)
     return Certainty(
-        len(targets), performance, left_out_of, certain, by_itself, float(weights @ part), likelihood.is_regression,
+        len(targets), performance, left_out_of, certain, by_itself, float(weights @ part), likelihood.has_noise,
         n_effective,
     )  # fmt: skip
-
-
-def _right(likelihood: Likelihood, outputs: Tensor, targets: Tensor) -> Tensor:
-    """Share of right answers to every datum, ``[N]``: a Bernoulli network answers a question with each output."""
-    if isinstance(likelihood, Bernoulli):
-        shares = targets.reshape(outputs.shape).to(outputs)
-        return torch.where(outputs > 0, shares, 1 - shares).mean(-1)
-    return (outputs.argmax(-1) == targets).to(outputs)
-
-
-def _confidence(likelihood: Likelihood, probabilities: Tensor) -> Tensor:
-    """Mean probability of the answers to every datum, ``[N]``."""
-    if isinstance(likelihood, Bernoulli):
-        return torch.maximum(probabilities, 1 - probabilities).mean(-1)
-    return probabilities.amax(-1)
 
 
 def wilson_lower(share: float, n: float) -> float:

@@ -64,7 +64,7 @@ def leave_one_out(
     """
     weight = _checks.positive(weight, "weight")
     mean, covariances = mean.detach().double(), covariances.detach().double()
-    root = weight**0.5 * likelihood.hessian_square_root(mean).movedim(0, 2)  # [N, C, V]
+    root = weight**0.5 * likelihood.hessian_square_root(mean, targets).movedim(0, 2)  # [N, C, V]
     gradient = weight * likelihood.gradient(mean, targets)
     reached = covariances @ root
     leverages, vectors = torch.linalg.eigh(root.mT @ reached)  # [..., N, V], of the same nonzero values

@@ -23,11 +23,12 @@ class Prediction:
     Attributes:
         mean: Expected targets, ``[N, C]``: class probabilities, rates, or means of a regression, in their units.
         epistemic_variance: What uncertain weights add to the variance of the targets, ``[N, C]``, in their squared
-            units; None for probabilities, of which the mean tells everything.
+            units; None for probabilities, of which the mean tells everything, and for a likelihood without variance.
         noise_variance: Variance that targets have for certain weights, ``[N, C]``, likewise.
         outputs_mean: Mean of the network's outputs, ``[N, C]``, before temperature and link.
         outputs_variance: Their variance, ``[N, C]``, in squared units of the outputs.
         outputs_covariance: Their covariance, ``[N, C, C]``, if it was asked for or the link needs it.
+        has_probabilities: Whether the mean is one of probabilities.
     """
 
     mean: Tensor
@@ -36,6 +37,7 @@ class Prediction:
     outputs_mean: Tensor
     outputs_variance: Tensor
     outputs_covariance: Tensor | None = None
+    has_probabilities: bool = False
 
     def __len__(self) -> int:
         """Number of data."""
@@ -61,13 +63,15 @@ class Prediction:
 
     @property
     def variance(self) -> Tensor:
-        """Variance of the targets, ``[N, C]``: epistemic and noise together."""
-        if self.epistemic_variance is None or self.noise_variance is None:
+        """Variance of the targets, ``[N, C]``: epistemic and noise together; of a probability p, p (1 - p)."""
+        if self.has_probabilities:
             return self.mean * (1 - self.mean)
+        if self.epistemic_variance is None or self.noise_variance is None:
+            raise AttributeError("Expected a likelihood with a variance for the variance of targets, got one without.")
         return self.epistemic_variance + self.noise_variance
 
     def _of_probabilities(self, name: str, instead: str) -> None:
-        if self.epistemic_variance is not None:
+        if not self.has_probabilities:
             raise AttributeError(f"Expected a classification for {name}, got another prediction. It has {instead}.")
 
 
@@ -103,21 +107,44 @@ def predict(
     """
     if method not in METHODS:
         raise ValueError(f"Expected a method out of {list(METHODS)}, got {method!r}.")
-    tau, noise = output_temperature, posterior.noise_variance
+    tau, noise_variance = output_temperature, posterior.noise_variance
     if method != "glm":
         deviations = posterior.deviations(n_samples, generator)
         evaluate = linearized_samples if method == "linearized" else weight_samples
         samples = evaluate(network, posterior.mean, deviations, inputs)
-        centred = samples - samples.mean(0)
-        covariances = torch.einsum("snc,snd->ncd", centred, centred) / max(1, n_samples - 1) if covariance else None
+        means, centred = likelihood.inverse_link(samples / tau), samples - samples.mean(0)
+        epistemic, noise = None, None
+        if not likelihood.has_answers:
+            epistemic, noise = means.var(0), _noise_of_samples(likelihood, samples / tau, noise_variance)
         return Prediction(
-            *likelihood.moments_of_samples(samples / tau, noise), samples.mean(0), samples.var(0), covariances
+            means.mean(0), epistemic, noise, samples.mean(0), samples.var(0),
+            torch.einsum("snc,snd->ncd", centred, centred) / (n_samples - 1) if covariance else None,
+            likelihood.has_answers,
         )  # fmt: skip
     likelihood.check_link(link)
     needed = likelihood.needs_covariance(link)
-    mean, output_covariance = functional_moments(network, posterior, inputs, covariance=needed or covariance)
-    variance = output_covariance.diagonal(dim1=1, dim2=2) if needed or covariance else output_covariance
-    normals = standard_normals((n_samples, mean.shape[1]), mean, generator) if link == "mc" else None
-    integrated = output_covariance if needed else variance
-    moments = likelihood.moments(mean / tau, integrated / tau**2, link, normals, noise)
-    return Prediction(*moments, mean, variance, output_covariance if needed or covariance else None)
+    outputs_mean, moments = functional_moments(network, posterior, inputs, covariance=needed or covariance)
+    variance = moments.diagonal(dim1=1, dim2=2) if needed or covariance else moments
+    normals = standard_normals((n_samples, network.n_outputs), outputs_mean, generator) if link == "mc" else None
+    scaled = outputs_mean / tau, (moments if needed else variance) / tau**2
+    mean, epistemic, noise = likelihood.predictive(*scaled, link, normals), None, None
+    if likelihood.has_variance:
+        of_targets = likelihood.predictive_moments(*scaled, link, normals, noise_variance)
+        epistemic, noise = of_targets.epistemic_variance, of_targets.noise_variance
+    return Prediction(
+        mean, epistemic, noise, outputs_mean, variance, moments if needed or covariance else None,
+        likelihood.has_answers,
+    )  # fmt: skip
+
+
+def _noise_of_samples(likelihood: Likelihood, samples: Tensor, noise_variance: float | Tensor) -> Tensor | None:
+    """Mean over outputs ``[S, N, C]`` of the variance that targets have for certain outputs, ``[N, K]``."""
+    if not likelihood.has_variance:
+        return None
+    link = likelihood.links[0]
+    certain = torch.zeros_like(samples[0])
+    if likelihood.needs_covariance(link):
+        certain = torch.diag_embed(certain)
+    normals = samples.new_zeros(1, samples.shape[-1]) if link == "mc" else None
+    each = [likelihood.predictive_moments(f, certain, link, normals, noise_variance).noise_variance for f in samples]
+    return torch.stack(each).mean(0)

@@ -112,7 +112,7 @@ def most_uncertain_temperature(likelihood: Likelihood, outputs: Tensor, targets:
 
     With :math:`d_n` the loss of a datum less that at the best temperature, the largest :math:`\tau` of
     :data:`TEMPERATURES` with :math:`\bar d \leq s_d / \sqrt N` (Breiman et al. 1984): what
-    ``selection="one_standard_error"`` of :func:`~debiased_laplace.posterior.joint.joint_search` does for a posterior.
+    ``selection="one_standard_error"`` of :func:`~debiased_laplace.posterior.tune.tune` does for a posterior.
     Where the data determine no best temperature it is that of :func:`temperature_scaling`.
 
     Args:

@@ -1,20 +1,43 @@
-"""Everything that validation data choose, by one function."""
+r"""One search for all that validation data choose: a table of candidate settings, and one optimiser between them.
+
+A candidate is a prior precision of the grid with the best of what is tuned beside it: the temperature of the outputs,
+by a one-dimensional search, or the noise of the observations, in closed form, or neither. One pass over the data makes
+the table. The choice is the candidate with the smallest loss; of those that are equally good, the one with most
+uncertainty; or, by the one-standard-error rule, the one with most uncertainty that the data do not tell from the best.
+
+Between the candidates, and for several prior precisions,
+
+.. math:: \min_{\delta, \tau} -\frac1N \sum_n \log p\Big(y_n \,\Big|\, \frac{f_n}{\tau},
+    \frac{1}{\tau^2} \sum_p V_{pn}(\delta_p)\Big)
+
+is minimised where variances suffice: :math:`\log V_p` is interpolated linearly in :math:`\log\delta_p`, and L-BFGS-B
+starts from the best candidate and from the one at the temperature of the network alone. The data are read again for the
+loss without interpolation (a generator's batches are kept for it). Links of covariances have roots without a derivative
+at equal eigenvalues: there the prior precision is one of the grid. The result is not worse than the best candidate.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
+from debiased_laplace import _checks, _data
 from debiased_laplace.likelihoods import Likelihood
 from debiased_laplace.network.gradients import Network
-from debiased_laplace.posterior.gaussian import Posterior
-from debiased_laplace.posterior.joint import joint_search
-from debiased_laplace.posterior.tuning import PriorCurve, grid_search, noise_search
+from debiased_laplace.posterior.curve import EMPTY, PriorCurve, check_losses, warn_of_the_edge
+from debiased_laplace.posterior.gaussian import Posterior, standard_normals
+from debiased_laplace.posterior.noise import ALL_ERRORS_ZERO, best_noise, nothing_left
+from debiased_laplace.posterior.predictive import functional_moments, part_variances
+from debiased_laplace.posterior.search import Search, ValidationLoss
+from debiased_laplace.posterior.temperature import AS_GOOD, temperature_scaling, unit_of, warn_undetermined
+
+SELECTIONS = ("best", "one_standard_error")
 
 
 @dataclass(frozen=True)
@@ -24,13 +47,16 @@ class Tuned:
     Attributes:
         prior_precisions: ``[n_parts]``, or ``[1]`` for all, float64.
         temperature: What outputs are divided by before the link.
-        loss: Mean negative log predictive probability of the validation data with them, in nats.
-        curve: The search of one prior precision for all parts.
-        noise_variance: Of the observations, if it was tuned (divided by their profile).
+        loss: Mean negative log predictive probability of the validation data with them, in nats, without interpolation.
+        curve: The candidates: one prior precision for all parts, at the temperature that was given (one if it is tuned)
+            or at the best noise of each.
+        noise_variance: Of the observations, if it was tuned (times the profile of the likelihood); that of the
+            posterior if all errors are zero.
         temperature_alone: Temperature and loss of temperature scaling, of the network without any uncertainty (where it
-            was not tuned, the temperature that was given): how much of the gain needs no posterior. Not a
-            number if that was not looked at.
-        undetermined: What the data do not determine: ``"temperature"``, ``"prior precision"``. Of equally good values
+            was not tuned, the temperature that was given): how much of the gain needs no posterior. Not a number if
+            that was not looked at.
+        undetermined: What the data do not determine: ``"temperature"``, ``"noise"``, ``"prior precision"``. Of equally
+        good values
             the temperature is the one nearest to 1, and a prior precision the smallest, with most uncertainty.
     """
 
@@ -43,6 +69,53 @@ class Tuned:
     undetermined: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True)
+class Validation:
+    """Validation data, and how predictions are made for them.
+
+    Attributes:
+        network: The model with its blocks.
+        posterior: Its prior precision has no effect.
+        likelihood: What the outputs mean.
+        batches: The data.
+        link: How predictions integrate over the outputs.
+        n_samples: Draws for ``link="mc"``.
+        seed: Their seed.
+        targets_key: Where dictionary-like batches have their targets.
+        progress_bar: Show a tqdm bar.
+    """
+
+    network: Network
+    posterior: Posterior
+    likelihood: Likelihood
+    batches: Iterable[Any]
+    link: str
+    n_samples: int = 100
+    seed: int = 0
+    targets_key: str = "labels"
+    progress_bar: bool = False
+
+    def __iter__(self) -> Iterator[tuple[_data.Inputs, Tensor]]:
+        """Inputs and prepared targets, batch after batch."""
+        stream = _data.labelled(self.batches, self.targets_key)
+        for inputs, targets, _ in tqdm(
+            stream, desc="Validation", unit="batch", disable=not self.progress_bar, leave=False
+        ):  # fmt: skip
+            targets = self.likelihood.prepare_targets(targets, self.network.n_outputs)
+            yield inputs, targets.to(self.network.device)
+
+    def at(self, prior_precisions: Tensor, **changes: Any) -> list[Posterior]:
+        """The posterior with every prior precision ``[R]`` for all parameters."""
+        return [replace(self.posterior, prior_precision=p.reshape(1), **changes) for p in prior_precisions]
+
+    def normals(self) -> Tensor | None:
+        """Draws ``[M, C]`` for ``"mc"``, the same for all candidates and data."""
+        if self.link != "mc":
+            return None
+        shape, generator = (self.n_samples, self.network.n_outputs), torch.Generator().manual_seed(self.seed)
+        return standard_normals(shape, self.posterior.mean, generator)
+
+
 def tune(
     network: Network,
     posterior: Posterior,
@@ -50,14 +123,12 @@ def tune(
     batches: Iterable[Any],
     grid: Tensor,
     *,
-    link: str = "probit",
+    link: str | None = None,
     temperature: bool = False,
     noise: bool = False,
     per_part: bool = False,
     selection: str = "best",
     output_temperature: float = 1.0,
-    noise_variance: float | Tensor | None = None,
-    noise_profile: Tensor | None = None,
     n_samples: int = 100,
     seed: int = 0,
     targets_key: str = "labels",
@@ -65,21 +136,28 @@ def tune(
 ) -> Tuned:
     """Choose the prior precision, and the temperature of the outputs or the noise of the observations with it.
 
+    Memory: ``R * n_parts * N * C`` numbers of the network's precision, or ``R * N * C**2`` for a link of covariances
+    (twice that while they are joined), and some ten times ``n_parts * N * C`` in double precision; for one prior
+    precision and nothing beside it a batch at a time.
+
     Args:
         network: The model with its blocks.
         posterior: Its prior precision has no effect.
         likelihood: What the outputs mean.
         batches: Validation data.
-        grid: ``[R]``, prior precisions; with ``noise`` those at the mean squared error of the network as the noise.
-        link: How predictions integrate over the outputs.
-        temperature: Tune the temperature of the outputs.
-        noise: Tune the noise variance.
-        per_part: One prior precision for each part of the basis.
-        selection: ``"best"`` or ``"one_standard_error"``.
+        grid: ``[R]``, prior precisions; with ``noise`` those at the mean squared error of the network as the noise, so
+            that nothing depends on the units of the targets.
+        link: How predictions integrate over the outputs; the first of the likelihood's by default.
+        temperature: Tune the temperature of the outputs, between 1/20 and 20, where a temperature has a meaning.
+        noise: Tune the noise variance, of a likelihood that has one, together with one prior precision.
+        per_part: One prior precision for each part of the basis; only with variances. One that is good up to the end of
+            the grid says that its part needs in effect no uncertainty.
+        selection: ``"best"``, or for one prior precision ``"one_standard_error"``: the smallest whose loss is larger
+            than the best by at most one standard error of the paired difference (Breiman et al. 1984). A temperature
+            does on data like the training data most of what a posterior does, and leaves the prior precision
+            undetermined there; the posterior with the most uncertainty is the one that still has some where the data
+            are unlike them.
         output_temperature: The temperature if it is not tuned.
-        noise_variance: Of the observations if it is not tuned, also ``[C]``; by default the posterior's.
-        noise_profile: ``[C]``, ratios of the standard deviations of the outputs' noise, which are part of the
-            curvature.
         n_samples: Draws for ``link="mc"``.
         seed: Their seed.
         targets_key: Where dictionary-like batches have their targets.
@@ -89,28 +167,242 @@ def tune(
         ValueError: If the loader is empty, a target or an argument is invalid.
 
     Warns:
-        UserWarning: If the best value lies at an edge of the grid, or is not determined.
+        UserWarning: If the best prior precision of all parts lies at an edge of the grid, or that of a part at the
+            lower; if the data do not determine the temperature, the noise or a prior precision.
     """
+    link = link or likelihood.links[0]
+    fixed = _checked(likelihood, link, temperature, noise, per_part, selection, output_temperature)
+    precisions = _checks.prior_precisions(grid)
+    joint = temperature or per_part or selection != "best"
+    if (noise or (joint and not likelihood.needs_covariance(link))) and isinstance(batches, Iterator):
+        batches = list(batches)  # which are read twice
+    data = Validation(
+        network, posterior, likelihood, batches, link, n_samples, seed, targets_key, progress_bar
+    )  # fmt: skip
     if noise:
-        tuned = noise_search(
-            network, posterior, likelihood, batches, grid, profile=noise_profile, targets_key=targets_key,
-            progress_bar=progress_bar,
-        )  # fmt: skip
-        curve, best = tuned.curve, torch.tensor([tuned.prior_precision], dtype=torch.float64)
-        return Tuned(best, 1.0, float(curve.losses[curve.best_index]), curve, tuned.noise_variance)
-    if not (temperature or per_part) and selection == "best" and noise_variance is None:
-        curve = grid_search(
-            network, posterior, likelihood, batches, grid, link=link, n_samples=n_samples, seed=seed,
-            targets_key=targets_key, progress_bar=progress_bar, output_temperature=output_temperature,
-        )  # fmt: skip
-        best = torch.tensor([curve.best], dtype=torch.float64)
-        return Tuned(best, output_temperature, float(curve.losses[curve.best_index]), curve)
-    joint = joint_search(
-        network, posterior, likelihood, batches, grid, per_part=per_part, temperature=temperature, link=link,
-        n_samples=n_samples, seed=seed, targets_key=targets_key, progress_bar=progress_bar,
-        output_temperature=output_temperature, noise_variance=noise_variance, selection=selection,
-    )  # fmt: skip
-    return Tuned(
-        joint.prior_precisions, joint.temperature, joint.loss, joint.curve, None, joint.temperature_alone,
-        joint.undetermined,
-    )  # fmt: skip
+        return _with_noise(data, precisions)
+    if joint:
+        return _joint(data, precisions.unique(), temperature, per_part, selection, fixed)
+    curve = _losses_on_the_grid(data, precisions, fixed)
+    curve.warn()
+    best = torch.tensor([curve.best], dtype=torch.float64)
+    undetermined = ("prior precision",) if curve.is_flat else ()
+    return Tuned(best, fixed, float(curve.losses[curve.best_index]), curve, undetermined=undetermined)
+
+
+def _checked(
+    likelihood: Likelihood, link: str, temperature: bool, noise: bool, per_part: bool, selection: str,
+    output_temperature: float,
+) -> float:  # fmt: skip
+    """The temperature if it is not tuned; raises what is wrong with the arguments."""
+    likelihood.check_link(link)
+    fixed = _checks.positive(output_temperature, "output_temperature")
+    if likelihood.no_temperature and fixed != 1:
+        raise ValueError(f"{likelihood.no_temperature}, and so no output temperature: expected 1, got {fixed:g}.")
+    if temperature and likelihood.no_temperature:
+        raise ValueError(f"{likelihood.no_temperature}, and so no temperature to tune: expected temperature=False.")
+    if temperature and link == "bridge_norm":
+        raise ValueError(
+            "link_approx='bridge_norm' does not depend on the scale of the outputs, so that there is no temperature to "
+            "tune: expected another link or temperature=False."
+        )
+    if selection not in SELECTIONS or (per_part and selection != "best"):
+        options = SELECTIONS[:1] if per_part else SELECTIONS
+        raise ValueError(f"Expected selection out of {list(options)} with per_part={per_part}, got {selection!r}.")
+    if per_part and likelihood.needs_covariance(link):
+        raise ValueError(
+            "Expected a link_approx that needs variances alone, 'probit', for one prior precision for each part, got "
+            f"{link!r}. Use 'probit', or one for all."
+        )
+    if noise and not likelihood.has_noise:
+        raise ValueError(f"Expected a regression to tune its noise, got {type(likelihood).__name__}.")
+    if noise and (per_part or selection != "best"):
+        raise ValueError(
+            "Expected one prior precision and selection='best' with noise=True, got "
+            f"per_part={per_part} and selection={selection!r}."
+        )
+    return fixed
+
+
+# -- one prior precision, and nothing beside it ----------------------------------------------------
+
+
+def _losses_on_the_grid(data: Validation, precisions: Tensor, temperature: float) -> PriorCurve:
+    """Losses of all candidates, summed batch after batch."""
+    candidates, likelihood, normals = data.at(precisions), data.likelihood, data.normals()
+    covariance = likelihood.needs_covariance(data.link)
+    total, n = torch.zeros(len(candidates), dtype=torch.float64, device=data.network.device), 0
+    for inputs, targets in data:
+        mean, covariances = functional_moments(data.network, candidates, inputs, covariance=covariance)
+        losses = likelihood.negative_log_predictive(
+            mean / temperature, covariances / temperature**2, targets, data.link, normals, data.posterior.noise_variance
+        )
+        total += losses.double().sum(-1)
+        n += len(mean)
+    if n == 0:
+        raise ValueError(EMPTY)
+    losses = (total / n).cpu()
+    check_losses(losses)
+    return PriorCurve(torch.stack([p.prior_precision[0] for p in candidates]).cpu(), losses, data.link)
+
+
+# -- with the noise of the observations ------------------------------------------------------------
+
+
+def _with_noise(data: Validation, precisions: Tensor) -> Tuned:
+    r"""Prior precision and noise variance jointly.
+
+    With :math:`v(\delta')` the functional variance at unit noise, that at noise :math:`\sigma^2` and prior precision
+    :math:`\delta'/\sigma^2` is :math:`\sigma^2 v(\delta')`: the best noise has a closed form, see
+    :func:`~debiased_laplace.posterior.noise.best_noise`. Where to look for :math:`\delta'` depends on the units of the
+    targets. So the grid is one of prior precisions at the noise that the network has without uncertainty, its mean
+    squared error on these data: one pass for that, and one for the whole grid.
+    """
+    network, likelihood = data.network, data.likelihood
+    alone = [(network.outputs(inputs).double(), targets) for inputs, targets in data]
+    if not alone:
+        raise ValueError(EMPTY)
+    outputs, targets = torch.cat([f for f, _ in alone]), torch.cat([y.to(f) for f, y in alone])
+    profile = likelihood.predictive_moments(outputs, torch.zeros_like(outputs), data.link).noise_variance[0]
+    errors = targets - outputs
+    none_left = nothing_left(errors, targets, torch.finfo(network.dtype).eps)
+    fixed = torch.as_tensor(data.posterior.noise_variance, dtype=torch.float64).to(outputs)
+    unit = fixed if none_left else (errors.square() / profile).mean()
+    _checks.finite(unit, "the errors on the validation data", "Look for NaN in the validation data, or in the model.")
+    at_unit_noise = precisions.to(unit) * unit
+    candidates = data.at(at_unit_noise, noise_variance=1.0)
+    moments = [functional_moments(network, candidates, inputs, covariance=False) for inputs, _ in data]
+    mean = torch.cat([f for f, _ in moments]).double()
+    variances = torch.cat([v for _, v in moments], 1).double()
+    if none_left:
+        warn_undetermined("observation noise", ALL_ERRORS_ZERO.format("as it was"))
+        noise = fixed.expand(len(candidates))
+        losses = likelihood.negative_log_predictive(
+            mean, fixed * variances, targets, data.link, noise_variance=fixed
+        ).mean(-1)  # fmt: skip
+    else:
+        noise, losses = best_noise(mean, variances, targets, profile)
+    losses = losses.cpu()
+    check_losses(losses)
+    curve = PriorCurve((at_unit_noise / noise).cpu(), losses, data.link)
+    curve.warn()
+    index = curve.best_index
+    best = torch.tensor([curve.best], dtype=torch.float64)
+    undetermined = ("noise",) * none_left + ("prior precision",) * curve.is_flat
+    return Tuned(best, 1.0, float(losses[index]), curve, float(noise[index]), undetermined=undetermined)
+
+
+# -- with a temperature, or several prior precisions -----------------------------------------------
+
+
+def _joint(
+    data: Validation, precisions: Tensor, temperature: bool, per_part: bool, selection: str, fixed: float
+) -> Tuned:
+    covariance = data.likelihood.needs_covariance(data.link)
+    loss, table = _tabulate(data, precisions, per_part)
+    start = 1.0 if temperature else fixed
+    search = Search(loss, table, precisions, start)
+    losses = torch.tensor([search.on_the_grid(index, start) for index in range(len(precisions))], dtype=torch.float64)
+    check_losses(losses)
+    curve, undetermined = PriorCurve(precisions, losses, data.link), []
+    best = curve.best_index
+    if temperature:
+        scaling = temperature_scaling(data.likelihood, loss.mean, loss.targets)
+        alone, search.fixed = (scaling.value, scaling.loss), scaling.value if scaling.undetermined else None
+        if scaling.undetermined:
+            warn_undetermined("temperature", scaling.undetermined)
+            undetermined.append("temperature")
+    else:
+        alone = fixed, float(loss.without_uncertainty(fixed))
+    search.unit = unit_of(alone[0])
+    other = search.best_on_the_grid(alone[0]) if temperature else best
+    ends = {search.climb(best), search.climb(other)} if covariance else {best}
+    profile = [(search.profile(index)[1], index, search.profile(index)[0]) for index in sorted(ends)]
+    least, index, tau = min([(float(losses[best]), best, start), *profile])  # of the grid: without interpolation
+    if selection == "one_standard_error":
+        start_index = min(range(len(precisions)), key=lambda position: search.profile(position)[1])
+        least, index, tau = search.most_uncertain(start_index, search.profile(start_index)[0])
+    elif covariance:
+        least, index, tau = search.as_good_below(least, index, tau)
+    priors, flat = precisions[index].repeat(table.shape[1]), [False] * table.shape[1]
+    if selection == "best" and covariance:
+        flat = [search.is_as_good_above(least, index)]
+    elif selection == "best":
+        prior, tau_there, value = search.descend([(best, search.profile(best)[0]), (other, alone[0])])
+        if value < least:
+            value = _exact_loss(data, loss, prior, tau_there)
+            if value < least:
+                least, priors, tau = value, prior, tau_there
+        prior, flat = search.more_uncertain(priors, tau)
+        if not torch.equal(prior, priors):
+            value = _exact_loss(data, loss, prior, tau)
+            if value <= least + AS_GOOD:
+                least, priors = value, prior
+    assert least <= float(losses.min()) + 2 * AS_GOOD or selection != "best"
+    if _warn_of_edges(priors, precisions, data.posterior, per_part, flat):
+        undetermined.append("prior precision")
+    return Tuned(priors, tau, least, curve, None, alone, tuple(undetermined))
+
+
+def _tabulate(data: Validation, precisions: Tensor, per_part: bool) -> tuple[ValidationLoss, Tensor]:
+    """The loss, and variances ``[R, n_parts, N, C]``, or ``[R, 1, N, C]`` or ``[R, 1, N, C, C]`` of all parts."""
+    candidates, covariance = data.at(precisions), data.likelihood.needs_covariance(data.link)
+    means, tables, targets = [], [], []
+    with torch.inference_mode(False), torch.no_grad():  # the table is differentiated, with respect to where it is read
+        for inputs, of_batch in data:
+            if per_part:
+                mean, table = part_variances(data.network, data.posterior, inputs, precisions)
+            else:
+                mean, table = functional_moments(data.network, candidates, inputs, covariance=covariance)
+                table = table[:, None]
+            means.append(mean)
+            tables.append(table)
+            targets.append(of_batch)
+        if not means:
+            raise ValueError(EMPTY)
+        noise_variance = data.posterior.noise_variance
+        mean = torch.cat(means).double()
+        loss = ValidationLoss(data.likelihood, data.link, data.normals(), noise_variance, mean, torch.cat(targets))
+        return loss, torch.cat(tables, 2)
+
+
+def _exact_loss(data: Validation, loss: ValidationLoss, priors: Tensor, temperature: float) -> float:
+    """Without interpolation, from another pass over the data."""
+    posterior = replace(data.posterior, prior_precision=priors)
+    means, variances, targets = [], [], []
+    for inputs, of_batch in data:
+        mean, variance = functional_moments(data.network, posterior, inputs, covariance=False)
+        means.append(mean)
+        variances.append(variance)
+        targets.append(of_batch)
+    there = replace(loss, mean=torch.cat(means).double(), targets=torch.cat(targets))
+    return float(there(torch.cat(variances).double(), temperature))
+
+
+def _warn_of_edges(
+    priors: Tensor, precisions: Tensor, posterior: Posterior, per_part: bool, flat: Sequence[bool]
+) -> bool:  # fmt: skip
+    """One prior precision at either end; of several, those at the lower one (at the upper a part adds nothing).
+
+    Returns:
+        Whether one is not determined: good up to the end of the grid; of several, all over it.
+    """
+    if len(precisions) == 1:
+        return False
+    lower = priors <= precisions[0] * (1 + 1e-9)
+    if not per_part:
+        if flat[0]:
+            curve = PriorCurve(torch.stack([priors[0], precisions[-1]]), torch.zeros(2), "")
+            curve.warn()
+        elif bool(lower | (priors >= precisions[-1] / (1 + 1e-9))):
+            warn_of_the_edge(float(priors), smallest=bool(lower))
+        return flat[0]
+    names = [", ".join(posterior.basis.blocks[i].name for i in members) for members in posterior.basis.members]
+    low = [name for name, at_end, free in zip(names, lower, flat, strict=True) if at_end and not free]
+    free = [name for name, at_end, free in zip(names, lower, flat, strict=True) if at_end and free]
+    if low:
+        warn_of_the_edge(float(precisions[0]), smallest=True, of=f" of {', '.join(low)}")
+    if free:
+        why = "every value of the grid is as good. It is the smallest, with most uncertainty"
+        warn_undetermined(f"prior precision of {', '.join(free)}", why)
+    return bool(free)

@@ -472,7 +472,8 @@ class Quadratic:
     def _loss_hessian(self, outputs: Tensor, targets: Tensor) -> Products:
         r""":math:`\nabla^2_f \ell_n z_n`, ``[k, N, C] -> [k, N, C]``."""
         leaf = outputs.detach().to(self._network.dtype, copy=True).requires_grad_()
-        gradient = torch.autograd.grad(self._losses(leaf, targets).sum(), leaf, create_graph=True)
+        loss = self.likelihood.curvature_loss if self.kind == "ggn" else self.likelihood.loss
+        gradient = torch.autograd.grad(loss(leaf, targets).sum(), leaf, create_graph=True)
         return lambda z: _pull(gradient, [leaf], [z])[0]
 
     def _derivatives(

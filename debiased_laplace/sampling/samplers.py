@@ -148,7 +148,9 @@ class PrioritySampler:
         reservoir = _begun(batches, Reservoir(self.budget + 1))  # the next priority is the threshold
         for inputs, targets, n in _stream(batches, targets_key, progress_bar):
             uniforms = torch.rand(n, generator=generator, dtype=torch.float64).clamp_min_(1e-300)
-            traces = likelihood.curvature(observe(inputs, targets)).double().cpu()
+            outputs = observe(inputs, targets)
+            prepared = likelihood.prepare_targets(targets, outputs.shape[1]).to(outputs.device)
+            traces = likelihood.curvature(outputs, prepared).double().cpu()
             _checks.finite(traces, "the curvature of the loss", "Look for NaN in the outputs of the model.")
             scores = traces + self.floor
             reservoir.offer(inputs, targets, uniforms / scores, scores)

@@ -18,8 +18,8 @@ from markdown_it import MarkdownIt
 from debiased_laplace.evaluation import Context, Method, Options, Task, TaskError, run
 from debiased_laplace.evaluation.methods import check_methods
 from debiased_laplace.evaluation.names import FolderInUseError, check_name, locked, markdown, slug
-from debiased_laplace.evaluation.report import write_outputs
-from debiased_laplace.evaluation.summary import summarise
+from debiased_laplace.evaluation.report.outputs import write_outputs
+from debiased_laplace.evaluation.report.summary import summarise
 
 pytestmark = [pytest.mark.faults, pytest.mark.filterwarnings("ignore:The best prior precision:UserWarning")]
 TASK = (Path(__file__).parents[1] / "tasks" / "blobs.py").read_text()
@@ -116,8 +116,8 @@ def test_names_that_nothing_can_show_are_refused_at_once(name: Any, tmp_path: Pa
         return
     fitted: list[int] = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("debiased_laplace.evaluation.suite.DebiasedLaplace.fit", lambda *_, **__: fitted.append(1))
-        with pytest.raises((TaskError, ValueError), match=r"Expected .*(shifted or foreign data|NAME of)"):
+        patch.setattr("debiased_laplace.DebiasedLaplace.fit", lambda *_, **__: fitted.append(1))
+        with pytest.raises((TaskError, ValueError), match=r"Expected .*(shifted or out-of-distribution data|NAME of)"):
             record_with(tmp_path, name, "METHOD")
     assert not fitted
 

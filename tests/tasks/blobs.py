@@ -1,4 +1,4 @@
-"""A tiny task for tests: three blobs in the plane, a network with one hidden layer, shifted and foreign data."""
+"""A tiny task for tests: three blobs in the plane, a network with one hidden layer, shifted data and blobs far off."""
 
 import torch
 from torch import nn

@@ -1,4 +1,4 @@
-"""What mini-batches do to the quadratic of your own network: measured, drawn, and said in one sentence.
+"""What mini-batches do to the quadratic of a network: measured, drawn, and said in one sentence.
 
 ``debiased-laplace bias`` on the command line, or :func:`study` and :func:`write_outputs` here.
 """

@@ -19,7 +19,7 @@ from debiased_laplace import _data, _store
 from debiased_laplace.evaluation import records
 from debiased_laplace.evaluation.names import locked
 from debiased_laplace.evaluation.provenance import network_digest, seeded
-from debiased_laplace.evaluation.suite import base_settings
+from debiased_laplace.evaluation.suite.subject import base_settings
 from debiased_laplace.evaluation.tasks import Context, Task
 from debiased_laplace.quadratic.instruments import (
     BatchSizeCurve,
@@ -41,7 +41,8 @@ SCHEMA_VERSION = 2
 #: Batches that are drawn, as in the paper; all of them are in the numbers.
 N_SHOWN = 3
 
-Progress = Callable[[int, int, str], None]
+#: Told how many parts are finished, of how many, and what begins.
+OnProgress = Callable[[int, int, str], None]
 Record = dict[str, Any]
 
 
@@ -86,10 +87,10 @@ class BiasOptions:
             )
         if self.curvature not in CURVATURES:
             raise ValueError(f"Expected a curvature out of {list(CURVATURES)}, got {self.curvature!r}.")
-        own = asdict(self)
+        values = asdict(self)
         for name in ("batch_size", "n_steps", "pool", "reference", "n_size_directions", "n_vectors", "chunk_size"):
-            if own[name] < 1:
-                raise ValueError(f"Expected {name} to be at least one, got {own[name]}.")
+            if values[name] < 1:
+                raise ValueError(f"Expected {name} to be at least one, got {values[name]}.")
         if self.n_directions < 2:
             raise ValueError(f"Expected at least two directions, which span a plane, got {self.n_directions}.")
 
@@ -108,7 +109,7 @@ def study(
     options: BiasOptions | None = None,
     *,
     tolerance: float = 0.1,
-    progress: Progress = lambda finished, total, step: None,
+    progress: OnProgress = lambda finished, total, step: None,
 ) -> Record:
     """Measure the bias of mini-batches on a task.
 
@@ -145,7 +146,7 @@ def study(
                 for size in options.all_sizes
             },
         }
-        found: dict[str, Record] = {}
+        measured: dict[str, Record] = {}
         environments: list[Record] = []
         made: dict[str, str] = {}
         kept = 0
@@ -161,10 +162,10 @@ def study(
             part, made[name] = record["part"], record["made"]
             environment = part.pop("environment")
             environments += [] if environment in environments else [environment]
-            found[name] = part
+            measured[name] = part
         progress(len(parts), len(parts), "done")
     n_data = task.n_data or bench.n_seen
-    curve = BatchSizeCurve.joined([_curve(found[f"size-{size}"]) for size in options.all_sizes])
+    curve = BatchSizeCurve.joined([_curve(measured[f"size-{size}"]) for size in options.all_sizes])
     return {
         "schema_version": SCHEMA_VERSION,
         "task": {
@@ -176,9 +177,9 @@ def study(
         "environments": environments,
         "made": made,
         "kept": kept,
-        **found["directions"],
-        "steps": found["steps"]["steps"],
-        "sizes": curve.record() | {"isotropic": [own.record() for own in curve.predict(curve.noise)]},
+        **measured["directions"],
+        "steps": measured["steps"]["steps"],
+        "sizes": curve.record() | {"isotropic": [predicted.record() for predicted in curve.predict(curve.noise)]},
         "suggestion": suggest_batch_size(tolerance, curve=curve, population=n_data).record(),
     }  # fmt: skip
 
@@ -208,8 +209,8 @@ class _Bench:
     @property
     def fingerprint(self) -> str:
         """Tells training data apart."""
-        own = {str(i): leaf for i, leaf in enumerate([*_data.tensors(self.inputs), self.targets])}
-        return records.digest(_store.fingerprint(own) | {"seen": self.n_seen})
+        tensors = {str(i): leaf for i, leaf in enumerate([*_data.tensors(self.inputs), self.targets])}
+        return records.digest(_store.fingerprint(tensors) | {"seen": self.n_seen})
 
     def _quadratic(self, index: Tensor) -> Quadratic:
         return Quadratic(
@@ -233,10 +234,10 @@ class _Bench:
         overlaps = []
         for i, (_, first) in enumerate(pairs[:2]):
             for j, (values, second) in enumerate(pairs):
-                own = alignment(first, second)
+                overlap = alignment(first, second)
                 overlaps.append(
-                    own.record()
-                    | {"first": i, "second": j, "explained": own.curvatures(values).tolist(),
+                    overlap.record()
+                    | {"first": i, "second": j, "explained": overlap.curvatures(values).tolist(),
                        "curvatures": shown[j].curvature(first).tolist()}
                 )  # fmt: skip
         return {
@@ -251,23 +252,23 @@ class _Bench:
 
     def steps(self) -> Record:
         """Figure 4 of the paper: how far every batch, the others and the reference would go; None: no minimum."""
-        found = []
-        for own in self.batches:
+        runs = []
+        for batch in self.batches:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", RuntimeWarning)  # why it stopped is in the record
-                path = conjugate_gradients(own, n_steps=self.options.n_steps)
+                path = conjugate_gradients(batch, n_steps=self.options.n_steps)
             sizes, uphill = [], []
-            for other in [*(batch for batch in self.batches if batch is not own), self.reference]:
+            for other in [*(other for other in self.batches if other is not batch), self.reference]:
                 slopes, curvatures = path.measure(*other.projected(path.directions))
                 uphill.append((slopes > 0).tolist())
                 sizes.append(
                     [-s / c if c > 0 else None for s, c in zip(slopes.tolist(), curvatures.tolist(), strict=True)]
                 )
-            found.append(
+            runs.append(
                 {"own": path.step_sizes.tolist(), "others": sizes[:-1], "reference": sizes[-1],
                  "uphill": {"others": uphill[:-1], "reference": uphill[-1]}, "stopped": path.stopped.value}
             )  # fmt: skip
-        return {"steps": found}
+        return {"steps": runs}
 
     def at_size(self, size: int) -> Record:
         """Bias of batches of one size; the fields of a :class:`BatchSizeCurve`."""
@@ -277,12 +278,15 @@ class _Bench:
             n_batches=self.options.n_batches, n_directions=self.options.n_size_directions,
             n_vectors=self.options.n_vectors, chunk_size=self.options.chunk_size, generator=seed,
         )  # fmt: skip
-        own = curve.record()
-        return {name: own[name] for name in vars(curve)}
+        fields = curve.record()
+        return {name: fields[name] for name in vars(curve)}
 
 
 def _curve(part: Record) -> BatchSizeCurve:
     return BatchSizeCurve(
-        **{name: torch.tensor(own, dtype=torch.float64) if isinstance(own, list) else own for name, own in part.items()}
+        **{
+            name: torch.tensor(value, dtype=torch.float64) if isinstance(value, list) else value
+            for name, value in part.items()
+        }
         | {"sizes": tuple(part["sizes"])}
     )

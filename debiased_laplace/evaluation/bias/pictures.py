@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -13,13 +12,11 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogFormatterSciNotation, MaxNLocator, NullLocator
 
-from debiased_laplace.evaluation.bias.measure import N_SHOWN
-from debiased_laplace.evaluation.figures import STYLES, Picture, png
+from debiased_laplace.evaluation.bias.measure import N_SHOWN, Record
+from debiased_laplace.evaluation.report.drawing import STYLES, Picture, png
 from debiased_laplace.quadratic.instruments import OnPlane
 
 __all__ = ["FLOOR", "pictures"]
-
-Found = Mapping[str, Any]
 
 #: Overlaps up to this are black.
 FLOOR = 1e-8
@@ -27,33 +24,33 @@ FLOOR = 1e-8
 OWN, OTHER, DATA = ("#D55E00", "s"), ("#0072B2", "o"), ("#000000", "P")
 
 
-def pictures(found: Found) -> dict[str, Picture]:
+def pictures(record: Record) -> dict[str, Picture]:
     """All figures, by the names of their files."""
     return {
-        "directions": _directions(found),
-        "planes": _planes(found),
-        "alignment": _alignment(found),
-        "steps": _steps(found),
-        "batch-sizes": _sizes(found),
-        "noise": _noise(found),
+        "directions": _directions(record),
+        "planes": _planes(record),
+        "alignment": _alignment(record),
+        "steps": _steps(record),
+        "batch-sizes": _sizes(record),
+        "noise": _noise(record),
     }
 
 
-def _labels(found: Found) -> tuple[str, str, str]:
-    return "same batch", "other batches", f"{found['task']['n_reference']:,} training data"
+def _labels(record: Record) -> tuple[str, str, str]:
+    return "same batch", "other batches", f"{record['task']['n_reference']:,} training data"
 
 
-def _series(axes: Axes, places: Any, own: Any, others: Any, data: Any) -> None:
+def _series(axes: Axes, places: Any, same: Any, others: Any, data: Any) -> None:
     """What the same batch has, the others and the data, for every direction; None is not drawn."""
     for other in others:
         axes.plot(places, np.array(other, dtype=float), OTHER[1], color=OTHER[0], markersize=3.5, alpha=0.7)
-    for values, (color, marker) in ((own, OWN), (data, DATA)):
+    for values, (color, marker) in ((same, OWN), (data, DATA)):
         axes.plot(places, np.array(values, dtype=float), marker, color=color, markersize=6)
     axes.grid(color="0.9", linewidth=0.6)
 
 
-def _legend_of_series(figure: Figure, found: Found) -> None:
-    _legend(figure, [(label, style, "") for label, style in zip(_labels(found), (OWN, OTHER, DATA), strict=True)])
+def _legend_of_series(figure: Figure, record: Record) -> None:
+    _legend(figure, [(label, style, "") for label, style in zip(_labels(record), (OWN, OTHER, DATA), strict=True)])
 
 
 def _legend(figure: Figure, entries: list[tuple[str, tuple[str, str], Any]]) -> None:
@@ -71,20 +68,20 @@ def _listed(values: Any) -> str:
 # -- figure 2 --------------------------------------------------------------------------------------
 
 
-def _directions(found: Found) -> Picture:
-    slopes, curvatures = (np.asarray(found["directions"][name]["batches"]) for name in ("slopes", "curvatures"))
-    data = [np.asarray(found["directions"][name]["reference"]) for name in ("slopes", "curvatures")]
+def _directions(record: Record) -> Picture:
+    slopes, curvatures = (np.asarray(record["directions"][name]["batches"]) for name in ("slopes", "curvatures"))
+    data = [np.asarray(record["directions"][name]["reference"]) for name in ("slopes", "curvatures")]
     n = min(N_SHOWN, len(slopes))
     figure = Figure(figsize=(3.6 * n, 6.4), layout="constrained")
     panels = figure.subplots(2, n, squeeze=False, sharex=True, sharey="row")
     places = np.arange(1, slopes.shape[2] + 1)
     for m in range(n):
-        order = np.argsort(-slopes[m, m])  # as in the paper: slopes of the own batch descend
-        for row, (own, reference, index) in enumerate(
+        order = np.argsort(-slopes[m, m])  # as in the paper: slopes of the same batch descend
+        for row, (of_batch, reference, index) in enumerate(
             ((slopes, data[0], order), (curvatures, data[1], np.arange(len(places))))
         ):
-            others = [own[m, j][index] for j in range(len(own)) if j != m]
-            _series(panels[row, m], places, own[m, m][index], others, reference[m][index])
+            others = [of_batch[m, j][index] for j in range(len(of_batch)) if j != m]
+            _series(panels[row, m], places, of_batch[m, m][index], others, reference[m][index])
         panels[0, m].axhline(0, color="0.5", linewidth=0.8)
         panels[0, m].set_title(f"directions of batch {m + 1}", fontsize=10)
         panels[1, m].set(xlabel="direction", xticks=places if len(places) <= 12 else places[:: len(places) // 10])
@@ -92,11 +89,11 @@ def _directions(found: Found) -> Picture:
         panels[1, 0].set_yscale("log")
     panels[0, 0].set_ylabel("slope")
     panels[1, 0].set_ylabel("curvature")
-    _legend_of_series(figure, found)
-    about = found["directions"]["curvatures"]
+    _legend_of_series(figure, record)
+    about = record["directions"]["curvatures"]
     means = "; ".join(
         f"{label}: {_listed(about[key]['value'])}"
-        for label, key in zip(_labels(found), ("mean_own", "mean_other", "mean_reference"), strict=True)
+        for label, key in zip(_labels(record), ("mean_own", "mean_other", "mean_reference"), strict=True)
     )
     return Picture(
         "Slopes and curvatures along a batch's own top eigenvectors",
@@ -111,14 +108,14 @@ def _directions(found: Found) -> Picture:
 # -- figure 1 --------------------------------------------------------------------------------------
 
 
-def _planes(found: Found) -> Picture:
-    planes = found["planes"]
+def _planes(record: Record) -> Picture:
+    planes = record["planes"]
     figure = Figure(figsize=(3.7 * len(planes), 4.2), layout="constrained")
     panels = figure.subplots(1, len(planes), squeeze=False)[0]
     said = []
-    for index, (axes, own) in enumerate(zip(panels, planes, strict=True)):
-        first, data = (_on_plane(own[name]) for name in ("first", "reference"))
-        extent = _extent(own["extent"], first, data)
+    for index, (axes, plane) in enumerate(zip(panels, planes, strict=True)):
+        first, data = (_on_plane(plane[name]) for name in ("first", "reference"))
+        extent = _extent(plane["extent"], first, data)
         grid = torch.linspace(-extent, extent, 101, dtype=torch.float64)
         heights = [quadratic.values(grid).mT.numpy() for quadratic in (first, data)]
         # Steps of the same height in both, so that a narrower valley has denser lines.
@@ -137,7 +134,7 @@ def _planes(found: Found) -> Picture:
         curved = [torch.linalg.eigvalsh(quadratic.curvatures).flip(0).tolist() for quadratic in (first, data)]
         said.append(f"batch {index + 1}: {_listed(curved[0])} on it, {_listed(curved[1])} on all data")
     panels[0].set_ylabel("along its second eigenvector")
-    _legend(figure, [("mini-batch", OWN, "-"), (_labels(found)[2], DATA, "--")])
+    _legend(figure, [("mini-batch", OWN, "-"), (_labels(record)[2], DATA, "--")])
     return Picture(
         "The two quadratics on the plane of the batch's top two eigenvectors",
         "Contours of equal steps in height, and the minima where they are in view (the network is at the cross). "
@@ -148,14 +145,14 @@ def _planes(found: Found) -> Picture:
     )
 
 
-def _on_plane(own: Found) -> OnPlane:
-    slopes, curvatures = (torch.tensor(own[name], dtype=torch.float64) for name in ("slopes", "curvatures"))
-    return OnPlane(own["offset"], slopes, curvatures)
+def _on_plane(measured: Record) -> OnPlane:
+    slopes, curvatures = (torch.tensor(measured[name], dtype=torch.float64) for name in ("slopes", "curvatures"))
+    return OnPlane(measured["offset"], slopes, curvatures)
 
 
 def _extent(extent: float, first: OnPlane, data: OnPlane) -> float:
     """So far that both minima are in view, unless one is very far away."""
-    far = [float(own.minimum.abs().max()) for own in (first, data) if bool(own.minimum.isfinite().all())]
+    far = [float(surface.minimum.abs().max()) for surface in (first, data) if bool(surface.minimum.isfinite().all())]
     near = [distance for distance in far if distance < 5 * extent]
     return max([extent, *(1.2 * distance for distance in near)])
 
@@ -163,8 +160,8 @@ def _extent(extent: float, first: OnPlane, data: OnPlane) -> float:
 # -- figure 3 --------------------------------------------------------------------------------------
 
 
-def _alignment(found: Found) -> Picture:
-    entries = found["alignment"]
+def _alignment(record: Record) -> Picture:
+    entries = record["alignment"]
     rows, columns = (1 + max(entry[key] for entry in entries) for key in ("first", "second"))
     figure = Figure(figsize=(3.5 * columns, 3.3 * rows), layout="constrained")
     panels = figure.subplots(rows, 2 * columns, squeeze=False, width_ratios=[5, 1] * columns)
@@ -205,8 +202,8 @@ def _alignment(found: Found) -> Picture:
 # -- figure 4 --------------------------------------------------------------------------------------
 
 
-def _steps(found: Found) -> Picture:
-    entries = found["steps"][:N_SHOWN]
+def _steps(record: Record) -> Picture:
+    entries = record["steps"][:N_SHOWN]
     figure = Figure(figsize=(3.6 * len(entries), 3.9), layout="constrained")
     panels = figure.subplots(1, len(entries), squeeze=False, sharey=True)[0]
     values = np.concatenate([np.ravel(np.array([entry["own"], entry["reference"]], dtype=float)) for entry in entries])
@@ -218,7 +215,7 @@ def _steps(found: Found) -> Picture:
         axes.set(title=f"batch {index + 1}", xlabel="step", xticks=places)
         axes.set_yscale("symlog", linthresh=float(np.quantile(small, 0.25)) if len(small) else 1.0)
     panels[0].set_ylabel("step magnitude")
-    _legend_of_series(figure, found)
+    _legend_of_series(figure, record)
     wrong = ", ".join(
         f"{sum(entry['uphill']['reference'])} of {len(entry['own'])} (batch {index + 1})"
         for index, entry in enumerate(entries)
@@ -236,26 +233,26 @@ def _steps(found: Found) -> Picture:
 # -- batch sizes -----------------------------------------------------------------------------------
 
 
-def _sizes(found: Found) -> Picture:
-    own = found["sizes"]
-    sizes = np.asarray(own["sizes"])
-    values, errors = (np.array(own["overstatement"][key], dtype=float) for key in ("value", "error"))
-    spikes = np.asarray(own["reference_eigenvalues"])
+def _sizes(record: Record) -> Picture:
+    curve = record["sizes"]
+    sizes = np.asarray(curve["sizes"])
+    values, errors = (np.array(curve["overstatement"][key], dtype=float) for key in ("value", "error"))
+    spikes = np.asarray(curve["reference_eigenvalues"])
     figure = Figure(figsize=(10.5, 4.6), layout="constrained")
     left, right = figure.subplots(1, 2)
     entries = []
     for k, (color, marker, _) in zip(range(len(spikes)), STYLES[1:], strict=False):
         left.errorbar(sizes, values[:, k], errors[:, k], color=color, marker=marker, capsize=3, linewidth=1.4)
-        theory = np.array([p["overstatement"][k] for p in own["predictions"]], dtype=float)
+        theory = np.array([p["overstatement"][k] for p in curve["predictions"]], dtype=float)
         left.plot(sizes, theory, color=color, linestyle="--", linewidth=1.1)
-        eigenvalues = np.asarray(own["batch_eigenvalues"])[:, :, k]
+        eigenvalues = np.asarray(curve["batch_eigenvalues"])[:, :, k]
         right.errorbar(
             sizes, eigenvalues.mean(1), eigenvalues.std(1, ddof=1) / math.sqrt(eigenvalues.shape[1]), color=color,
             marker=marker, capsize=3, linewidth=1.4,
         )  # fmt: skip
         for key, dashes in (("predictions", "--"), ("isotropic", ":")):
             right.plot(
-                sizes, [p["batch_eigenvalues"][k] for p in own[key]], color=color, linestyle=dashes, linewidth=1.1
+                sizes, [p["batch_eigenvalues"][k] for p in curve[key]], color=color, linestyle=dashes, linewidth=1.1
             )
         right.axhline(spikes[k], color=color, linewidth=0.6, alpha=0.6)
         entries.append((f"direction {k + 1}", (color, marker), "-"))
@@ -286,16 +283,16 @@ def _sizes(found: Found) -> Picture:
 # -- ViViT's figure 2 ------------------------------------------------------------------------------
 
 
-def _noise(found: Found) -> Picture:
+def _noise(record: Record) -> Picture:
     figure = Figure(figsize=(9.5, 4.2), layout="constrained")
     panels = figure.subplots(1, 2)
     said = []
     for axes, key, title in zip(panels, ("slope_snr", "curvature_snr"), ("slopes", "curvatures"), strict=True):
         for name, (color, marker) in (("own", OWN), ("other", OTHER)):
-            values = np.array(found["noise"][name][key], dtype=float)
+            values = np.array(record["noise"][name][key], dtype=float)
             axes.plot(np.arange(1, len(values) + 1), values, marker, color=color, linestyle="-", linewidth=0.8)
             said.append(
-                f"{title}, {'the same batch' if name == 'own' else 'another'}: {_listed(found['noise'][name][key])}"
+                f"{title}, {'the same batch' if name == 'own' else 'another'}: {_listed(record['noise'][name][key])}"
             )
         axes.set(title=title, xlabel="direction", yscale="log")
         axes.xaxis.set_major_locator(MaxNLocator(10, integer=True))

@@ -14,7 +14,6 @@ _MODULES = {
     "digits": "digits",
     "fashion-mnist": "fashion_mnist",
     "cifar10": "cifar10",
-    "cifar10-all-cnn-c": "all_cnn_c",
 }
 #: Depth of another network on CIFAR-10; the task is called ``cifar10-resnet`` and it.
 _DEPTHS = (56,)

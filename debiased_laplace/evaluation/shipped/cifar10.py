@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from debiased_laplace.evaluation import shifts
-from debiased_laplace.evaluation.shipped._common import (
+from debiased_laplace.evaluation.shipped.common import (
     CPU,
     Batches,
     Loader,
@@ -266,8 +266,9 @@ def _test(seed: int, data_dir: Path | None, cache: Path, quick: bool) -> tuple[T
 
 def _checkpoint(data_dir: Path | None, depth: int) -> Path:
     for folder in () if data_dir is None else (data_dir, data_dir / "cifar10"):
-        if found := sorted(folder.glob(f"resnet{depth}-*.th")):
-            return found[0]
+        checkpoints = sorted(folder.glob(f"resnet{depth}-*.th"))
+        if checkpoints:
+            return checkpoints[0]
     published = {20: "resnet20-12fca82f.th", 56: "resnet56-4bfd9763.th"}
     raise FileNotFoundError(
         f"Expected resnet{depth}-*.th in the folder of --data-dir or in cifar10 there, got none in {data_dir}. "
@@ -291,10 +292,10 @@ def _of_files(paths: tuple[Path, ...], stamp: tuple[Any, ...]) -> Images:
 @lru_cache(maxsize=2)
 def _of_torchvision(data_dir: Path | None, cache: Path) -> Images:  # which checks the files that it reads
     wanted = "train_first10k.npz and test_first1k.npz, or cifar-10-batches-py,"
-    found = existing(data_dir, "cifar-10-batches-py", "cifar10/cifar-10-batches-py")
-    root = cache if found is None else found.parent
+    folder = existing(data_dir, "cifar-10-batches-py", "cifar10/cifar-10-batches-py")
+    root = cache if folder is None else folder.parent
     sets = [
-        of_torchvision("CIFAR10", root, wanted, data_dir, train=train, download=found is None)
+        of_torchvision("CIFAR10", root, wanted, data_dir, train=train, download=folder is None)
         for train in (True, False)
     ]
     return Images(*(_tensors(part.data, part.targets) for part in sets))

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from debiased_laplace.evaluation import shifts
-from debiased_laplace.evaluation.shipped._common import (
+from debiased_laplace.evaluation.shipped.common import (
     CPU,
     Batches,
     Loader,
@@ -128,7 +128,7 @@ def model(*, seed: int, cache: Path, quick: bool = False, device: torch.device =
 
 
 def ensemble(*, seed: int, cache: Path, quick: bool = False, device: torch.device = CPU) -> list[nn.Module]:
-    """Five networks on the data of a seed, from initialisations of their own."""
+    """Five networks on the data of a seed, each from another initialisation."""
     return [_member(seed, 1000 * seed + number, cache, quick, device) for number in range(1, MEMBERS + 1)]
 
 
@@ -161,7 +161,7 @@ def shifted_loaders(*, seed: int, quick: bool = False) -> dict[str, dict[int, Lo
 
 
 def shifted(images: Tensor, name: str, severity: int, *, seed: int) -> Tensor:
-    """Shifted images; noise and rotation of strengths of their own, since 8 x 8 pixels bear more than large images."""
+    """Shifted images; noise and rotation have other strengths here, since 8 x 8 pixels bear more than large images."""
     if name == "noise":
         return shifts.gaussian_noise(images, NOISE[severity - 1], seed=seed)
     if name == "rotation":

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from debiased_laplace.evaluation import shifts
-from debiased_laplace.evaluation.shipped._common import (
+from debiased_laplace.evaluation.shipped.common import (
     CPU,
     Batches,
     Loader,
@@ -47,7 +47,7 @@ SEEDS_NOTE = (
     "and the noise of the shifts. Training, validation and test images are the same for every seed, so a standard "
     "error speaks about trainings, not about other images. The deep ensemble is the same for every seed."
 )
-#: Test images of the shifts, and foreign images.
+#: Test images of the shifts, and out-of-distribution images.
 N_SHIFTED = 2000
 N_VALIDATION = 2000
 QUICK_TRAIN, QUICK_TEST = 2000, 300

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from debiased_laplace.evaluation.shipped._common import (
+from debiased_laplace.evaluation.shipped.common import (
     CPU,
     Batches,
     Loader,
@@ -109,7 +109,7 @@ def task(dataset: str) -> SimpleNamespace:
     def ensemble(
         *, seed: int, cache: Path, data_dir: Path | None = None, quick: bool = False, device: torch.device = CPU
     ) -> list[nn.Module]:
-        """Five networks on the data of a split, from initialisations of their own."""
+        """Five networks on the data of a split, each from another initialisation."""
         initials = range(1000 * seed + 1, 1000 * seed + 1 + MEMBERS)
         return [member(seed, initial, cache, data_dir, quick, device) for initial in initials]
 
@@ -182,12 +182,12 @@ def _split(path: Path, seed: int, quick: bool, stamp: tuple[Any, ...]) -> Split:
     order = np.random.default_rng(seed).permutation(train_idx[seed])
     held, chosen = np.split(order, [max(1, len(order) // 10)])
     chosen = chosen[:QUICK_TRAIN] if quick else chosen
-    centre, spread = inputs[chosen].mean(0), inputs[chosen].std(0)
-    spread = np.where(spread > 0, spread, 1.0)  # a feature that is the same for all
+    centre, deviation = inputs[chosen].mean(0), inputs[chosen].std(0)
+    deviation = np.where(deviation > 0, deviation, 1.0)  # a feature that is the same for all
     std, mean = float(targets[chosen].std()), float(targets[chosen].mean())
 
     def part(index: np.ndarray) -> tuple[Tensor, Tensor]:
-        x, y = (inputs[index] - centre) / spread, (targets[index] - mean) / std
+        x, y = (inputs[index] - centre) / deviation, (targets[index] - mean) / std
         return torch.from_numpy(x).float(), torch.from_numpy(y).float()[:, None]
 
     return Split(part(chosen), part(held), part(test_idx[seed]), std, mean)
@@ -225,10 +225,10 @@ def _order(n: int, n_steps: int, seed: int, device: torch.device) -> Iterator[Te
 
 
 def _path(dataset: str, data_dir: Path | None) -> Path:
-    found = existing(data_dir, f"uci/{dataset}.npz", f"{dataset}.npz")
-    if found is None:
+    path = existing(data_dir, f"uci/{dataset}.npz", f"{dataset}.npz")
+    if path is None:
         raise FileNotFoundError(
             f"Expected {dataset}.npz with X, y, train_idx and test_idx in the folder of --data-dir or in uci there, "
             f"got none in {data_dir}. Name the folder with --data-dir."
         )
-    return found
+    return path

@@ -1,0 +1,124 @@
+"""One pass over the data of a condition: what every predictor says of them."""
+
+from __future__ import annotations
+
+import base64
+import io
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from debiased_laplace import _data
+from debiased_laplace.evaluation.judge.conditions import Condition
+from debiased_laplace.evaluation.judge.preflight import Images, checked_targets, inputs_and_targets
+from debiased_laplace.evaluation.predictors.prediction import Predictor, as_prediction
+from debiased_laplace.evaluation.provenance import data_digest
+from debiased_laplace.evaluation.scores import detection
+from debiased_laplace.evaluation.scores.checks import Array
+
+#: Inputs that are shown as the most uncertain ones.
+N_SHOWN = 8
+
+
+def predict(
+    predictors: Mapping[str, Predictor], condition: Condition, highlight: str, images: Images | None
+) -> dict[str, Any]:
+    """What every predictor says of the data of a condition; one that fails is left out, with the reason.
+
+    Args:
+        predictors: Callables by name.
+        condition: Its loader is read once.
+        highlight: The predictor whose most uncertain inputs are kept, if ``images`` makes pictures of them.
+        images: From inputs to images ``[N, channels, H, W]`` in [0, 1].
+
+    Returns:
+        ``arrays`` of each predictor, ``targets``, ``seconds``, ``shown``, the number of data ``n``, ``failed`` and the
+        digest of the ``first`` batch.
+
+    Raises:
+        TypeError: If a batch is of no known kind.
+        ValueError: If a batch is wrong, or all predictors fail.
+    """
+    what = condition.described
+    parts: dict[str, list[dict[str, Array]]] = {name: [] for name in predictors}
+    failed: dict[str, str] = {}
+    seconds, labels, shown, n, first = dict.fromkeys(predictors, 0.0), [], [], 0, ""
+    for number, batch in enumerate(condition.loader, 1):
+        inputs, targets = inputs_and_targets(batch, f"{what}, batch {number}")
+        if not _data.count(inputs):
+            continue
+        first = first or data_digest([(inputs, targets)])
+        size = _data.count(inputs)
+        for name, predictor in predictors.items():
+            if name in failed:
+                continue
+            start = time.perf_counter()
+            try:
+                parts[name].append(as_prediction(predictor(inputs), size, name).arrays())
+            except Exception as error:
+                failed[name] = f"batch {number}: {reason(error)}"
+            seconds[name] += time.perf_counter() - start
+        if len(failed) == len(predictors):
+            raise ValueError(f"Nothing can be predicted on {what}; {'; '.join(f'{k}: {v}' for k, v in failed.items())}")
+        if condition.kind != "ood":
+            predicted = next(parts[k][-1] for k in parts if k not in failed)
+            targets = checked_targets(predicted, targets, f"{what}, batch {number}")
+            labels.append(targets.cpu().numpy())
+        if images is not None and condition.kind != "shift" and highlight not in failed:
+            shown += _uncertain(parts[highlight][-1], inputs, targets, images, n)
+            shown = sorted(shown, key=lambda one: -one["score"])[:N_SHOWN]
+        n += size
+    arrays = {
+        name: {key: np.concatenate([part[key] for part in batches]) for key in batches[0]}
+        for name, batches in parts.items()
+        if name not in failed
+    }
+    known = np.concatenate(labels) if labels else np.zeros(0, dtype=np.int64)
+    return {
+        "arrays": arrays, "targets": known, "seconds": seconds, "shown": [] if highlight in failed else shown, "n": n,
+        "failed": failed, "first": first,
+    }  # fmt: skip
+
+
+def reason(error: Exception) -> str:
+    """Why something failed, in a line."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
+
+
+def _uncertain(
+    arrays: Mapping[str, Array], inputs: Any, targets: Tensor, images: Images, offset: int
+) -> list[dict[str, Any]]:
+    """The most uncertain data of a batch, with their pictures."""
+    if "probabilities" not in arrays:
+        return []
+    probabilities = arrays["probabilities"]
+    scores = detection.ood_score(probabilities)
+    chosen = np.argsort(-scores)[:N_SHOWN]
+    pictures = images(_data.take(inputs, torch.from_numpy(chosen.copy()))).cpu()
+    return [
+        {
+            "index": offset + int(index), "score": float(scores[index]), "target": _label(targets[int(index)]),
+            "predicted": int(probabilities[index].argmax()), "confidence": float(probabilities[index].max()),
+            "image": _png(picture),
+        }
+        for index, picture in zip(chosen, pictures, strict=True)
+    ]  # fmt: skip
+
+
+def _label(target: Tensor) -> int:
+    """A class; -1 for what is none, as targets of out-of-distribution data may be."""
+    return -1 if target.ndim or target.is_floating_point() else int(target)
+
+
+def _png(image: Tensor) -> str:
+    """A picture in base64."""
+    from PIL import Image
+
+    pixels = (image.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
+    file = io.BytesIO()
+    Image.fromarray(pixels.squeeze(-1) if pixels.shape[2] == 1 else pixels).save(file, "PNG")
+    return base64.b64encode(file.getvalue()).decode()

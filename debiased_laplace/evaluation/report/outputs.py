@@ -1,0 +1,64 @@
+"""Write the results: JSON, Markdown, reliability diagrams, and one self-contained page."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from debiased_laplace.evaluation import records
+from debiased_laplace.evaluation.report import figures, pages
+from debiased_laplace.evaluation.report.statement import statement
+from debiased_laplace.evaluation.report.tables import tables
+from debiased_laplace.evaluation.report.verdicts import Summary, by_role
+
+TEMPLATE = "report.html.jinja"
+
+
+def write_outputs(folder: Path | str, summary: Summary, *, title: str = "", notice: str = "") -> dict[str, Path]:
+    """Write ``results.json``, ``results.md``, ``reliability.png`` and ``report.html``, each atomically.
+
+    Args:
+        folder: Made if it is missing.
+        summary: From :func:`~debiased_laplace.evaluation.report.summary.summarise`.
+        title: Of the page.
+        notice: A warning shown above everything, such as that this was a quick run.
+
+    Returns:
+        The paths, by name.
+    """
+    folder = Path(folder)
+    title = title or f"Does uncertainty help? {summary['task']['name']}"
+    paths = {name: folder / name for name in ("results.json", "results.md", "reliability.png", "report.html")}
+    records.write_json(paths["results.json"], dict(summary) | {"statement": statement(summary)})
+    records.write_whole(paths["results.md"], markdown(summary, title=title, notice=notice))
+    records.write_whole(paths["reliability.png"], figures.reliability_png(summary))
+    records.write_whole(paths["report.html"], render(summary, title=title, notice=notice))
+    return paths
+
+
+def markdown(summary: Summary, *, title: str, notice: str = "", level: int = 1) -> str:
+    """The answer and the tables as Markdown."""
+    return pages.markdown(
+        title, statement(summary), summary["task"]["description"], tables(summary), notice=notice, level=level
+    )
+
+
+def render(summary: Summary, *, title: str, notice: str = "") -> str:
+    """The page as text; everything is in it, nothing is loaded."""
+    all_tables = tables(summary)
+    candidate = by_role(summary, "candidate")
+    return pages.render(
+        TEMPLATE,
+        title=title,
+        notice=notice,
+        summary=summary,
+        statement=statement(summary),
+        first_table=all_tables[0],
+        tables=all_tables[1:],
+        results=figures.pictures(summary),
+        reliability=figures.reliability_pictures(summary),
+        bins=figures.bins_note(),
+        shown=figures.shown(summary),
+        classes=summary["task"]["classes"],
+        coverage=None if candidate is None else summary["predictors"][candidate].get("coverage"),
+        settings=pages.rows(summary["settings"]),
+    )

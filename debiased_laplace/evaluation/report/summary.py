@@ -1,0 +1,214 @@
+r"""Records of several seeds become one summary of the same layout.
+
+Of one record the cells stay; of several, see :func:`~debiased_laplace.evaluation.scores.cells.combine`. Scores may be
+infinite, or undefined (NaN: an infinite one minus an infinite one, or of a method that failed there).
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from debiased_laplace.evaluation import records as storage
+from debiased_laplace.evaluation.scores.cells import Cell, combine, geometric_mean, mean_of
+
+
+def summarise(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Everything the report shows, from the records of :func:`~debiased_laplace.evaluation.suite.seeds.run`.
+
+    Raises:
+        ValueError: If there is no record, or records differ in their settings or share a seed.
+    """
+    if not records:
+        raise ValueError("Expected at least one record, got none.")
+    first, seeds = records[0], [record["seed"] for record in records]
+    if any(r["settings"] != first["settings"] or r["task"]["name"] != first["task"]["name"] for r in records):
+        raise ValueError("Expected records of one task with equal settings. Summarise the others by themselves.")
+    if len(set(seeds)) != len(seeds):
+        raise ValueError(f"Expected one record for each seed, got seeds {seeds}.")
+    same_data = all(record["test"]["targets"] == first["test"]["targets"] for record in records)
+    names = [name for name in first["predictors"] if any(name in record["test"]["scores"] for record in records)]
+    units = _units(records, same_data)
+
+    def entry(entries: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        return _entry(entries, names, partial(combine, same_data=same_data, overlap=_overlap(units, entries[0]["n"])))
+
+    strong = [record["strong_shift"] for record in records]
+    return {
+        "schema_version": storage.SCHEMA_VERSION,
+        "task": first["task"],
+        "settings": first["settings"],
+        "seeds": seeds,
+        "made": [record["made"] for record in records],
+        "same_data": same_data,
+        "data": first["data"],
+        "units": units,
+        "equal_settings": [record["equal_settings"] for record in records],
+        "regression": first["regression"],
+        "n_resamples": first["n_resamples"],
+        "environments": _unique([record["environment"] for record in records]),
+        "seconds": {"model": statistics.fmean(record["seconds"]["model"] for record in records)},
+        "predictors": {
+            name: _about([record["predictors"][name] for record in records]) for name in first["predictors"]
+        },
+        "test": entry([record["test"] for record in records]),
+        "shifts": [entry([record["shifts"][i] for record in records]) for i in range(len(first["shifts"]))],
+        "ood": [entry([record["ood"][i] for record in records]) for i in range(len(first["ood"]))],
+        "strong_shift": entry(strong) | {key: strong[0][key] for key in ("shifts", "sets")} if all(strong) else None,
+        "distances": _distances([record["distances"] for record in records if record["distances"]], same_data),
+    }
+
+
+def _units(records: Sequence[dict[str, Any]], same_data: bool) -> dict[str, Any]:
+    """What a mean over seeds and draws is a mean over, and how far test data of different seeds overlap."""
+    draws = max(
+        (len(about["draws"]) for r in records for about in r["predictors"].values() if "draws" in about), default=1
+    )
+    data, independent = records[0]["data"], records[0]["task"]["independent_seeds"]
+    networks = len({record["inputs"]["network"] for record in records})
+    # What a split divides: with one network for all, the data that tune and those that judge.
+    rest = data["train"] if networks > 1 and data["train"] else data["validation"]
+    return {
+        "networks": networks,
+        "splits": len({record["test"]["targets"] for record in records}),
+        "draws": draws,
+        # Of seeds with different data nothing else is known: splits of one set, unless the task says otherwise.
+        "rest": 0 if same_data or independent or len(records) == 1 else rest,
+    }
+
+
+def _overlap(units: Mapping[str, Any], n: int) -> float:
+    """Test data over the others of splits that share data; zero for data that share nothing."""
+    return n / units["rest"] if units["rest"] else 0.0
+
+
+_OF_EACH_SEED = (
+    "prior_precision", "temperature", "noise", "validation_nll", "edges", "prior_precisions", "budget", "draws"
+)  # fmt: skip
+Combine = Callable[[Sequence[Cell]], Cell]
+
+
+def _entry(entries: Sequence[dict[str, Any]], names: Sequence[str], of: Combine) -> dict[str, Any]:
+    first = entries[0]
+    result: dict[str, Any] = {key: first[key] for key in ("name", "severity", "n") if key in first}
+    result |= _cells(entries, names, of)
+    equal = [entry["equal_settings"] for entry in entries if "equal_settings" in entry]
+    if equal:
+        result["equal_settings"] = _cells(equal, names, of)
+    if first.get("calibrated"):
+        result["calibrated"] = {
+            name: {key: np.mean([errors[key] for errors in of_seeds], axis=0).tolist() for key in of_seeds[0]}
+            for name, of_seeds in _of_seeds([entry["calibrated"] for entry in entries], names).items()
+        }
+    result["draws"] = {name: [entry["draws"].get(name, {}) for entry in entries] for name in first["draws"]}
+    if "curves" in first:
+        result["curves"] = {
+            name: _curves([entry["curves"][name] for entry in entries if name in entry["curves"]]) for name in names
+        }
+    if "histograms" in first:  # of the first seed that has them
+        result["histograms"] = {
+            name: next(e["histograms"][name] for e in entries if name in e["histograms"]) for name in names
+        }
+    if "most_uncertain" in first:
+        result["most_uncertain"] = first["most_uncertain"]
+    return result
+
+
+def _cells(entries: Sequence[dict[str, Any]], names: Sequence[str], of: Combine) -> dict[str, Any]:
+    """Scores and differences; a method that failed for some seeds has the numbers of the others."""
+
+    def combined(parts: Sequence[Mapping[str, dict[str, Cell]]]) -> dict[str, dict[str, Cell]]:
+        return {name: _combined(cells, of) for name, cells in _of_seeds(parts, names).items()}
+
+    seconds = dict.fromkeys(second for entry in entries for second in entry["differences"])
+    return {
+        "scores": combined([entry["scores"] for entry in entries]),
+        "differences": {
+            second: combined([entry["differences"].get(second, {}) for entry in entries]) for second in seconds
+        },
+    }
+
+
+def _of_seeds(parts: Sequence[Mapping[str, Any]], names: Sequence[str]) -> dict[str, list[Any]]:
+    """By name what the parts of all seeds have of it; names that none has are left out."""
+    by_name = {name: [part[name] for part in parts if name in part] for name in names}
+    return {name: of_seeds for name, of_seeds in by_name.items() if of_seeds}
+
+
+def _combined(scores: Sequence[dict[str, Cell]], of: Combine) -> dict[str, Cell]:
+    return {score: of([cells[score] for cells in scores]) for score in scores[0]}
+
+
+def _curves(curves: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Bins added, lines averaged."""
+    combined: dict[str, Any] = {}
+    for key in curves[0]:
+        of_seeds = [curve[key] for curve in curves]
+        if key == "reliability":
+            combined[key] = added(of_seeds)
+        else:
+            length = min(len(line) for line in of_seeds)
+            combined[key] = [mean_of([line[i] for line in of_seeds]) for i in range(length)]
+    return combined
+
+
+def added(bins: Sequence[Mapping[str, Sequence[float]]]) -> dict[str, list[float]]:
+    """Reliability bins of several seeds or conditions as those of all their data."""
+    return {part: [sum(column) for column in zip(*(counts[part] for counts in bins), strict=True)] for part in bins[0]}
+
+
+def _about(entries: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    summary: dict[str, Any] = {key: entries[0][key] for key in ("kind", "role", "description")}
+    summary["warnings"] = _unique([text for entry in entries for text in entry["warnings"]])
+    failed = [entry["failed"] for entry in entries if "failed" in entry]
+    if failed:
+        summary |= {"failed": _unique(failed), "n_failed": len(failed)}
+    entries = [entry for entry in entries if "failed" not in entry]
+    first = entries[0] if entries else {"seconds": {}}
+    summary["seconds"] = {
+        step: statistics.fmean(entry["seconds"][step] for entry in entries)
+        for step in first["seconds"]
+        if all(step in entry["seconds"] for entry in entries)
+    }
+    summary["undetermined"] = _unique([what for entry in entries for what in entry.get("undetermined", ())])
+    for key in _OF_EACH_SEED:
+        if key in first:
+            summary[key] = [entry[key] for entry in entries]
+    for key in ("coverage", "layers", "link", "members"):
+        if key in first:
+            summary[key] = first[key]
+    if first.get("curve"):
+        curves = [entry["curve"] for entry in entries]
+        summary["curve"] = {  # prior precisions of a regression are relative to the noise of each seed
+            "prior_precisions": [
+                geometric_mean(column) for column in zip(*(curve["prior_precisions"] for curve in curves), strict=True)
+            ],
+            "losses": [mean_of(column) for column in zip(*(curve["losses"] for curve in curves), strict=True)],
+        }
+    return summary
+
+
+def _distances(entries: Sequence[dict[str, Any]], same_data: bool) -> dict[str, Any]:
+    """Of the seeds that have them; a method that failed for one of these is left out."""
+    if not entries:
+        return {}
+    names = [name for name in entries[0]["equal"] if all(name in entry["equal"] for entry in entries)]
+    return {
+        where: {
+            name: {
+                part: combine([entry[where][name][part] for entry in entries], same_data) for part in log_ratios[name]
+            }
+            for name in names
+            if name != "prior_precision"
+        }
+        | {"prior_precision": [entry[where]["prior_precision"] for entry in entries]}
+        for where, log_ratios in entries[0].items()
+    }
+
+
+def _unique(values: list[Any]) -> list[Any]:
+    return [value for index, value in enumerate(values) if value not in values[:index]]

@@ -1,0 +1,350 @@
+"""The tables of a summary, as text; the terminal, the page and the Markdown show the same ones."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from debiased_laplace.evaluation.judge.conditions import STRONG
+from debiased_laplace.evaluation.predictors.edges import MARK
+from debiased_laplace.evaluation.report import verdicts
+from debiased_laplace.evaluation.report.numbers import plus_minus, seeds, unit, with_interval
+from debiased_laplace.evaluation.report.statement import failures, if_calibrated, same_rule
+from debiased_laplace.evaluation.report.table import Table
+from debiased_laplace.evaluation.report.verdicts import (
+    Summary,
+    by_role,
+    calibration_verdict,
+    is_undirected,
+    is_worse_than_uniform,
+    judged,
+)
+from debiased_laplace.evaluation.scores.calibration import N_BINS
+from debiased_laplace.evaluation.scores.cells import geometric_mean
+
+#: Column title, number of digits and factor of every score.
+SCORES = {
+    "accuracy": ("accuracy %", 1, 100.0),
+    "nll": ("NLL", 3, 1.0),
+    "brier": ("Brier", 3, 1.0),
+    "ece": ("ECE %", 1, 100.0),
+    "adaptive_ece": ("adaptive ECE %", 1, 100.0),
+    "classwise_ece": ("classwise ECE %", 2, 100.0),
+    "aurc": ("AURC %", 2, 100.0),
+    "auroc": ("AUROC %", 1, 100.0),
+    "aupr": ("AUPR %", 1, 100.0),
+    "fpr95": ("FPR95 %", 1, 100.0),
+    "rmse": ("RMSE", 3, 1.0),
+    "crps": ("CRPS", 3, 1.0),
+    "coverage_50": ("50 % interval holds %", 1, 100.0),
+    "coverage_90": ("90 % holds %", 1, 100.0),
+    "coverage_95": ("95 % holds %", 1, 100.0),
+    "width_50": ("50 % width", 3, 1.0),
+    "width_90": ("90 % width", 3, 1.0),
+    "width_95": ("95 % width", 3, 1.0),
+    "calibration_error": ("calibration error %", 1, 100.0),
+}
+#: At scores that equal probabilities for all classes would beat.
+OF_NO_USE = "†"
+#: What the short form of a table has.
+SHORT = ("accuracy", "nll", "brier", "ece", "rmse", "crps", "coverage_95")
+#: Scores of calibration, beside which stands what a calibrated predictor would have.
+CALIBRATION = ("ece", "adaptive_ece", "classwise_ece")
+
+
+def tables(summary: Summary, *, short: bool = False) -> list[Table]:
+    """All tables of a summary, in the order in which they are read.
+
+    Args:
+        summary: From :func:`~debiased_laplace.evaluation.report.summary.summarise`.
+        short: Only what fits a terminal.
+    """
+    candidate = by_role(summary, "candidate")
+    every = [_test(summary, short)]
+    if candidate is not None:
+        every.append(_test_differences(summary, candidate, short))
+    for score in ("nll",) if short else ("nll", "rmse" if summary["regression"] else "ece"):
+        every.append(_shifts(summary, score, short))
+    every.append(_strong(summary, short))
+    if candidate is not None and not short:
+        every += [_shift_differences(summary, candidate, second) for second in summary["test"]["differences"]]
+        every += [_equal(summary, candidate), _draws(summary)]
+    every += [_out_of_distribution(summary, short), _distances(summary), _cost(summary)]
+    return [table for table in every if table.sections and table.sections[0][1]]
+
+
+def _cell(cell: Sequence[float], score: str, *, fewer: bool = False, summary: Summary | None = None) -> str:
+    _, digits, scale = SCORES[score]
+    text = plus_minus(cell, digits - fewer, scale=scale)
+    worse = summary is not None and is_worse_than_uniform(summary, score, cell)
+    return f"{text} {OF_NO_USE}" if worse else text
+
+
+def _marks(summary: Summary, cells: Iterable[str]) -> str:
+    """What marks mean, if there are some."""
+    marked = any(OF_NO_USE in cell for cell in cells)
+    return f" {OF_NO_USE} Worse than saying 1/{summary['task']['n_outputs']} for every class." if marked else ""
+
+
+def _errors(summary: Summary) -> str:
+    if len(summary["seeds"]) == 1:
+        return f"value ± standard error of the bootstrap ({summary['n_resamples']:,} resamples of the data)"
+    return f"mean over {seeds(summary)} ± standard error" + (
+        ", which holds the bootstrap error of the data that all seeds share" if summary["same_data"] else ""
+    )
+
+
+def _test(summary: Summary, short: bool) -> Table:
+    scores = summary["test"]["scores"]
+    names = [s for s in next(iter(scores.values())) if not short or s in SHORT]
+    how = (
+        "NLL in nats for each datum, RMSE, CRPS and widths in the units of the target."
+        if summary["regression"]
+        else f"NLL in nats. Brier score summed over classes. ECE with {N_BINS} equal-width bins; adaptive with "
+        f"{N_BINS} equally full ones; classwise: the mean over classes. AURC: mean error of the most "
+        "confident part, over all parts."
+    )
+    failed = ["failed", *[""] * (len(names) - 1)]
+    rows = [
+        [
+            name,
+            *(
+                [
+                    _cell(scores[name][s], s, summary=summary)
+                    + ("" if short else if_calibrated(summary["test"], name, s, SCORES[s][1]))
+                    for s in names
+                ]
+                if name in scores
+                else failed
+            ),
+        ]
+        for name in summary["predictors"]
+    ]
+    calibrated = "" if short or summary["regression"] else (
+        " Beside calibration errors: what the predictor would have on so many data if it were calibrated, with its "
+        "95 % interval, from targets drawn from its probabilities."
+    )  # fmt: skip
+    caption = " ".join([f"{how}{calibrated} Cells: {_errors(summary)}.", *failures(summary)])
+    caption += _marks(summary, (cell for row in rows for cell in row))
+    return Table("Test data", caption, ["method", *(SCORES[s][0] for s in names)], [("", rows)])
+
+
+def _test_differences(summary: Summary, candidate: str, short: bool) -> Table:
+    sections = []
+    for second, differences in summary["test"]["differences"].items():
+        of_candidate = differences.get(candidate, {})
+        rows = [
+            [SCORES[s][0], with_interval(cell, SCORES[s][1] + 1, scale=SCORES[s][2]),
+             "" if is_undirected(s) else _verdict(summary, s, cell, candidate, second)]
+            for s, cell in of_candidate.items()
+            if not short or s in ("nll", "ece", "crps")
+        ]  # fmt: skip
+        if rows:
+            sections.append((f"minus {second}", rows))
+    return Table(
+        f"{candidate} against the others, test data",
+        f"Paired, datum by datum, with the 95 % interval over {unit(summary, summary['test']['n'])}; a difference is "
+        "called better or worse only if its interval leaves out zero, and negligible if all of it is within 0.001 (or "
+        "0.1 %). Calibration errors that are both within what a calibrated predictor has are no difference. One row in "
+        "twenty would be beyond by chance.",
+        ["score", "difference", "verdict"],
+        sections,
+    )
+
+
+def _verdict(summary: Summary, score: str, cell: Sequence[float], first: str, second: str) -> str:
+    noise = calibration_verdict(summary["test"], score, first, second) if score in CALIBRATION else None
+    return noise or judged(score, cell)
+
+
+def _strong(summary: Summary, short: bool) -> Table:
+    """All strong shifts as one comparison."""
+    strong, rows = summary["strong_shift"], []
+    if strong is None:
+        return Table("Strong shift: mean NLL", "", [], [])
+    others = [second for second in strong["differences"] if not short or second == same_rule(summary)]
+    for name, scores in strong["scores"].items():
+        row = [name, _cell(scores["nll"], "nll", summary=summary)]
+        for second in others:
+            cell = strong["differences"][second].get(name, {}).get("nll")
+            row.append("" if cell is None else f"{with_interval(cell, 3)} ({judged('nll', cell)})")
+        rows.append(row)
+    caption = (
+        f"Mean over {len(strong['shifts'])} shifts of severity {STRONG} and more ({', '.join(strong['shifts'])}), "
+        f"which are one comparison: intervals over {unit(summary, strong['n'], sets=strong['sets'])}."
+    )
+    return Table(
+        "Strong shift: mean NLL", caption + _marks(summary, (cell for row in rows for cell in row)),
+        ["method", "mean NLL", *(f"minus {second}" for second in others)], [("", rows)],
+    )  # fmt: skip
+
+
+def _equal(summary: Summary, candidate: str) -> Table:
+    """Candidate and baseline, tuned and at the same settings."""
+    baseline, rows = by_role(summary, "baseline"), []
+    settings = [equal for equal in summary["equal_settings"] if equal]
+    for where, entry in (("test data", summary["test"]), ("strong shift", summary["strong_shift"])):
+        if entry is None or "equal_settings" not in entry or baseline is None:
+            continue
+        for how, equal in (("tuned, each by itself", entry), ("equal settings", entry["equal_settings"])):
+            cell = equal["differences"].get(baseline, {}).get(candidate, {}).get("nll")
+            if cell is not None:
+                rows.append([f"{where}, {how}", with_interval(cell, 4), judged("nll", cell)])
+    if not rows:
+        return Table("Equal settings", "", [], [])
+    return Table(
+        f"NLL of {candidate} minus {baseline}, at equal settings",
+        f"Prior precision and temperature (or noise) of {settings[0]['of']} for both, so that nothing hangs on where "
+        "each tuning stopped.",
+        ["where", "difference", "verdict"], [("", rows)],
+    )  # fmt: skip
+
+
+def _draws(summary: Summary) -> Table:
+    """Losses over draws of the curvature data within seeds."""
+    rows = []
+    for name, of_seeds in summary["test"]["draws"].items():
+        values = [losses["nll"] for losses in of_seeds if "nll" in losses]
+        if values:
+            deviation = statistics.fmean(statistics.stdev(losses) for losses in values)
+            rows.append([name, str(len(values[0])), f"{min(map(min, values)):.4f} to {max(map(max, values)):.4f}",
+                         f"{deviation:.4f}"])  # fmt: skip
+    return Table(
+        "Draws of the curvature data: NLL on test data",
+        "Every draw is tuned by itself. Smallest and largest over draws and seeds; standard deviation between draws of "
+        "a seed.",
+        ["method", "draws", "range", "standard deviation"], [("", rows)],
+    )  # fmt: skip
+
+
+def _severities(summary: Summary) -> list[int | None]:
+    """Of all shifts; ``None`` for those without degrees, last."""
+    severities = {entry["severity"] for entry in summary["shifts"]}
+    return sorted(severities, key=lambda severity: (severity is None, severity))
+
+
+def _headings(severities: Sequence[int | None]) -> list[str]:
+    return ["shifted" if severity is None else f"severity {severity}" for severity in severities]
+
+
+def _shifts(summary: Summary, score: str, short: bool) -> Table:
+    severities, sections = _severities(summary), []
+    for name, entries in verdicts.shifts(summary).items():
+        by_severity = {entry["severity"]: entry["scores"] for entry in entries}
+        rows = [
+            [
+                method,
+                *(
+                    _cell(by_severity[s][method][score], score, fewer=short, summary=summary)
+                    if s in by_severity
+                    else ""
+                    for s in severities
+                ),
+            ]
+            for method in entries[0]["scores"]
+        ]
+        sections.append((name, rows))
+    return Table(
+        f"Shifted data: {SCORES[score][0]}",
+        f"By severity. Cells: {_errors(summary)}."
+        + _marks(summary, (cell for _, rows in sections for row in rows for cell in row)),
+        ["method", *_headings(severities)], sections,
+    )  # fmt: skip
+
+
+def _shift_differences(summary: Summary, candidate: str, second: str) -> Table:
+    severities, rows = _severities(summary), []
+    for name, entries in verdicts.shifts(summary).items():
+        by_severity = {e["severity"]: e["differences"].get(second, {}).get(candidate, {}).get("nll") for e in entries}
+        rows.append(
+            [name, *("" if by_severity.get(s) is None else with_interval(by_severity[s], 3) for s in severities)]
+        )
+    return Table(
+        f"Shifted data: NLL of {candidate} minus {second}",
+        "Paired, with the 95 % interval. Below zero: the former is better. Rows and columns are copies of the same "
+        "data and no further comparisons: the table of strong shifts has the one that counts.",
+        ["shift", *_headings(severities)],
+        [("", rows)],
+    )
+
+
+def _out_of_distribution(summary: Summary, short: bool) -> Table:
+    sections = []
+    for entry in summary["ood"]:
+        rows = []
+        for method, scores in entry["scores"].items():
+            kinds = list(dict.fromkeys(key.rpartition(", ")[0] for key in scores))
+            for kind in kinds[:1] if short else kinds:
+                cells = [_cell(scores[f"{kind}, {score}"], score) for score in ("auroc", "aupr", "fpr95")]
+                rows.append([method if short else f"{method}: {kind}", *cells])
+        sections.append((f"{entry['name']} ({entry['n']:,})", rows))
+    return Table(
+        "Out-of-distribution data",
+        "How well a score tells out-of-distribution (OOD) data, the positives, from test data. FPR95: test data called "
+        "OOD when 95 % of the OOD data are detected; lower is better."
+        + (" Score: one minus the maximum probability." if short else ""),
+        ["method" if short else "method: score", *(SCORES[score][0] for score in ("auroc", "aupr", "fpr95"))],
+        sections,
+    )
+
+
+def _distances(summary: Summary) -> Table:
+    sections = []
+    for where, log_ratios in summary["distances"].items():
+        value = geometric_mean(log_ratios["prior_precision"])
+        title = (
+            f"tuned prior precision of the reference ({value:.3g})"
+            if where == "tuned"
+            else f"prior precision {value:g}"
+        )
+        rows = [
+            [name, plus_minus(log_ratio["absolute"], 4), plus_minus(log_ratio["signed"], 4, sign=True)]
+            for name, log_ratio in log_ratios.items()
+            if name != "prior_precision"
+        ]
+        sections.append((title, rows))
+    return Table(
+        "Distance to the posterior of all training data",
+        "Log ratio of the variances of the outputs to those of the full-data posterior, at equal prior precision, over "
+        "test inputs and outputs. Absolute: zero is best. Signed: above zero is too uncertain.",
+        ["method", "mean absolute log ratio", "mean signed log ratio"],
+        sections,
+    )
+
+
+def _cost(summary: Summary) -> Table:
+    rows = []
+    for name, about in summary["predictors"].items():
+        if name not in summary["test"]["scores"]:
+            continue
+        tuned, free = [], about.get("undetermined", ())
+
+        def marked(text: str, what: str, about: Mapping[str, Any] = about) -> str:
+            sides = {ends[key] for ends in about.get("edges", ()) for key in ends if key.startswith(what)}
+            return text + "".join(f" {MARK[side]}" for side in sorted(sides))
+
+        if len(about.get("prior_precisions", [[]])[0]) > 1:
+            values = [value for of_seed in about["prior_precisions"] for value in of_seed]
+            tuned.append(marked(f"prior {min(values):.2g} to {max(values):.2g}", "prior precision"))
+        elif "prior_precision" in about:
+            tuned.append(marked(f"prior {geometric_mean(about['prior_precision']):.3g}", "prior precision"))
+        if "temperature" in about:
+            tuned.append(marked(f"temperature {statistics.fmean(about['temperature']):.2f}", "temperature"))
+        if "noise" in about:
+            tuned.append(marked(f"noise {statistics.fmean(about['noise']):.3g}", "noise"))
+        if "budget" in about:
+            tuned.append(f"{statistics.fmean(about['budget']):,.0f} data")
+        seconds = [f"{about['seconds'][s]:.2f}" if s in about["seconds"] else "" for s in ("fit", "tune", "predict")]
+        if free:
+            tuned.append(f"not determined: {', '.join(free)}")
+        rows.append([name, ", ".join(tuned), *seconds])
+    return Table(
+        "Tuning and cost",
+        f"Means over {seeds(summary)} (prior precisions: geometric). {MARK['smallest']} or {MARK['largest']}: the "
+        "smallest or the largest of its search, in some seed. Seconds. Predicting covers all data of this page; "
+        "posteriors of the same parameters are predicted together, and the time is that of the first. Getting the "
+        f"network took {summary['seconds']['model']:.1f} s.",
+        ["method", "tuned", "fit, s", "tune, s", "predict, s"],
+        [("", rows)],
+    )

@@ -1,0 +1,1 @@
+"""From a task and methods to one record for each seed."""
