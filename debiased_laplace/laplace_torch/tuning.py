@@ -117,7 +117,8 @@ class GridSearch:
             )  # fmt: skip
         curve = self._curve(native, batches, regression, progress_bar)
         best = torch.tensor([curve.best], dtype=torch.float64)
-        return Tuned(best, native.output_temperature, float(curve.losses[curve.best_index]), curve)
+        unknown = (native.output_temperature, math.nan)
+        return Tuned(best, native.output_temperature, float(curve.losses[curve.best_index]), curve, None, unknown)
 
     def _curve(
         self, native: Laplace, batches: Iterable[Any], regression: bool, progress_bar: bool

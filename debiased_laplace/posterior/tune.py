@@ -18,7 +18,6 @@ at equal eigenvalues: there the prior precision is one of the grid. The result i
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -53,8 +52,8 @@ class Tuned:
         noise_variance: Of the observations, if it was tuned (times the profile of the likelihood); that of the
             posterior if all errors are zero.
         temperature_alone: Temperature and loss of temperature scaling, of the network without any uncertainty (where it
-            was not tuned, the temperature that was given): how much of the gain needs no posterior. Not a number if
-            that was not looked at.
+            was not tuned, the temperature that was given; with tuned noise, at its mean squared error as the noise):
+            how much of the gain needs no posterior.
         undetermined: What the data do not determine: ``"temperature"``, ``"noise"``, ``"prior precision"``. Of equally
         good values
             the temperature is the one nearest to 1, and a prior precision the smallest, with most uncertainty.
@@ -64,8 +63,8 @@ class Tuned:
     temperature: float
     loss: float
     curve: PriorCurve
-    noise_variance: float | None = None
-    temperature_alone: tuple[float, float] = (math.nan, math.nan)
+    noise_variance: float | None
+    temperature_alone: tuple[float, float]
     undetermined: tuple[str, ...] = ()
 
 
@@ -183,11 +182,11 @@ def tune(
         return _with_noise(data, precisions)
     if joint:
         return _joint(data, precisions.unique(), temperature, per_part, selection, fixed)
-    curve = _losses_on_the_grid(data, precisions, fixed)
+    curve, alone = _losses_on_the_grid(data, precisions, fixed)
     curve.warn()
     best = torch.tensor([curve.best], dtype=torch.float64)
     undetermined = ("prior precision",) if curve.is_flat else ()
-    return Tuned(best, fixed, float(curve.losses[curve.best_index]), curve, undetermined=undetermined)
+    return Tuned(best, fixed, float(curve.losses[curve.best_index]), curve, None, (fixed, alone), undetermined)
 
 
 def _checked(
@@ -227,23 +226,27 @@ def _checked(
 # -- one prior precision, and nothing beside it ----------------------------------------------------
 
 
-def _losses_on_the_grid(data: Validation, precisions: Tensor, temperature: float) -> PriorCurve:
-    """Losses of all candidates, summed batch after batch."""
+def _losses_on_the_grid(data: Validation, precisions: Tensor, temperature: float) -> tuple[PriorCurve, float]:
+    """Losses of all candidates, summed batch after batch, and that of the network without uncertainty."""
     candidates, likelihood, normals = data.at(precisions), data.likelihood, data.normals()
-    covariance = likelihood.needs_covariance(data.link)
+    covariance, noise_variance = likelihood.needs_covariance(data.link), data.posterior.noise_variance
     total, n = torch.zeros(len(candidates), dtype=torch.float64, device=data.network.device), 0
+    alone = 0.0
     for inputs, targets in data:
         mean, covariances = functional_moments(data.network, candidates, inputs, covariance=covariance)
         losses = likelihood.negative_log_predictive(
-            mean / temperature, covariances / temperature**2, targets, data.link, normals, data.posterior.noise_variance
+            mean / temperature, covariances / temperature**2, targets, data.link, normals, noise_variance
         )
         total += losses.double().sum(-1)
+        certain = likelihood.negative_log_likelihood(mean.double() / temperature, targets, noise_variance)
+        alone += float(certain.sum())
         n += len(mean)
     if n == 0:
         raise ValueError(EMPTY)
     losses = (total / n).cpu()
     check_losses(losses)
-    return PriorCurve(torch.stack([p.prior_precision[0] for p in candidates]).cpu(), losses, data.link)
+    grid = torch.stack([candidate.prior_precision[0] for candidate in candidates]).cpu()
+    return PriorCurve(grid, losses, data.link), alone / n
 
 
 # -- with the noise of the observations ------------------------------------------------------------
@@ -259,10 +262,10 @@ def _with_noise(data: Validation, precisions: Tensor) -> Tuned:
     squared error on these data: one pass for that, and one for the whole grid.
     """
     network, likelihood = data.network, data.likelihood
-    alone = [(network.outputs(inputs).double(), targets) for inputs, targets in data]
-    if not alone:
+    pairs = [(network.outputs(inputs).double(), targets) for inputs, targets in data]
+    if not pairs:
         raise ValueError(EMPTY)
-    outputs, targets = torch.cat([f for f, _ in alone]), torch.cat([y.to(f) for f, y in alone])
+    outputs, targets = torch.cat([f for f, _ in pairs]), torch.cat([y.to(f) for f, y in pairs])
     profile = likelihood.predictive_moments(outputs, torch.zeros_like(outputs), data.link).noise_variance[0]
     errors = targets - outputs
     none_left = nothing_left(errors, targets, torch.finfo(network.dtype).eps)
@@ -288,8 +291,9 @@ def _with_noise(data: Validation, precisions: Tensor) -> Tuned:
     curve.warn()
     index = curve.best_index
     best = torch.tensor([curve.best], dtype=torch.float64)
+    alone = likelihood.negative_log_likelihood(outputs, targets, unit).mean()
     undetermined = ("noise",) * none_left + ("prior precision",) * curve.is_flat
-    return Tuned(best, 1.0, float(losses[index]), curve, float(noise[index]), undetermined=undetermined)
+    return Tuned(best, 1.0, float(losses[index]), curve, float(noise[index]), (1.0, float(alone)), undetermined)
 
 
 # -- with a temperature, or several prior precisions -----------------------------------------------
