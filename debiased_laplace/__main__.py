@@ -1,5 +1,20 @@
-"""``python -m debiased_laplace`` is the command line."""
+"""The command `debiased-laplace`, also as ``python -m debiased_laplace``."""
 
-from debiased_laplace.cli import app
+from __future__ import annotations
 
-app()
+import sys
+
+
+def main() -> None:
+    """Run the command line, or say what to install where its libraries are missing."""
+    try:
+        import debiased_laplace.evaluation  # noqa: F401
+    except ModuleNotFoundError as error:
+        sys.exit(f"Error: {error}")
+    from debiased_laplace.cli import app
+
+    app()
+
+
+if __name__ == "__main__":
+    main()

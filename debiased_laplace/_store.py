@@ -24,8 +24,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from debiased_laplace import __version__, _files
-from debiased_laplace._files import StoredFileError
-from debiased_laplace._plain import from_plain, to_plain
+from debiased_laplace._files import StoredFileError as StoredFileError
+from debiased_laplace._plain import from_plain as from_plain
+from debiased_laplace._plain import to_plain as to_plain
 
 FORMAT = 2  # the first, without digests, is read too
 KEY = "debiased_laplace"  # of the document in the metadata of the safetensors file

@@ -5,14 +5,19 @@ from __future__ import annotations
 import ast
 import doctest
 import importlib
+import importlib.metadata
 import inspect
+import re
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
+from hatchling.builders.wheel import WheelBuilder
 
 import debiased_laplace
+from debiased_laplace import evaluation
 
 ROOT = Path(debiased_laplace.__file__).parent
 REPOSITORY = ROOT.parent
@@ -25,9 +30,9 @@ ORDER = [
 ]  # fmt: skip
 
 
-def own_imports(path: Path) -> set[str]:
+def package_imports(path: Path) -> set[str]:
     """Modules of the package that a file imports, anywhere in it."""
-    found = set()
+    imported = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             names = [alias.name.split(".") for alias in node.names]
@@ -41,19 +46,25 @@ def own_imports(path: Path) -> set[str]:
                 names = [module]
         else:
             continue
-        found |= {name[1] for name in names if name[0] == "debiased_laplace" and len(name) > 1}
-    return found - {"__version__"}
+        imported |= {name[1] for name in names if name[0] == "debiased_laplace" and len(name) > 1}
+    return imported - {"__version__"}
 
 
-def foreign_imports(path: Path) -> set[str]:
-    """Top-level names of other packages that a file imports, anywhere in it."""
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+def top_level_names(nodes: Iterable[ast.AST]) -> set[str]:
+    """Top-level names of what import statements among some nodes of a syntax tree import."""
+    names = set()
+    for node in nodes:
         if isinstance(node, ast.Import):
-            found |= {alias.name.split(".")[0] for alias in node.names}
+            names |= {alias.name.split(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
-            found.add(node.module.split(".")[0])
-    return found
+            names.add(node.module.split(".")[0])
+    return names
+
+
+def external_imports(path: Path, *, when_imported: bool = False) -> set[str]:
+    """Top-level names of other packages that a file imports: anywhere in it, or as soon as it is imported."""
+    tree = ast.parse(path.read_text())
+    return top_level_names(tree.body if when_imported else ast.walk(tree)) - set(sys.stdlib_module_names)
 
 
 def test_every_module_has_its_place_in_the_order():
@@ -62,26 +73,131 @@ def test_every_module_has_its_place_in_the_order():
 
 @pytest.mark.parametrize("module", [m for m in MODULES if m.parts != ("__init__",)], ids=str)
 def test_imports_go_one_way(module):
-    own = ORDER.index(module.parts[0])
-    for name in own_imports((ROOT / module).with_suffix(".py")):
+    position = ORDER.index(module.parts[0])
+    for name in package_imports((ROOT / module).with_suffix(".py")):
         assert name in ORDER, f"{module} imports {name}, which is no module"
-        allowed = own + (len(module.parts) > 1)  # parts of one subpackage may import each other
+        allowed = position + (len(module.parts) > 1)  # parts of one subpackage may import each other
         assert ORDER.index(name) < allowed, f"{module} imports {name}, which comes later"
 
 
 @pytest.mark.parametrize("module", MODULES, ids=str)
 def test_only_the_drop_in_imports_laplace_torch_and_nothing_imports_the_tests(module):
-    foreign = foreign_imports((ROOT / module).with_suffix(".py"))
-    assert not foreign & {"tests", "eval", "pytest", "curvlinops", "backpack"}
+    external = external_imports((ROOT / module).with_suffix(".py"))
+    assert not external & {"tests", "eval", "pytest", "curvlinops", "backpack"}
     if module.parts[0] not in ("laplace_torch", "evaluation"):
-        assert "laplace" not in foreign
+        assert not external & {"laplace", "torchmetrics"}
 
 
-def test_the_core_needs_torch_and_little_else():
-    allowed = set(sys.stdlib_module_names) | {"torch", "numpy", "scipy", "tqdm", "safetensors", "debiased_laplace"}
-    for module in MODULES:
-        if module.parts[0] not in ("laplace_torch", "evaluation", "cli", "__main__"):
-            assert foreign_imports((ROOT / module).with_suffix(".py")) <= allowed, module
+# -- what is installed -------------------------------------------------------------------------------
+
+
+def distribution_names(requirements: Iterable[str]) -> set[str]:
+    names = {re.match(r"[\w.-]+", requirement)[0] for requirement in requirements}
+    return {re.sub("[-_.]+", "-", name).lower() for name in names} - {"debiased-laplace"}
+
+
+@pytest.fixture(scope="module")
+def declared() -> dict[str, set[str]]:
+    """Distributions that pyproject.toml declares, by extra, those of the base included; ``base`` is no extra."""
+    core = WheelBuilder(str(REPOSITORY)).metadata.core
+    base = distribution_names(core.dependencies)
+    extras = {extra: distribution_names(names) for extra, names in core.optional_dependencies.items()}
+    return {"base": base} | {extra: base | names for extra, names in extras.items()}
+
+
+@pytest.fixture(scope="module")
+def providers() -> dict[str, set[str]]:
+    """Distributions that provide a top-level name, among those that are installed."""
+    return {name: distribution_names(of) for name, of in importlib.metadata.packages_distributions().items()}
+
+
+@pytest.mark.parametrize("module", MODULES, ids=str)
+def test_imports_of_the_package_are_declared(module, declared, providers):
+    path = (ROOT / module).with_suffix(".py")
+    needs_extra = module.parts[0] in ("evaluation", "cli")
+    for group, when_imported in (("evaluation", True), ("all", False)) if needs_extra else (("base", False),):
+        for name in external_imports(path, when_imported=when_imported) - {"debiased_laplace"}:
+            assert providers[name] & declared[group], f"{module} imports {name}: declare it in {group!r}"
+
+
+@pytest.mark.parametrize("folder", ["tests", "eval"])
+def test_imports_of_tests_and_experiments_are_declared(folder, declared, providers):
+    files = sorted((REPOSITORY / folder).rglob("*.py"))
+    beside = {"debiased_laplace", "tests"} | {path.stem for path in (REPOSITORY / "eval").glob("*.py")}
+    for path in files:
+        for name in external_imports(path) - beside:
+            assert providers[name] & declared["test"], f"{path.name} imports {name}: declare it in 'test'"
+
+
+def test_the_base_is_small_and_extras_contain_each_other(declared):
+    expected = {"torch", "laplace-torch", "torchmetrics", "numpy", "scipy", "tqdm", "safetensors"}
+    assert declared["base"] == expected
+    assert declared["base"] < declared["evaluation"] < declared["all"] < declared["test"]
+
+
+def test_the_evaluation_checks_for_all_of_its_extra(declared, providers):
+    checked = set().union(*(providers[name] for name in evaluation._EXTRA))
+    assert checked == declared["evaluation"] - declared["base"]
+
+
+def run_without(names: Iterable[str], code: str) -> subprocess.CompletedProcess[str]:
+    """Run code in a process where these top-level names cannot be imported."""
+    code = f"import sys; sys.modules.update(dict.fromkeys({sorted(names)})); {code}"
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPOSITORY, check=False)
+
+
+NEEDED = r"need {}, not installed here: they come with pip install 'debiased-laplace\[evaluation\]'\."
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import debiased_laplace.evaluation",
+        "from debiased_laplace.evaluation import evaluate",
+        "import debiased_laplace.evaluation.shifts",
+    ],
+)
+@pytest.mark.parametrize("missing", [evaluation._EXTRA, ["netcal"]], ids=["all", "one"])
+def test_a_missing_extra_is_named(code, missing):
+    result = run_without(missing, code)
+    assert result.returncode == 1
+    last = result.stderr.strip().splitlines()[-1]
+    assert re.fullmatch("ModuleNotFoundError: .* " + NEEDED.format(", ".join(missing)), last), result.stderr
+
+
+@pytest.mark.parametrize("arguments", [[], ["--help"], ["demo"], ["fit", "digits"]], ids=" ".join)
+@pytest.mark.parametrize("missing", [evaluation._EXTRA, ["typer"]], ids=["all", "one"])
+def test_the_command_names_a_missing_extra(arguments, missing):
+    module, function = WheelBuilder(str(REPOSITORY)).metadata.core.scripts["debiased-laplace"].split(":")
+    code = f"sys.argv[1:] = {arguments}; from {module} import {function}; sys.exit({function}())"
+    result = run_without(missing, code)
+    assert result.returncode == 1
+    assert re.fullmatch("Error: .* " + NEEDED.format(", ".join(missing)), result.stderr.strip()), result.stderr
+    assert result.stdout == ""
+
+
+NATIVE = [m for m in MODULES if m.parts[0] not in ("laplace_torch", "evaluation", "cli", "__main__")]
+FIT_AND_PREDICT = """
+import importlib, torch
+for name in {names}:
+    importlib.import_module(name)
+from debiased_laplace import Categorical
+from debiased_laplace.fitting.fit import fit
+from debiased_laplace.posterior.predictive import functional_moments
+inputs, targets = torch.randn(20, 3), torch.arange(20) % 2
+fitted = fit(torch.nn.Linear(3, 2), [(inputs, targets)], Categorical())
+print(list(functional_moments(fitted.network, fitted.posterior, inputs)[1].shape))
+"""
+
+
+def test_a_fit_and_its_predictions_need_neither_laplace_torch_nor_an_extra():
+    names = [".".join(["debiased_laplace", *module.parts]).removesuffix(".__init__") for module in NATIVE]
+    result = run_without(
+        [*evaluation._EXTRA, "laplace", "torchmetrics", "torchvision", "curvlinops", "backpack"],
+        f"exec({FIT_AND_PREDICT.format(names=names)!r})",
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == "[20, 2, 2]\n"
 
 
 def run_python(code: str) -> str:
@@ -123,12 +239,11 @@ def test_the_command_line_has_help():
 
 
 def test_a_wheel_holds_this_package_alone():
-    from hatchling.builders.wheel import WheelBuilder
-
     builder = WheelBuilder(str(REPOSITORY))
     held = {included.distribution_path for included in builder.recurse_included_files()}
     assert {Path(path).parts[0] for path in held} == {"debiased_laplace"}
     assert {str(Path("debiased_laplace") / module) + ".py" for module in MODULES} <= held
+    assert "debiased_laplace/py.typed" in held  # that it has types, for those who check theirs
     assert not [path for path in held if "test_" in path or path.endswith(".pyc")]
 
 

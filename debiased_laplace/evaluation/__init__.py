@@ -16,6 +16,7 @@ Names are loaded when they are first used.
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -37,6 +38,16 @@ if TYPE_CHECKING:
     from debiased_laplace.evaluation.scores.regression import regression_metrics
     from debiased_laplace.evaluation.suite.seeds import run
     from debiased_laplace.evaluation.tasks import Context, Task, TaskError
+
+#: What the `evaluation` extra in pyproject.toml brings; a test keeps the two alike.
+_EXTRA = ("PIL", "filelock", "jinja2", "joblib", "matplotlib", "netcal", "rich", "sklearn", "threadpoolctl", "typer")
+_missing = [name for name in _EXTRA if importlib.util.find_spec(name) is None]
+if _missing:
+    raise ModuleNotFoundError(
+        f"The evaluation and the command line need {', '.join(_missing)}, not installed here: they come with "
+        "pip install 'debiased-laplace[evaluation]'.",
+        name=_missing[0],
+    )
 
 _HOMES = {
     "classification_metrics": "scores.classification",

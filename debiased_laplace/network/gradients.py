@@ -27,6 +27,7 @@ from debiased_laplace.likelihoods import Likelihood
 from debiased_laplace.network import heads
 from debiased_laplace.network.blocks import Block, flatten, group_parameters, unflatten
 from debiased_laplace.network.layers import Call, Layout, LinearCall
+from debiased_laplace.network.operations import Trace
 from debiased_laplace.network.snapshot import Replicas, Snapshot, aliases_of
 from debiased_laplace.network.tracing import Recorder, find_layouts
 from debiased_laplace.sampling.sample import WeightedData
@@ -631,7 +632,7 @@ class Network:
 
     def _last_layer(self, inputs: _data.Inputs) -> list[str]:
         """Names of the parameters that make the outputs."""
-        with heads.Trace(self.snapshot.parameters | self._leaves, _data.tensors(inputs)) as trace:
+        with Trace(self.snapshot.parameters | self._leaves, _data.tensors(inputs)) as trace:
             factors, _ = self._forward(inputs)
         return heads.last_layer(trace, factors._graph_outputs, self._identities)
 
@@ -677,7 +678,8 @@ class Network:
             for v in vectors
         ]
         expected = {
-            name: torch.stack(g).to(self.dtype) for name, g in zip(names, zip(*by_datum, strict=True), strict=True)
+            name: torch.stack(g).detach().to(self.dtype)
+            for name, g in zip(names, zip(*by_datum, strict=True), strict=True)
         }
         largest = max(float(g.abs().max()) for g in expected.values() if g.numel())
         wrong = self._misread(factors, inputs, vectors, expected, largest)

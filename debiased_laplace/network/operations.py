@@ -103,7 +103,7 @@ class Trace(TorchDispatchMode):
     """
 
     def __init__(self, parameters: Mapping[str, Tensor], inputs: Iterable[Tensor]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.operations: list[Operation] = []
         self.shapes = {name: p.shape for name, p in parameters.items()}
         self._held: dict[

@@ -429,7 +429,8 @@ def _inside(value: Any) -> list[Any]:
     if issubclass(kind, weakref.ref):
         return [value()]
     if (
-        kind.__flags__ & _HEAP_TYPE and kind.__new__ is object.__new__ and hasattr(value, "__dict__")
+        kind.__flags__ & _HEAP_TYPE and kind.__new__ is object.__new__  # type: ignore[comparison-overlap]
+        and hasattr(value, "__dict__")
         and not issubclass(kind, (type, enum.Enum, Tensor, types.ModuleType))
     ):  # fmt: skip
         return list(value.__dict__.copy().values())

@@ -1,0 +1,79 @@
+"""Arguments and options that several commands have, and what is refused before anything takes time."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from debiased_laplace.cli.terminal import clear_errors
+
+if TYPE_CHECKING:
+    import torch
+
+    from debiased_laplace.evaluation.tasks import Context, Task
+
+TaskArgument = Annotated[str, typer.Argument(help="A task file, or a shipped task (see `tasks`).", metavar="TASK")]
+DeviceOption = Annotated[str | None, typer.Option(help="cpu, cuda, ...; by default cuda if there is one.")]
+DataOption = Annotated[Path | None, typer.Option(help="Folder with local data, for tasks that look for some.")]
+CacheOption = Annotated[
+    Path | None, typer.Option(help="Folder where the task keeps trained weights; OUT/cache by default.")
+]
+FixedCacheOption = Annotated[Path, typer.Option(help="Folder where the task keeps trained weights.")]
+QuickOption = Annotated[bool, typer.Option("--quick", help="Little of everything, as a try.")]
+ProcessesOption = Annotated[
+    int,
+    typer.Option(min=1, help="Seeds at a time; with more than one each is a process with one thread."),
+]
+SeedOption = Annotated[int, typer.Option(min=0, max=2**31 - 1, help="First seed; the others follow it.")]
+
+
+def load_task(
+    source: str, device: str | None, data_dir: Path | None, cache: Path, quick: bool, seed: int = 0
+) -> tuple[Task, Context]:
+    """Load the task, and say where and for which seed it runs."""
+    from debiased_laplace.evaluation.tasks import Context, Task
+
+    if data_dir is not None and not data_dir.is_dir():
+        raise typer.BadParameter(f"{data_dir} is no folder.", param_hint="--data-dir")
+    where = choose_device(device)
+    with clear_errors():
+        return Task.load(source), Context(seed, data_dir, cache, quick, where)
+
+
+def choose_device(name: str | None) -> torch.device:
+    """The device by that name, or the default."""
+    from debiased_laplace.evaluation.tasks import resolve_device
+
+    try:
+        return resolve_device(name)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--device") from None
+
+
+def check_file(path: Path) -> None:
+    """Refuse a file that cannot be written, before anything takes time."""
+    if path.is_dir():
+        raise typer.BadParameter(f"{path} is a folder. Name a file.", param_hint="--out")
+    check_folder(path.parent)
+    from debiased_laplace import _files
+
+    try:
+        _files.check_writable(path)
+    except OSError as error:
+        raise typer.BadParameter(str(error), param_hint="--out") from None
+
+
+def check_folder(out: Path) -> None:
+    """Refuse a folder that cannot be written to, before anything takes time."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out):
+            pass
+    except FileExistsError:
+        raise typer.BadParameter(f"{out} is a file. Name a folder.", param_hint="--out") from None
+    except OSError as error:
+        message = f"Cannot write to {out}: {error.strerror}. Name another folder."
+        raise typer.BadParameter(message, param_hint="--out") from None

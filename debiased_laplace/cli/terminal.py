@@ -1,0 +1,111 @@
+"""What a command shows on the terminal: errors and warnings in clear words, how far it is, the report."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from debiased_laplace.evaluation.progress import Reporter
+
+#: Columns of the output where the terminal does not say how wide it is.
+WIDTH = 100
+
+
+@contextmanager
+def importing() -> Iterator[None]:
+    """Show that imports take a while, without what third parties warn of meanwhile."""
+    from rich.console import Console
+
+    with Console(stderr=True).status("Importing torch and friends"), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        warnings.simplefilter("ignore", DeprecationWarning)
+        yield
+
+
+@contextmanager
+def clear_errors() -> Iterator[None]:
+    """Show an error of a task as its message; a traceback would be of this program."""
+    from debiased_laplace._files import CannotWriteError
+    from debiased_laplace.evaluation.names import FolderInUseError
+    from debiased_laplace.evaluation.tasks import TaskError
+
+    try:
+        yield
+    except (TaskError, ValueError, TypeError, CannotWriteError, FolderInUseError) as error:
+        typer.echo(f"Error: {error}", err=True)
+        raise typer.Exit(1) from error
+
+
+@contextmanager
+def shown_warnings() -> Iterator[None]:
+    """Show warnings as lines; a place in the source would be of this program."""
+    from debiased_laplace._guards import user_warnings
+
+    messages: list[str] = []
+    try:
+        with user_warnings() as messages:
+            yield
+    finally:
+        for message in messages:
+            typer.echo(f"Warning: {message}", err=True)
+
+
+@contextmanager
+def shown_progress(total: int, out: Path) -> Iterator[Reporter]:
+    """Show how far a command is, and errors and interruptions in clear words."""
+    from debiased_laplace.evaluation.progress import Reporter
+
+    with Reporter(total) as reporter:
+        try:
+            with clear_errors():
+                yield reporter
+        except KeyboardInterrupt:
+            message = f"Interrupted. What is finished is kept in {out}: run the same command to go on."
+            reporter.console.print(message, markup=False)
+            raise typer.Exit(130) from None
+
+
+def reuse_note(made: Sequence[str], reused: int, what: str, out: Path) -> list[str]:
+    """A line about what was not computed anew, with its dates: the earliest of all, since it was there before."""
+    if not reused:
+        return []
+    dates = sorted(made)[:reused]
+    when = dates[0] if dates[0] == dates[-1] else f"{dates[0]} to {dates[-1]}"
+    return [
+        f"{reused} of {len(made)} {what} were finished earlier ({when}) with the same network, data, task file and "
+        f"settings, in {out / 'records'}. Delete that folder to run them anew."
+    ]
+
+
+def show_report(
+    statement: Mapping[str, Any], tables: Sequence[Any], description: str, paths: Mapping[str, Path], seconds: float,
+    quick: bool, notes: Sequence[str] = (),
+) -> None:  # fmt: skip
+    """Show tables, the statement and the paths of the files."""
+    from rich.console import Console
+    from rich.text import Text
+
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=WIDTH)
+    console.print(Text(f"\n{description}\n"))
+    for table in tables:
+        console.print(table)
+    console.print(Text(statement["answer"], style="bold"))
+    for sentence in statement["details"]:
+        console.print(Text(f"- {sentence}"))
+    if quick:
+        console.print("\nThis was a quick run, which decides nothing.", highlight=False)
+    for note in notes:
+        console.print(Text(f"\n{note}"), soft_wrap=True)
+    console.print(f"\nWritten in {seconds:.0f} s:", highlight=False)
+    for path in paths.values():
+        console.print(Text(f"  {path.resolve()}"), soft_wrap=True)
+    sys.stdout.flush()
