@@ -1,4 +1,7 @@
-"""A Laplace posterior from its fit to its predictions, as one immutable object: fit, tune, predict, save, load."""
+"""A Laplace posterior from its fit to its predictions, as one immutable object: fit, tune, predict, save, load.
+
+The front door: longer than other modules, since what users call is documented here, with all arguments.
+"""
 
 from __future__ import annotations
 
@@ -360,7 +363,7 @@ class Laplace:
             lines.append(f"  predictions      link {self.link or self.default_link!r}, output temperature "
                          f"{self.output_temperature:.3g}")  # fmt: skip
         if posterior.temperature != 1:
-            lines.append(f"  temperature      {posterior.temperature:.3g}")
+            lines.append(f"  temperature      {posterior.temperature:.3g} of the likelihood")
         return "\n".join(lines)
 
     def __repr__(self) -> str:
@@ -377,12 +380,12 @@ class Laplace:
         """
         self.fitted.check_model(thorough=True)
         posterior = self.posterior
-        own = {name: getattr(posterior, name) for name in _OF_POSTERIOR}
-        own |= {name: getattr(self, name) for name in _OF_PREDICTIONS}
+        state = {name: getattr(posterior, name) for name in _OF_POSTERIOR}
+        state |= {name: getattr(self, name) for name in _OF_PREDICTIONS}
         name = type(self.likelihood).__name__
-        own["likelihood"] = self.likelihood.settings() if name in LIKELIHOODS else {}
+        state["likelihood"] = self.likelihood.settings() if name in LIKELIHOODS else {}
         header = self.fitted.header() | {"kind": KIND, "likelihood": name}
-        _store.write(path, {"fit": self.fitted.state(), **own}, header)
+        _store.write(path, {"fit": self.fitted.state(), **state}, header)
 
 
 def load(path: str | Path, model: nn.Module, likelihood: Likelihood | None = None) -> Laplace:

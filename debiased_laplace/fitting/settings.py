@@ -155,7 +155,7 @@ class FitSettings:
     @classmethod
     def names(cls) -> list[str]:
         """What can be set."""
-        return [own.name for own in fields(cls)]
+        return [setting.name for setting in fields(cls)]
 
 
 def default_sampler(budget: int | None, structure: Structure, curvature: str) -> Sampler:

@@ -459,7 +459,7 @@ class DebiasedLaplace(ParametricLaplace):
         self.noise_profile = profile
         self._native = self._draws = None
         self._told_what_is_left_out = False
-        self._choose(self.selection.found(list(network.shapes)))
+        self._choose(self.selection.named(list(network.shapes)))
         self.mean = restrict(fitted.posterior.mean, network.free)
         if self.subset_of_weights == "subnetwork":
             self.mean = self.assemble_full_samples(self.mean[None])[0]

@@ -63,9 +63,9 @@ def check_profile(sigma: Tensor, fitted: Tensor | None, n_outputs: int) -> None:
         raise ValueError(
             f"Expected sigma_noise to be one number or one for each of the {n_outputs} outputs, got {len(sigma)}."
         )
-    own = profile(sigma)
+    present = profile(sigma)
     one = torch.ones(n_outputs, dtype=torch.float64)
-    before, now = (one if r is None else r.cpu() for r in (fitted, own))
+    before, now = (one if r is None else r.cpu() for r in (fitted, present))
     rounding = torch.finfo(sigma.dtype).eps if sigma.is_floating_point() else 0.0
     if not torch.allclose(before, now, rtol=max(1e-5, 4 * rounding), atol=0):
         raise ValueError(
@@ -77,5 +77,5 @@ def check_profile(sigma: Tensor, fitted: Tensor | None, n_outputs: int) -> None:
 
 def with_noise(likelihood: Likelihood, sigma: Tensor) -> Likelihood:
     """The likelihood to fit with."""
-    own = profile(sigma)
-    return likelihood if own is None else ProfiledGaussian(own)
+    ratios = profile(sigma)
+    return likelihood if ratios is None else ProfiledGaussian(ratios)

@@ -54,7 +54,7 @@ class Selection:
         chosen, indices = chosen_parameters(model, every, subset, params, last_layer_name, subnetwork_indices)
         return cls(subset, tuple(every), None if chosen is None else tuple(chosen), indices)
 
-    def found(self, names: Sequence[str]) -> Selection:
+    def named(self, names: Sequence[str]) -> Selection:
         """The same with the names that a fit knows."""
         return replace(self, names=tuple(names))
 

@@ -37,8 +37,8 @@ class KroneckerPrecision:
         priors = basis.matrices(prior.to(posterior.curvatures.device, torch.float64))
         parts, eigenvalues = [], []
         curvatures = basis.split(posterior.scale * posterior.curvatures.double())
-        for index, (part, own) in enumerate(zip(basis.parts, curvatures, strict=True)):
-            turned, values = _eigenform(part, own, priors[index])
+        for index, (part, scaled) in enumerate(zip(basis.parts, curvatures, strict=True)):
+            turned, values = _eigenform(part, scaled, priors[index])
             parts.append(turned)
             eigenvalues.append(values)
         own_basis = replace(basis, parts=parts)

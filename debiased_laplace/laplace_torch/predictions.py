@@ -186,8 +186,8 @@ class Features(TorchFunctionMode):
         assert self.features is not None
         # One datum may have been given twice.
         features = network.reduce(self.features[: len(outputs)], outputs, *self.parameters.values())
-        found = {}
+        jacobians = {}
         for name, p in self.parameters.items():
             unit = torch.eye(len(p), dtype=features.dtype, device=features.device).expand(len(features), -1, -1)
-            found[name] = unit if p.ndim == 1 else unit[..., None] * features[:, None, None]
-        return found
+            jacobians[name] = unit if p.ndim == 1 else unit[..., None] * features[:, None, None]
+        return jacobians

@@ -256,7 +256,7 @@ class Likelihood(ABC):
     def _losses_of_grid(self, outputs: Tensor, targets: Tensor, noise_variance: float | Tensor) -> Tensor:
         """Negative log-likelihoods of outputs ``[..., N, C]``, ``[..., N]``."""
         rows = outputs.reshape(-1, *outputs.shape[-2:])
-        losses = [self.negative_log_likelihood(own, targets, noise_variance) for own in rows]
+        losses = [self.negative_log_likelihood(f, targets, noise_variance) for f in rows]
         return torch.stack(losses).reshape(outputs.shape[:-1])
 
     # -- answers -------------------------------------------------------------------------------

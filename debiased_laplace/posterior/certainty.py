@@ -95,7 +95,7 @@ class Certainty:
                 f"part), but the standard deviation of the predictions is {self.certainty:.3g}, noise included"
             )
         else:
-            right, without, certainty = (100 * own for own in (self.performance, self.left_out, self.certainty))
+            right, without, certainty = (100 * share for share in (self.performance, self.left_out, self.certainty))
             numbers = (
                 f"the network is right about {right:.1f} % ({without:.1f} % without each datum's own part), but the "
                 f"mean probability of the answers is {certainty:.1f} %"
@@ -172,7 +172,7 @@ def compare(
     outputs = torch.where(part[:, None] > 0, without.outputs, mean)
     weights = weights / weights.sum()
     if likelihood.has_noise:
-        errors, left_out = ((own - targets.to(mean)).square().mean(-1) for own in (mean, outputs))
+        errors, left_out = ((f - targets.to(mean)).square().mean(-1) for f in (mean, outputs))
         noise = torch.as_tensor(noise_variance).to(mean).expand_as(mean)
         variances = covariances.diagonal(dim1=1, dim2=2) + noise
         values = [

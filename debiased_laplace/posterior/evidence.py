@@ -43,8 +43,8 @@ def maximise_marginal_likelihood(posterior: Posterior, *, per_block: bool = Fals
     names = [", ".join(basis.blocks[i].name for i in members) for members in basis.members]
     return torch.tensor(
         [
-            _stationary(own, float(squares[part_of == index].sum()), repr(name))
-            for index, (name, own) in enumerate(zip(names, scaled.split(basis.sizes), strict=True))
+            _stationary(of_part, float(squares[part_of == index].sum()), repr(name))
+            for index, (name, of_part) in enumerate(zip(names, scaled.split(basis.sizes), strict=True))
         ],
         dtype=torch.float64,
     )
@@ -83,8 +83,8 @@ def maximise_with_noise(
     total = 2 * posterior.n_data * mean_loss / posterior.temperature
 
     def best_prior(log_noise: float) -> Tensor:
-        own = replace(posterior, noise_variance=math.exp(log_noise))
-        return maximise_marginal_likelihood(own, per_block=per_block)
+        at_this_noise = replace(posterior, noise_variance=math.exp(log_noise))
+        return maximise_marginal_likelihood(at_this_noise, per_block=per_block)
 
     def excess(log_noise: float) -> float:
         n_effective = float(replace(posterior, prior_precision=best_prior(log_noise)).scatter())
@@ -157,14 +157,14 @@ def maximise_over_priors(
     )
     start = start.detach().cpu().double()
 
-    def doubt(logarithms: Tensor) -> tuple[Tensor, Tensor]:
+    def log_det(logarithms: Tensor) -> tuple[Tensor, Tensor]:
         """Log-determinants, and their derivatives."""
         with torch.inference_mode(False), torch.enable_grad():
             leaf = logarithms.clone().requires_grad_()
             ratio = replace(posterior, prior_precision=expand(leaf.exp())).log_det_ratio
             return ratio.detach().cpu(), torch.autograd.grad(ratio, leaf)[0]
 
-    before, slope = doubt(start.log())
+    before, slope = log_det(start.log())
     chosen = (norms > 0) & (-slope > 1e-12 * sizes)  # minus the slope is the effective number of parameters
     if not bool(chosen.any()):
         raise ValueError(
@@ -174,22 +174,22 @@ def maximise_over_priors(
     upper = (sizes / norms).log()[chosen]
 
     def objective(values: Any) -> tuple[float, Any]:
-        own = start.log()
-        own[chosen] = torch.as_tensor(values, dtype=torch.float64)
-        ratio, derivatives = doubt(own)
-        scatter = own.exp() * norms
+        logarithms = start.log()
+        logarithms[chosen] = torch.as_tensor(values, dtype=torch.float64)
+        ratio, derivatives = log_det(logarithms)
+        scatter = logarithms.exp() * norms
         return 0.5 * float(ratio + scatter[chosen].sum()), (0.5 * (derivatives + scatter))[chosen].numpy()
 
     with tqdm(desc="Marginal likelihood", disable=not progress_bar, leave=False) as bar:
-        found = minimize(
+        optimum = minimize(
             objective, start.log()[chosen].clamp_max(upper).numpy(), jac=True, method="L-BFGS-B",
             bounds=[(None, float(bound)) for bound in upper], callback=lambda _: bar.update(),
             options={"maxiter": max_iterations, "maxfun": 2 * max_iterations, "ftol": 1e-14, "gtol": 1e-7},
         )  # fmt: skip
     result = start.clone()
-    result[chosen] = torch.as_tensor(found.x, dtype=torch.float64).exp()
-    gain = 0.5 * float(before + (start * norms)[chosen].sum()) - float(found.fun)
-    return MaximalEvidence(result, gain, float(abs(found.jac).max()), found.status != 1, ~chosen)
+    result[chosen] = torch.as_tensor(optimum.x, dtype=torch.float64).exp()
+    gain = 0.5 * float(before + (start * norms)[chosen].sum()) - float(optimum.fun)
+    return MaximalEvidence(result, gain, float(abs(optimum.jac).max()), optimum.status != 1, ~chosen)
 
 
 def _stationary(curvatures: Tensor, square_norm: float, name: str) -> float:

@@ -99,11 +99,11 @@ class Search:
 
     def as_good_below(self, least: float, index: int, temperature: float) -> tuple[float, int, float]:
         """Loss, position and temperature of the smallest prior precision from a position downwards that is as good."""
-        found, limit = (least, index, temperature), least + AS_GOOD
+        smallest, limit = (least, index, temperature), least + AS_GOOD
         while index and self.profile(index - 1)[1] <= limit:
             index -= 1
-            found = self.profile(index)[1], index, self.profile(index)[0]
-        return found
+            smallest = self.profile(index)[1], index, self.profile(index)[0]
+        return smallest
 
     def is_as_good_above(self, least: float, index: int) -> bool:
         """Whether all prior precisions above a position are as good as the least loss."""
@@ -116,17 +116,17 @@ class Search:
         Returns:
             ``[n_parts]``, and whether each is as good up to the end of the grid.
         """
-        logs, found = self.precisions.log(), priors.log()
+        logs, chosen = self.precisions.log(), priors.log()
 
         def value(part: int, logarithm: Tensor) -> float:
-            at = found.clone()
+            at = chosen.clone()
             at[part] = logarithm
-            spread = interpolate(self.table, logs.to(self.table.device), at.to(self.table.device))
-            return float(self.loss(spread, temperature))
+            variances = interpolate(self.table, logs.to(self.table.device), at.to(self.table.device))
+            return float(self.loss(variances, temperature))
 
-        limit, flat = value(0, found[0]) + AS_GOOD, []
+        limit, flat = value(0, chosen[0]) + AS_GOOD, []
         for part in range(len(priors)):
-            below = logs[logs < found[part] - 1e-9]
+            below = logs[logs < chosen[part] - 1e-9]
             bad, good = -1, len(below)
             if good and value(part, below[0]) <= limit:
                 good = 0
@@ -134,10 +134,10 @@ class Search:
                 middle = max((bad + good) // 2, 0)
                 bad, good = (bad, middle) if value(part, below[middle]) <= limit else (middle, good)
             if good < len(below):
-                found[part] = below[good]
-            flat.append(bool(found[part] < logs[-1] - 1e-9) and value(part, logs[-1]) <= limit)
-        changed = found != priors.log()
-        return torch.where(changed, found.exp(), priors), flat
+                chosen[part] = below[good]
+            flat.append(bool(chosen[part] < logs[-1] - 1e-9) and value(part, logs[-1]) <= limit)
+        changed = chosen != priors.log()
+        return torch.where(changed, chosen.exp(), priors), flat
 
     def most_uncertain(self, best: int, temperature: float) -> tuple[float, int, float]:
         """The one-standard-error rule: loss, position, and temperature of the smallest that is not told from the best.
@@ -147,11 +147,11 @@ class Search:
         """
         losses = self.loss.of_data(self.table[best].double().sum(0), temperature)
         for index in range(best if len(losses) > 1 else 0):
-            own = self.profile(index)[0]
-            here = self.loss.of_data(self.table[index].double().sum(0), own)
+            best_temperature = self.profile(index)[0]
+            here = self.loss.of_data(self.table[index].double().sum(0), best_temperature)
             difference = here - losses
             if float(difference.mean()) <= float(difference.std()) / math.sqrt(len(losses)):
-                return float(here.mean()), index, own
+                return float(here.mean()), index, best_temperature
         return float(losses.mean()), best, temperature
 
     def descend(self, starts: Sequence[tuple[int, float]]) -> tuple[Tensor, float, float]:
@@ -170,17 +170,17 @@ class Search:
             with torch.inference_mode(False), torch.enable_grad():
                 leaf = torch.tensor(values, dtype=torch.float64, requires_grad=True)
                 there = leaf.to(self.table.device)
-                spread = interpolate(self.table, logs.to(there.device), there[:n_priors])
-                value = self.loss(spread, there[-1].exp() if self.fixed is None else self.fixed)
+                variances = interpolate(self.table, logs.to(there.device), there[:n_priors])
+                value = self.loss(variances, there[-1].exp() if self.fixed is None else self.fixed)
                 (slope,) = torch.autograd.grad(value, leaf)
             return float(value.detach()), slope.numpy()
 
-        found = []
+        optima = []
         for index, temperature in dict.fromkeys(starts):
             start = [float(logs[index])] * n_priors + ([math.log(temperature)] if self.fixed is None else [])
             options = {"maxiter": 500, "ftol": 1e-13, "gtol": 1e-9}
-            found.append(minimize(value_and_slope, start, jac=True, method="L-BFGS-B", bounds=bounds, options=options))
-        best = min(found, key=lambda result: result.fun)
+            optima.append(minimize(value_and_slope, start, jac=True, method="L-BFGS-B", bounds=bounds, options=options))
+        best = min(optima, key=lambda result: result.fun)
         if best.status == 1:  # out of iterations
             warn_the_caller(
                 f"The search of prior precisions ended after {best.nit} steps before it was at a minimum: the "

@@ -136,10 +136,10 @@ def most_uncertain_temperature(likelihood: Likelihood, outputs: Tensor, targets:
     start, end = math.log(best.value), math.log(unit_of(best.value) * TEMPERATURES[1])
     values = torch.linspace(start, max(start, end), _STEPS, dtype=torch.float64).tolist()
     last = max([0, *(index for index, value in enumerate(values) if excess(value) <= 0)])
-    found = values[last]
+    logarithm = values[last]
     if last + 1 < len(values):  # it is allowed here, and not at the next value
-        found = brentq(excess, found, values[last + 1], xtol=1e-12) if excess(found) < 0 else found
-    value = math.exp(found)
+        logarithm = brentq(excess, logarithm, values[last + 1], xtol=1e-12) if excess(logarithm) < 0 else logarithm
+    value = math.exp(logarithm)
     return TunedTemperature(value, float(likelihood.loss(outputs / value, targets).mean()))
 
 
@@ -168,8 +168,8 @@ def minimise(loss: Callable[[float], float], unit: float = 1.0) -> tuple[float, 
         unit: From :func:`unit_of`.
     """
     ends = [math.log(unit * end) for end in TEMPERATURES]
-    found = minimize_scalar(lambda log: loss(math.exp(log)), bounds=ends, method="bounded", options={"xatol": 1e-9})
-    best, least = float(found.x), float(found.fun)
+    result = minimize_scalar(lambda log: loss(math.exp(log)), bounds=ends, method="bounded", options={"xatol": 1e-9})
+    best, least = float(result.x), float(result.fun)
     good = least + 1e-12 * abs(least)  # up to rounding
     bad, nearer = math.log(unit), 0.99 * best + 0.01 * math.log(unit)
     if loss(unit) <= good:
@@ -209,5 +209,5 @@ def warn_of_no_evidence(temperature: float) -> None:
 
 def undetermined_in(texts: Sequence[str]) -> list[str]:
     """The quantities that warnings say are not determined, each once."""
-    found = [text.removeprefix(_START).partition(":")[0] for text in texts if text.startswith(_START)]
-    return list(dict.fromkeys(found))
+    quantities = [text.removeprefix(_START).partition(":")[0] for text in texts if text.startswith(_START)]
+    return list(dict.fromkeys(quantities))

@@ -19,22 +19,22 @@ at equal eigenvalues: there the prior precision is one of the grid. The result i
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
-from debiased_laplace import _checks, _data
+from debiased_laplace import _checks
 from debiased_laplace.likelihoods import Likelihood
 from debiased_laplace.network.gradients import Network
 from debiased_laplace.posterior.curve import EMPTY, PriorCurve, check_losses, warn_of_the_edge
-from debiased_laplace.posterior.gaussian import Posterior, standard_normals
+from debiased_laplace.posterior.gaussian import Posterior
 from debiased_laplace.posterior.noise import ALL_ERRORS_ZERO, best_noise, nothing_left
-from debiased_laplace.posterior.predictive import functional_moments, part_variances
-from debiased_laplace.posterior.search import Search, ValidationLoss
+from debiased_laplace.posterior.predictive import functional_moments
+from debiased_laplace.posterior.search import Search
 from debiased_laplace.posterior.temperature import AS_GOOD, temperature_scaling, unit_of, warn_undetermined
+from debiased_laplace.posterior.validation import Validation, exact_loss, losses_on_the_grid, tabulate
 
 SELECTIONS = ("best", "one_standard_error")
 
@@ -66,53 +66,6 @@ class Tuned:
     noise_variance: float | None
     temperature_alone: tuple[float, float]
     undetermined: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Validation:
-    """Validation data, and how predictions are made for them.
-
-    Attributes:
-        network: The model with its blocks.
-        posterior: Its prior precision has no effect.
-        likelihood: What the outputs mean.
-        batches: The data.
-        link: How predictions integrate over the outputs.
-        n_samples: Draws for ``link="mc"``.
-        seed: Their seed.
-        targets_key: Where dictionary-like batches have their targets.
-        progress_bar: Show a tqdm bar.
-    """
-
-    network: Network
-    posterior: Posterior
-    likelihood: Likelihood
-    batches: Iterable[Any]
-    link: str
-    n_samples: int = 100
-    seed: int = 0
-    targets_key: str = "labels"
-    progress_bar: bool = False
-
-    def __iter__(self) -> Iterator[tuple[_data.Inputs, Tensor]]:
-        """Inputs and prepared targets, batch after batch."""
-        stream = _data.labelled(self.batches, self.targets_key)
-        for inputs, targets, _ in tqdm(
-            stream, desc="Validation", unit="batch", disable=not self.progress_bar, leave=False
-        ):  # fmt: skip
-            targets = self.likelihood.prepare_targets(targets, self.network.n_outputs)
-            yield inputs, targets.to(self.network.device)
-
-    def at(self, prior_precisions: Tensor, **changes: Any) -> list[Posterior]:
-        """The posterior with every prior precision ``[R]`` for all parameters."""
-        return [replace(self.posterior, prior_precision=p.reshape(1), **changes) for p in prior_precisions]
-
-    def normals(self) -> Tensor | None:
-        """Draws ``[M, C]`` for ``"mc"``, the same for all candidates and data."""
-        if self.link != "mc":
-            return None
-        shape, generator = (self.n_samples, self.network.n_outputs), torch.Generator().manual_seed(self.seed)
-        return standard_normals(shape, self.posterior.mean, generator)
 
 
 def tune(
@@ -182,7 +135,7 @@ def tune(
         return _with_noise(data, precisions)
     if joint:
         return _joint(data, precisions.unique(), temperature, per_part, selection, fixed)
-    curve, alone = _losses_on_the_grid(data, precisions, fixed)
+    curve, alone = losses_on_the_grid(data, precisions, fixed)
     curve.warn()
     best = torch.tensor([curve.best], dtype=torch.float64)
     undetermined = ("prior precision",) if curve.is_flat else ()
@@ -221,32 +174,6 @@ def _checked(
             f"per_part={per_part} and selection={selection!r}."
         )
     return fixed
-
-
-# -- one prior precision, and nothing beside it ----------------------------------------------------
-
-
-def _losses_on_the_grid(data: Validation, precisions: Tensor, temperature: float) -> tuple[PriorCurve, float]:
-    """Losses of all candidates, summed batch after batch, and that of the network without uncertainty."""
-    candidates, likelihood, normals = data.at(precisions), data.likelihood, data.normals()
-    covariance, noise_variance = likelihood.needs_covariance(data.link), data.posterior.noise_variance
-    total, n = torch.zeros(len(candidates), dtype=torch.float64, device=data.network.device), 0
-    alone = 0.0
-    for inputs, targets in data:
-        mean, covariances = functional_moments(data.network, candidates, inputs, covariance=covariance)
-        losses = likelihood.negative_log_predictive(
-            mean / temperature, covariances / temperature**2, targets, data.link, normals, noise_variance
-        )
-        total += losses.double().sum(-1)
-        certain = likelihood.negative_log_likelihood(mean.double() / temperature, targets, noise_variance)
-        alone += float(certain.sum())
-        n += len(mean)
-    if n == 0:
-        raise ValueError(EMPTY)
-    losses = (total / n).cpu()
-    check_losses(losses)
-    grid = torch.stack([candidate.prior_precision[0] for candidate in candidates]).cpu()
-    return PriorCurve(grid, losses, data.link), alone / n
 
 
 # -- with the noise of the observations ------------------------------------------------------------
@@ -303,7 +230,7 @@ def _joint(
     data: Validation, precisions: Tensor, temperature: bool, per_part: bool, selection: str, fixed: float
 ) -> Tuned:
     covariance = data.likelihood.needs_covariance(data.link)
-    loss, table = _tabulate(data, precisions, per_part)
+    loss, table = tabulate(data, precisions, per_part)
     start = 1.0 if temperature else fixed
     search = Search(loss, table, precisions, start)
     losses = torch.tensor([search.on_the_grid(index, start) for index in range(len(precisions))], dtype=torch.float64)
@@ -334,53 +261,18 @@ def _joint(
     elif selection == "best":
         prior, tau_there, value = search.descend([(best, search.profile(best)[0]), (other, alone[0])])
         if value < least:
-            value = _exact_loss(data, loss, prior, tau_there)
+            value = exact_loss(data, loss, prior, tau_there)
             if value < least:
                 least, priors, tau = value, prior, tau_there
         prior, flat = search.more_uncertain(priors, tau)
         if not torch.equal(prior, priors):
-            value = _exact_loss(data, loss, prior, tau)
+            value = exact_loss(data, loss, prior, tau)
             if value <= least + AS_GOOD:
                 least, priors = value, prior
     assert least <= float(losses.min()) + 2 * AS_GOOD or selection != "best"
     if _warn_of_edges(priors, precisions, data.posterior, per_part, flat):
         undetermined.append("prior precision")
     return Tuned(priors, tau, least, curve, None, alone, tuple(undetermined))
-
-
-def _tabulate(data: Validation, precisions: Tensor, per_part: bool) -> tuple[ValidationLoss, Tensor]:
-    """The loss, and variances ``[R, n_parts, N, C]``, or ``[R, 1, N, C]`` or ``[R, 1, N, C, C]`` of all parts."""
-    candidates, covariance = data.at(precisions), data.likelihood.needs_covariance(data.link)
-    means, tables, targets = [], [], []
-    with torch.inference_mode(False), torch.no_grad():  # the table is differentiated, with respect to where it is read
-        for inputs, of_batch in data:
-            if per_part:
-                mean, table = part_variances(data.network, data.posterior, inputs, precisions)
-            else:
-                mean, table = functional_moments(data.network, candidates, inputs, covariance=covariance)
-                table = table[:, None]
-            means.append(mean)
-            tables.append(table)
-            targets.append(of_batch)
-        if not means:
-            raise ValueError(EMPTY)
-        noise_variance = data.posterior.noise_variance
-        mean = torch.cat(means).double()
-        loss = ValidationLoss(data.likelihood, data.link, data.normals(), noise_variance, mean, torch.cat(targets))
-        return loss, torch.cat(tables, 2)
-
-
-def _exact_loss(data: Validation, loss: ValidationLoss, priors: Tensor, temperature: float) -> float:
-    """Without interpolation, from another pass over the data."""
-    posterior = replace(data.posterior, prior_precision=priors)
-    means, variances, targets = [], [], []
-    for inputs, of_batch in data:
-        mean, variance = functional_moments(data.network, posterior, inputs, covariance=False)
-        means.append(mean)
-        variances.append(variance)
-        targets.append(of_batch)
-    there = replace(loss, mean=torch.cat(means).double(), targets=torch.cat(targets))
-    return float(there(torch.cat(variances).double(), temperature))
 
 
 def _warn_of_edges(

@@ -1,0 +1,124 @@
+"""Validation data: what predictions with candidate prior precisions are for them, and how good they are."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from debiased_laplace import _data
+from debiased_laplace.likelihoods import Likelihood
+from debiased_laplace.network.gradients import Network
+from debiased_laplace.posterior.curve import EMPTY, PriorCurve, check_losses
+from debiased_laplace.posterior.gaussian import Posterior, standard_normals
+from debiased_laplace.posterior.predictive import functional_moments, part_variances
+from debiased_laplace.posterior.search import ValidationLoss
+
+
+@dataclass(frozen=True)
+class Validation:
+    """Validation data, and how predictions are made for them.
+
+    Attributes:
+        network: The model with its blocks.
+        posterior: Its prior precision has no effect.
+        likelihood: What the outputs mean.
+        batches: The data.
+        link: How predictions integrate over the outputs.
+        n_samples: Draws for ``link="mc"``.
+        seed: Their seed.
+        targets_key: Where dictionary-like batches have their targets.
+        progress_bar: Show a tqdm bar.
+    """
+
+    network: Network
+    posterior: Posterior
+    likelihood: Likelihood
+    batches: Iterable[Any]
+    link: str
+    n_samples: int = 100
+    seed: int = 0
+    targets_key: str = "labels"
+    progress_bar: bool = False
+
+    def __iter__(self) -> Iterator[tuple[_data.Inputs, Tensor]]:
+        """Inputs and prepared targets, batch after batch."""
+        stream = _data.labelled(self.batches, self.targets_key)
+        for inputs, targets, _ in tqdm(
+            stream, desc="Validation", unit="batch", disable=not self.progress_bar, leave=False
+        ):  # fmt: skip
+            targets = self.likelihood.prepare_targets(targets, self.network.n_outputs)
+            yield inputs, targets.to(self.network.device)
+
+    def at(self, prior_precisions: Tensor, **changes: Any) -> list[Posterior]:
+        """The posterior with every prior precision ``[R]`` for all parameters."""
+        return [replace(self.posterior, prior_precision=p.reshape(1), **changes) for p in prior_precisions]
+
+    def normals(self) -> Tensor | None:
+        """Draws ``[M, C]`` for ``"mc"``, the same for all candidates and data."""
+        if self.link != "mc":
+            return None
+        shape, generator = (self.n_samples, self.network.n_outputs), torch.Generator().manual_seed(self.seed)
+        return standard_normals(shape, self.posterior.mean, generator)
+
+
+def losses_on_the_grid(data: Validation, precisions: Tensor, temperature: float) -> tuple[PriorCurve, float]:
+    """Losses of all candidates, summed batch after batch, and that of the network without uncertainty."""
+    candidates, likelihood, normals = data.at(precisions), data.likelihood, data.normals()
+    covariance, noise_variance = likelihood.needs_covariance(data.link), data.posterior.noise_variance
+    total, n = torch.zeros(len(candidates), dtype=torch.float64, device=data.network.device), 0
+    alone = 0.0
+    for inputs, targets in data:
+        mean, covariances = functional_moments(data.network, candidates, inputs, covariance=covariance)
+        losses = likelihood.negative_log_predictive(
+            mean / temperature, covariances / temperature**2, targets, data.link, normals, noise_variance
+        )
+        total += losses.double().sum(-1)
+        certain = likelihood.negative_log_likelihood(mean.double() / temperature, targets, noise_variance)
+        alone += float(certain.sum())
+        n += len(mean)
+    if n == 0:
+        raise ValueError(EMPTY)
+    losses = (total / n).cpu()
+    check_losses(losses)
+    grid = torch.stack([candidate.prior_precision[0] for candidate in candidates]).cpu()
+    return PriorCurve(grid, losses, data.link), alone / n
+
+
+def tabulate(data: Validation, precisions: Tensor, per_part: bool) -> tuple[ValidationLoss, Tensor]:
+    """The loss, and variances ``[R, n_parts, N, C]``, or ``[R, 1, N, C]`` or ``[R, 1, N, C, C]`` of all parts."""
+    candidates, covariance = data.at(precisions), data.likelihood.needs_covariance(data.link)
+    means, tables, targets = [], [], []
+    with torch.inference_mode(False), torch.no_grad():  # the table is differentiated, with respect to where it is read
+        for inputs, of_batch in data:
+            if per_part:
+                mean, table = part_variances(data.network, data.posterior, inputs, precisions)
+            else:
+                mean, table = functional_moments(data.network, candidates, inputs, covariance=covariance)
+                table = table[:, None]
+            means.append(mean)
+            tables.append(table)
+            targets.append(of_batch)
+        if not means:
+            raise ValueError(EMPTY)
+        noise_variance = data.posterior.noise_variance
+        mean = torch.cat(means).double()
+        loss = ValidationLoss(data.likelihood, data.link, data.normals(), noise_variance, mean, torch.cat(targets))
+        return loss, torch.cat(tables, 2)
+
+
+def exact_loss(data: Validation, loss: ValidationLoss, priors: Tensor, temperature: float) -> float:
+    """Without interpolation, from another pass over the data."""
+    posterior = replace(data.posterior, prior_precision=priors)
+    means, variances, targets = [], [], []
+    for inputs, of_batch in data:
+        mean, variance = functional_moments(data.network, posterior, inputs, covariance=False)
+        means.append(mean)
+        variances.append(variance)
+        targets.append(of_batch)
+    there = replace(loss, mean=torch.cat(means).double(), targets=torch.cat(targets))
+    return float(there(torch.cat(variances).double(), temperature))
