@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import subprocess
 import sys
+import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -324,3 +327,19 @@ def test_the_model_is_left_alone_and_nothing_of_laplace_torch_is_imported():
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "[]"
+
+
+def test_the_page_about_the_posterior_runs_as_it_stands(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    text = (Path(dl.__file__).parents[1] / "docs" / "posterior.md").read_text()
+    blocks = re.findall(r"^```python\n(.*?)^```$", text, flags=re.DOTALL | re.MULTILINE)
+    assert len(blocks) == 5
+    names: dict[str, Any] = {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for block in blocks:
+            exec(block, names)
+    assert "Laplace posterior of 259 of 259 parameters" in capsys.readouterr().out
+    assert names["samples"].shape == (5, 3)
+    assert names["drawn"].probabilities.sum(1).allclose(torch.ones(5))
+    assert names["layerwise"].posterior.prior_precision.shape == (2,)
