@@ -620,7 +620,7 @@ def test_not_fitted_is_an_attribute_error_too():
 @pytest.mark.parametrize(
     ("arguments", "error", "match"),
     [
-        ({"likelihood": "poisson"}, ValueError, "likelihood out of"),
+        ({"likelihood": "gamma"}, ValueError, "likelihood out of"),
         (
             {"subset_of_weights": "first_layer"},
             ValueError,

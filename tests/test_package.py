@@ -135,6 +135,12 @@ def test_the_base_is_small_and_extras_contain_each_other(declared):
     assert declared["base"] < declared["evaluation"] < declared["all"] < declared["test"]
 
 
+def test_the_readme_names_the_oldest_torch():
+    dependencies = WheelBuilder(str(REPOSITORY)).metadata.core.dependencies
+    oldest = [requirement for requirement in dependencies if requirement.startswith("torch>")]
+    assert [f"`{requirement}`" in (REPOSITORY / "README.md").read_text() for requirement in oldest] == [True]
+
+
 def test_the_evaluation_checks_for_all_of_its_extra(declared, providers):
     checked = set().union(*(providers[name] for name in evaluation._EXTRA))
     assert checked == declared["evaluation"] - declared["base"]

@@ -40,7 +40,9 @@ _NAMES: dict[str, type[Likelihood]] = {
 }
 
 #: Classes by the names that files have for them; :meth:`Likelihood.settings` are the arguments.
-LIKELIHOODS: dict[str, type[Likelihood]] = {kind.__name__: kind for kind in _NAMES.values()}
+LIKELIHOODS: dict[str, type[Likelihood]] = {
+    kind.__name__: kind for kind in list[type[Likelihood]]([*_NAMES.values(), ProfiledGaussian])
+}
 
 
 def resolve_likelihood(likelihood: str | Likelihood) -> Likelihood:

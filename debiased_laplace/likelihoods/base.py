@@ -11,8 +11,6 @@ The link ``"mc"``, samples, their scores and random vectors come with it, and
 :func:`debiased_laplace.testing.check_likelihood` compares what was written with automatic differentiation.
 """
 
-# ruff: noqa: D102 - a method without a docstring has that of the method it overrides
-
 from __future__ import annotations
 
 import math
@@ -288,8 +286,11 @@ class Likelihood(ABC):
         return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in self.settings().items())})"
 
     def settings(self) -> dict[str, Any]:
-        """Arguments that make the same likelihood, for files; those that are at their defaults are left out."""
-        return dict(vars(self))
+        """Arguments that make the same likelihood, for files, without those that are at their defaults.
+
+        Only for the classes in ``LIKELIHOODS``; any other has to be given again when a file is loaded.
+        """
+        return {}
 
 
 class Independent(Likelihood):

@@ -1,7 +1,5 @@
 """Questions that are answered with yes or no: independent sigmoids."""
 
-# ruff: noqa: D102 - a method without a docstring has that of the method it overrides
-
 from __future__ import annotations
 
 import math

@@ -1,7 +1,5 @@
 """Classes: softmax and cross-entropy."""
 
-# ruff: noqa: D102 - a method without a docstring has that of the method it overrides
-
 from __future__ import annotations
 
 import math
@@ -188,6 +186,9 @@ class Categorical(Answers):
 
     def class_outputs(self, outputs: Tensor) -> Tensor:
         return outputs
+
+    def settings(self) -> dict[str, Any]:
+        return dict(vars(self))
 
 
 def _are_soft(targets: Tensor) -> bool:

@@ -1,11 +1,8 @@
 """Any likelihood that is a sum over outputs, from a log density that somebody writes."""
 
-# ruff: noqa: D102 - a method without a docstring has that of the method it overrides
-
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -154,10 +151,6 @@ class Elementwise(Independent):
         if link == "mc":
             return super().negative_log_predictive(mean, covariance, targets, link, normals)
         return _numerics.negative_log_expectation(lambda f: self._losses(f, targets), mean, covariance).sum(-1)
-
-    def settings(self) -> dict[str, Any]:
-        """Functions are not written into files: the likelihood has to be given again."""
-        return {}
 
 
 def _few(values: Tensor) -> str:

@@ -1,10 +1,9 @@
 """Regression with a noise variance beside the network, one number or one for each output."""
 
-# ruff: noqa: D102 - a method without a docstring has that of the method it overrides
-
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -106,6 +105,9 @@ class ProfiledGaussian(Gaussian):
 
     def __init__(self, profile: Tensor) -> None:
         self.profile = profile
+
+    def settings(self) -> dict[str, Any]:
+        return {"profile": self.profile}
 
     def check_targets(self, targets: Tensor, n_outputs: int) -> None:
         """Raise also if there is not one noise for each output."""

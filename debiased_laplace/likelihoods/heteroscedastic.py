@@ -1,7 +1,5 @@
 r"""Regression whose noise the network knows: two outputs for each target."""
 
-# ruff: noqa: D102 - a method without a docstring has that of the method it overrides
-
 from __future__ import annotations
 
 import math

@@ -1,7 +1,5 @@
 """Counts: a Poisson distribution with a rate whose logarithm the network gives."""
 
-# ruff: noqa: D102 - a method without a docstring has that of the method it overrides
-
 from __future__ import annotations
 
 import torch

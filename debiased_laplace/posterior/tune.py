@@ -162,9 +162,11 @@ def _checked(
         options = SELECTIONS[:1] if per_part else SELECTIONS
         raise ValueError(f"Expected selection out of {list(options)} with per_part={per_part}, got {selection!r}.")
     if per_part and likelihood.needs_covariance(link):
+        others = [name for name in likelihood.links if not likelihood.needs_covariance(name)]
+        known = " or ".join(map(repr, others)) or "which this likelihood lacks"
         raise ValueError(
-            "Expected a link_approx that needs variances alone, 'probit', for one prior precision for each part, got "
-            f"{link!r}. Use 'probit', or one for all."
+            f"Expected a link_approx that needs variances alone, {known}, for one prior precision for each part, got "
+            f"{link!r}. Use {'that' if others else 'one prior precision for all'}."
         )
     if noise and not likelihood.has_noise:
         raise ValueError(f"Expected a regression to tune its noise, got {type(likelihood).__name__}.")
