@@ -91,6 +91,12 @@ def from_plain(plain: Any) -> Any:
 #: Where modules went whose dataclasses are in files of earlier versions.
 MOVED = {
     "basis": ("curvature.basis",),
+    "curvature.basis": (
+        "curvature.parts.kronecker",
+        "curvature.parts.identity",
+        "curvature.parts.dense",
+        "curvature.parts.outputwise",
+    ),
     "blocks": ("network.blocks",),
     "posterior": ("posterior.gaussian",),
     "probe": ("fitting.probe",),
@@ -136,6 +142,8 @@ def _construct(name: str, values: dict[str, Any]) -> Any:
     kind = _class(name)
     if kind is None:
         raise ValueError(f"Expected a dataclass of this package, got {name!r}, which is none. {_OTHER_VERSION}")
+    if (upgraded := getattr(kind, "upgraded", None)) is not None:  # from the fields of an earlier version
+        values = upgraded(values)
     fields = [field for field in dataclasses.fields(kind) if field.init]
     known = [field.name for field in fields]
     # A field that has a default may be younger than the file.

@@ -21,7 +21,7 @@ from debiased_laplace.fitting.coverage import coverage
 from debiased_laplace.fitting.fit import fit as fit_posterior
 from debiased_laplace.fitting.fitted import Fit
 from debiased_laplace.likelihoods import LIKELIHOODS, Likelihood, resolve_likelihood
-from debiased_laplace.network.gradients import Network
+from debiased_laplace.network.network import Network
 from debiased_laplace.posterior.certainty import Certainty, certainty_on
 from debiased_laplace.posterior.evidence import maximise_marginal_likelihood, maximise_with_noise
 from debiased_laplace.posterior.gaussian import Posterior

@@ -23,11 +23,13 @@ import torch
 from torch import Tensor, nn
 
 from debiased_laplace import _data
-from debiased_laplace.curvature.basis import Basis, DenseBasis, KroneckerBasis, Part, Projected
+from debiased_laplace.curvature.basis import Basis
+from debiased_laplace.curvature.parts.part import Projected
 from debiased_laplace.curvature.projected import projected_curvatures
 from debiased_laplace.curvature.structures import Structure
 from debiased_laplace.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood
-from debiased_laplace.network.gradients import CurvatureData, Network
+from debiased_laplace.network.gradients import CurvatureData
+from debiased_laplace.network.network import Network
 from debiased_laplace.network.snapshot import in_evaluation_mode
 from debiased_laplace.posterior.gaussian import Posterior
 from debiased_laplace.posterior.predictive import functional_moments, joint_covariance
@@ -176,15 +178,7 @@ def truncate(basis: Basis, fraction: float = 0.5) -> Basis:
     def kept(width: int) -> int:
         return max(1, min(width - 1, round(width * fraction)))
 
-    def cut(part: Part) -> Part:
-        if isinstance(part, KroneckerBasis):
-            outputs, inputs = part.outputs, part.inputs
-            return KroneckerBasis(outputs[..., : kept(outputs.shape[-1])], inputs[..., : kept(inputs.shape[-1])])
-        if isinstance(part, DenseBasis):
-            return DenseBasis(tuple(own[: kept(len(own))] for own in part.columns))
-        return part
-
-    return replace(basis, parts=[cut(part) for part in basis.parts])
+    return replace(basis, parts=[part.truncated(kept) for part in basis.parts])
 
 
 # -- laws ------------------------------------------------------------------------------------------
@@ -612,7 +606,7 @@ def _check_problem(structure: Structure, problem: Problem, tolerance: float) -> 
             (per_part[:1], {}),
             (per_part, {"temperature": 0.7, "noise_variance": 0.3, "prior_mean": 0.2}),
         ]
-        if not any(isinstance(part, KroneckerBasis) for part in basis.parts):
+        if all(part.takes_parameter_priors for part in basis.parts):
             per_parameter = torch.linspace(0.4, 2.0, basis.n_params, dtype=torch.float64, device=network.device)
             priors.append((per_parameter, {"temperature": 0.7}))
         for prior, extra in priors:

@@ -221,7 +221,8 @@ def prepare(
     from debiased_laplace import Categorical, DebiasedLaplace, UniformSampler
     from debiased_laplace.curvature.structures import Diagonal, Kronecker, LowRank
     from debiased_laplace.fitting.fit import fit
-    from debiased_laplace.network.gradients import CurvatureData, Network
+    from debiased_laplace.network.gradients import CurvatureData
+    from debiased_laplace.network.network import Network
     from debiased_laplace.posterior.predictive import functional_moments
     from debiased_laplace.sampling.sample import WeightedData
 

@@ -40,7 +40,8 @@ from debiased_laplace.fitting.fitted import Fit
 from debiased_laplace.fitting.measurement import Measurement
 from debiased_laplace.fitting.stream import Observed, Stream
 from debiased_laplace.likelihoods import Categorical
-from debiased_laplace.network.gradients import CurvatureData, Network
+from debiased_laplace.network.gradients import CurvatureData
+from debiased_laplace.network.network import Network
 from debiased_laplace.posterior.gaussian import Posterior
 from debiased_laplace.posterior.predictive import functional_moments
 from debiased_laplace.posterior.tune import tune

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from debiased_laplace.curvature.structures import Structure
 from debiased_laplace.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood
-from debiased_laplace.network.gradients import CurvatureData, Network
+from debiased_laplace.network.gradients import CurvatureData
+from debiased_laplace.network.network import Network
 from debiased_laplace.sampling.sample import WeightedData
 from tests.networks import Case
 

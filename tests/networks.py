@@ -239,14 +239,61 @@ class MergedImages(nn.Module):
 
 
 class Embedded(nn.Module):
-    """A small embedding (an exact block), averaged."""
+    """An embedding of tokens in any shape, averaged; a token may be padding."""
+
+    def __init__(self, padding_idx: int | None = None) -> None:
+        super().__init__()
+        self.embedding, self.head = nn.Embedding(5, 3, padding_idx), nn.Linear(3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.embedding(x)).reshape(len(x), -1, 3).mean(1))
+
+
+class EmbeddedTwice(nn.Module):
+    """One embedding for two sequences, of which the second comes position by position."""
 
     def __init__(self) -> None:
         super().__init__()
         self.embedding, self.head = nn.Embedding(5, 3), nn.Linear(3, 2)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.head(torch.tanh(self.embedding(x)).mean(1))
+        first, second = self.embedding(x[:, :2].int()), self.embedding(x[:, 2:].T)
+        return self.head(torch.tanh(first.mean(1) * second.sum(0)))
+
+
+class TiedEmbedding(nn.Module):
+    """A language model: the outputs are inner products with the embedding; positions have one too."""
+
+    def __init__(self, vocabulary: int = 3, length: int = 4) -> None:
+        super().__init__()
+        self.tokens, self.positions, self.layer = nn.Embedding(vocabulary, 2), nn.Embedding(length, 2), nn.Linear(2, 2)
+        self.register_buffer("steps", torch.arange(length))
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = torch.tanh(self.layer(self.tokens(x) + self.positions(self.steps))).mean(1)
+        return F.linear(hidden, self.tokens.weight)
+
+
+class Upsampling(nn.Module):
+    """Transposed convolutions."""
+
+    def __init__(self, *layers: nn.Module) -> None:
+        super().__init__()
+        self.layers, self.head = nn.Sequential(*layers), nn.Linear(2, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.layers(x)).flatten(2).square().mean(-1))
+
+
+class TiedConvolution(nn.Module):
+    """An autoencoder whose transposed convolution has the weight of the convolution: an exact block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = nn.Conv1d(1, 2, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv_transpose1d(torch.tanh(self.encoder(x)), self.encoder.weight)[:, 0, :2]
 
 
 class SingleOutput(nn.Module):
@@ -359,6 +406,19 @@ ZOO: dict[str, Case] = {
     **{f"sequence-first-{t}-{p}": Case(lambda t=t, p=p: SequenceFirst(t, p), (2 * t,))
        for t, p in ((3, 0), (3, 2), (4, 0), (6, 1))},
     "embedding": Case(Embedded, (4,), integer=5),
+    "embedding-one-token": Case(Embedded, (), integer=5),
+    "embedding-padding": Case(lambda: Embedded(padding_idx=-2), (2, 3), integer=5),
+    "embedding-twice": Case(EmbeddedTwice, (5,), integer=5),
+    "embedding-tied": Case(TiedEmbedding, (4,), n_outputs=3, integer=3),
+    "transposed-1d": Case(
+        lambda: Upsampling(nn.ConvTranspose1d(2, 4, 3, stride=3, padding=3, output_padding=2, groups=2),
+                           nn.Tanh(), nn.ConvTranspose1d(4, 2, 2, dilation=2, bias=False)), (2, 3),
+    ),
+    "transposed-2d": Case(
+        lambda: Upsampling(nn.ConvTranspose2d(1, 2, (2, 3), stride=(2, 1), padding=(1, 0), dilation=(1, 2))), (1, 3, 2)
+    ),
+    "transposed-3d": Case(lambda: Upsampling(nn.ConvTranspose3d(1, 2, 2, stride=(1, 2, 1), padding=1)), (1, 2, 2, 3)),
+    "transposed-tied": Case(TiedConvolution, (1, 4)),
     "single-output": Case(SingleOutput, (3,), 1),
     "frozen-weight": Case(lambda: frozen(True, False), (3,)),
     "frozen-bias": Case(lambda: frozen(False, True), (3,)),

@@ -30,7 +30,7 @@ from debiased_laplace.curvature.hesscale import hessian_diagonal
 from debiased_laplace.evaluation import evaluate
 from debiased_laplace.evaluation.predictors.baselines import gaussian_predictor, point_predictor
 from debiased_laplace.likelihoods import Likelihood
-from debiased_laplace.network.gradients import Network
+from debiased_laplace.network.network import Network
 from debiased_laplace.quadratic.optim import newton_step
 from debiased_laplace.quadratic.quadratic import Quadratic
 from debiased_laplace.quadratic.spectrum import GGN

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from debiased_laplace.curvature import contractions
-from debiased_laplace.curvature.contractions import Gradients, rotate
+from debiased_laplace.curvature.contractions import FactoredGradients, rotate
 from tests.tolerances import EXACT, FLOAT32, assert_equal
 
 #: N, G, V, O, I, S: one position, few and many positions, few and many vectors, wide and narrow.
@@ -62,7 +62,7 @@ def order(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> st
     """The cheaper order of a contraction, and either of them whatever it costs."""
     if request.param != "by-cost":
         first = request.param == "inputs-first"
-        monkeypatch.setattr(Gradients, "_inputs_first", lambda self, k: first or self._factored)
+        monkeypatch.setattr(FactoredGradients, "_inputs_first", lambda self, k: first or self._factored)
     return request.param
 
 
@@ -73,7 +73,7 @@ every = pytest.mark.parametrize(("name", "shared"), CASES, ids=[n + "-shared" * 
 @every
 def test_rows_are_the_gradients(name, shared, memory):
     inputs, vectors = factors(name, shared)
-    gradients = Gradients(inputs, vectors)
+    gradients = FactoredGradients(inputs, vectors)
     _, groups, _, height, width, _ = SHAPES[name]
     assert gradients.shape == (groups, height, width)
     assert_equal(gradients.rows(), formed(inputs, vectors).flatten(2))
@@ -83,7 +83,7 @@ def test_rows_are_the_gradients(name, shared, memory):
 def test_second_moment(name, shared, memory):
     inputs, vectors = factors(name, shared)
     expected = formed(inputs, vectors).square().sum((0, 1))
-    assert_equal(Gradients(inputs, vectors).second_moment(), expected)
+    assert_equal(FactoredGradients(inputs, vectors).second_moment(), expected)
 
 
 @every
@@ -94,8 +94,8 @@ def test_covariances_and_variances_under_a_grid_of_scales(name, shared, grid, me
     scales = normals(grid, *expected.shape[2:], seed=2).square()
     scales.flatten()[0] = 0.0  # a direction that does not count
     covariances = torch.einsum("nvgoi,rgoi,nwgoi->rnvw", expected, scales, expected)
-    assert_equal(Gradients(inputs, vectors).covariances(scales), covariances)
-    assert_equal(Gradients(inputs, vectors).variances(scales), covariances.diagonal(dim1=2, dim2=3))
+    assert_equal(FactoredGradients(inputs, vectors).covariances(scales), covariances)
+    assert_equal(FactoredGradients(inputs, vectors).variances(scales), covariances.diagonal(dim1=2, dim2=3))
 
 
 def test_variances_take_scales_of_any_sign():
@@ -105,7 +105,7 @@ def test_variances_take_scales_of_any_sign():
         gradients = formed(inputs, vectors)
         scales = normals(2, *gradients.shape[2:], seed=2)
         expected = torch.einsum("nvgoi,rgoi->rnv", gradients.square(), scales)
-        assert_equal(Gradients(inputs, vectors).variances(scales), expected)
+        assert_equal(FactoredGradients(inputs, vectors).variances(scales), expected)
 
 
 @every
@@ -115,8 +115,8 @@ def test_projecting_on_matrices(name, shared, k, memory, order):
     gradients = formed(inputs, vectors)
     columns = normals(k, *gradients.shape[2:], seed=3)
     expected = torch.einsum("nvgoi,kgoi->nvk", gradients, columns)
-    assert_equal(Gradients(inputs, vectors).project(columns), expected)
-    assert_equal(Gradients(inputs, vectors).project(columns.flatten(1)), expected)
+    assert_equal(FactoredGradients(inputs, vectors).project(columns), expected)
+    assert_equal(FactoredGradients(inputs, vectors).project(columns.flatten(1)), expected)
 
 
 @every
@@ -126,7 +126,7 @@ def test_combining_gradients(name, shared, k, memory, order):
     gradients = formed(inputs, vectors)
     coefficients = normals(k, *gradients.shape[:2], seed=4)
     expected = torch.einsum("knv,nvgoi->kgoi", coefficients, gradients)
-    assert_equal(Gradients(inputs, vectors).combine(coefficients), expected)
+    assert_equal(FactoredGradients(inputs, vectors).combine(coefficients), expected)
 
 
 @every
@@ -138,9 +138,9 @@ def test_inner_products_of_all_with_all(name, shared, cuts, memory):
     chunks = inputs.tensor_split(cuts)
     own = [vectors] * len(chunks) if shared else vectors.tensor_split(cuts)
     rows = formed(inputs, vectors).flatten(0, 1).flatten(1)
-    parts = [Gradients(a, g) for a, g in zip(chunks, own, strict=True)]
-    assert_equal(Gradients.gram(parts), rows @ rows.mT)
-    assert_equal(Gradients.gram([part.compact() for part in parts]), rows @ rows.mT)
+    parts = [FactoredGradients(a, g) for a, g in zip(chunks, own, strict=True)]
+    assert_equal(FactoredGradients.gram(parts), rows @ rows.mT)
+    assert_equal(FactoredGradients.gram([part.compact() for part in parts]), rows @ rows.mT)
 
 
 @pytest.mark.parametrize(
@@ -155,7 +155,9 @@ def test_inner_products_of_all_with_all(name, shared, cuts, memory):
 )
 def test_the_cheaper_order_is_taken(k, shape, first):
     n, groups, n_vectors, height, width, positions = shape
-    gradients = Gradients(normals(n, groups, width, positions), normals(n, groups, n_vectors, height, positions))
+    gradients = FactoredGradients(
+        normals(n, groups, width, positions), normals(n, groups, n_vectors, height, positions)
+    )
     assert gradients._inputs_first(k) is first
 
 
@@ -163,7 +165,7 @@ def test_the_cheaper_order_is_taken(k, shape, first):
 def test_the_compact_form_is_the_same(name, shared, memory):
     inputs, vectors = factors(name, shared)
     gradients = formed(inputs, vectors)
-    compact = Gradients(inputs, vectors).compact()
+    compact = FactoredGradients(inputs, vectors).compact()
     columns, coefficients = normals(4, *gradients.shape[2:], seed=3), normals(4, *gradients.shape[:2], seed=4)
     assert_equal(compact.rows(), gradients.flatten(2))
     assert_equal(compact.project(columns), torch.einsum("nvgoi,kgoi->nvk", gradients, columns))
@@ -185,7 +187,7 @@ def test_the_compact_form_is_the_same(name, shared, memory):
 )
 def test_the_form_that_takes_less_memory_is_kept(shape, kept):
     n, groups, n_vectors, height, width, positions = shape
-    whole = Gradients(normals(n, groups, width, positions), normals(n, groups, n_vectors, height, positions))
+    whole = FactoredGradients(normals(n, groups, width, positions), normals(n, groups, n_vectors, height, positions))
     compact = whole.compact()
     assert (compact is whole) is kept
     if not kept:
@@ -196,10 +198,12 @@ def test_the_form_that_takes_less_memory_is_kept(shape, kept):
 def test_the_compact_form_of_vectors_that_are_the_same_for_all_data():
     """One output and one vector: forming is cheaper, and there is one gradient for every datum."""
     inputs, vectors = normals(5, 1, 3, 1), normals(1, 1, 1, 1, 1, seed=1)
-    compact = Gradients(inputs, vectors).compact()
+    compact = FactoredGradients(inputs, vectors).compact()
     assert len(compact.inputs) == len(compact.vectors) == 5
     assert_equal(compact.rows(), formed(inputs, vectors).flatten(2))
-    assert_equal(Gradients.gram([compact]), formed(inputs, vectors).flatten(1) @ formed(inputs, vectors).flatten(1).mT)
+    assert_equal(
+        FactoredGradients.gram([compact]), formed(inputs, vectors).flatten(1) @ formed(inputs, vectors).flatten(1).mT
+    )
 
 
 @pytest.mark.parametrize("complete", [True, False])
@@ -212,8 +216,8 @@ def test_a_rotation_after_the_positions(name, complete, memory):
     by_inputs = torch.linalg.qr(normals(groups, width, width, seed=6)).Q[..., : width - (not complete)]
     expected = torch.einsum("gop,nvgoi,giq->nvgpq", by_outputs, formed(inputs, vectors), by_inputs)
 
-    def gradients() -> Gradients:
-        return Gradients(inputs, vectors, (by_outputs, by_inputs))
+    def gradients() -> FactoredGradients:
+        return FactoredGradients(inputs, vectors, (by_outputs, by_inputs))
 
     scales = normals(2, *expected.shape[2:], seed=2).square()
     columns, coefficients = normals(3, *expected.shape[2:], seed=3), normals(3, *expected.shape[:2], seed=4)
@@ -242,7 +246,7 @@ def test_single_precision(name, shared):
     columns, coefficients = normals(4, *expected.shape[2:], seed=3), normals(4, *expected.shape[:2], seed=4)
     covariances = torch.einsum("nvgoi,rgoi,nwgoi->rnvw", expected, scales, expected)
     rows = expected.flatten(0, 1).flatten(1)
-    own = Gradients(inputs.float(), vectors.float())
+    own = FactoredGradients(inputs.float(), vectors.float())
     for found, reference in [
         (own.second_moment(), expected.square().sum((0, 1))),
         (own.covariances(scales), covariances),
@@ -250,7 +254,7 @@ def test_single_precision(name, shared):
         (own.rows(), expected.flatten(2)),
         (own.project(columns.float()), torch.einsum("nvgoi,kgoi->nvk", expected, columns)),
         (own.combine(coefficients.float()), torch.einsum("knv,nvgoi->kgoi", coefficients, expected)),
-        (Gradients.gram([own]), rows @ rows.mT),
+        (FactoredGradients.gram([own]), rows @ rows.mT),
     ]:
         assert found.dtype == torch.float32
         assert_equal(found.double(), reference, FLOAT32)
@@ -259,11 +263,16 @@ def test_single_precision(name, shared):
 def test_contractions_leave_the_factors_alone(memory):
     inputs, vectors = factors("positions")
     kept = inputs.clone(), vectors.clone()
-    gradients = Gradients(inputs, vectors)
+    gradients = FactoredGradients(inputs, vectors)
     scales = torch.ones(2, *gradients.shape, dtype=torch.float64)
     for contract in (gradients.second_moment, gradients.rows, gradients.compact):
         contract()
-    gradients.covariances(scales), gradients.variances(scales), gradients.project(scales), Gradients.gram([gradients])
+    (
+        gradients.covariances(scales),
+        gradients.variances(scales),
+        gradients.project(scales),
+        FactoredGradients.gram([gradients]),
+    )
     assert torch.equal(inputs, kept[0])
     assert torch.equal(vectors, kept[1])
     assert_equal(scales, torch.ones_like(scales), EXACT)
@@ -272,6 +281,6 @@ def test_contractions_leave_the_factors_alone(memory):
 @pytest.mark.parametrize("name", ["one-position", "positions"])
 def test_projecting_on_nothing(name):
     """A basis without columns: no curvature under priors that differ between parameters."""
-    gradients = Gradients(*factors(name))
+    gradients = FactoredGradients(*factors(name))
     found = gradients.project(torch.zeros(0, *gradients.shape, dtype=torch.float64))
     assert found.shape == (5, 3, 0)

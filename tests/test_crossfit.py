@@ -13,7 +13,8 @@ from debiased_laplace.curvature.structures import Diagonal, Full, Kronecker, Low
 from debiased_laplace.fitting.fit import fit
 from debiased_laplace.fitting.fitted import Fit
 from debiased_laplace.likelihoods import Bernoulli, Categorical, Gaussian
-from debiased_laplace.network.gradients import CurvatureData, Network
+from debiased_laplace.network.gradients import CurvatureData
+from debiased_laplace.network.network import Network
 from debiased_laplace.posterior.predictive import functional_moments
 from debiased_laplace.sampling.sample import SHARED, Sample, WeightedData
 from debiased_laplace.sampling.samplers import PrioritySampler, UniformSampler

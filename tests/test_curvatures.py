@@ -14,7 +14,8 @@ from debiased_laplace.curvature.projected import projected_curvatures
 from debiased_laplace.curvature.structures import Kronecker
 from debiased_laplace.fitting.fit import fit
 from debiased_laplace.likelihoods import Bernoulli, Categorical, Gaussian
-from debiased_laplace.network.gradients import CurvatureData, Network
+from debiased_laplace.network.gradients import CurvatureData
+from debiased_laplace.network.network import Network
 from debiased_laplace.sampling.sample import WeightedData
 from debiased_laplace.testing import check_curvatures, check_projection, dense_basis, dense_ggn, truncate
 from tests.networks import ZOO

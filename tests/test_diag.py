@@ -15,7 +15,7 @@ from debiased_laplace.curvature.structures import Diagonal
 from debiased_laplace.fitting.fit import fit
 from debiased_laplace.fitting.fitted import Fit
 from debiased_laplace.likelihoods import Bernoulli, Categorical, Gaussian
-from debiased_laplace.network.gradients import Network
+from debiased_laplace.network.network import Network
 from debiased_laplace.testing import dense_ggn
 from tests.datasets import LIKELIHOODS, example, measure, targets, valid, weighted
 from tests.networks import ZOO

@@ -13,7 +13,7 @@ from debiased_laplace.curvature.structures.base import group_blocks
 from debiased_laplace.fitting.fit import fit
 from debiased_laplace.likelihoods import Categorical, Gaussian
 from debiased_laplace.network.blocks import unflatten
-from debiased_laplace.network.gradients import Network
+from debiased_laplace.network.network import Network
 from debiased_laplace.testing import dense_basis, dense_ggn
 from tests.datasets import LIKELIHOODS, example, measure, targets, valid
 from tests.networks import ZOO

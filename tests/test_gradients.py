@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import warnings
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,10 +15,13 @@ from debiased_laplace import _data
 from debiased_laplace._checks import NonFiniteError, UnsupportedLayerError
 from debiased_laplace.likelihoods import Categorical
 from debiased_laplace.network.blocks import flatten
-from debiased_laplace.network.gradients import CurvatureData, Network
+from debiased_laplace.network.gradients import CurvatureData
+from debiased_laplace.network.kinds import DENSE
+from debiased_laplace.network.layers import RULES
+from debiased_laplace.network.network import Network
 from debiased_laplace.sampling.sample import WeightedData
 from debiased_laplace.testing import dense_jacobian
-from tests.networks import ZOO, Apply, Case, VisionTransformer
+from tests.networks import ZOO, Apply, Case, TiedEmbedding, VisionTransformer
 from tests.tolerances import EXACT, FLOAT32, assert_equal
 
 N = 4
@@ -30,7 +34,7 @@ def reconstructed(network: Network, inputs, vectors: torch.Tensor, chunk: int = 
     for _, back in factors.backpropagate(vectors, chunk):
         parameters = {}
         for block, g in zip(network.blocks, back, strict=True):
-            a = factors.inputs(block)
+            a = factors.inputs(block).to_dense()
             n, groups, width, shared = a.shape
             assert (groups, width) == (block.groups, block.inputs)
             assert g.shape[:2] == (n, groups)
@@ -70,7 +74,7 @@ def test_separate_biases_give_the_same_gradients(name):
     model, inputs = case.model(), case.inputs(N)
     network = Network.discover(model, inputs, separate_bias=True)
     for block in network.blocks:
-        assert block.kind == "exact" or len(block.parameters) == 1
+        assert block.kind == DENSE or len(block.parameters) == 1
     vectors = torch.ones(1, N, case.n_outputs, dtype=torch.float64)
     assert_equal(reconstructed(network, inputs, vectors), dense_jacobian(model, inputs).sum(1)[None], EXACT)
 
@@ -104,13 +108,17 @@ def test_every_parameter_is_in_exactly_one_block(name):
         ("lone-parameters", {"scale": "exact", "temperature": "exact", "layer": "kronecker", "head": "kronecker"}),
         ("frozen-weight", {"0": "kronecker", "2.bias": "kronecker", "4": "kronecker"}),
         ("frozen-layer", {"0": "kronecker", "4": "kronecker"}),
+        ("embedding", {"embedding.weight": "kronecker", "head": "kronecker"}),
+        ("embedding-tied", {"tokens.weight": "exact", "positions.weight": "exact", "layer": "kronecker"}),
+        ("transposed-1d", {"layers.0": "kronecker", "layers.2.weight": "kronecker", "head": "kronecker"}),
+        ("transposed-tied", {"encoder.weight": "exact", "encoder.bias": "kronecker"}),
         ("attention", {"attention.in_proj_weight": "exact", "attention.in_proj_bias": "exact",
                        "attention.out_proj": "kronecker", "embed": "kronecker", "head": "kronecker"}),
     ],
 )  # fmt: skip
 def test_blocks_are_what_their_layers_call_for(name, kinds):
     network = Network.discover(ZOO[name].model(), ZOO[name].inputs(N))
-    found = {block.name: block.kind for block in network.blocks}
+    found = {block.name: block.kind.name for block in network.blocks}
     if name == "attention":  # torch may call its projection as one layer or as several
         found.pop("attention", None), kinds.pop("attention.in_proj_weight"), kinds.pop("attention.in_proj_bias")
         found = {key: kind for key, kind in found.items() if "in_proj" not in key}
@@ -199,28 +207,24 @@ def discover(model: nn.Module, inputs: torch.Tensor) -> Network:
     return Network.discover(model, inputs)
 
 
-def test_a_large_embedding_is_named_with_the_remedy():
-    model = nn.Sequential(nn.Embedding(2000, 8), nn.Flatten(), nn.Linear(16, 2))
-    match = r"'0.weight' of shape \(2000, 8\).*embedding.*requires_grad_\(False\)"
+def test_a_large_embedding_that_is_tied_is_named_with_the_remedy():
+    model = TiedEmbedding(vocabulary=3000)
+    match = r"'tokens.weight' of shape \(3000, 2\).*EmbeddingCall and LinearCall.*requires_grad_\(False\)"
     with pytest.raises(UnsupportedLayerError, match=match):
-        discover(model, torch.randint(2000, (4, 2)))
-    model[0].requires_grad_(False)
-    assert [block.name for block in discover(model, torch.randint(2000, (4, 2))).blocks] == ["2"]
+        discover(model, torch.randint(3000, (4, 4)))
+    model.tokens.requires_grad_(False)
+    assert [block.name for block in discover(model, torch.randint(3000, (4, 4))).blocks] == [
+        "positions.weight",
+        "layer",
+    ]
 
 
-def test_a_large_transposed_convolution_is_named_with_the_remedy():
-    model = nn.Sequential(nn.ConvTranspose2d(32, 32, 3), nn.Flatten(), nn.Linear(32 * 9, 2))
-    with pytest.raises(UnsupportedLayerError, match=r"'0.weight'.*conv_transpose2d.*requires_grad_\(False\)"):
-        discover(model, torch.randn(3, 32, 1, 1))
-
-
-def test_a_small_transposed_convolution_is_exact():
-    model = nn.Sequential(nn.ConvTranspose2d(2, 2, 2), nn.Tanh(), nn.Flatten(), nn.Linear(8, 2)).double()
-    inputs = torch.randn(N, 2, 1, 1).double()
-    network = discover(model, inputs)
-    assert [block.kind for block in network.blocks] == ["exact", "exact", "kronecker"]
-    vectors = torch.ones(1, N, 2).double()
-    assert_equal(reconstructed(network, inputs, vectors), dense_jacobian(model, inputs).sum(1)[None])
+def test_a_large_embedding_of_positions_is_named_with_the_remedy():
+    """It is the same for all data."""
+    model = TiedEmbedding(length=3000)
+    match = r"'positions.weight' of shape \(3000, 2\).*EmbeddingCall without a dimension for the data"
+    with pytest.raises(UnsupportedLayerError, match=match):
+        discover(model, torch.randint(3, (4, 3000)))
 
 
 def test_a_recurrent_network_is_covered_or_named():
@@ -398,13 +402,13 @@ def test_description_restores_the_network():
 
 def test_a_layer_that_is_misread_is_noticed_before_it_gives_wrong_numbers(monkeypatch):
     """Any rule that is wrong for a model (a new argument of torch, say) is an error, not a wrong posterior."""
-    from debiased_laplace.network import layers
+    rule = RULES[torch.conv1d]
 
-    def without_dilation(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
-        call = layers._convolution(input, weight, bias, stride, padding, dilation, groups)
-        return {**call, "stride": (1,) * len(call["stride"])}
+    def without_strides(input, weight, *rest):
+        arguments = rule(input, weight, *rest)
+        return replace(arguments, settings={**arguments.settings, "stride": (1,) * (weight.ndim - 2)})
 
-    monkeypatch.setitem(layers.RULES, torch.conv1d, without_dilation)
+    monkeypatch.setitem(RULES, torch.conv1d, without_strides)
     with pytest.raises(UnsupportedLayerError, match=r"gradient of '0.weight' could not be reconstructed"):
         Network.discover(ZOO["conv1d"].model(), ZOO["conv1d"].inputs(N))
 

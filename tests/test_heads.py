@@ -19,7 +19,8 @@ from debiased_laplace._checks import UnsupportedLayerError
 from debiased_laplace.curvature.structures import Diagonal, Full, Kronecker, Structure
 from debiased_laplace.fitting.fit import fit
 from debiased_laplace.likelihoods import Gaussian
-from debiased_laplace.network.gradients import Network, match_parameters
+from debiased_laplace.network.network import Network
+from debiased_laplace.network.selection import match_parameters
 from debiased_laplace.posterior.predictive import functional_moments
 from tests.tolerances import assert_equal
 

@@ -10,12 +10,15 @@ from curvlinops import EKFACLinearOperator, KFACLinearOperator
 from torch import nn
 
 from debiased_laplace._checks import NonFiniteError
-from debiased_laplace.curvature.basis import Basis, KroneckerBasis
+from debiased_laplace.curvature.basis import Basis
+from debiased_laplace.curvature.parts.kronecker import KroneckerBasis
 from debiased_laplace.curvature.projected import projected_curvatures
 from debiased_laplace.curvature.structures import Kronecker, KroneckerStatistics
 from debiased_laplace.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood
 from debiased_laplace.network.blocks import flatten
-from debiased_laplace.network.gradients import CurvatureData, Network
+from debiased_laplace.network.gradients import CurvatureData
+from debiased_laplace.network.kinds import DENSE, DIAGONAL_INPUTS, KRONECKER
+from debiased_laplace.network.network import Network
 from debiased_laplace.sampling.sample import WeightedData
 from debiased_laplace.testing import dense_ggn
 from tests.networks import ZOO, Apply
@@ -41,7 +44,8 @@ def dense(network: Network, statistics: KroneckerStatistics) -> torch.Tensor:
     parameters = network.from_vector(identity)
     rows = {}
     for block, a, b in zip(network.blocks, statistics.inputs, statistics.outputs, strict=True):
-        rows.update(block.scatter(b @ block.gather(parameters) @ a))
+        square = a if a.ndim == 3 else torch.diag_embed(a)  # an embedding has the diagonal
+        rows.update(block.scatter(b @ block.gather(parameters) @ square))
     return flatten(rows, network.shapes)
 
 
@@ -64,7 +68,7 @@ def block_diagonal(network: Network, matrix: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize(
     "name", ["mlp", "mlp-no-bias", "batch-norm-1d", "frozen-weight", "frozen-bias", "frozen-layer", "lone-parameters",
-             "embedding", "single-output"]
+             "embedding-one-token", "single-output"]
 )  # fmt: skip
 @pytest.mark.parametrize("likelihood", [Gaussian(), Bernoulli(), Categorical()], ids=lambda x: type(x).__name__)
 def test_one_datum_without_shared_positions_is_exact(name, likelihood):
@@ -74,8 +78,8 @@ def test_one_datum_without_shared_positions_is_exact(name, likelihood):
     data = weighted(case.inputs(1))
     network, statistics = measured(case.model(), data, likelihood)
     ggn = dense_ggn(case.model(), data.inputs, data.weights, likelihood)
-    if name == "embedding":  # four tokens share the head only after the mean; the embedding's block is dense
-        assert [block.kind for block in network.blocks] == ["exact", "kronecker"]
+    if name == "embedding-one-token":
+        assert [block.kind for block in network.blocks] == [DIAGONAL_INPUTS, KRONECKER]
     assert_equal(dense(network, statistics), block_diagonal(network, ggn), EXACT)
 
 
@@ -121,7 +125,7 @@ def test_exact_blocks_are_the_dense_blocks_of_many_data(name):
     network, statistics = measured(case.model(), data, Gaussian())
     ggn = block_diagonal(network, dense_ggn(case.model(), data.inputs, data.weights, Gaussian()))
     found = dense(network, statistics)
-    names = {name for block in network.blocks if block.kind == "exact" for name in block.parameters}
+    names = {name for block in network.blocks if block.kind == DENSE for name in block.parameters}
     exact = torch.cat([torch.full((shape.numel(),), name in names) for name, shape in network.shapes.items()])
     assert bool(exact.any())
     assert_equal(found[exact], ggn[exact], EXACT)

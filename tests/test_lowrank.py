@@ -13,7 +13,8 @@ from debiased_laplace._checks import NonFiniteError
 from debiased_laplace.curvature.structures import Full, Kronecker, LowRank, lanczos, lowrank
 from debiased_laplace.fitting.fit import fit
 from debiased_laplace.likelihoods import Bernoulli, Categorical, Gaussian
-from debiased_laplace.network.gradients import CurvatureData, Network
+from debiased_laplace.network.gradients import CurvatureData
+from debiased_laplace.network.network import Network
 from debiased_laplace.posterior.gaussian import Posterior
 from debiased_laplace.posterior.predictive import functional_moments, joint_covariance
 from debiased_laplace.sampling.sample import WeightedData

@@ -10,7 +10,8 @@ import torch
 
 from debiased_laplace.curvature.structures import Kronecker
 from debiased_laplace.likelihoods import Gaussian
-from debiased_laplace.network.gradients import CurvatureData, Network
+from debiased_laplace.network.gradients import CurvatureData
+from debiased_laplace.network.network import Network
 from debiased_laplace.posterior.gaussian import Posterior, standard_normals
 from debiased_laplace.sampling.sample import WeightedData
 from debiased_laplace.testing import check_basis, check_posterior, dense_posterior_precision, truncate

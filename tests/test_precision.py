@@ -20,7 +20,7 @@ from debiased_laplace.evaluation.predictors.prediction import as_prediction
 from debiased_laplace.evaluation.scores import checks, classification
 from debiased_laplace.laplace_torch.noise import check_profile, profile
 from debiased_laplace.likelihoods import Bernoulli
-from debiased_laplace.network.gradients import Network
+from debiased_laplace.network.network import Network
 from debiased_laplace.quadratic.instruments import alignment
 from debiased_laplace.quadratic.optim import (
     DebiasedNewtonCG,

@@ -11,7 +11,8 @@ import torch
 from debiased_laplace.curvature.structures import Diagonal, Full, Kronecker, LowRank
 from debiased_laplace.fitting.fit import fit
 from debiased_laplace.likelihoods import Gaussian
-from debiased_laplace.network.gradients import CurvatureData, Network
+from debiased_laplace.network.gradients import CurvatureData
+from debiased_laplace.network.network import Network
 from debiased_laplace.posterior.gaussian import Posterior
 from debiased_laplace.posterior.predictive import (
     functional_moments,

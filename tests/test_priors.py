@@ -12,15 +12,20 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from debiased_laplace.curvature import basis as bases
+from debiased_laplace.curvature.basis import Basis
+from debiased_laplace.curvature.parts import kronecker
+from debiased_laplace.curvature.parts.dense import DenseBasis
 from debiased_laplace.curvature.projected import projected_curvatures
 from debiased_laplace.curvature.structures import Diagonal, Full, Kronecker, LowRank, Structure
 from debiased_laplace.fitting.fit import fit
 from debiased_laplace.laplace_torch import DebiasedKronLaplace, DebiasedLaplace, tuning
 from debiased_laplace.laplace_torch.precision import KroneckerPrecision
 from debiased_laplace.likelihoods import Categorical
+from debiased_laplace.network.arrangement import Stacked
 from debiased_laplace.network.blocks import Block
-from debiased_laplace.network.gradients import CurvatureData, Network
+from debiased_laplace.network.gradients import CurvatureData
+from debiased_laplace.network.kinds import DENSE
+from debiased_laplace.network.network import Network
 from debiased_laplace.posterior.evidence import maximise_over_priors
 from debiased_laplace.posterior.gaussian import Posterior
 from debiased_laplace.posterior.predictive import functional_moments, joint_covariance
@@ -194,7 +199,7 @@ def test_joint_blocks_take_a_prior_for_each_tensor_later():
 
 
 def test_a_joint_block_that_is_too_large(monkeypatch):
-    monkeypatch.setattr(bases, "MAX_OUTPUTWISE", 50)
+    monkeypatch.setattr(kronecker, "MAX_OUTPUTWISE", 50)
     joint = DebiasedKronLaplace(normalised("LayerNorm"), "classification", prior_precision=3.0)
     joint.fit(loader())
     with pytest.raises(ValueError, match=r"5 outputs and 4 inputs.*separate_bias=True, biases in blocks of their own"):
@@ -372,9 +377,9 @@ def test_the_evidence_of_all_directions_is_between_the_bounds(name, rank, blocks
 def test_bounds_that_are_attained():
     """All left-out curvatures equal, and as few as there can be."""
     shape = {"w": torch.Size([6])}
-    block = Block("w", ("w",), (shape["w"],), "exact", outputs=6)
+    block = Block("w", ("w",), (shape["w"],), DENSE, Stacked(), outputs=6)
     columns = torch.eye(6, dtype=torch.float64)[:2].reshape(2, 1, 6, 1)
-    basis = bases.Basis([block], shape, [bases.DenseBasis((columns,))])
+    basis = Basis([block], shape, [DenseBasis((columns,))])
     one = torch.ones(1, dtype=torch.float64)
     for left_out, which in (([0.25, 0.25, 0.25, 0.25], 1), ([0.5, 0.5, 0.0, 0.0], 0)):
         posterior = Posterior(

@@ -16,7 +16,7 @@ from debiased_laplace import Quadratic, testing
 from debiased_laplace._checks import NonFiniteError
 from debiased_laplace.curvature.structures import lanczos
 from debiased_laplace.likelihoods import Bernoulli, Categorical, Gaussian
-from debiased_laplace.network.gradients import Network
+from debiased_laplace.network.network import Network
 from debiased_laplace.quadratic import quadratic as module
 from debiased_laplace.quadratic.spectrum import GGN
 from tests.datasets import LIKELIHOODS, targets, valid

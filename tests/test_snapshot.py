@@ -20,7 +20,7 @@ from debiased_laplace import DebiasedLaplace
 from debiased_laplace._checks import UnsupportedLayerError
 from debiased_laplace.likelihoods import Categorical
 from debiased_laplace.network import snapshot
-from debiased_laplace.network.gradients import Network
+from debiased_laplace.network.network import Network
 from debiased_laplace.network.snapshot import ModelChangedError, ModelChangedWarning, Snapshot, in_evaluation_mode
 from debiased_laplace.quadratic.quadratic import Quadratic
 from tests.networks import ZOO

@@ -7,7 +7,8 @@ import torch
 
 from debiased_laplace import GGN, Kronecker, directional_derivatives, testing
 from debiased_laplace.likelihoods import Categorical, Gaussian
-from debiased_laplace.network.gradients import CurvatureData, Network
+from debiased_laplace.network.gradients import CurvatureData
+from debiased_laplace.network.network import Network
 from debiased_laplace.sampling.sample import WeightedData
 from tests.tolerances import assert_equal, assert_unbiased
 

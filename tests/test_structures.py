@@ -9,11 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from debiased_laplace import Single, TwoBatch, UniformSampler
-from debiased_laplace.curvature.basis import Basis, DenseBasis
+from debiased_laplace.curvature.basis import Basis
+from debiased_laplace.curvature.parts.dense import DenseBasis
 from debiased_laplace.curvature.structures import Diagonal, Full, Kronecker, LowRank
 from debiased_laplace.fitting.fit import fit
 from debiased_laplace.likelihoods import Bernoulli, Categorical, Gaussian
-from debiased_laplace.network.gradients import CurvatureData, Network
+from debiased_laplace.network.gradients import CurvatureData
+from debiased_laplace.network.network import Network
 from debiased_laplace.posterior.gaussian import Posterior
 from debiased_laplace.posterior.predictive import functional_moments, joint_covariance, linearized_samples
 from debiased_laplace.testing import (

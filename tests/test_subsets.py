@@ -18,7 +18,9 @@ from debiased_laplace.curvature.structures import Diagonal, Full, Kronecker, Low
 from debiased_laplace.fitting.fit import fit
 from debiased_laplace.fitting.fitted import Fit
 from debiased_laplace.likelihoods import Categorical, Gaussian
-from debiased_laplace.network.gradients import CurvatureData, Network, match_parameters
+from debiased_laplace.network.gradients import CurvatureData
+from debiased_laplace.network.network import Network
+from debiased_laplace.network.selection import match_parameters
 from debiased_laplace.posterior.predictive import (
     functional_moments,
     joint_covariance,
@@ -266,9 +268,9 @@ def test_other_parameters_have_no_graph(name):
     whole = Network.discover(model, inputs)
     network = Network.discover(model, inputs, parameters="last_layer")
     factors = network.factors(inputs)
-    assert {id(leaf) for leaf in leaves(factors._graph_outputs.grad_fn)} == set(network._identities)
-    chosen = network._identities
-    everything = leaves(whole.factors(inputs)._graph_outputs.grad_fn)
+    assert {id(leaf) for leaf in leaves(factors.graph_outputs.grad_fn)} == set(network.identities)
+    chosen = network.identities
+    everything = leaves(whole.factors(inputs).graph_outputs.grad_fn)
     assert len({id(leaf) for leaf in everything}) > len(chosen)
     chunks = CurvatureData(network, fitted(model, name).sample.data, Categorical())
     for chunk in chunks:
@@ -283,8 +285,9 @@ LARGE = """
 import resource, time
 import torch
 from torch import nn
-from debiased_laplace.curvature.basis import Basis, KroneckerBasis
-from debiased_laplace.network.gradients import Network
+from debiased_laplace.curvature.basis import Basis
+from debiased_laplace.curvature.parts.kronecker import KroneckerBasis
+from debiased_laplace.network.network import Network
 from debiased_laplace.posterior.gaussian import Posterior
 from debiased_laplace.posterior.predictive import functional_moments
 

@@ -8,10 +8,11 @@ import pytest
 import torch
 
 from debiased_laplace import testing
-from debiased_laplace.curvature.basis import KroneckerBasis
+from debiased_laplace.curvature.parts.kronecker import KroneckerBasis
 from debiased_laplace.curvature.structures import Diagonal, Full, Isotropic, Kronecker, LowRank
 from debiased_laplace.likelihoods import Bernoulli, Categorical, Gaussian
-from debiased_laplace.network.gradients import CurvatureData, Network
+from debiased_laplace.network.gradients import CurvatureData
+from debiased_laplace.network.network import Network
 from debiased_laplace.posterior.gaussian import Posterior
 from tests.tolerances import EXACT, assert_equal
 

@@ -21,7 +21,7 @@ PROJECTION_MEMORY = {"cpu": 2**24, "accelerator": 2**28}
 
 
 @dataclass(frozen=True)
-class Gradients:
+class FactoredGradients:
     r"""Gradients ``J: [N, V, G, o, i]`` of one block, possibly rotated, :math:`Q_O^\top (\sum_s g_s a_s^\top) Q_I`.
 
     Attributes:
@@ -43,11 +43,30 @@ class Gradients:
             return outputs.shape[0], outputs.shape[2], inputs.shape[2]
         return self.inputs.shape[1], self.vectors.shape[3], self.inputs.shape[2]
 
+    def __len__(self) -> int:
+        """Number of data."""
+        return len(self.inputs)
+
+    @property
+    def n_vectors(self) -> int:
+        """V."""
+        return self.vectors.shape[2]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Precision."""
+        return self.inputs.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the factors are."""
+        return self.inputs.device
+
     @property
     def _factored(self) -> bool:
         return self.inputs.shape[-1] == 1
 
-    def compact(self) -> Gradients:
+    def compact(self) -> FactoredGradients:
         """The same gradients, formed if that takes less memory than their factors (then with one input, ``a = 1``)."""
         _, _, n_vectors, height, positions = self.vectors.shape
         width = self.inputs.shape[2]
@@ -55,19 +74,25 @@ class Gradients:
             return self
         return self.formed()
 
-    def formed(self, dtype: torch.dtype | None = None) -> Gradients:
+    def formed(self, dtype: torch.dtype | None = None) -> FactoredGradients:
         """The same gradients as vectors: one input ``a = 1``, ``[N, 1, V, G * o * i, 1]``; formed, then converted."""
         rows = self.rows().to(dtype or self.inputs.dtype)[:, None, :, :, None]
-        return Gradients(rows.new_ones(len(rows), 1, 1, 1), rows)
+        return FactoredGradients(rows.new_ones(len(rows), 1, 1, 1), rows)
 
-    def scaled(self, factor: float) -> Gradients:
+    def in_precision(self, dtype: torch.dtype) -> FactoredGradients:
+        """The same gradients in another precision; those with several positions are formed first."""
+        if self.inputs.shape[-1] > 1:
+            return self.formed(dtype)
+        return FactoredGradients(self.inputs.to(dtype), self.vectors.to(dtype))
+
+    def scaled(self, factor: float) -> FactoredGradients:
         """The same gradients times a number."""
         return replace(self, vectors=factor * self.vectors)
 
-    def masked(self, mask: Tensor) -> Gradients:
+    def masked(self, mask: Tensor) -> FactoredGradients:
         """The same gradients with zeros where the mask ``[G, o, i]`` is false; formed."""
         formed = self.formed()
-        return Gradients(formed.inputs, formed.vectors * mask.flatten()[:, None])
+        return FactoredGradients(formed.inputs, formed.vectors * mask.flatten()[:, None])
 
     # -- sums of squares along the entries ------------------------------------------------------
 
@@ -99,8 +124,8 @@ class Gradients:
         roots = scales.sqrt()[:, :, None]
         for part, some, formed in self._pieces():
             for covariance, root in zip(covariances, roots, strict=True):
-                own = root[:, :, some]
-                weighted = (formed * own if len(roots) > 1 else formed.mul_(own)).flatten(3)
+                of_outputs = root[:, :, some]
+                weighted = (formed * of_outputs if len(roots) > 1 else formed.mul_(of_outputs)).flatten(3)
                 covariance[part] += (weighted @ weighted.mT).sum(1)
         return covariances
 
@@ -125,8 +150,8 @@ class Gradients:
             return weights @ squares[0].mT if len(squares) == 1 else (squares @ weights[..., None])[..., 0]
         variances = scales.new_zeros(len(scales), len(self.inputs), self.vectors.shape[2])
         for part, some, formed in self._pieces():
-            squares, own = formed.square_().flatten(3), scales[:, :, some].flatten(2)
-            variances[:, part] += torch.einsum("ngvk,rgk->rnv", squares, own)
+            squares, weights = formed.square_().flatten(3), scales[:, :, some].flatten(2)
+            variances[:, part] += torch.einsum("ngvk,rgk->rnv", squares, weights)
         return variances
 
     # -- products of gradients ------------------------------------------------------------------
@@ -182,7 +207,7 @@ class Gradients:
         return result
 
     @staticmethod
-    def gram(parts: Sequence[Gradients]) -> Tensor:
+    def gram(parts: Sequence[FactoredGradients]) -> Tensor:
         """Inner products of all gradients with all others, ``[N * V, N * V]``, data of all parts one after the other.
 
         With one position, the elementwise product of two small Gram matrices; otherwise gradients are formed for
@@ -224,7 +249,7 @@ class Gradients:
 
     @property
     def _memory(self) -> int:
-        return PROJECTION_MEMORY["cpu" if self.inputs.device.type == "cpu" else "accelerator"]
+        return projection_memory(self.device)
 
     def _slices(self, k: int) -> Iterator[slice]:
         """Data at a time for ``[n, G, k, o, S]`` within the memory."""
@@ -262,6 +287,11 @@ class Gradients:
                 yield part, some, buffer.view(shape)
 
 
+def projection_memory(device: torch.device) -> int:
+    """Bytes of formed gradients at a time on a device."""
+    return PROJECTION_MEMORY["cpu" if device.type == "cpu" else "accelerator"]
+
+
 def many_scales(scales: Tensor, n_vectors: int) -> bool:
     """Whether there are more of them than pairs of vectors for each vector, so that pairs are the cheaper order."""
     return 2 * len(scales) > n_vectors + 1
@@ -276,7 +306,7 @@ def covariances_of_rows(rows: Tensor, scales: Tensor) -> Tensor:
     n, n_vectors, _ = rows.shape
     first, second = torch.triu_indices(n_vectors, n_vectors, device=rows.device)
     upper = torch.cat(
-        [(own[:, first] * own[:, second]) @ scales.mT for own in rows.split(max(1, n // n_vectors))]
+        [(some[:, first] * some[:, second]) @ scales.mT for some in rows.split(max(1, n // n_vectors))]
     ).permute(2, 0, 1)
     covariances = rows.new_empty(len(scales), n, n_vectors, n_vectors)
     covariances[:, :, first, second] = covariances[:, :, second, first] = upper

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from debiased_laplace import _checks
 from debiased_laplace.curvature.basis import Basis
-from debiased_laplace.network.gradients import Network, WeightedFactors
+from debiased_laplace.network.gradients import WeightedFactors
+from debiased_laplace.network.network import Network
 
 
 def projected_curvatures(network: Network, basis: Basis, data: Iterable[WeightedFactors]) -> Tensor:

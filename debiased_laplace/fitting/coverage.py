@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from debiased_laplace.curvature.basis import DenseBasis, IdentityBasis
 from debiased_laplace.fitting.fitted import Fit
 
 
@@ -18,15 +17,8 @@ def coverage(fitted: Fit, subset: str = "all") -> str:
     rows, total = [("block", "parameters", "curvature", "size", "")], 0
     for part, members in zip(basis.parts, basis.members, strict=True):
         blocks = [network.blocks[index] for index in members]
-        first, kind = blocks[0], blocks[0].kind
-        shape = f"{first.inputs} x {first.outputs}" if kind == "kronecker" else f"dense {first.size}"
-        if first.groups > 1:
-            shape = f"{first.groups} groups of {shape}"
-        if isinstance(part, IdentityBasis):
-            kind, shape = "prior alone" if without_curvature else "diagonal", ""
-        elif isinstance(part, DenseBasis):
-            kind = "full" if part.complete else "low rank"
-            shape = f"dense {part.n_params}" if part.complete else f"{part.rank} directions"
+        kind, shape = part.describe(blocks)
+        kind = "prior alone" if without_curvature else kind
         names = ", ".join(name for block in blocks for name in block.parameters)
         masks = [network.free_entries(block) for block in blocks]
         size = sum(

@@ -25,7 +25,8 @@ from debiased_laplace.fitting.settings import FitSettings
 from debiased_laplace.fitting.stream import Observed, Stream, mean_loss
 from debiased_laplace.fitting.update import updated_curvature
 from debiased_laplace.likelihoods import Likelihood
-from debiased_laplace.network.gradients import CurvatureData, Network
+from debiased_laplace.network.gradients import CurvatureData
+from debiased_laplace.network.network import Network
 from debiased_laplace.network.snapshot import Snapshot
 from debiased_laplace.posterior.gaussian import Posterior
 from debiased_laplace.sampling.sample import Sample

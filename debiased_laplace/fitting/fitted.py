@@ -14,7 +14,7 @@ from torch.utils import _pytree
 from debiased_laplace import _checks, _store
 from debiased_laplace.fitting.probe import Probe
 from debiased_laplace.fitting.stream import Observed
-from debiased_laplace.network.gradients import Network
+from debiased_laplace.network.network import Network
 from debiased_laplace.network.snapshot import ModelChangedError, ModelChangedWarning, Snapshot
 from debiased_laplace.posterior.gaussian import Posterior
 from debiased_laplace.sampling.sample import Sample

@@ -29,7 +29,8 @@ from debiased_laplace.curvature.projected import projected_curvatures
 from debiased_laplace.curvature.structures import Structure
 from debiased_laplace.fitting.checkpoint import Progress
 from debiased_laplace.fitting.stream import Observed
-from debiased_laplace.network.gradients import CurvatureData, Network
+from debiased_laplace.network.gradients import CurvatureData
+from debiased_laplace.network.network import Network
 from debiased_laplace.posterior.temperature import warn_the_caller
 from debiased_laplace.sampling.sample import SHARED, Sample
 from debiased_laplace.sampling.splits import Round, Split

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from debiased_laplace import _data, _store
-from debiased_laplace.network.gradients import Network
+from debiased_laplace.network.network import Network
 
 #: Data that a probe has.
 N_DATA = 2

@@ -12,7 +12,9 @@ from torch import Tensor
 from debiased_laplace import _checks, _data, _store
 from debiased_laplace.curvature.structures import Kronecker, Structure
 from debiased_laplace.fitting.fitted import Fit
-from debiased_laplace.network.gradients import CURVATURES, Network, match_parameters
+from debiased_laplace.network.gradients import CURVATURE_VECTORS
+from debiased_laplace.network.network import Network
+from debiased_laplace.network.selection import match_parameters
 from debiased_laplace.network.snapshot import Snapshot
 from debiased_laplace.sampling.samplers import PrioritySampler, Sampler, UniformSampler
 from debiased_laplace.sampling.splits import CrossFit, Single, Split
@@ -45,7 +47,7 @@ class FitSettings:
             the stream is taken for a random part, all of whose data stand for others too. With an earlier fit to add
             to, of the training set that is added.
         separate_bias: Give biases blocks of their own.
-        feature_reduction: Of a last layer, :meth:`~debiased_laplace.network.gradients.Network.reduced`.
+        feature_reduction: Of a last layer, :meth:`~debiased_laplace.network.network.Network.reduced`.
         chunk_size: Data at a time; bounded by memory by default.
         targets_key: Where dictionary-like batches have their targets.
         max_batches: End the pass over the data after so many, of a stream without an end.
@@ -82,8 +84,8 @@ class FitSettings:
             object.__setattr__(self, "structure", Kronecker())
         if self.estimator not in ESTIMATORS:
             raise ValueError(f"Expected an estimator out of {list(ESTIMATORS)}, got {self.estimator!r}.")
-        if self.curvature not in CURVATURES:
-            raise ValueError(f"Expected a curvature out of {list(CURVATURES)}, got {self.curvature!r}.")
+        if self.curvature not in CURVATURE_VECTORS:
+            raise ValueError(f"Expected a curvature out of {list(CURVATURE_VECTORS)}, got {self.curvature!r}.")
         _checks.chunk_size(self.chunk_size)
         _checks.whole(self.mc_samples, "mc_samples", otherwise="None (exact) or 'auto'")
         _checks.whole(self.n_data, "n_data", otherwise="None for those that are seen")

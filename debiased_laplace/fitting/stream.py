@@ -12,7 +12,7 @@ from torch import Tensor
 from debiased_laplace import _data
 from debiased_laplace.curvature.structures import Structure
 from debiased_laplace.likelihoods import Likelihood
-from debiased_laplace.network.gradients import Network
+from debiased_laplace.network.network import Network
 from debiased_laplace.sampling.sample import Sample
 
 #: Data at the start of a stream that a structure observes at all positions of its layers. Then every WINDOW of data is

@@ -21,7 +21,8 @@ from debiased_laplace.curvature.basis import Basis
 from debiased_laplace.curvature.projected import projected_curvatures
 from debiased_laplace.curvature.structures import Structure
 from debiased_laplace.fitting.fitted import Fit
-from debiased_laplace.network.gradients import CurvatureData, Network
+from debiased_laplace.network.gradients import CurvatureData
+from debiased_laplace.network.network import Network
 
 
 def updated_curvature(

@@ -50,7 +50,7 @@ from debiased_laplace.laplace_torch.settings import (
     prior_mean as checked_prior_mean,
 )
 from debiased_laplace.likelihoods import Categorical, Likelihood, resolve_likelihood
-from debiased_laplace.network.gradients import Network
+from debiased_laplace.network.network import Network
 from debiased_laplace.network.snapshot import Snapshot
 from debiased_laplace.posterior.curve import PriorCurve
 from debiased_laplace.posterior.gaussian import Posterior

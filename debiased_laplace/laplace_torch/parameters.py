@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from debiased_laplace.network.gradients import matching
+from debiased_laplace.network.selection import matching
 from debiased_laplace.network.snapshot import aliases_of
 
 SUBSETS = ("all", "last_layer", "subnetwork")

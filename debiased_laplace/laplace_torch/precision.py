@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
-from typing import Any
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from debiased_laplace.curvature.basis import Basis, KroneckerBasis, OutputwiseBasis, Part, differ
+from debiased_laplace.curvature.basis import Basis
 from debiased_laplace.posterior.gaussian import Posterior
 
 
@@ -38,7 +37,7 @@ class KroneckerPrecision:
         parts, eigenvalues = [], []
         curvatures = basis.split(posterior.scale * posterior.curvatures.double())
         for index, (part, scaled) in enumerate(zip(basis.parts, curvatures, strict=True)):
-            turned, values = _eigenform(part, scaled, priors[index])
+            turned, values = part.eigenform(scaled, [priors[index]])
             parts.append(turned)
             eigenvalues.append(values)
         own_basis = replace(basis, parts=parts)
@@ -76,7 +75,7 @@ class KroneckerPrecision:
 
     def diag(self, exponent: float = 1) -> Tensor:
         r"""Diagonal of :math:`P^e`, ``[D]``; costs no more than one product with a vector."""
-        squared = replace(self.basis, parts=[_squared(part) for part in self.basis.parts])
+        squared = replace(self.basis, parts=[part.squared() for part in self.basis.parts])
         return squared.lift(self.eigenvalues.pow(exponent).to(self.dtype))
 
     def to_matrix(self, exponent: float = 1) -> Tensor:
@@ -87,25 +86,3 @@ class KroneckerPrecision:
     def detach(self) -> KroneckerPrecision:
         """The same without gradients."""
         return replace(self, eigenvalues=self.eigenvalues.detach())
-
-
-def _eigenform(part: Any, curvatures: Tensor, prior: Tensor) -> tuple[Part, Tensor]:
-    r"""Orthonormal eigenvectors and eigenvalues of :math:`U \mathrm{diag}(\beta\lambda) U^\top + \Delta` of a block."""
-    if not differ([prior]):
-        return part, curvatures + prior.flatten()[0]
-    if prior.shape[-1] == 1:  # dense
-        matrix = (part.outputs.double() * curvatures.mT) @ part.outputs.double().mT + torch.diag_embed(prior[..., 0])
-        values, vectors = torch.linalg.eigh(matrix)
-        return KroneckerBasis(vectors, part.inputs.double()), values[..., None]
-    inputs = part.inputs.double()[:, None]
-    matrices = (inputs * curvatures[:, :, None, :]) @ inputs.mT + torch.diag_embed(prior[:, :1])
-    values, vectors = torch.linalg.eigh(matrices)
-    return OutputwiseBasis(part.outputs.double(), vectors), values
-
-
-def _squared(part: Any) -> Any:
-    """A basis part with the squares of its factors: lifting with it gives diagonals."""
-    squares = {
-        f.name: getattr(part, f.name).square() for f in fields(part) if isinstance(getattr(part, f.name), Tensor)
-    }
-    return replace(part, **squares)

@@ -20,7 +20,7 @@ from debiased_laplace.laplace_torch.parameters import Selection, restrict
 from debiased_laplace.laplace_torch.settings import plain
 from debiased_laplace.likelihoods import square_root
 from debiased_laplace.network.forward_mode import PlainAttention, jvp
-from debiased_laplace.network.gradients import Network
+from debiased_laplace.network.network import Network
 from debiased_laplace.network.snapshot import Snapshot
 from debiased_laplace.posterior.gaussian import Posterior, standard_normals
 from debiased_laplace.posterior.predictive import (

@@ -10,11 +10,10 @@ import torch
 from laplace.curvature import EFInterface, GGNInterface
 from torch import Tensor
 
-from debiased_laplace.curvature.basis import KroneckerBasis
 from debiased_laplace.curvature.structures import Diagonal, Full, Isotropic, Kronecker, LowRank, Structure
 from debiased_laplace.fitting.fitted import Fit
 from debiased_laplace.laplace_torch.parameters import embed
-from debiased_laplace.network.gradients import FEATURE_REDUCTIONS
+from debiased_laplace.network.reduction import FEATURE_REDUCTIONS
 from debiased_laplace.posterior.gaussian import Posterior
 
 STRUCTURES: dict[str, type[Structure]] = {
@@ -112,7 +111,7 @@ def prior_of_the_posterior(prior: Tensor, fitted: Fit) -> Tensor:
     """
     basis, free = fitted.posterior.basis, fitted.network.free
     sizes = [shape.numel() for shape in basis.shapes.values()]
-    length, n_parts, mixed = len(prior), len(basis.parts), isinstance(basis.parts[0], KroneckerBasis)
+    length, n_parts, mixed = len(prior), len(basis.parts), not all(p.takes_parameter_priors for p in basis.parts)
     n_chosen = sum(sizes) if free is None else int(free.sum())
     # One for each part where the parts are the tensors, in their order.
     if length == len(sizes) > 1 and (length != n_parts or basis.groups is not None):

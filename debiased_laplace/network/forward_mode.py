@@ -76,21 +76,21 @@ def jvp(
     except NotImplementedError:
         if forward_only:
             raise
-        return _twice_back(function, at, along)
+        return _jvp_of_vjp(function, at, along)
 
 
-def _twice_back(
+def _jvp_of_vjp(
     function: Callable[[dict[str, Tensor]], Tensor], at: dict[str, Tensor], along: dict[str, Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """The derivative as the transpose of the pullback of a vector, which is linear in the vector."""
+    r"""The same by two backward passes: :math:`J d` is the derivative of :math:`d^\top J^\top w` in w."""
     wanted = torch.is_grad_enabled()
     with torch.enable_grad():
         leaves = {name: p.detach().requires_grad_() for name, p in at.items()}
         value = function(leaves)
         w = torch.zeros_like(value).requires_grad_()
-        pulled = torch.autograd.grad(value, list(leaves.values()), w, create_graph=True, materialize_grads=True)
+        vjp = torch.autograd.grad(value, list(leaves.values()), w, create_graph=True, materialize_grads=True)
         (tangent,) = torch.autograd.grad(
-            pulled, w, [along[name] for name in leaves], create_graph=wanted, materialize_grads=True
+            vjp, w, [along[name] for name in leaves], create_graph=wanted, materialize_grads=True
         )
     return (value, tangent) if wanted else (value.detach(), tangent)
 

@@ -8,7 +8,7 @@ multi-head attention. Gradient edges point at the value before an in-place activ
 from __future__ import annotations
 
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree
 
-from debiased_laplace.network.layers import RULES, Call, Layout
+from debiased_laplace.network.layers import RULES, Arguments, Call, Layout
 
 _NO_OVERRIDES = {
     name: lambda *_: False for name in ("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic")
@@ -39,6 +39,7 @@ class Recorder(TorchFunctionMode):
     """Records the calls that use trainable parameters, in the order of the forward pass."""
 
     names: dict[int, str]  # of the trainable parameters, by identity
+    known: Collection[str] | None = None  # classes of calls that are recorded; None for all
     calls: list[Call] = field(default_factory=list)
     elsewhere: dict[str, str] = field(default_factory=dict)  # parameter -> function that no rule covers
 
@@ -52,43 +53,46 @@ class Recorder(TorchFunctionMode):
         used = [leaf for leaf in _pytree.tree_leaves((args, kwargs)) if id(leaf) in self.names]
         if not used:
             return func(*args, **kwargs)
-        if isinstance(func, types.FunctionType) and func.__module__ == "torch.nn.functional":
+        rule = RULES.get(func)
+        if rule is None and isinstance(func, types.FunctionType) and func.__module__ == "torch.nn.functional":
             with self:
                 return seen_inside(func)(*args, **kwargs)
+        arguments = rule(*args, **kwargs) if rule else None  # before it runs: a rule may refuse them
         result = func(*args, **kwargs)
         if any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in _pytree.tree_leaves(result)):
-            rule = RULES.get(func)
-            call = rule(*args, **kwargs) if rule else None
             if isinstance(result, Tensor) and result._is_view():
                 # An in-place activation would replace the history of a view, and its edge would see nothing.
                 result = result.clone()
-            if call is None or not self._record(call, used, result):
+            if arguments is None or not self._record(arguments, used, result):
                 function = getattr(func, "__name__", str(func))
                 self.elsewhere.update({self.names[id(leaf)]: function for leaf in used})
         return result
 
-    def _record(self, call: dict[str, Any], used: list[Tensor], result: Tensor) -> bool:
-        kind, weight, bias, input = (call.pop(key) for key in ("kind", "weight", "bias", "input"))
+    def _record(self, arguments: Arguments, used: list[Tensor], result: Tensor) -> bool:
+        weight, bias = arguments.weight, arguments.bias
         slots = {id(argument) for argument in (weight, bias) if argument is not None}
         if any(id(leaf) not in slots for leaf in used):
             return False  # a parameter in the place of the input
-        if kind.exact and id(weight) not in self.names:
-            weight = None  # frozen: its gradient is not part of the factor
-        self.calls.append(
-            kind(
-                weight=weight,
-                bias=bias if id(bias) in self.names else None,
-                input=input.detach(),
-                output_shape=result.shape,
-                edge=torch.autograd.graph.get_gradient_edge(result),
-                version=input._version,
-                **call,
+        if not arguments.keeps_frozen_weight and id(weight) not in self.names:
+            weight = None
+        if self.known is None or arguments.call.__name__ in self.known:
+            self.calls.append(
+                arguments.call(
+                    weight=weight,
+                    bias=bias if id(bias) in self.names else None,
+                    input=arguments.input.detach(),
+                    output_shape=result.shape,
+                    edge=torch.autograd.graph.get_gradient_edge(result),
+                    version=arguments.input._version,
+                    **arguments.settings,
+                )
             )
-        )
         return True
 
 
-def find_layouts(outputs: Tensor, calls: list[Call], names: list[tuple[str | None, str | None]]) -> list[Layout | None]:
+def find_layouts(
+    outputs: Tensor, calls: Sequence[Call], names: Sequence[tuple[str | None, str | None]], constant: Sequence[bool]
+) -> list[Layout | None]:
     """Find the data in every call's output: what the outputs of a datum depend on must belong to that datum.
 
     Every datum is looked at, since one alone can be ambiguous: of three data at three positions, the first
@@ -98,6 +102,7 @@ def find_layouts(outputs: Tensor, calls: list[Call], names: list[tuple[str | Non
         outputs: ``[N, C]``, with the graph of the forward pass.
         calls: The calls of that forward pass.
         names: For every call, the names of its weight and bias.
+        constant: For every call, whether its output is as large for fewer data: then it is the same for all of them.
 
     Returns:
         The layout of every call; None for one whose output has no dimension for the data.
@@ -112,8 +117,8 @@ def find_layouts(outputs: Tensor, calls: list[Call], names: list[tuple[str | Non
     edges = [call.edge for call in calls]
     gradients = [torch.autograd.grad(outputs, edges, v, retain_graph=True, allow_unused=True) for v in vectors]
     layouts: list[Layout | None] = []
-    for call, pair, of_data in zip(calls, names, zip(*gradients, strict=True), strict=True):
-        possible = Layout.candidates(call.output_shape, n, call.n_trailing)
+    for call, pair, of_data, is_constant in zip(calls, names, zip(*gradients, strict=True), constant, strict=True):
+        possible = [] if is_constant else Layout.candidates(call.output_shape, n, call.n_trailing)
         consistent = [
             layout for layout in possible
             if all(

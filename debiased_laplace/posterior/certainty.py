@@ -22,7 +22,7 @@ from scipy.stats import chi2, norm
 from torch import Tensor
 
 from debiased_laplace.likelihoods import Likelihood
-from debiased_laplace.network.gradients import Network
+from debiased_laplace.network.network import Network
 from debiased_laplace.posterior.gaussian import Posterior, standard_normals
 from debiased_laplace.posterior.leave_one_out import leave_one_out
 from debiased_laplace.posterior.predictive import functional_moments

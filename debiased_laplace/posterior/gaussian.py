@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from debiased_laplace import _checks
-from debiased_laplace.curvature.basis import Basis, DenseBasis
+from debiased_laplace.curvature.basis import Basis
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ class Posterior:
         if self.coordinates is not None:
             return self
         if self.fixed is not None and len(self.prior_precision) in (1, len(basis.parts)):
-            if all(isinstance(part, DenseBasis) for part in basis.parts):
+            if all(part.zero_where_fixed for part in basis.parts):
                 return replace(self, coordinates=(~self.fixed).double(), fixed=None)
         if len(prior) in (1, len(basis.parts)):
             return self

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from debiased_laplace.likelihoods import Likelihood
-from debiased_laplace.network.gradients import Network
+from debiased_laplace.network.network import Network
 from debiased_laplace.posterior.gaussian import Posterior, standard_normals
 from debiased_laplace.posterior.predictive import functional_moments, linearized_samples, weight_samples
 

@@ -20,12 +20,14 @@ import torch
 from torch import Tensor
 
 from debiased_laplace import _checks, _data
-from debiased_laplace.curvature.basis import Basis, DenseBasis, DenseProjection, Projected
-from debiased_laplace.curvature.contractions import Gradients
+from debiased_laplace.curvature.basis import Basis
+from debiased_laplace.curvature.block_gradients import BlockGradients
+from debiased_laplace.curvature.parts.part import Projected
 from debiased_laplace.likelihoods import unit_vectors
 from debiased_laplace.network.blocks import unflatten
 from debiased_laplace.network.forward_mode import PlainAttention, jvp
-from debiased_laplace.network.gradients import CHUNK_MEMORY, Network
+from debiased_laplace.network.gradients import CHUNK_MEMORY
+from debiased_laplace.network.network import Network
 from debiased_laplace.posterior.gaussian import Posterior
 
 
@@ -136,10 +138,10 @@ def _part_spreads(
     _checks.chunk_size(chunk_size)
     if chunk_size is None:
         shared = network.is_head and not covariance  # its unit vectors are the same for all data
-        dense = any(isinstance(part, DenseBasis) for basis in bases for part in basis.parts)
+        dense = any(part.forms_gradients for basis in bases for part in basis.parts)
         chunk_size = network.chunk_size(CHUNK_MEMORY, 0 if shared else network.n_outputs, formed=dense, inputs=inputs)
 
-    def contracted(which: int, projections: Iterator[tuple[Projected, list[Gradients]]]) -> Iterator[Tensor]:
+    def contracted(which: int, projections: Iterator[tuple[Projected, list[BlockGradients]]]) -> Iterator[Tensor]:
         for index, (projected, raw) in enumerate(projections):
             contract = projected.covariances if covariance else projected.variances
             own, of_prior = scales[which][index], priors[which]
@@ -227,7 +229,7 @@ def weight_samples(network: Network, mean: Tensor, deviations: Tensor, inputs: _
 
 def _project(
     network: Network, bases: Sequence[Basis], inputs: _data.Inputs
-) -> tuple[Tensor, Iterator[Iterator[tuple[Projected, list[Gradients]]]]]:
+) -> tuple[Tensor, Iterator[Iterator[tuple[Projected, list[BlockGradients]]]]]:
     """Outputs, and for every basis part after part the projected unit vectors.
 
     With them come the raw ones of its blocks where a part is incomplete. One forward pass and one set of backward
@@ -236,17 +238,12 @@ def _project(
     factors = network.factors(inputs)
     vectors = factors.backpropagate_all(unit_vectors(factors.outputs))
 
-    def parts(basis: Basis, last: bool) -> Iterator[tuple[Projected, list[Gradients]]]:
-        for part, own in zip(basis.parts, basis.members, strict=True):
-            a, g = [factors.inputs(network.blocks[i]) for i in own], [vectors[i] for i in own]
-            for i in own if last else ():
+    def parts(basis: Basis, last: bool) -> Iterator[tuple[Projected, list[BlockGradients]]]:
+        for part, members in zip(basis.parts, basis.members, strict=True):
+            a, g = [factors.inputs(network.blocks[i]) for i in members], [vectors[i] for i in members]
+            for i in members if last else ():
                 vectors[i] = vectors[i].new_empty(0)
             projected = part.project_gradients(part.prepare_inputs(a, g[0].shape[2]), g, unit=network.is_head)
-            raw: list[Gradients] = []
-            if isinstance(projected, DenseProjection):
-                raw = projected.gradients
-            elif not part.complete:
-                raw = [Gradients(*factors) for factors in zip(a, g, strict=True)]
-            yield projected, raw
+            yield projected, part.unprojected(projected, a, g)
 
     return factors.outputs.to(network.dtype), (parts(basis, basis is bases[-1]) for basis in bases)

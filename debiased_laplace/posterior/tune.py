@@ -27,7 +27,7 @@ from torch import Tensor
 
 from debiased_laplace import _checks
 from debiased_laplace.likelihoods import Likelihood
-from debiased_laplace.network.gradients import Network
+from debiased_laplace.network.network import Network
 from debiased_laplace.posterior.curve import EMPTY, PriorCurve, check_losses, warn_of_the_edge
 from debiased_laplace.posterior.gaussian import Posterior
 from debiased_laplace.posterior.noise import ALL_ERRORS_ZERO, best_noise, nothing_left

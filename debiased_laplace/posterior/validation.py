@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from debiased_laplace import _data
 from debiased_laplace.likelihoods import Likelihood
-from debiased_laplace.network.gradients import Network
+from debiased_laplace.network.network import Network
 from debiased_laplace.posterior.curve import EMPTY, PriorCurve, check_losses
 from debiased_laplace.posterior.gaussian import Posterior, standard_normals
 from debiased_laplace.posterior.predictive import functional_moments, part_variances

@@ -29,7 +29,8 @@ from debiased_laplace.curvature.structures.lowrank import is_nonzero
 from debiased_laplace.likelihoods import Likelihood, resolve_likelihood
 from debiased_laplace.network.blocks import flatten
 from debiased_laplace.network.forward_mode import PlainAttention, jvp
-from debiased_laplace.network.gradients import Network, match_parameters
+from debiased_laplace.network.network import Network
+from debiased_laplace.network.selection import match_parameters
 from debiased_laplace.network.snapshot import Snapshot
 from debiased_laplace.quadratic.spectrum import GGN, DirectionalDerivatives
 

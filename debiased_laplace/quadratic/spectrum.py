@@ -18,13 +18,15 @@ import torch
 from torch import Tensor, nn
 
 from debiased_laplace import _checks, _data
-from debiased_laplace.curvature.basis import Basis, DenseBasis
+from debiased_laplace.curvature.basis import Basis
+from debiased_laplace.curvature.parts.dense import DenseBasis
 from debiased_laplace.curvature.structures import LowRank, LowRankStatistics
 from debiased_laplace.curvature.structures.base import eigenspaces, eigh
 from debiased_laplace.curvature.structures.lowrank import is_nonzero, known_eigenpairs, lift_eigenvectors
 from debiased_laplace.likelihoods import Likelihood, resolve_likelihood
 from debiased_laplace.network.blocks import flatten, unflatten
-from debiased_laplace.network.gradients import CurvatureData, Network
+from debiased_laplace.network.gradients import CurvatureData
+from debiased_laplace.network.network import Network
 from debiased_laplace.network.snapshot import Snapshot
 from debiased_laplace.sampling.sample import WeightedData
 

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from debiased_laplace.curvature.basis import Basis
-from debiased_laplace.network.gradients import CurvatureData, Factors, Network
+from debiased_laplace.network.factors import Factors
+from debiased_laplace.network.gradients import CurvatureData
+from debiased_laplace.network.network import Network
 
 
 class Statistics(Protocol):

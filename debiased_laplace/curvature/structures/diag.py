@@ -13,12 +13,14 @@ import torch
 from torch import Tensor
 
 from debiased_laplace import _checks
-from debiased_laplace.curvature.basis import Basis, IdentityBasis
-from debiased_laplace.curvature.contractions import Gradients
+from debiased_laplace.curvature.basis import Basis
+from debiased_laplace.curvature.block_gradients import block_gradients
 from debiased_laplace.curvature.hesscale import METHODS as HESSIAN_METHODS
 from debiased_laplace.curvature.hesscale import hessian_diagonal
+from debiased_laplace.curvature.parts.identity import IdentityBasis
 from debiased_laplace.curvature.structures.base import Structure
-from debiased_laplace.network.gradients import CurvatureData, Network
+from debiased_laplace.network.gradients import CurvatureData
+from debiased_laplace.network.network import Network
 
 METHODS = ("ggn", *HESSIAN_METHODS)
 
@@ -89,14 +91,13 @@ class Diagonal(Structure):
         if not self.projects:
             return self._back_propagated(network, data)
         totals = [
-            torch.zeros(block.groups, block.outputs, block.inputs, device=network.device, dtype=network.dtype)
-            for block in network.blocks
+            torch.zeros(block.matrix_shape, device=network.device, dtype=network.dtype) for block in network.blocks
         ]
         for chunk in data:
             inputs = [chunk.factors.inputs(block) for block in network.blocks]
             for _, vectors in chunk.factors.backpropagate(chunk.vectors, network.vector_chunk):
                 for total, a, g in zip(totals, inputs, vectors, strict=True):
-                    total += Gradients(a, g).second_moment()
+                    total += block_gradients(a, g).second_moment()
                 del vectors, g  # so that the next ones find their memory free
         for block, total in zip(network.blocks, totals, strict=True):
             _checks.finite(total, f"the curvatures of {block.name!r}", "Look for NaN in the data that measure them.")
@@ -106,15 +107,15 @@ class Diagonal(Structure):
         self, network: Network, statistics: DiagonalStatistics | None = None, like: Basis | None = None
     ) -> Basis:
         """The identity, whatever the statistics."""
-        parts = [IdentityBasis(block.groups, block.outputs, block.inputs) for block in network.blocks]
+        parts = [IdentityBasis(*block.matrix_shape) for block in network.blocks]
         return Basis(network.blocks, network.shapes, parts)
 
     def _back_propagated(self, network: Network, data: CurvatureData) -> DiagonalStatistics:
         total: dict[str, Tensor] = {}
         for part in data.slices():
-            own = data.data.take(part)
+            some = data.data.take(part)
             diagonal = hessian_diagonal(
-                network.snapshot, own.inputs, own.targets, data.likelihood, weights=own.weights, method=self.method,
+                network.snapshot, some.inputs, some.targets, data.likelihood, weights=some.weights, method=self.method,
                 parameters=list(network.shapes),
             )  # fmt: skip
             total = {name: total[name] + d if total else d for name, d in diagonal.items()}

@@ -10,10 +10,12 @@ import torch
 from torch import Tensor
 
 from debiased_laplace import _checks
-from debiased_laplace.curvature.basis import Basis, DenseBasis
-from debiased_laplace.curvature.contractions import Gradients
+from debiased_laplace.curvature.basis import Basis
+from debiased_laplace.curvature.block_gradients import block_gradients
+from debiased_laplace.curvature.parts.dense import DenseBasis
 from debiased_laplace.curvature.structures.base import Structure, eigh, group_blocks
-from debiased_laplace.network.gradients import CurvatureData, Network
+from debiased_laplace.network.gradients import CurvatureData
+from debiased_laplace.network.network import Network
 
 
 @dataclass(frozen=True)
@@ -53,8 +55,7 @@ class FullStatistics:
         r""":math:`\mathrm{diag}(U^\top G U)`, ``[rank]``."""
         values = []
         for part, matrix, free in zip(basis.parts, self.matrices, self.free, strict=True):
-            assert isinstance(part, DenseBasis)
-            columns = torch.cat([own.flatten(1) for own in part.columns], 1)[:, free]
+            columns = part.transposed()[:, free]
             # A quadratic form of a positive semi-definite matrix: below zero only by rounding.
             values.append(((columns @ matrix) * columns).sum(1).clamp_min(0))
         return basis.join(values)
@@ -81,11 +82,11 @@ class Full(Structure):
         groups = group_blocks(network, self.blocks)
         entries = [network.free_entries(block) for block in network.blocks]
         masks = [
-            torch.ones(block.size, dtype=torch.bool, device=network.device) if own is None else own.flatten()
-            for own, block in zip(entries, network.blocks, strict=True)
+            torch.ones(block.size, dtype=torch.bool, device=network.device) if mask is None else mask.flatten()
+            for mask, block in zip(entries, network.blocks, strict=True)
         ]
         free = [torch.cat([masks[i] for i in group]) for group in groups]
-        sizes = [int(own.sum()) for own in free]
+        sizes = [int(mask.sum()) for mask in free]
         if max(sizes) > self.max_params:
             raise ValueError(
                 f"Expected at most {self.max_params} parameters for a dense matrix, got {max(sizes)}: it would take "
@@ -96,9 +97,9 @@ class Full(Structure):
         for chunk in data:
             inputs = [chunk.factors.inputs(block) for block in network.blocks]
             for _, vectors in chunk.factors.backpropagate(chunk.vectors, network.vector_chunk):
-                for matrix, group, own in zip(matrices, groups, free, strict=True):
-                    rows = torch.cat([Gradients(inputs[i], vectors[i]).rows().flatten(0, 1) for i in group], 1)
-                    rows = rows[:, own].double()
+                for matrix, group, mask in zip(matrices, groups, free, strict=True):
+                    rows = torch.cat([block_gradients(inputs[i], vectors[i]).rows().flatten(0, 1) for i in group], 1)
+                    rows = rows[:, mask].double()
                     matrix.addmm_(rows.mT, rows)
         for matrix, group in zip(matrices, groups, strict=True):
             names = ", ".join(repr(network.blocks[i].name) for i in group)
@@ -109,7 +110,6 @@ class Full(Structure):
         r"""The matrices :math:`U \mathrm{diag}(\lambda) U^\top`."""
         matrices, masks = [], []
         for part, members, values in zip(basis.parts, basis.members, basis.split(curvatures), strict=True):
-            assert isinstance(part, DenseBasis)
             entries = [network.free_entries(network.blocks[i]) for i in members]
             sizes = [network.blocks[i].size for i in members]
             masks.append(
@@ -118,7 +118,7 @@ class Full(Structure):
                     for free, size in zip(entries, sizes, strict=True)
                 ])
             )  # fmt: skip
-            columns = torch.cat([block.flatten(1) for block in part.columns], 1)[:, masks[-1]].double()
+            columns = part.transposed()[:, masks[-1]].double()
             matrices.append((columns.mT * values.double()) @ columns)
         return FullStatistics(matrices, list(basis.members), masks)
 
@@ -138,8 +138,8 @@ class Full(Structure):
             parts.append(
                 DenseBasis(
                     tuple(
-                        own.unflatten(1, (block.groups, block.outputs, block.inputs)).contiguous()
-                        for own, block in zip(columns, blocks, strict=True)
+                        of_block.unflatten(1, block.matrix_shape).contiguous()
+                        for of_block, block in zip(columns, blocks, strict=True)
                     )
                 )
             )

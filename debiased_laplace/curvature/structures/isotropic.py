@@ -15,9 +15,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from debiased_laplace.curvature.basis import Basis, IdentityBasis
+from debiased_laplace.curvature.basis import Basis
+from debiased_laplace.curvature.parts.identity import IdentityBasis
 from debiased_laplace.curvature.structures.base import Structure
-from debiased_laplace.network.gradients import CurvatureData, Network
+from debiased_laplace.network.gradients import CurvatureData
+from debiased_laplace.network.network import Network
 
 
 @dataclass(frozen=True)
@@ -71,5 +73,5 @@ class Isotropic(Structure):
         self, network: Network, statistics: IsotropicStatistics | None = None, like: Basis | None = None
     ) -> Basis:
         """The parameters themselves, whatever the statistics."""
-        parts = [IdentityBasis(block.groups, block.outputs, block.inputs) for block in network.blocks]
+        parts = [IdentityBasis(*block.matrix_shape) for block in network.blocks]
         return Basis(network.blocks, network.shapes, parts)

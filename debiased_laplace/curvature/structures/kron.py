@@ -7,12 +7,16 @@ For every block and group, with a and g as in :mod:`debiased_laplace.network.gra
     B = \sum_n w_n \frac1S \sum_{s,v} g_{nsv} g_{nsv}^\top, \qquad
     G \approx A \otimes B, \qquad U = Q_A \otimes Q_B.
 
+Where a block's kind (:mod:`debiased_laplace.network.kinds`) has unit vectors in the place of eigenvectors, a factor is
+its diagonal: A of an embedding, which is one, and both of a diagonal block.
+
 Source: Martens and Grosse (arXiv 1503.05671); for convolutions Grosse and Martens (arXiv
 1602.01407); in general weight-sharing layers "expand" of Eschenhagen et al. (arXiv 2311.00636).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -20,9 +24,19 @@ import torch
 from torch import Tensor
 
 from debiased_laplace._checks import NonFiniteError
-from debiased_laplace.curvature.basis import Basis, KroneckerBasis
+from debiased_laplace.curvature.basis import Basis
+from debiased_laplace.curvature.parts.identity import IdentityBasis
+from debiased_laplace.curvature.parts.kronecker import KroneckerBasis
+from debiased_laplace.curvature.parts.output import OutputBasis
+from debiased_laplace.curvature.parts.part import Part
 from debiased_laplace.curvature.structures.base import Structure, eigh
-from debiased_laplace.network.gradients import CurvatureData, Factors, Network
+from debiased_laplace.network.blocks import Block
+from debiased_laplace.network.factors import Factors
+from debiased_laplace.network.gradients import CurvatureData
+from debiased_laplace.network.kinds import DIAGONAL, Kind
+from debiased_laplace.network.network import Network
+from debiased_laplace.network.selected import Inputs, second_moments
+from debiased_laplace.network.selection import matching
 
 
 @dataclass(frozen=True)
@@ -30,8 +44,8 @@ class KroneckerStatistics:
     """Additive statistics; sums over data, so that weights of one mean sum to one over all parts.
 
     Attributes:
-        inputs: A of every block, ``[G, I, I]``.
-        outputs: B of every block, ``[G, O, O]``.
+        inputs: A of every block, ``[G, I, I]``, or its diagonal ``[G, I]``.
+        outputs: B of every block, ``[G, O, O]``, or its diagonal ``[G, O]``.
     """
 
     inputs: list[Tensor]
@@ -65,14 +79,8 @@ class KroneckerStatistics:
         Returns:
             ``[rank]``, a per-datum mean.
         """
-        values = []
-        for part, a, b in zip(basis.parts, self.inputs, self.outputs, strict=True):
-            assert isinstance(part, KroneckerBasis)
-            along_inputs = torch.einsum("gij,gik,gkj->gj", part.inputs, a, part.inputs)
-            along_outputs = torch.einsum("gij,gik,gkj->gj", part.outputs, b, part.outputs)
-            # Diagonals of positive semi-definite matrices: below zero only by rounding.
-            values.append(along_outputs.clamp_min(0)[:, :, None] * along_inputs.clamp_min(0)[:, None, :])
-        return basis.join(values)
+        factors = zip(basis.parts, self.inputs, self.outputs, strict=True)
+        return basis.join([part.factored_curvatures(a, b) for part, a, b in factors])
 
 
 @dataclass(frozen=True)
@@ -80,7 +88,7 @@ class InputStatistics:
     """Input statistics of all data of a stream: no loss is in them, so that they need neither weights nor vectors.
 
     Attributes:
-        totals: Sum of the outer products of every block, ``[G, I, I]``.
+        totals: Sum of the outer products of every block, ``[G, I, I]``, or their diagonals ``[G, I]``.
         count: Number of data in the sums.
     """
 
@@ -99,19 +107,22 @@ class Kronecker(Structure):
 
     Attributes:
         eigh_dtype: Precision of the eigendecompositions; single precision is faster and less safe.
+        diagonal: Parameters or modules, by name or pattern (:mod:`fnmatch`), whose blocks have a diagonal curvature
+            instead: their parameters themselves are the directions.
     """
 
     eigh_dtype: torch.dtype = torch.float64
+    diagonal: Sequence[str] = ()
 
     observes: ClassVar[bool] = True
 
     def observe(self, network: Network, factors: Factors, part: slice, phase: int | None = None) -> InputStatistics:
         """Outer products of the inputs, of every block."""
         totals = []
-        for block in network.blocks:
-            total = torch.zeros(block.groups, block.inputs, block.inputs, device=network.device, dtype=network.dtype)
+        for block, kind in zip(network.blocks, self._kinds(network), strict=True):
+            total = _zeros(network, block.groups, block.inputs, square=kind.rotates_inputs)
             for _, columns in factors.input_pieces(block, part, phase):
-                total += _gram(columns)
+                total += _of_inputs(columns, kind)
             totals.append(total)
         return InputStatistics(totals, part.stop - part.start)
 
@@ -131,36 +142,58 @@ class Kronecker(Structure):
                 "Expected whole parameters for a Kronecker structure, got single entries of them. Choose them by name, "
                 "or use a diagonal, low-rank or full structure."
             )
-        like = torch.empty(0, device=network.device, dtype=network.dtype)
-        inputs = [like.new_zeros(block.groups, block.inputs, block.inputs) for block in network.blocks]
-        outputs = [like.new_zeros(block.groups, block.outputs, block.outputs) for block in network.blocks]
+        kinds = self._kinds(network)
+        inputs, outputs = [], []
+        for block, kind in zip(network.blocks, kinds, strict=True):
+            inputs.append(_zeros(network, block.groups, block.inputs, square=kind.rotates_inputs))
+            outputs.append(_zeros(network, block.groups, block.outputs, square=kind.rotates_outputs))
         positions = [1] * len(inputs)
         for chunk in data:
             for index, block in enumerate(network.blocks):
                 for part, columns in chunk.factors.input_pieces(block):
                     positions[index] = columns.shape[-1]
-                    inputs[index] += _weighted_gram(columns, chunk.weights[part])
+                    inputs[index] += _of_inputs(columns, kinds[index], chunk.weights[part])
             for _, vectors in chunk.factors.backpropagate(chunk.vectors, network.vector_chunk):
-                for total, columns, n in zip(outputs, vectors, positions, strict=True):
+                for total, kind, columns, n in zip(outputs, kinds, vectors, positions, strict=True):
                     for column in columns.unbind(2):
-                        total.add_(_gram(column), alpha=1 / n)
+                        products = _gram(column) if kind.rotates_outputs else second_moments(column)
+                        total.add_(products, alpha=1 / n)
                 del vectors, columns, column  # so that the next ones find their memory free
-        for kind, totals in (("input", inputs), ("back-propagated gradient", outputs)):
+        for what, totals in (("input", inputs), ("back-propagated gradient", outputs)):
             for block, total in zip(network.blocks, totals, strict=True):
                 if not bool(total.isfinite().all()):
                     raise NonFiniteError(
-                        f"Expected finite {kind}s at the layer {block.name!r}, got NaN or infinity. "
+                        f"Expected finite {what}s at the layer {block.name!r}, got NaN or infinity. "
                         "Look for NaN in the data, or for an overflow in that layer (a half-precision model?)."
                     )
         return KroneckerStatistics(inputs, outputs)
 
     def eigenbasis(self, network: Network, statistics: KroneckerStatistics, like: Basis | None = None) -> Basis:
         """Eigenvectors of the factors of every block, by descending eigenvalues."""
-        parts = [
-            KroneckerBasis(self._eigenvectors(b, block.name), self._eigenvectors(a, block.name))
-            for block, a, b in zip(network.blocks, statistics.inputs, statistics.outputs, strict=True)
-        ]
+        factors = zip(network.blocks, self._kinds(network), statistics.inputs, statistics.outputs, strict=True)
+        parts = [self._part(block, kind, a, b) for block, kind, a, b in factors]
         return Basis(network.blocks, network.shapes, parts)
+
+    def _part(self, block: Block, kind: Kind, inputs: Tensor, outputs: Tensor) -> Part:
+        if not kind.rotates_outputs:
+            return IdentityBasis(*block.matrix_shape)
+        by_outputs = self._eigenvectors(outputs, block.name)
+        if not kind.rotates_inputs:
+            return OutputBasis(by_outputs, block.inputs)
+        return KroneckerBasis(by_outputs, self._eigenvectors(inputs, block.name))
+
+    def _kinds(self, network: Network) -> list[Kind]:
+        """The curvature of every block: what its layer calls for, or a diagonal where that is asked for."""
+        if not self.diagonal:
+            return [block.kind for block in network.blocks]
+        declared = set(matching(network.shapes, self.diagonal, network.snapshot.aliases))
+        for block in network.blocks:
+            if 0 < len(declared.intersection(block.parameters)) < len(block.parameters):
+                raise ValueError(
+                    f"Expected the parameters {list(block.parameters)}, which share a curvature block, in diagonal="
+                    f"{list(self.diagonal)} together, got some of them. Name the module, or use separate_bias=True."
+                )
+        return [DIAGONAL if declared.issuperset(block.parameters) else block.kind for block in network.blocks]
 
     def _eigenvectors(self, matrices: Tensor, name: str) -> Tensor:
         _, vectors = eigh(matrices.to(self.eigh_dtype), name)
@@ -170,9 +203,20 @@ class Kronecker(Structure):
         return torch.where(vectors.abs() < negligible, 0.0, vectors).to(matrices)
 
 
-def _weighted_gram(columns: Tensor, weights: Tensor) -> Tensor:
-    """The same with a weight for every datum; equal weights (known on the CPU) need no product with the data."""
-    if bool((weights == weights[0]).all()):
+def _zeros(network: Network, groups: int, size: int, *, square: bool) -> Tensor:
+    """Of a factor, or of its diagonal."""
+    shape = (groups, size, size) if square else (groups, size)
+    return torch.zeros(shape, device=network.device, dtype=network.dtype)
+
+
+def _of_inputs(columns: Inputs, kind: Kind, weights: Tensor | None = None) -> Tensor:
+    """A of some data, ``[G, I, I]`` or its diagonal ``[G, I]``, with a weight for every datum if they are given."""
+    if not kind.rotates_inputs:
+        return second_moments(columns, weights)
+    assert isinstance(columns, Tensor)  # others have the diagonal alone
+    if weights is None:
+        return _gram(columns)
+    if bool((weights == weights[0]).all()):  # known on the CPU: no product with the data
         return _gram(columns) * float(weights[0])
     return _gram(columns * weights.to(columns).sqrt()[:, None, None, None])
 

@@ -20,11 +20,13 @@ import torch
 from torch import Tensor
 
 from debiased_laplace import _checks
-from debiased_laplace.curvature.basis import Basis, DenseBasis
-from debiased_laplace.curvature.contractions import Gradients
+from debiased_laplace.curvature.basis import Basis
+from debiased_laplace.curvature.block_gradients import BlockGradients, block_gradients, gram
+from debiased_laplace.curvature.parts.dense import DenseBasis
 from debiased_laplace.curvature.structures.base import Structure, eigenspaces, eigh, group_blocks, resolution
 from debiased_laplace.curvature.structures.lanczos import largest_eigenpairs
-from debiased_laplace.network.gradients import CurvatureData, Network
+from debiased_laplace.network.gradients import CurvatureData
+from debiased_laplace.network.network import Network
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +48,7 @@ class LowRankStatistics:
         groups: Positions of the blocks that share directions.
     """
 
-    columns: list[list[Gradients]]
+    columns: list[list[BlockGradients]]
     groups: list[tuple[int, ...]]
 
     exact: ClassVar[bool] = True
@@ -57,7 +59,7 @@ class LowRankStatistics:
 
     def __mul__(self, factor: float) -> LowRankStatistics:
         """Statistics of the same data with weights that are multiplied by a factor."""
-        return LowRankStatistics([[own.scaled(factor**0.5) for own in block] for block in self.columns], self.groups)
+        return LowRankStatistics([[g.scaled(factor**0.5) for g in of_block] for of_block in self.columns], self.groups)
 
     def all_reduce(self) -> LowRankStatistics:
         """The columns of all processes of ``torch.distributed``; each process weighs its data for all of them."""
@@ -71,15 +73,15 @@ class LowRankStatistics:
     @property
     def size(self) -> int:
         """Number of columns, N V."""
-        return sum(len(own.inputs) * own.vectors.shape[2] for own in self.columns[0])
+        return sum(len(g) * g.n_vectors for g in self.columns[0])
 
     def gram(self, group: tuple[int, ...] | None = None) -> Tensor:
         """Gram matrix of some blocks (all by default), ``[N V, N V]``, float64."""
         blocks = group if group is not None else range(len(self.columns))
         total: Tensor | None = None
         for index in blocks:
-            own = Gradients.gram(self.columns[index]).double()
-            total = own if total is None else total.add_(own)
+            of_block = gram(self.columns[index]).double()
+            total = of_block if total is None else total.add_(of_block)
         assert total is not None
         return total
 
@@ -87,30 +89,26 @@ class LowRankStatistics:
         """Combinations of the columns in one block, ``[k, N V] -> [k, G * O * I]``, float64."""
         total: Tensor | None = None
         start = 0
-        for own in self.columns[index]:
-            n, n_vectors = len(own.inputs), own.vectors.shape[2]
-            c = coefficients[:, start : start + n * n_vectors].unflatten(1, (n, n_vectors))
-            part = own.combine(c.to(own.inputs)).double().flatten(1)
-            total = part if total is None else total.add_(part)
-            start += n * n_vectors
+        for g in self.columns[index]:
+            size = len(g) * g.n_vectors
+            c = coefficients[:, start : start + size].unflatten(1, (len(g), g.n_vectors))
+            combined = g.combine(c.to(g.device, g.dtype)).double().flatten(1)
+            total = combined if total is None else total.add_(combined)
+            start += size
         assert total is not None
         return total
 
     def multiply(self, index: int, matrices: Tensor) -> Tensor:
         """Inner products of the columns with matrices in one block, ``[k, G, O, I] -> [k, N V]``, float64."""
-        own = [part.project(matrices.to(part.inputs)).flatten(0, 1) for part in self.columns[index]]
-        return torch.cat(own).mT.double()
+        products = [g.project(matrices.to(g.device, g.dtype)).flatten(0, 1) for g in self.columns[index]]
+        return torch.cat(products).mT.double()
 
     def project(self, basis: Basis) -> list[Tensor]:
         r""":math:`U_p^\top V` for every part, ``[N V, rank]``."""
         projected = []
         for part, group in zip(basis.parts, self.groups, strict=True):
-            assert isinstance(part, DenseBasis)
             chunks = zip(*[self.columns[i] for i in group], strict=True)
-            rows = [
-                part.project_gradients([own.inputs for own in chunk], [own.vectors for own in chunk]).rows()
-                for chunk in chunks
-            ]
+            rows = [part.project_formed(chunk).rows() for chunk in chunks]
             projected.append(torch.cat([r.flatten(0, 1) for r in rows]))
         return projected
 
@@ -151,20 +149,20 @@ class LowRank(Structure):
 
     def measure(self, network: Network, data: CurvatureData) -> LowRankStatistics:
         """The columns of V, in one pass."""
-        columns: list[list[Gradients]] = [[] for _ in network.blocks]
+        columns: list[list[BlockGradients]] = [[] for _ in network.blocks]
         for chunk in data.for_all_vectors():
             vectors = chunk.factors.backpropagate_all(chunk.vectors)
             for index, block in enumerate(network.blocks):
                 g = vectors[index]
                 vectors[index] = g.new_empty(0)
-                own = Gradients(chunk.factors.inputs(block), g)
+                gradients = block_gradients(chunk.factors.inputs(block), g)
                 free = network.free_entries(block)
-                columns[index].append(own.compact() if free is None else own.masked(free))
+                columns[index].append(gradients.compact() if free is None else gradients.masked(free))
         return LowRankStatistics(columns, group_blocks(network, self.blocks))
 
     def traces(self, statistics: LowRankStatistics) -> Tensor:
         """Sums of the squares of the columns of V, float64."""
-        blocks = [torch.stack([own.second_moment().double().sum() for own in chunks]) for chunks in statistics.columns]
+        blocks = [torch.stack([g.second_moment().double().sum() for g in chunks]) for chunks in statistics.columns]
         return torch.stack([torch.cat([blocks[i] for i in group]).sum() for group in statistics.groups])
 
     def eigenbasis(self, network: Network, statistics: LowRankStatistics, like: Basis | None = None) -> Basis:
@@ -254,7 +252,7 @@ def matrix_free_eigenpairs(
     statistics: LowRankStatistics, group: tuple[int, ...], rank: int, name: str, precision: float
 ) -> tuple[Tensor, Tensor]:
     """With products of the factors; memory for the vectors alone (:func:`.largest_eigenpairs`)."""
-    size, device = statistics.size, statistics.columns[0][0].inputs.device
+    size, device = statistics.size, statistics.columns[0][0].device
 
     def products(rows: Tensor) -> Tensor:
         total = torch.zeros_like(rows)
@@ -280,9 +278,9 @@ def lift_eigenvectors(
     columns = [statistics.combine(index, (vectors / values.sqrt()).mT) for index in group]
     orthonormal, triangular = torch.linalg.qr(torch.cat(columns, 1).mT)
     orthonormal = orthonormal * triangular.diagonal().sign()
-    split = orthonormal.mT.split([own.shape[1] for own in columns], 1)
+    split = orthonormal.mT.split([of_block.shape[1] for of_block in columns], 1)
     lifted = []
-    for own, block in zip(split, [network.blocks[index] for index in group], strict=True):
-        own, free = own.unflatten(1, (block.groups, block.outputs, block.inputs)), network.free_entries(block)
-        lifted.append(own.contiguous() if free is None else own * free)  # what rounding left outside
+    for of_block, block in zip(split, [network.blocks[index] for index in group], strict=True):
+        of_block, free = of_block.unflatten(1, block.matrix_shape), network.free_entries(block)
+        lifted.append(of_block.contiguous() if free is None else of_block * free)  # what rounding left outside
     return tuple(lifted)

@@ -10,7 +10,7 @@ from torch import Tensor
 from debiased_laplace import DebiasedLaplace, _data
 from debiased_laplace.evaluation.predictors.prediction import Prediction, mutual_information
 from debiased_laplace.likelihoods import Likelihood
-from debiased_laplace.network.gradients import Network
+from debiased_laplace.network.network import Network
 from debiased_laplace.posterior.gaussian import Posterior, standard_normals
 from debiased_laplace.posterior.predictive import functional_moments
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from debiased_laplace import _checks, _data
 from debiased_laplace._guards import global_random_state
 from debiased_laplace.likelihoods import Likelihood
-from debiased_laplace.network.gradients import match_parameters
+from debiased_laplace.network.selection import match_parameters
 from debiased_laplace.quadratic.optim.conjugate import CGResult, conjugate_gradients
 from debiased_laplace.quadratic.quadratic import Quadratic
 

@@ -1,0 +1,1 @@
+"""Parts of a basis, a file for each kind of directions; what is asked of them, they answer for themselves."""

@@ -1,0 +1,192 @@
+"""Finding the blocks of a network by a few forward and backward passes over a few data, and checking what was found."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from debiased_laplace import _checks, _data
+from debiased_laplace._guards import gradients_enabled
+from debiased_laplace.network import heads
+from debiased_laplace.network.blocks import group_parameters, unflatten
+from debiased_laplace.network.factors import Factors
+from debiased_laplace.network.layers import Call, Layout
+from debiased_laplace.network.operations import Trace
+from debiased_laplace.network.selected import formed_size, gradients_of_data, memory_of_datum
+from debiased_laplace.network.selection import refuse_scripted
+from debiased_laplace.network.tracing import find_layouts
+
+if TYPE_CHECKING:
+    from debiased_laplace.network.network import Network
+
+
+def find_blocks(network: Network, inputs: _data.Inputs, separate_bias: bool) -> None:
+    """Set what :class:`.Network` knows of its blocks, calls and sizes.
+
+    Args:
+        network: One that knows its parameters alone.
+        inputs: Some data; three of them are used.
+        separate_bias: Give weights and biases blocks of their own.
+
+    Raises:
+        ValueError: If there are no data, or outputs mix data or do not depend on the parameters.
+        UnsupportedLayerError: If nothing covers a trainable parameter.
+    """
+    refuse_scripted(network.shapes, network.snapshot)
+    if not _data.count(inputs):
+        raise ValueError("Expected at least one datum to find the layers of the model with, got none.")
+    # Three, to see which dimension counts them, and what the model does for one and for two.
+    inputs = _data.at_least(_data.to_device(_data.some(inputs, 3), network.device), 3)
+    factors, elsewhere = network.forward(inputs)
+    _checks.finite(factors.outputs, "the model's outputs", "Check the inputs and the weights for NaN before fitting.")
+    if not factors.graph_outputs.requires_grad:
+        raise ValueError(
+            f"Expected parameters that act on the outputs, got {list(network.shapes)}, on none of which any output "
+            "depends. Choose those that do (a head whose outputs are not returned does not), and do not detach the "
+            "outputs or compute them under no_grad."
+        )
+    fewer = _check_independence(network, inputs, factors.outputs)
+    network.n_outputs = factors.outputs.shape[1]
+    network.fewest = 1 if _takes_one(network, _data.take(inputs, slice(0, 1)), factors) else 2
+    calls, elsewhere = factors.calls, dict(elsewhere)
+    names = [(network.identities.get(id(call.weight)), network.identities.get(id(call.bias))) for call in calls]
+    used = heads.leaves(factors.graph_outputs) & network.identities.keys()
+    for name in {network.identities[leaf] for leaf in used}.difference(*names):  # inside torch.func.vmap, say
+        elsewhere.setdefault(name, "a function that cannot be looked into")
+    constant = [len(fewer) == len(calls) and fewer[i].output_shape == call.output_shape for i, call in enumerate(calls)]
+    layouts = find_layouts(factors.graph_outputs, calls, names, constant)
+    for call, pair, layout in zip(calls, names, layouts, strict=True):
+        if layout is None:
+            how = f"{type(call).__name__} without a dimension for the data"
+            elsewhere.update({name: how for name in pair if name is not None})
+        network.layouts.append(layout or Layout())
+    network.blocks = group_parameters(network.shapes, calls, names, elsewhere, separate_bias=separate_bias)
+    network.call_types = frozenset(type(call).__name__ for call in calls)
+    network.is_head = (
+        len(calls) == len(network.blocks) == 1
+        and not network.blocks[0].arrangement.stacked
+        and bool(network.blocks[0].calls)
+        and calls[0].output_shape == factors.outputs.shape
+        and calls[0].edge.node is factors.graph_outputs.grad_fn
+    )
+    _measure_sizes(network, inputs, factors)
+    _check_factors(network, inputs)
+
+
+def unreached(network: Network, inputs: _data.Inputs) -> tuple[list[int], list[str], list[int]]:
+    """Outputs of variance zero, on which no covered parameter acts (:func:`heads.unreached`)."""
+    if network.is_head and network.free is None:  # every output has a row of the weight
+        return [], [], []
+    inputs = _data.to_device(_data.some(inputs, 3), network.device)
+    snapshot = network.snapshot
+    copies = {name: snapshot.parameters[name].detach().requires_grad_() for name in snapshot.trainable}
+    copies |= {name: p.detach().requires_grad_() for name, p in network.leaves.items()}
+    free = {} if network.free is None else unflatten(network.free, network.shapes)
+    with gradients_enabled():
+        return heads.unreached(
+            lambda parameters: network.call(parameters, inputs), copies,
+            {name: free.get(name) for name in network.shapes},
+        )  # fmt: skip
+
+
+def last_layer(network: Network, inputs: _data.Inputs) -> list[str]:
+    """Names of the parameters that make the outputs."""
+    with Trace(network.snapshot.parameters | network.leaves, _data.tensors(inputs)) as trace:
+        factors, _ = network.forward(inputs)
+    return heads.last_layer(trace, factors.graph_outputs, network.identities)
+
+
+def close(first: Tensor, second: Tensor, among: Tensor) -> bool:
+    """Equal but for rounding, which differs between batches of different sizes."""
+    return torch.allclose(first, second, rtol=0.01, atol=0.01 * float(among.abs().max()))
+
+
+def _measure_sizes(network: Network, inputs: _data.Inputs, factors: Factors) -> None:
+    """How much memory a datum needs, for :meth:`.Network.chunk_size`."""
+    n = len(factors.outputs)
+    network.activations = sum(math.prod(call.output_shape) for call in factors.calls) // n + 1
+    network.datum_size = _data.size_of_datum(inputs)
+    for block in network.blocks:
+        inputs_of_block = factors.inputs(block)
+        network.largest_inputs = max(network.largest_inputs, memory_of_datum(inputs_of_block))
+        network.largest_formed = max(network.largest_formed, formed_size(inputs_of_block, block.outputs))
+
+
+def _check_independence(network: Network, inputs: _data.Inputs, outputs: Tensor) -> list[Call]:
+    """The outputs of the first data must not change when the last one is left out; the calls without it."""
+    cause: ValueError | None = None
+    calls: list[Call] = []
+    try:
+        factors, _ = network.forward(_data.take(inputs, slice(0, len(outputs) - 1)))
+        fewer, calls = factors.outputs, factors.calls
+    except ValueError as error:  # a normalisation by the statistics of one datum
+        fewer, cause = torch.full_like(outputs[:-1], torch.nan), error
+    if not close(fewer, outputs[:-1], outputs):
+        raise ValueError(
+            "The output for one datum depends on other data of its batch. A posterior needs outputs that are "
+            "independent given the weights; a normalisation by batch statistics (track_running_stats=False) is the "
+            "usual cause. Replace it, or give it running statistics."
+        ) from cause
+    return calls
+
+
+def _takes_one(network: Network, datum: _data.Inputs, among: Factors) -> bool:
+    """Whether the first of several data has the same outputs alone, by way of the same layers."""
+    try:
+        alone, _ = network.forward(datum)
+    except Exception:  # whatever a model fails with where it loses the batch dimension
+        return False
+    same = len(alone.calls) == len(among.calls) and all(
+        len(one.output_shape) == len(several.output_shape) and one.input.ndim == several.input.ndim
+        for one, several in zip(alone.calls, among.calls, strict=True)
+    )
+    return same and close(alone.outputs, among.outputs[:1], among.outputs)
+
+
+def _check_factors(network: Network, inputs: _data.Inputs) -> None:
+    """The gradient of every datum's outputs must be what its factors give, or a layer was misread."""
+    names = list(network.shapes)
+    copies = {name: p.detach().requires_grad_() for name, p in network.leaves.items()}
+    factors, _ = network.forward(inputs)
+    with gradients_enabled():
+        outputs = network.call(copies, inputs)
+    vectors = torch.linspace(1, 2, network.n_outputs) * torch.eye(len(outputs))[:, :, None]
+    vectors = vectors.to(network.device, network.dtype)
+    by_datum = [
+        torch.autograd.grad(outputs, list(copies.values()), v.to(outputs), retain_graph=True, materialize_grads=True)
+        for v in vectors
+    ]
+    expected = {
+        name: torch.stack(g).detach().to(network.dtype)
+        for name, g in zip(names, zip(*by_datum, strict=True), strict=True)
+    }
+    largest = max(float(g.abs().max()) for g in expected.values() if g.numel())
+    wrong = _misread(network, factors, vectors, expected, largest)
+    if wrong is not None and network.lone_blocks:  # batched derivatives of some operations are wrong in torch
+        network.one_by_one = True
+        factors, _ = network.forward(inputs)
+        wrong = _misread(network, factors, vectors, expected, largest)
+    if wrong is not None:
+        raise _checks.UnsupportedLayerError(
+            f"The gradient of {wrong!r} could not be reconstructed from its layer's inputs and outputs. "
+            "Freeze it with requires_grad_(False) to leave it out of the posterior, and please report the "
+            "layer: this is an error of this package."
+        )
+
+
+def _misread(
+    network: Network, factors: Factors, vectors: Tensor, expected: dict[str, Tensor], largest: float
+) -> str | None:
+    """The first parameter whose gradient is not what the factors give."""
+    back = [of_chunk for _, of_chunk in factors.backpropagate(vectors, network.vector_chunk)]
+    for block, parts in zip(network.blocks, zip(*back, strict=True), strict=True):
+        of_datum = torch.cat(parts, 2).diagonal(dim1=0, dim2=2)  # [G, O, S, N]: of the datum that the vector is for
+        actual = block.scatter(gradients_of_data(of_datum, factors.inputs(block)))
+        for name in (name for name in block.parameters if expected[name].numel()):
+            difference = float((actual[name] - expected[name]).abs().max())
+            if not difference <= 0.05 * float(expected[name].abs().max()) + 1e-4 * largest:
+                return name
+    return None

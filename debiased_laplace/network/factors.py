@@ -1,0 +1,176 @@
+"""Gradient factors (a, g) of every block, of one forward pass.
+
+Back-propagation goes from the outputs to the outputs of the recorded calls, and no further, so that no
+weight gradient is ever computed.
+
+Blocks are what gets a curvature of its own. Every block has inputs ``a: [N, G, I, S]`` and vectors
+``g: [N, G, V, O, S]``. A block of the gradient itself (normalisation layers, parameters that no layer rule covers) is
+the same with one input, ``a = 1``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from debiased_laplace import _data
+from debiased_laplace.network.blocks import Block
+from debiased_laplace.network.layers import Call
+from debiased_laplace.network.lone import lone_jacobians
+from debiased_laplace.network.selected import Inputs, concatenated
+
+if TYPE_CHECKING:
+    from debiased_laplace.network.network import Network
+
+#: Bytes of layer inputs at a time on the CPU: larger ones fall out of the cache between two uses.
+CACHE_MEMORY = 2**23
+
+
+@dataclass
+class Factors:
+    """Gradient factors of some data, for one forward pass.
+
+    Attributes:
+        network: Whose they are.
+        outputs: ``f: [N, C]``, detached.
+        model_inputs: What the model was given.
+        graph_outputs: The outputs with their graph.
+        calls: The recorded calls, in the order of the forward pass.
+        n_run: Data that the model was given: two for one that it must not have alone (``Network.fewest``).
+    """
+
+    network: Network
+    outputs: Tensor
+    model_inputs: _data.Inputs
+    graph_outputs: Tensor
+    calls: list[Call]
+    n_run: int
+    _lone: list[Tensor] | None = None
+
+    def inputs(self, block: Block, part: slice | None = None, phase: int | None = None) -> Inputs:
+        """Inputs of a block, a one appended for the bias, ``[N, G, I, S]``, at least in float32.
+
+        With ``part``, those of some of the data, formed for them alone where the layer allows it; with ``phase``, on a
+        coarser grid of positions (:meth:`~debiased_laplace.network.layers.Call.inputs`).
+        """
+        n, dtype = self.n_run, self.network.dtype
+        part = part or slice(0, len(self.outputs))
+        size = part.stop - part.start
+        for index in block.calls:
+            if self.calls[index].input._version != self.calls[index].version:
+                raise RuntimeError(
+                    f"The input of {block.name!r} was overwritten in place after the layer had used it, so its "
+                    "curvature cannot be computed. Make the operation after it out of place."
+                )
+        if block.arrangement.stacked:
+            return self.outputs.new_ones((size, 1, 1, 1), dtype=dtype)
+        parts: list[Inputs] = []
+        for index in block.calls:
+            call, layout = self.calls[index], self.network.layouts[index]
+            if not block.weight:
+                positions = math.prod(call.output_shape) // (n * block.groups * block.outputs)
+                parts.append(self.outputs.new_ones((size, block.groups, 1, positions), dtype=dtype))
+            elif (narrowed := call.narrow(part, n, layout)) is not None:
+                parts.append(narrowed.inputs(size, layout, ones=block.bias, phase=phase).to(dtype))
+            else:
+                parts.append(call.inputs(n, layout, ones=block.bias, phase=phase)[part].to(dtype))
+        return parts[0] if len(parts) == 1 else concatenated(parts)
+
+    def input_pieces(
+        self, block: Block, among: slice | None = None, phase: int | None = None
+    ) -> Iterator[tuple[slice, Inputs]]:
+        """Inputs of a block for as many data at a time as a processor's cache holds, of all data or of some."""
+        n, per_datum = len(self.outputs), 1
+        among = among or slice(0, n)
+        if not block.arrangement.stacked:
+            outputs = sum(math.prod(self.calls[index].output_shape) for index in block.calls) // self.n_run
+            memory = max(self.calls[index].inputs_memory(block.inputs) for index in block.calls)
+            per_datum = outputs // block.outputs * memory * (torch.finfo(self.network.dtype).bits // 8)
+        size = n if self.network.device.type != "cpu" else max(1, CACHE_MEMORY // max(1, per_datum))
+        for part in _data.slices(among.stop - among.start, size):
+            part = slice(among.start + part.start, among.start + part.stop)
+            yield part, self.inputs(block, part, phase)
+
+    def backpropagate(self, vectors: Tensor, chunk: int = 1) -> Iterator[tuple[slice, list[Tensor]]]:
+        """Back-propagate output vectors to every block.
+
+        Args:
+            vectors: ``[V, N, C]``.
+            chunk: Vectors at a time; above one they go through autograd's batched backward pass.
+
+        Yields:
+            The slice of vectors, and ``g: [N, G, v, O, S]`` for every block of the network.
+        """
+        if self.network.is_head or self.network.feature_reduction is not None:
+            for part in _data.slices(len(vectors), max(chunk, 16)):
+                at_outputs = vectors[part].to(self.network.dtype).transpose(0, 1)
+                yield part, [at_outputs[:, None, :, :, None].clone() for _ in self.network.blocks]
+            return
+        # Blocks of lone parameters get their gradients another way, and need no call.
+        edges = [call.edge for call in self.calls]
+        for part in _data.slices(len(vectors), chunk):
+            vector = vectors[part].to(self.graph_outputs)
+            keep = part.stop < len(vectors)
+            at_edges: tuple[Tensor | None, ...] = ()
+            if not edges:
+                gradients: list[tuple[Tensor, ...] | None] = []
+            elif chunk == 1:
+                at_edges = torch.autograd.grad(
+                    self.graph_outputs, edges, vector[0], retain_graph=keep, allow_unused=True
+                )
+                gradients = [None if g is None else (g,) for g in at_edges]
+            else:
+                at_edges = torch.autograd.grad(
+                    self.graph_outputs, edges, vector, retain_graph=keep, allow_unused=True, is_grads_batched=True
+                )
+                gradients = [None if g is None else g.unbind() for g in at_edges]
+            with torch.no_grad():
+                factors = [self._vectors_of(block, gradients, vector) for block in self.network.blocks]
+            gradients = []
+            at_edges = ()
+            yield part, factors
+            factors = []  # the memory is used again for the next vectors
+
+    def backpropagate_all(self, vectors: Tensor) -> list[Tensor]:
+        """Back-propagated vectors of every block, all of them together, ``[N, G, V, O, S]``.
+
+        Where the outputs are those of the only call (``Network.is_head``) and all data have the same
+        vectors, they are ``[1, G, V, O, 1]``.
+        """
+        if self.network.is_head and vectors.stride(1) == 0:
+            return [vectors[:, 0].to(self.network.dtype)[None, None, :, :, None]]
+        gathered: list[list[Tensor]] = [[] for _ in self.network.blocks]
+        for _, of_blocks in self.backpropagate(vectors, self.network.vector_chunk):
+            for chunks, g in zip(gathered, of_blocks, strict=True):
+                chunks.append(g)
+        joined = []
+        for chunks in gathered:
+            joined.append(chunks[0] if len(chunks) == 1 else torch.cat(chunks, 2))
+            chunks.clear()
+        return joined
+
+    def _vectors_of(self, block: Block, gradients: list[tuple[Tensor, ...] | None], vector: Tensor) -> Tensor:
+        n, dtype = self.n_run, self.network.dtype
+        if not block.calls:
+            jacobian = self._lone_jacobian(block)  # [N, C, P]
+            return torch.einsum("vnc,ncp->nvp", vector.to(dtype), jacobian)[:, None, :, :, None]
+        parts = []
+        for index in block.calls:
+            call, layout, each = self.calls[index], self.network.layouts[index], gradients[index]
+            if each is None:  # a layer without influence on the outputs
+                each = vector.new_zeros((len(vector), *call.output_shape)).unbind()
+            canonical = [call.outputs(g.to(dtype), n, layout)[: len(self.outputs)] for g in each]
+            parts.append(canonical[0][:, :, None] if len(canonical) == 1 else torch.stack(canonical, 2))
+        if len(parts) == 1:
+            return parts[0]
+        return torch.stack(parts).sum(0) if block.arrangement.stacked else torch.cat(parts, -1)
+
+    def _lone_jacobian(self, block: Block) -> Tensor:
+        if self._lone is None:
+            self._lone = lone_jacobians(self.network, self.model_inputs)
+        return self._lone[self.network.lone_blocks.index(block)]

@@ -1,0 +1,87 @@
+"""``F.embedding``: a linear layer on one-hot inputs, of which the ones alone are kept."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from debiased_laplace._checks import UnsupportedLayerError
+from debiased_laplace.network.arrangement import Arrangement
+from debiased_laplace.network.kinds import DIAGONAL_INPUTS, Kind
+from debiased_laplace.network.layers.call import N_PHASES, Arguments, Call, Layout, rule
+from debiased_laplace.network.selected import SelectedInputs
+
+
+@dataclass(frozen=True)
+class RowsAsInputs(Arrangement):
+    """A table ``[I, O]`` with a row for every token as ``[1, O, I]``."""
+
+    def matrix(self, tensor: Tensor, shape: torch.Size, groups: int, outputs: int) -> Tensor:
+        return tensor.mT.unsqueeze(-3)
+
+    def tensor(self, matrix: Tensor, shape: torch.Size) -> Tensor:
+        return matrix.squeeze(-3).mT
+
+
+@dataclass
+class EmbeddingCall(Call):
+    """A look-up of indices of any shape; the row of ``padding_idx`` gets no gradient."""
+
+    padding_idx: int | None = None
+
+    kind: ClassVar[Kind] = DIAGONAL_INPUTS
+    arrangement: ClassVar[Arrangement] = RowsAsInputs()
+
+    def matrix_shape(self, *, weight: bool, bias: bool) -> tuple[int, int, int]:
+        assert self.weight is not None
+        return 1, self.weight.shape[1], self.weight.shape[0]
+
+    def inputs_memory(self, n_inputs: int) -> int:
+        return 2  # an index and a value
+
+    def inputs(self, n_data: int, layout: Layout, *, ones: bool, phase: int | None = None) -> SelectedInputs:
+        assert self.weight is not None
+        index, value = layout.by_datum(self.input, n_data, 0).long(), 1.0  # [N, S]
+        if phase is not None and index.shape[1] >= N_PHASES:
+            index, value = index[:, phase % N_PHASES :: N_PHASES], N_PHASES**0.5
+        values = torch.full(index.shape, value, dtype=self.weight.dtype, device=index.device)
+        if self.padding_idx is not None:
+            values = values.masked_fill(index == self.padding_idx, 0.0)
+        return SelectedInputs(index, values, len(self.weight))
+
+    def outputs(self, gradient: Tensor, n_data: int, layout: Layout) -> Tensor:
+        return layout.by_datum(gradient, n_data, 1).mT[:, None]
+
+
+@rule(F.embedding)
+def _embedding(
+    input: Tensor, weight: Tensor, padding_idx: int | None = None, max_norm: float | None = None,
+    norm_type: float = 2.0, scale_grad_by_freq: bool = False, sparse: bool = False,
+) -> Arguments:  # fmt: skip
+    wanted = {
+        "max_norm": (max_norm is not None, "it rescales the weights in every forward pass. Rescale them once, and set "
+                                           "max_norm to None"),
+        "scale_grad_by_freq": (scale_grad_by_freq, "its gradients are no derivatives. Set it to False; outputs do not "
+                                                   "change"),
+        "sparse": (sparse, "gradients here are dense. Set it to False; outputs do not change"),
+    }  # fmt: skip
+    for name, (is_set, why) in wanted.items():
+        if is_set:
+            size = f"{weight.shape[0]} x {weight.shape[1]}"
+            raise UnsupportedLayerError(f"Expected an embedding without {name}, got one of {size} with it: {why}.")
+    if padding_idx is not None and padding_idx < 0:
+        padding_idx += len(weight)
+    return Arguments(EmbeddingCall, input, weight, None, {"padding_idx": padding_idx})
+
+
+@rule(torch.embedding)
+def _look_up(
+    weight: Tensor, indices: Tensor, padding_idx: int = -1, scale_grad_by_freq: bool = False, sparse: bool = False
+) -> Arguments | None:
+    # Of this function minus one is no index from the end: it stands for none.
+    padding = None if padding_idx < 0 else padding_idx
+    return _embedding(indices, weight, padding, None, 2.0, scale_grad_by_freq, sparse)

@@ -1,0 +1,338 @@
+"""A model with its curvature blocks: what curvatures, predictions and fits know a network as."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from debiased_laplace import _checks, _data
+from debiased_laplace._guards import gradients_enabled
+from debiased_laplace.network.blocks import Block, flatten, unflatten
+from debiased_laplace.network.discovery import close, find_blocks, last_layer, unreached
+from debiased_laplace.network.factors import Factors
+from debiased_laplace.network.layers import Layout
+from debiased_laplace.network.reduction import call_of_reduced_features, check_reduction, reduced_features
+from debiased_laplace.network.selection import entries_of, match_parameters, refuse_scripted
+from debiased_laplace.network.snapshot import Replicas, Snapshot
+from debiased_laplace.network.tracing import Recorder
+
+#: Classes of calls that networks of the first versions recorded, which do not say it.
+FIRST_CALL_TYPES = ("LinearCall", "ConvolutionCall", "NormalisationCall")
+
+
+class Network:
+    """A model as it was, together with its blocks; it never writes to the model, and runs copies of its modules.
+
+    Attributes:
+        snapshot: The model as it was when the network was made: what everything here is about.
+        model: The user's model, whatever became of it since.
+        blocks: Its curvature blocks, in the order of the parameters.
+        layouts: For every recorded call, where the data are.
+        n_outputs: C.
+        shapes: Shapes of the trainable parameters by name, in the order of ``model.named_parameters()``.
+    """
+
+    def __init__(self, model: nn.Module | Snapshot, parameters: Iterable[str] | None = None) -> None:
+        self.snapshot = Snapshot.of(model)
+        self.model = self.snapshot.origin
+        chosen = set(self.snapshot.trainable if parameters is None else parameters)
+        trainable = {name: p for name, p in self.snapshot.parameters.items() if name in chosen}
+        if not trainable:
+            raise ValueError(
+                "Expected a model with trainable parameters, got none with requires_grad=True. "
+                "Set requires_grad_(True) on the parameters that the posterior is about."
+            )
+        self.shapes = {name: p.shape for name, p in trainable.items()}
+        self._run_with(trainable)
+        first = next(iter(trainable.values()))
+        self.device = first.device
+        self.dtype = first.dtype if first.dtype in (torch.float32, torch.float64) else torch.float32
+        #: Relative rounding error of what the model computes: that of the coarsest dtype of its parameters.
+        self.precision = max(torch.finfo(p.dtype).eps for p in trainable.values())
+        #: The same for inner products of gradients: their sums have the precision of :attr:`dtype`, and the rounding of
+        #: the gradients themselves, being of both factors, enters squared.
+        self.gram_precision = max(torch.finfo(self.dtype).eps, self.precision**2)
+        #: Vectors to back-propagate at a time: one by one is faster on the CPU, batched on an accelerator.
+        self.vector_chunk = 1 if self.device.type == "cpu" else 16
+        self.n_params = sum(p.numel() for p in trainable.values())
+        self.blocks: list[Block] = []
+        self.layouts: list[Layout] = []
+        self.n_outputs = 0
+        #: Data that the model is given at least: two if it treats one alone otherwise (a bare ``squeeze()``), then the
+        #: one twice.
+        self.fewest = 1
+        #: Which entries of the parameter vector are uncertain, ``[D]``; None for all.
+        self.free: Tensor | None = None
+        #: Whether the only block is a linear layer whose outputs are the model's: then nothing is back-propagated.
+        self.is_head = False
+        #: Whether Jacobians of lone parameters are by ordinary backward passes, since those of torch.func are wrong.
+        self.one_by_one = False
+        #: For :meth:`chunk_size`, numbers of a datum: activations of all layers, the largest inputs of one and gradient
+        #: of one; and the size of the datum that they are of.
+        self.activations = self.largest_inputs = self.largest_formed = 1
+        self.datum_size = 0
+        #: Names of the classes of calls that are recorded; None for all.
+        self.call_types: frozenset[str] | None = None
+        #: How the features of the last layer become those of the outputs (:meth:`reduced`); None as the model does it.
+        self.feature_reduction: str | None = None
+        #: By how much outputs differed from the last layer of reduced features, relative to the largest output.
+        self.reduction_error = 0.0
+
+    def _run_with(self, trainable: dict[str, Tensor]) -> None:
+        """Let copies of the model run with leaves of the autograd graph in the places of the trainable parameters."""
+        with torch.inference_mode(False):
+            self.leaves = {name: nn.Parameter(p.detach()) for name, p in trainable.items()}
+        self.identities = {id(p): name for name, p in self.leaves.items()}
+        self._replicas = Replicas(self.snapshot, self.leaves)
+
+    def __getstate__(self) -> dict[str, Any]:
+        to_run = ("leaves", "identities", "_replicas")
+        return {name: value for name, value in self.__dict__.items() if name not in to_run}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._run_with({name: self.snapshot.parameters[name] for name in self.shapes})
+
+    @classmethod
+    def discover(
+        cls,
+        model: nn.Module | Snapshot,
+        inputs: _data.Inputs,
+        *,
+        parameters: str | Sequence[str] | None = None,
+        indices: Tensor | None = None,
+        separate_bias: bool = False,
+        feature_reduction: str | None = None,
+    ) -> Network:
+        """Find the blocks of a model by one forward and one backward pass over a few data.
+
+        Args:
+            model: Any module whose output is ``[N, C]`` (or ``[N]``), each row depending on one datum, as it is or was.
+            inputs: Some data; three of them are used, of the longest if they differ.
+            parameters: Which trainable parameters the posterior is about: all, ``"last_layer"``, or names and patterns
+                (:mod:`fnmatch`). The others are constants, as if they were frozen.
+            indices: Instead, single entries of the vector of all trainable parameters, ``[n]``.
+            separate_bias: Give weights and biases blocks of their own, as laplace-torch does.
+            feature_reduction: Of a last layer, :meth:`reduced`.
+
+        Raises:
+            ValueError: If no parameter is trainable, or outputs mix data, or have another shape.
+            UnsupportedLayerError: If nothing covers a trainable parameter.
+        """
+        snapshot = Snapshot.of(model)
+        if len(snapshot.scripted) == len(snapshot.parameters):
+            refuse_scripted(snapshot.parameters, snapshot)
+        searched = parameters == "last_layer"
+        if searched:
+            whole = cls(snapshot)
+            sample = _data.at_least(_data.to_device(_data.some(inputs, 2), whole.device), 2)
+            parameters = last_layer(whole, sample)
+        elif parameters is not None:
+            parameters = match_parameters(snapshot, parameters)
+        if indices is not None:
+            if parameters is not None:
+                raise ValueError("Expected either parameters or indices, got both.")
+            free = entries_of(snapshot, indices)
+            parameters = [name for name, mask in free.items() if bool(mask.any())]
+        network = cls(snapshot, parameters)
+        try:
+            find_blocks(network, inputs, separate_bias)
+        except _checks.UnsupportedLayerError as error:
+            if not searched:
+                raise
+            raise _checks.UnsupportedLayerError(
+                f"The model's last layer consists of {parameters}, of which not all are covered. {error} Or write it "
+                "as an nn.Linear or a convolution without a parametrization (torch.nn.utils.parametrize."
+                "remove_parametrizations), or name other parameters."
+            ) from error
+        if indices is not None:
+            mask = torch.cat([free[name].flatten() for name in network.shapes])
+            network.free = None if bool(mask.all()) else mask.to(network.device)
+        return network if feature_reduction is None else network.reduced(feature_reduction, inputs)
+
+    def reduced(self, feature_reduction: str, inputs: _data.Inputs | None = None) -> Network:
+        """The same network with outputs that are taken for the last layer of reduced features.
+
+        Gradients of the outputs are then those of ``weight @ reduce(features) + bias``, whatever the model does with
+        the last layer's inputs ``[N, ..., I]``; inputs ``[N, I]`` are no matter of choice. They are the model's own if
+        it reduces in the same way; :attr:`reduction_error` tells.
+
+        Args:
+            feature_reduction: One of :data:`~.reduction.FEATURE_REDUCTIONS`, with laplace-torch's meanings.
+            inputs: Some data, to try it.
+
+        Raises:
+            ValueError: If there is no such way, or the network is no single linear layer that it could be of.
+        """
+        check_reduction(feature_reduction)
+        network = copy.copy(self)
+        network.feature_reduction, network.reduction_error = feature_reduction, 0.0
+        network.blocks = [replace(block, calls=(0,)) for block in self.blocks]
+        network.layouts, network.is_head = [Layout()], len(self.blocks) == 1
+        if inputs is not None:
+            network.factors(_data.some(inputs, 3))
+        return network
+
+    @classmethod
+    def restore(cls, model: nn.Module | Snapshot, description: dict[str, Any]) -> Network:
+        """The network of a :meth:`description`, without data; whether its parameters are frozen by now does not matter.
+
+        Raises:
+            ValueError: If the model has other parameters; it names those that differ.
+        """
+        expected = {name: tuple(shape) for name, shape in description["shapes"].items()}
+        snapshot = Snapshot.of(model)
+        actual = {name: tuple(p.shape) for name, p in snapshot.parameters.items() if name in expected}
+        if actual != expected:
+            differ = sorted(set(actual.items()) ^ set(expected.items()))
+            raise ValueError(f"Expected a model with the same trainable parameters; these differ: {differ}.")
+        network = cls(snapshot, expected)
+        network.blocks = [
+            Block(**{**Block.upgraded(block), "shapes": tuple(torch.Size(shape) for shape in block["shapes"])})
+            for block in description["blocks"]
+        ]
+        network.layouts = [Layout(dim) for dim in description["layouts"]]
+        network.call_types = frozenset(description.get("call_types", FIRST_CALL_TYPES))
+        network.n_outputs, network.activations, network.largest_inputs, network.largest_formed = description["sizes"]
+        network.is_head, network.datum_size = description["is_head"], description.get("datum_size", 0)
+        network.one_by_one = description.get("one_by_one", False)
+        network.free, network.feature_reduction = description["free"], description.get("feature_reduction")
+        network.fewest = description.get("fewest", 1)
+        return network
+
+    def description(self) -> dict[str, Any]:
+        """What :meth:`discover` found, in objects that can be stored."""
+        return {
+            "shapes": {name: tuple(shape) for name, shape in self.shapes.items()},
+            "blocks": [
+                {**vars(block), "shapes": tuple(tuple(shape) for shape in block.shapes)} for block in self.blocks
+            ],
+            "call_types": sorted(self.call_types or ()),
+            "layouts": [layout.batch_dimension for layout in self.layouts],
+            "sizes": (self.n_outputs, self.activations, self.largest_inputs, self.largest_formed),
+            "is_head": self.is_head,
+            "datum_size": self.datum_size,
+            "one_by_one": self.one_by_one,
+            "fewest": self.fewest,
+            "free": self.free,
+            "feature_reduction": self.feature_reduction,
+        }
+
+    def free_entries(self, block: Block) -> Tensor | None:
+        """Which entries ``[G, O, I]`` of a block are uncertain; None for all."""
+        if self.free is None:
+            return None
+        mask = block.gather(unflatten(self.free, self.shapes))
+        return None if bool(mask.all()) else mask
+
+    @property
+    def lone_blocks(self) -> list[Block]:
+        """Blocks of parameters that no layer rule covers; their gradients come from ``torch.func``."""
+        return [block for block in self.blocks if not block.calls]
+
+    def same_blocks(self, other: Network) -> bool:
+        """Whether backward passes of the one are those of the other: the same model, seen in the same blocks."""
+        return (
+            self.shapes == other.shapes
+            and self.blocks == other.blocks
+            and self.layouts == other.layouts
+            and self.snapshot.alike(other.snapshot)
+        )
+
+    # -- passes over data ----------------------------------------------------------------------
+
+    def factors(self, inputs: _data.Inputs) -> Factors:
+        """One forward pass that records what :meth:`Factors.backpropagate` needs."""
+        factors, _ = self.forward(_data.to_device(inputs, self.device))
+        if len(factors.calls) != len(self.layouts):
+            raise RuntimeError(
+                f"The model called {len(factors.calls)} layers with trainable parameters, but {len(self.layouts)} "
+                "when its blocks were found. Its forward pass must not depend on the data; if you changed the model, "
+                "fit again."
+            )
+        return factors
+
+    def outputs(self, inputs: _data.Inputs) -> Tensor:
+        """Outputs ``[N, C]`` in evaluation mode, without a graph."""
+        with torch.no_grad(), self._replicas.one() as model:
+            return self.rows(model, _data.to_device(inputs, self.device))
+
+    def call(self, parameters: dict[str, Tensor], inputs: _data.Inputs, **keywords: Any) -> Tensor:
+        """Outputs ``[N, C]`` under other parameters (of all names in :attr:`shapes`, and of others if need be)."""
+        with self._replicas.one() as model:
+            return self.rows(lambda given: torch.func.functional_call(model, parameters, (given,), keywords), inputs)
+
+    def rows(self, model: Callable[[_data.Inputs], Any], inputs: _data.Inputs) -> Tensor:
+        """Outputs ``[N, C]`` of the model, called in some way, for N data; it is not called for none."""
+        n = _data.count(inputs)
+        if not n and self.n_outputs:
+            return torch.zeros(0, self.n_outputs, dtype=self.dtype, device=self.device)
+        given = _data.at_least(inputs, self.fewest)
+        with _data.own_forward_pass(given, self.dtype):
+            outputs = model(_data.copy(given))
+        return _data.rows(outputs, _data.count(given), self.n_outputs or None)[:n]
+
+    def try_one(self, datum: _data.Inputs) -> None:
+        """Set :attr:`fewest` by the outputs of one datum alone, without a look at the layers."""
+        twice = self.outputs(_data.at_least(datum, 2))
+        try:
+            same = close(self.outputs(datum), twice[:1], twice)
+        except Exception:  # whatever a model fails with where it loses the batch dimension
+            same = False
+        self.fewest = 1 if same else 2
+
+    def mean(self) -> Tensor:
+        """The trainable parameters as one vector ``[D]`` (a copy)."""
+        return self.to_vector({name: p.detach() for name, p in self.leaves.items()})
+
+    def to_vector(self, parameters: dict[str, Tensor]) -> Tensor:
+        """Named tensors ``[..., *shape]`` as vectors ``[..., D]``."""
+        return flatten(parameters, self.shapes).to(self.dtype)
+
+    def from_vector(self, vector: Tensor) -> dict[str, Tensor]:
+        """Inverse of :meth:`to_vector`, in the dtypes of the model."""
+        return {name: part.to(self.leaves[name].dtype) for name, part in unflatten(vector, self.shapes).items()}
+
+    def chunk_size(
+        self, memory: int, vectors: int = 1, *, formed: bool = False, inputs: _data.Inputs | None = None
+    ) -> int:
+        """Data at a time such that activations, inputs and back-propagated vectors stay within ``memory`` bytes.
+
+        With ``formed``, also the gradients of one block with several positions, in float64 beside their own precision.
+        ``inputs`` that are longer than those that the network was found with need so many times more.
+        """
+        per_datum = (self.activations * (3 + vectors) + self.largest_inputs * 2) * torch.finfo(self.dtype).bits // 8
+        if formed:
+            per_datum += self.largest_formed * vectors * 16
+        if inputs is not None and self.datum_size:
+            per_datum = per_datum * max(self.datum_size, _data.size_of_datum(inputs)) // self.datum_size
+        return max(1, memory // max(1, per_datum))
+
+    def forward(self, inputs: _data.Inputs) -> tuple[Factors, dict[str, str]]:
+        """One forward pass, and functions that no rule covers by the names of parameters that they use."""
+        with gradients_enabled():
+            recorder = Recorder(self.identities, self.call_types)
+            n, given = _data.count(inputs), _data.at_least(inputs, self.fewest)
+            with self._replicas.one() as model, recorder, _data.own_forward_pass(given, self.dtype):
+                outputs = model(_data.copy(given))
+            n_run = _data.count(given)
+            all_outputs = _data.rows(outputs, n_run, self.n_outputs or None)
+            outputs = all_outputs if n == n_run else all_outputs[:n]
+        if self.feature_reduction is not None:
+            recorder.calls = [call_of_reduced_features(self, recorder.calls, all_outputs.detach())]
+        return Factors(self, outputs.detach(), inputs, outputs, recorder.calls, n_run), recorder.elsewhere
+
+    def reduce(self, features: Tensor, outputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Features ``[N, ..., I]`` of a last layer as ``[N, I]``; notes how far outputs are from what they give."""
+        features, error = reduced_features(self.feature_reduction, features, outputs, weight, bias)
+        self.reduction_error = max(self.reduction_error, error)
+        return features
+
+    def unreached(self, inputs: _data.Inputs) -> tuple[list[int], list[str], list[int]]:
+        """Outputs of variance zero, on which no covered parameter acts (:func:`.heads.unreached`)."""
+        return unreached(self, inputs)
