@@ -38,7 +38,7 @@ def user_warnings() -> Iterator[list[str]]:
             warnings.simplefilter("always", UserWarning)
             yield told
     finally:
-        told += dict.fromkeys(str(own.message) for own in caught if issubclass(own.category, UserWarning))
+        told += dict.fromkeys(str(each.message) for each in caught if issubclass(each.category, UserWarning))
 
 
 @contextmanager

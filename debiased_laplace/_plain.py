@@ -98,6 +98,7 @@ MOVED = {
         "curvature.parts.outputwise",
     ),
     "blocks": ("network.blocks",),
+    "checkpoint": ("fitting.checkpoint",),
     "posterior": ("posterior.gaussian",),
     "probe": ("fitting.probe",),
     "reading": ("fitting.reading",),
@@ -106,6 +107,7 @@ MOVED = {
     "stream": ("fitting.stream",),
     "structures.diag": ("curvature.structures.diag",),
     "structures.full": ("curvature.structures.full",),
+    "structures.isotropic": ("curvature.structures.isotropic",),
     "structures.kron": ("curvature.structures.kron",),
     "structures.lowrank": ("curvature.structures.lowrank",),
 }
@@ -125,17 +127,18 @@ def _class(name: str) -> Any:
     if not module.startswith(PREFIX) or "__" in module:
         return None
     for home in MOVED.get(module.removeprefix("debiased_laplace."), ()):
-        if (moved := _class(f"debiased_laplace.{home}:{qualname}")) is not None:
+        moved = _class(f"debiased_laplace.{home}:{qualname}")
+        if moved is not None:
             return moved
     try:
-        found: Any = importlib.import_module(module)
+        named: Any = importlib.import_module(module)
     except ImportError:
         return None
     for part in qualname.split("."):
-        found = vars(found).get(part)
-        if not isinstance(found, type) or found.__module__ != module:
+        named = vars(named).get(part)
+        if not isinstance(named, type) or named.__module__ != module:
             return None
-    return found if dataclasses.is_dataclass(found) else None
+    return named if dataclasses.is_dataclass(named) else None
 
 
 def _construct(name: str, values: dict[str, Any]) -> Any:

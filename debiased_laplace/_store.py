@@ -148,24 +148,24 @@ def _opened(path: str | Path) -> Iterator[tuple[Any, str]]:
         with understood(path):
             document = json.loads(text)
             form, expected_digest = document["format"], document.pop("digest", None)
-            found = _files.sha256(json.dumps(document))
+            actual_digest = _files.sha256(json.dumps(document))
         if type(form) is not int or not 1 <= form <= FORMAT:
             newer = type(form) is int and form > FORMAT
             raise StoredFileError(
                 f"{expected} of format {form!r}, and this version knows 1 to {FORMAT}: the file was "
                 + ("written by a newer version; upgrade debiased-laplace." if newer else "changed. Make it again.")
             )
-        if (form > 1 or expected_digest is not None) and expected_digest != found:
+        if (form > 1 or expected_digest is not None) and expected_digest != actual_digest:
             raise _damaged(path, "the SHA-256 of its header is another")
         yield handle, text
 
 
 def digest(tensor: Tensor) -> str:
     """SHA-256 of the dtype, the shape and the bytes of a tensor, as 64 hexadecimal digits."""
-    found = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)} ".encode())
-    own = tensor.detach().cpu().resolve_neg().contiguous()
-    found.update(own.as_strided((own.numel(),), (1,)).view(torch.uint8).numpy().data)
-    return found.hexdigest()
+    hashed = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)} ".encode())
+    values = tensor.detach().cpu().resolve_neg().contiguous()
+    hashed.update(values.as_strided((values.numel(),), (1,)).view(torch.uint8).numpy().data)
+    return hashed.hexdigest()
 
 
 class _Packing:
@@ -214,7 +214,7 @@ def _unpack(packed: dict[str, Any], load: Callable[[dict[str, Any]], Tensor] | N
 
 
 def _place(tensor: Tensor, reference: dict[str, Any], device: torch.device | str | None) -> Tensor:
-    """A copy in memory of its own, so that the file can be replaced on any system."""
+    """A copy that shares no memory with the file, so that the file can be replaced on any system."""
     device = reference["device"] if device is None else device
     try:
         empty = torch.empty_strided(tensor.shape, reference["strides"], dtype=tensor.dtype, device=device)
@@ -238,22 +238,22 @@ def fingerprint(parameters: Mapping[str, Tensor]) -> dict[str, str]:
     return {name: digest(tensor)[:16] for name, tensor in parameters.items()}
 
 
-def differences(expected: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]:
+def differences(expected: Mapping[str, Any], actual: Mapping[str, Any]) -> list[str]:
     """What differs between two nested mappings, a line for each difference, eight at most.
 
     Values are compared as numbers are (1 equals 1.0, and NaN equals NaN). Fingerprints are only said to differ.
     """
-    lines = list(dict.fromkeys(_differences(expected, found, "")))
+    lines = list(dict.fromkeys(_differences(expected, actual, "")))
     rest = len(lines) - MAX_LINES
     return lines if rest <= 0 else [*lines[:MAX_LINES], f"and {rest} more"]
 
 
-def _differences(expected: Mapping[str, Any], found: Mapping[str, Any], group: str) -> Iterator[str]:
-    for name in {**expected, **found}:
-        if name not in found or name not in expected:
+def _differences(expected: Mapping[str, Any], actual: Mapping[str, Any], group: str) -> Iterator[str]:
+    for name in {**expected, **actual}:
+        if name not in actual or name not in expected:
             yield f"{name!r} is {'missing' if name in expected else 'not expected'}"
             continue
-        one, other = expected[name], found[name]
+        one, other = expected[name], actual[name]
         where = f"{group} of {name!r}" if group in ("shape", "dtype") else f"{group}.{name}".lstrip(".")
         if isinstance(one, Mapping) and isinstance(other, Mapping):
             yield from _differences(one, other, where)

@@ -34,7 +34,7 @@ from debiased_laplace import __version__
 from debiased_laplace.curvature.projected import projected_curvatures
 from debiased_laplace.curvature.structures import Diagonal, Full, Kronecker, LowRank, Structure
 from debiased_laplace.evaluation.scores.calibration import expected_calibration_error
-from debiased_laplace.fitting.checkpoint import Progress
+from debiased_laplace.fitting.checkpoint import Checkpoint
 from debiased_laplace.fitting.fit import fit
 from debiased_laplace.fitting.fitted import Fit
 from debiased_laplace.fitting.measurement import Measurement
@@ -45,7 +45,7 @@ from debiased_laplace.network.network import Network
 from debiased_laplace.posterior.gaussian import Posterior
 from debiased_laplace.posterior.predictive import functional_moments
 from debiased_laplace.posterior.tune import tune
-from debiased_laplace.sampling.sample import SHARED, Sample, WeightedData
+from debiased_laplace.sampling.sample import IN_ALL_FOLDS, Sample, WeightedData
 from debiased_laplace.sampling.samplers import PrioritySampler, Sampler, UniformSampler
 from debiased_laplace.sampling.splits import CrossFit, Single, Split, TwoBatch
 
@@ -320,7 +320,7 @@ class Bench:
         stream = looked if method.stream is None else method.stream
         observed: Observed | None = self.stream.observed if stream else None
         data = CurvatureData(self.network, sample.data, LIKELIHOOD)
-        measurement = Measurement(self.structure, self.network, data, sample, observed, Progress(None, {}))
+        measurement = Measurement(self.structure, self.network, data, sample, observed, Checkpoint(None, {}))
         basis, curvatures = measurement.cross(method.split, factored=method.estimator == "factored")
         seconds = time.perf_counter() - start + self.pass_seconds * (looked or stream)
         posterior = Posterior(
@@ -328,7 +328,7 @@ class Bench:
         )
         record: dict[str, Any] = {
             "drawn": len(sample.data),
-            "certain": int((sample.folds == SHARED).sum()),
+            "certain": int((sample.folds == IN_ALL_FOLDS).sum()),
             "seconds": seconds,
             "gradients": seconds / self.gradient_seconds,
         }

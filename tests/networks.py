@@ -10,6 +10,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
+def perturb(model: nn.Module) -> nn.Module:
+    """Biases, scales and running statistics that are not zero and one, by the global generator."""
+    for parameter in model.parameters():
+        if parameter.ndim == 1:
+            parameter.data += 0.3 * torch.randn_like(parameter)
+    for name, buffer in model.named_buffers():
+        if name.endswith("running_mean"):
+            buffer.copy_(0.2 * torch.randn_like(buffer))
+        if name.endswith("running_var"):
+            buffer.copy_(0.5 + torch.rand_like(buffer))
+    return model
+
+
 @dataclass(frozen=True)
 class Case:
     """A network and the shape of one datum; ``n_outputs`` is C."""
@@ -22,16 +35,7 @@ class Case:
     def model(self, seed: int = 0, dtype: torch.dtype = torch.float64) -> nn.Module:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            model = self.build().to(dtype)
-            for parameter in model.parameters():  # biases and scales that are not zero and one
-                if parameter.ndim == 1:
-                    parameter.data += 0.3 * torch.randn_like(parameter)
-            for name, buffer in model.named_buffers():
-                if name.endswith("running_mean"):
-                    buffer.copy_(0.2 * torch.randn_like(buffer))
-                if name.endswith("running_var"):
-                    buffer.copy_(0.5 + torch.rand_like(buffer))
-        return model.eval()
+            return perturb(self.build().to(dtype)).eval()
 
     def inputs(self, n: int, seed: int = 1, dtype: torch.dtype = torch.float64) -> Tensor:
         generator = torch.Generator().manual_seed(seed)

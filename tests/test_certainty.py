@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from debiased_laplace import Bernoulli, Categorical, DebiasedLaplace, Gaussian, PrioritySampler, UniformSampler
 from debiased_laplace.curvature.structures import Kronecker
-from debiased_laplace.fitting.checkpoint import Progress
+from debiased_laplace.fitting.checkpoint import Checkpoint
 from debiased_laplace.fitting.fit import UNIFORM_BUDGET, fit
 from debiased_laplace.fitting.reading import Reading
 from debiased_laplace.fitting.stream import Stream
@@ -121,7 +121,12 @@ def test_the_draw_depends_on_the_seed_and_the_positions_alone_and_is_not_the_fit
 
 def reading(batches):
     stream = Stream(lambda inputs: None, Categorical(), Kronecker())
-    return Reading(batches, Progress(None, {}), torch.Generator(), stream, budget=4, seed=0)
+    return Reading(batches, Checkpoint(None, {}), torch.Generator(), stream, budget=4, seed=0)
+
+
+def test_a_pass_over_what_is_no_loader_is_refused_at_once():
+    with pytest.raises(TypeError, match=r"Expected an iterable of batches \(a DataLoader, a list, .*got int"):
+        reading(3)
 
 
 def test_batches_pass_as_they_are():

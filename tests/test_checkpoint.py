@@ -19,7 +19,7 @@ from torch import Tensor
 from debiased_laplace import _store
 from debiased_laplace.curvature.structures import KroneckerStatistics
 from debiased_laplace.fitting import checkpoint
-from debiased_laplace.fitting.checkpoint import Progress
+from debiased_laplace.fitting.checkpoint import Checkpoint
 
 REPOSITORY = Path(__file__).parents[1]
 SETTINGS = {"seed": 0, "weights": {"fc.weight": "0" * 16}, "shape": {"fc.weight": (3, 4)}, "chunks": [1, None]}
@@ -70,51 +70,51 @@ def test_without_a_file_everything_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(_store, "write", forbidden)
     for _ in range(2):
-        progress = Progress(None, {"not storable": object()}, interval=0.0)
+        checkpoint = Checkpoint(None, {"not storable": object()}, interval=0.0)
         step = Counted()
-        assert progress.once("object", lambda: Path) is Path
-        assert torch.equal(progress.accumulate("sum", STEPS, step), total())
+        assert checkpoint.once("object", lambda: Path) is Path
+        assert torch.equal(checkpoint.accumulate("sum", STEPS, step), total())
         assert step.seen == STEPS
-        result = progress.accumulate("not storable", STEPS, lambda number: term(number) + 0j)
+        result = checkpoint.accumulate("not storable", STEPS, lambda number: term(number) + 0j)
         reference = weakref.ref(result)
         del result
         assert reference() is None  # nothing is held
         with pytest.raises(KeyboardInterrupt):
-            progress.accumulate("other", STEPS, Counted(2, KeyboardInterrupt()))
-        assert progress.completed is None
-        assert progress.complete(Path) is progress.completed is Path
+            checkpoint.accumulate("other", STEPS, Counted(2, KeyboardInterrupt()))
+        assert checkpoint.completed is None
+        assert checkpoint.complete(Path) is checkpoint.completed is Path
     assert list(tmp_path.iterdir()) == []
 
 
 def test_once_is_kept(path):
     calls = []
     for _ in range(3):
-        progress = Progress(path, SETTINGS)
-        result = progress.once("a", lambda: (calls.append(1), {"x": torch.ones(2)})[1])
+        checkpoint = Checkpoint(path, SETTINGS)
+        result = checkpoint.once("a", lambda: (calls.append(1), {"x": torch.ones(2)})[1])
         assert torch.equal(result["x"], torch.ones(2))
-        assert progress.once("none", lambda: None) is None
+        assert checkpoint.once("none", lambda: None) is None
     assert calls == [1]
-    assert torch.equal(Progress(path, SETTINGS).once("a", forbidden)["x"], torch.ones(2))
-    assert Progress(path, SETTINGS).once("none", forbidden) is None
+    assert torch.equal(Checkpoint(path, SETTINGS).once("a", forbidden)["x"], torch.ones(2))
+    assert Checkpoint(path, SETTINGS).once("none", forbidden) is None
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), ValueError("some error"), SystemExit(3)], ids=repr)
 @pytest.mark.parametrize("stop_at", range(len(STEPS)))
 def test_a_sum_continues_where_it_was_interrupted(path, stop_at, error):
     with pytest.raises(type(error)) as raised:
-        Progress(path, SETTINGS, interval=1e9).accumulate("sum", STEPS, Counted(stop_at, error))
+        Checkpoint(path, SETTINGS, interval=1e9).accumulate("sum", STEPS, Counted(stop_at, error))
     assert raised.value is error
     step = Counted()
-    assert torch.equal(Progress(path, SETTINGS).accumulate("sum", STEPS, step), total())
+    assert torch.equal(Checkpoint(path, SETTINGS).accumulate("sum", STEPS, step), total())
     assert step.seen == STEPS[stop_at:]
-    assert torch.equal(Progress(path, SETTINGS).accumulate("sum", STEPS, forbidden), total())
+    assert torch.equal(Checkpoint(path, SETTINGS).accumulate("sum", STEPS, forbidden), total())
 
 
 def test_a_sum_survives_interrupts_at_every_step(path):
     for stop in STEPS:
         step = Counted(1, KeyboardInterrupt())
         try:
-            result = Progress(path, SETTINGS).accumulate("sum", STEPS, step)
+            result = Checkpoint(path, SETTINGS).accumulate("sum", STEPS, step)
         except KeyboardInterrupt:
             pass
         assert step.seen == [stop]
@@ -122,15 +122,15 @@ def test_a_sum_survives_interrupts_at_every_step(path):
 
 
 def test_the_same_object_can_try_again(path):
-    progress = Progress(path, SETTINGS)
+    checkpoint = Checkpoint(path, SETTINGS)
 
     def outer(step):
-        return progress.accumulate("inner", STEPS, step) + progress.once("one", lambda: 1)
+        return checkpoint.accumulate("inner", STEPS, step) + checkpoint.once("one", lambda: 1)
 
     with pytest.raises(KeyboardInterrupt):
-        progress.once("outer", lambda: outer(Counted(3, KeyboardInterrupt())))
+        checkpoint.once("outer", lambda: outer(Counted(3, KeyboardInterrupt())))
     step = Counted()
-    assert torch.equal(progress.once("outer", lambda: outer(step)), total() + 1)
+    assert torch.equal(checkpoint.once("outer", lambda: outer(step)), total() + 1)
     assert step.seen == STEPS[3:]
 
 
@@ -144,8 +144,8 @@ def test_statistics_and_numbers_can_be_summed(path):
                 raise KeyboardInterrupt
             return measure(number)
 
-        progress = Progress(path if stop else None, SETTINGS)
-        return progress.accumulate("statistics", [1, 2, 3, 4], step), progress.accumulate("n", [1, 2], float)
+        checkpoint = Checkpoint(path if stop else None, SETTINGS)
+        return checkpoint.accumulate("statistics", [1, 2, 3, 4], step), checkpoint.accumulate("n", [1, 2], float)
 
     expected = run()
     for stop in (3, 4):
@@ -183,27 +183,27 @@ def test_writes_keep_their_distance(path, monkeypatch, interval, writes):
 
     monkeypatch.setattr(checkpoint.time, "monotonic", lambda: now[0])
     monkeypatch.setattr(_store, "write", slow_write)
-    Progress(path, SETTINGS, interval=interval).accumulate("sum", STEPS, step)
+    Checkpoint(path, SETTINGS, interval=interval).accumulate("sum", STEPS, step)
     assert len(written) == writes  # after three, six and all of the eight steps for 2.5 seconds
 
 
 def test_nothing_is_written_where_nothing_is_new(path, monkeypatch):
-    progress = Progress(path, SETTINGS)
-    progress.once("a", lambda: 1)
-    progress.accumulate("sum", STEPS, term)
+    checkpoint = Checkpoint(path, SETTINGS)
+    checkpoint.once("a", lambda: 1)
+    checkpoint.accumulate("sum", STEPS, term)
     monkeypatch.setattr(_store, "write", forbidden)
-    progress = Progress(path, SETTINGS, interval=0.0)
-    progress.once("a", forbidden)
-    progress.accumulate("sum", STEPS, forbidden)
+    checkpoint = Checkpoint(path, SETTINGS, interval=0.0)
+    checkpoint.once("a", forbidden)
+    checkpoint.accumulate("sum", STEPS, forbidden)
     with pytest.raises(KeyboardInterrupt):
-        progress.accumulate("other", STEPS, Counted(0, KeyboardInterrupt()))
+        checkpoint.accumulate("other", STEPS, Counted(0, KeyboardInterrupt()))
 
 
 def test_a_run_that_fails_before_anything_is_complete_leaves_no_file(path):
     with pytest.raises(KeyError, match="nothing"):
-        Progress(path, SETTINGS).once("a", lambda: {}["nothing"])
+        Checkpoint(path, SETTINGS).once("a", lambda: {}["nothing"])
     with pytest.raises(KeyError, match="nothing"):
-        Progress(path, SETTINGS).accumulate("sum", STEPS, lambda step: {}["nothing"])
+        Checkpoint(path, SETTINGS).accumulate("sum", STEPS, lambda step: {}["nothing"])
     assert not path.exists()
     assert list(path.parent.iterdir()) == []
 
@@ -219,22 +219,22 @@ def test_a_run_that_fails_before_anything_is_complete_leaves_no_file(path):
     ],
 )
 def test_other_settings_are_refused(path, changed, message):
-    Progress(path, SETTINGS).once("a", lambda: 1)
+    Checkpoint(path, SETTINGS).once("a", lambda: 1)
     before = path.read_bytes()
     with pytest.raises(
         ValueError, match=rf"with the settings of this run, got others: {message}\. Delete the file, or"
     ):
-        Progress(path, {**SETTINGS, **changed})
+        Checkpoint(path, {**SETTINGS, **changed})
     assert path.read_bytes() == before
-    assert Progress(path, dict(reversed(SETTINGS.items()))).once("a", forbidden) == 1
+    assert Checkpoint(path, dict(reversed(SETTINGS.items()))).once("a", forbidden) == 1
 
 
 def test_settings_may_hold_objects_of_the_package_and_no_tensors(path):
     settings = {"structure": KroneckerStatistics([], []), "dtype": torch.float64, "__tag": float("nan")}
-    Progress(path, settings).once("a", lambda: 1)
-    assert Progress(path, settings).once("a", forbidden) == 1
+    Checkpoint(path, settings).once("a", lambda: 1)
+    assert Checkpoint(path, settings).once("a", forbidden) == 1
     with pytest.raises(TypeError, match="a header without tensors"):
-        Progress(path, {"weights": torch.ones(2)})
+        Checkpoint(path, {"weights": torch.ones(2)})
 
 
 @pytest.mark.parametrize("kind", ["text", "other", "ours"])
@@ -252,34 +252,34 @@ def test_a_file_of_something_else_is_refused_and_left(path, kind):
         "ours": "to hold the progress of a computation, got posterior. Give another path; the file is left as it is",
     }
     with pytest.raises(ValueError, match=message[kind]):
-        Progress(path, SETTINGS)
+        Checkpoint(path, SETTINGS)
     assert path.read_bytes() == before
 
 
 def test_a_missing_directory_is_refused_before_anything_runs(path):
     with pytest.raises(FileNotFoundError, match=r"Expected a directory for .*nowhere/file"):
-        Progress(path / "nowhere" / "file", SETTINGS)
+        Checkpoint(path / "nowhere" / "file", SETTINGS)
 
 
 def test_a_path_that_a_run_changes_directory_from(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    progress = Progress("progress", SETTINGS)
+    checkpoint = Checkpoint("progress", SETTINGS)
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir("elsewhere")
-    progress.once("a", lambda: 1)
-    assert Progress(tmp_path / "progress", SETTINGS).once("a", forbidden) == 1
+    checkpoint.once("a", lambda: 1)
+    assert Checkpoint(tmp_path / "progress", SETTINGS).once("a", forbidden) == 1
 
 
 def test_a_complete_file_holds_the_final_value_alone(path):
-    progress = Progress(path, SETTINGS)
-    progress.once("data", lambda: torch.randn(100_000))
-    progress.accumulate("sum", STEPS, term)
-    assert progress.completed is None
-    assert Progress(path, SETTINGS).completed is None
+    checkpoint = Checkpoint(path, SETTINGS)
+    checkpoint.once("data", lambda: torch.randn(100_000))
+    checkpoint.accumulate("sum", STEPS, term)
+    assert checkpoint.completed is None
+    assert Checkpoint(path, SETTINGS).completed is None
     assert path.stat().st_size > 400_000
-    assert progress.complete({"answer": (42, torch.ones(2))})["answer"][0] == 42
+    assert checkpoint.complete({"answer": (42, torch.ones(2))})["answer"][0] == 42
     assert path.stat().st_size < 2_000
-    for finished in (progress, Progress(path, SETTINGS)):
+    for finished in (checkpoint, Checkpoint(path, SETTINGS)):
         assert finished.completed["answer"][0] == 42
         assert torch.equal(finished.completed["answer"][1], torch.ones(2))
         with pytest.raises(
@@ -289,85 +289,85 @@ def test_a_complete_file_holds_the_final_value_alone(path):
         with pytest.raises(RuntimeError, match="got 'sum'"):
             finished.accumulate("sum", STEPS, forbidden)
     with pytest.raises(ValueError, match="seed: 1 expected, got 0"):
-        Progress(path, {**SETTINGS, "seed": 1})
+        Checkpoint(path, {**SETTINGS, "seed": 1})
 
 
 def test_pieces_of_a_piece_are_dropped_with_its_end(path):
     def outer(step):
-        progress = Progress(path, SETTINGS)
+        checkpoint = Checkpoint(path, SETTINGS)
 
         def inner():
-            data = progress.once("data", lambda: torch.randn(100_000))
-            return progress.accumulate("sum", STEPS, step) + 0 * data[0]
+            data = checkpoint.once("data", lambda: torch.randn(100_000))
+            return checkpoint.accumulate("sum", STEPS, step) + 0 * data[0]
 
-        progress.once("data", lambda: 1)  # names inside are other names
-        return progress, progress.once("outer", inner)
+        checkpoint.once("data", lambda: 1)  # names inside are other names
+        return checkpoint, checkpoint.once("outer", inner)
 
     with pytest.raises(KeyboardInterrupt):
         outer(Counted(3, KeyboardInterrupt()))
     assert path.stat().st_size > 400_000
     step = Counted()
-    progress, result = outer(step)
+    checkpoint, result = outer(step)
     assert step.seen == STEPS[3:]
     assert torch.equal(result, total())
     assert path.stat().st_size < 3_000
-    assert progress.once("sum", lambda: 5) == 5
+    assert checkpoint.once("sum", lambda: 5) == 5
     assert torch.equal(outer(forbidden)[1], total())
 
 
 @pytest.mark.parametrize("file", [True, False])
 def test_every_piece_has_a_name_of_its_own(path, file):
-    progress = Progress(path if file else None, SETTINGS)
-    progress.once("a", lambda: 1)
-    progress.accumulate("b", STEPS, term)
+    checkpoint = Checkpoint(path if file else None, SETTINGS)
+    checkpoint.once("a", lambda: 1)
+    checkpoint.accumulate("b", STEPS, term)
     for name in ("a", "b"):
-        with pytest.raises(ValueError, match=f"Expected a name of its own for every piece, got '{name}' twice"):
-            progress.once(name, forbidden)
+        with pytest.raises(ValueError, match=f"Expected another name for every piece, got '{name}' twice"):
+            checkpoint.once(name, forbidden)
         with pytest.raises(ValueError, match=f"got '{name}' twice"):
-            progress.accumulate(name, STEPS, forbidden)
+            checkpoint.accumulate(name, STEPS, forbidden)
     if file:
         with pytest.raises(ValueError, match="got 'b' twice"):
-            Progress(path, SETTINGS).once("b", forbidden)
+            Checkpoint(path, SETTINGS).once("b", forbidden)
         with pytest.raises(ValueError, match="got 'a' twice"):
-            Progress(path, SETTINGS).accumulate("a", STEPS, forbidden)
+            Checkpoint(path, SETTINGS).accumulate("a", STEPS, forbidden)
 
 
 def test_the_number_of_steps_must_be_the_same(path):
-    Progress(path, SETTINGS).accumulate("sum", STEPS, term)
+    Checkpoint(path, SETTINGS).accumulate("sum", STEPS, term)
     with pytest.raises(ValueError, match=r"Expected 8 steps for 'sum', got 7. Let the settings hold all"):
-        Progress(path, SETTINGS).accumulate("sum", STEPS[1:], forbidden)
+        Checkpoint(path, SETTINGS).accumulate("sum", STEPS[1:], forbidden)
     with pytest.raises(ValueError, match="Expected one or more steps for 'other', got 0"):
-        Progress(path, SETTINGS).accumulate("other", [], term)
+        Checkpoint(path, SETTINGS).accumulate("other", [], term)
 
 
 def test_what_cannot_be_stored_is_refused_at_once_and_spoils_nothing(path):
-    progress = Progress(path, SETTINGS)
-    progress.once("a", lambda: 1)
+    checkpoint = Checkpoint(path, SETTINGS)
+    checkpoint.once("a", lambda: 1)
     step = Counted()
     with pytest.raises(TypeError, match=r"real numbers at sum, got Tensor of torch.complex64"):
-        progress.accumulate("sum", STEPS, lambda number: step(number) + 0j)
+        checkpoint.accumulate("sum", STEPS, lambda number: step(number) + 0j)
     assert step.seen == STEPS[:1]
     with pytest.raises(TypeError, match=r"got builtins:object at b\[0\]"):
-        progress.once("b", lambda: [object()])
+        checkpoint.once("b", lambda: [object()])
     with pytest.raises(TypeError, match=r"got builtins:object at the final value\.?"):
-        progress.complete(object())
-    assert progress.completed is None
-    assert torch.equal(progress.accumulate("sum", STEPS, term), total())
-    assert Progress(path, SETTINGS).once("a", forbidden) == 1
+        checkpoint.complete(object())
+    assert checkpoint.completed is None
+    assert torch.equal(checkpoint.accumulate("sum", STEPS, term), total())
+    assert Checkpoint(path, SETTINGS).once("a", forbidden) == 1
 
 
 def test_a_write_that_fails_leaves_the_earlier_progress(path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
-        Progress(path, SETTINGS).accumulate("sum", STEPS, Counted(3, KeyboardInterrupt()))
+        Checkpoint(path, SETTINGS).accumulate("sum", STEPS, Counted(3, KeyboardInterrupt()))
     before = path.read_bytes()
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
         with pytest.raises(OSError, match="disk full"):
-            Progress(path, SETTINGS, interval=0.0).accumulate("sum", STEPS, term)
+            Checkpoint(path, SETTINGS, interval=0.0).accumulate("sum", STEPS, term)
     assert path.read_bytes() == before
     assert list(path.parent.iterdir()) == [path]
     step = Counted()
-    assert torch.equal(Progress(path, SETTINGS).accumulate("sum", STEPS, step), total())
+    assert torch.equal(Checkpoint(path, SETTINGS).accumulate("sum", STEPS, step), total())
     assert step.seen == STEPS[3:]
 
 
@@ -383,26 +383,26 @@ def test_an_interrupt_in_the_middle_of_a_write_loses_nothing(path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            Progress(path, SETTINGS, interval=0.0).accumulate("sum", STEPS, term)
+            Checkpoint(path, SETTINGS, interval=0.0).accumulate("sum", STEPS, term)
     assert list(path.parent.iterdir()) == [path]
     step = Counted()
-    assert torch.equal(Progress(path, SETTINGS).accumulate("sum", STEPS, step), total())
+    assert torch.equal(Checkpoint(path, SETTINGS).accumulate("sum", STEPS, step), total())
     assert step.seen == STEPS[3:]
 
 
 def test_other_versions_are_reported(path, monkeypatch, caplog):
-    Progress(path, SETTINGS).once("a", lambda: 1)
+    Checkpoint(path, SETTINGS).once("a", lambda: 1)
     with caplog.at_level(logging.WARNING, "debiased_laplace"):
-        Progress(path, SETTINGS)
+        Checkpoint(path, SETTINGS)
         assert caplog.messages == []
         monkeypatch.setattr(_store, "versions", lambda: {"torch": "99"})
-        assert Progress(path, SETTINGS).once("a", forbidden) == 1
+        assert Checkpoint(path, SETTINGS).once("a", forbidden) == 1
     assert "was made with other versions: torch: '99' expected, got" in caplog.text
 
 
 def test_sums_on_another_device_go_on_there(path, second_device):
     def run(step):
-        return Progress(path, SETTINGS).accumulate("sum", STEPS, step)
+        return Checkpoint(path, SETTINGS).accumulate("sum", STEPS, step)
 
     stopping = Counted(3, KeyboardInterrupt())
     with pytest.raises(KeyboardInterrupt):
@@ -436,7 +436,7 @@ def child(path: str, interval: float, sleep_in_write: int | None, sleep_in_step:
 
     counter: list[int] = []
     os.replace = slow_replace
-    Progress(path, SETTINGS, interval=interval).accumulate("sum", STEPS, step)
+    Checkpoint(path, SETTINGS, interval=interval).accumulate("sum", STEPS, step)
 
 
 @pytest.mark.parametrize(
@@ -467,7 +467,7 @@ def test_a_process_that_is_stopped_is_continued(path, sent, interval, sleep_in_w
     assert process.returncode != 0
     assert ("KeyboardInterrupt" in errors) == (sent == signal.SIGINT)
     step = Counted()
-    assert torch.equal(Progress(path, SETTINGS).accumulate("sum", STEPS, step), total())
+    assert torch.equal(Checkpoint(path, SETTINGS).accumulate("sum", STEPS, step), total())
     assert step.seen == STEPS[n_kept:]
     assert lines == STEPS[: len(lines)]
     assert len(lines) == (sleep_in_step or sleep_in_write)

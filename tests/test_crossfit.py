@@ -16,7 +16,7 @@ from debiased_laplace.likelihoods import Bernoulli, Categorical, Gaussian
 from debiased_laplace.network.gradients import CurvatureData
 from debiased_laplace.network.network import Network
 from debiased_laplace.posterior.predictive import functional_moments
-from debiased_laplace.sampling.sample import SHARED, Sample, WeightedData
+from debiased_laplace.sampling.sample import IN_ALL_FOLDS, Sample, WeightedData
 from debiased_laplace.sampling.samplers import PrioritySampler, UniformSampler
 from debiased_laplace.sampling.splits import CrossFit, Single, TwoBatch
 from debiased_laplace.testing import dense_basis, dense_ggn
@@ -59,7 +59,7 @@ def by_hand(result: Fit, structure: Any, split: Any, inputs_of_all: Tensor | Non
     """Final directions ``[D, rank]`` and curvatures, from the folds of a fit, by the dense matrix where it can be."""
     network, sample = result.network, result.sample
     assert isinstance(sample, Sample)
-    n_light = int((sample.folds != SHARED).sum())
+    n_light = int((sample.folds != IN_ALL_FOLDS).sum())
 
     def basis_of(folds: tuple[int, ...], like: Any = None) -> Any:
         own = CurvatureData(network, sample.fold(folds), Categorical())
@@ -99,7 +99,7 @@ def test_a_fit_is_its_folds_put_together(structure, split, sampler):
     """Against the dense matrices of the folds; directions see the inputs of the whole stream where the sampler does."""
     result = fitted(structure=structure, split=split, sampler=sampler)
     if isinstance(sampler, PrioritySampler):
-        assert 2 <= int((result.sample.folds == SHARED).sum()) <= 12
+        assert 2 <= int((result.sample.folds == IN_ALL_FOLDS).sum()) <= 12
     observed = isinstance(sampler, PrioritySampler) and isinstance(structure, Kronecker)
     everything = torch.cat([x for x, _ in stream()]) if observed else None
     columns, curvatures = by_hand(result, structure, split, everything)
@@ -129,7 +129,7 @@ def test_with_all_data_and_any_sampler_the_full_fit(structure):
     """Importance has nothing to choose from, and the statistics of the stream are those of the data."""
     one = fitted(structure=structure, split=Single(), sampler=UniformSampler(None))
     other = fitted(structure=structure, split=CrossFit(), sampler=PrioritySampler(N))
-    assert bool((other.sample.folds == SHARED).all())
+    assert bool((other.sample.folds == IN_ALL_FOLDS).all())
     assert_equal(dense(other), dense(one))
     assert other.mean_loss == pytest.approx(one.mean_loss, rel=1e-9)
 

@@ -26,6 +26,7 @@ from debiased_laplace.curvature.hesscale import (
     hessian_diagonal,
 )
 from debiased_laplace.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood
+from tests.networks import perturb
 from tests.tolerances import EXACT, FLOAT32, assert_equal
 
 N = 5
@@ -38,16 +39,7 @@ def network(build: Build, seed: int = 0, dtype: torch.dtype = torch.float64) -> 
     """A model with parameters and statistics that are not zero and one, in training mode."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = build().to(dtype)
-        for parameter in model.parameters():
-            if parameter.ndim == 1:
-                parameter.data += 0.3 * torch.randn_like(parameter)
-        for name, buffer in model.named_buffers():
-            if name.endswith("running_mean"):
-                buffer.copy_(0.2 * torch.randn_like(buffer))
-            if name.endswith("running_var"):
-                buffer.copy_(0.5 + torch.rand_like(buffer))
-    return model.train()
+        return perturb(build().to(dtype)).train()
 
 
 def data(shape: tuple[int, ...], likelihood: Likelihood, n_outputs: int, n: int = N) -> tuple[Tensor, Tensor, Tensor]:

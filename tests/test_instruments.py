@@ -15,7 +15,6 @@ from debiased_laplace.quadratic.instruments import (
     BatchSizeCurve,
     Subsets,
     alignment,
-    batch_sizes,
     bias_against_batch_size,
     directional_bias,
     noise_variance,
@@ -392,7 +391,7 @@ def test_noise_does_not_depend_on_the_chunks(monkeypatch):
     quadratics = [quadratic_of(model, data, range(i, i + 4)) for i in (0, 4, 8)]
     vectors = quadratics[0].eigenpairs(5)[1]
     whole = product_noise(quadratics, vectors, 12, across=True)
-    monkeypatch.setattr(batch_sizes, "_NUMBERS", 1)
+    monkeypatch.setattr("debiased_laplace.quadratic.instruments.noise.PRODUCT_SIZE", 1)
     assert_equal(product_noise(quadratics, vectors, 12, across=True), whole)
 
 

@@ -359,17 +359,17 @@ def test_a_fit_that_is_killed_loses_what_came_after_the_last_write(steps, monkey
     common = {"sampler": UniformSampler(8), "chunk_size": 1, "split": TwoBatch()}
     expected = fitted(stream(12), **common)
     steps["count"], steps["stop"] = 0, 6
-    path, write = tmp_path / "progress", checkpoint_module.Progress._write
+    path, write = tmp_path / "progress", checkpoint_module.Checkpoint._write
     kept: list[bytes] = []
 
     def recorded(self):
         write(self)
         kept.append(path.read_bytes())
 
-    monkeypatch.setattr(checkpoint_module.Progress, "_write", recorded)
+    monkeypatch.setattr(checkpoint_module.Checkpoint, "_write", recorded)
     with pytest.raises(Interrupted):
         fitted(stream(12), checkpoint=path, **common)
-    monkeypatch.setattr(checkpoint_module.Progress, "_write", write)
+    monkeypatch.setattr(checkpoint_module.Checkpoint, "_write", write)
     assert len(kept) == 3  # the data, the directions, and on leaving
     for content in kept:
         path.write_bytes(content)
@@ -379,21 +379,21 @@ def test_a_fit_that_is_killed_loses_what_came_after_the_last_write(steps, monkey
 
 def test_writes_by_time_are_continued_too(steps, monkeypatch, tmp_path):
     """Every step is written; a process that is killed after any of them goes on there."""
-    original = checkpoint_module.Progress.__init__
+    original = checkpoint_module.Checkpoint.__init__
     monkeypatch.setattr(
-        checkpoint_module.Progress, "__init__",
+        checkpoint_module.Checkpoint, "__init__",
         lambda self, path, settings, *, interval=0.0: original(self, path, settings, interval=interval),
     )  # fmt: skip
     common = {"sampler": UniformSampler(6), "chunk_size": 1, "structure": Full()}
     expected = fitted(stream(12), **common)
-    path, write, kept = tmp_path / "progress", checkpoint_module.Progress._write, []
+    path, write, kept = tmp_path / "progress", checkpoint_module.Checkpoint._write, []
 
     def recorded(self):
         write(self)
         if self._path is not None:
             kept.append(path.read_bytes())
 
-    monkeypatch.setattr(checkpoint_module.Progress, "_write", recorded)
+    monkeypatch.setattr(checkpoint_module.Checkpoint, "_write", recorded)
     fitted(stream(12), checkpoint=path, **common)
     in_the_pass = len(stream(12))
     assert len(kept) == in_the_pass + 1 + 6 + 1

@@ -14,7 +14,7 @@ from debiased_laplace.curvature.structures import Diagonal, Full, Kronecker, Low
 from debiased_laplace.fitting.fit import fit
 from debiased_laplace.fitting.fitted import Fit
 from debiased_laplace.likelihoods import Bernoulli
-from debiased_laplace.sampling.sample import SHARED, Sample, WeightedData
+from debiased_laplace.sampling.sample import IN_ALL_FOLDS, Sample, WeightedData
 from debiased_laplace.sampling.samplers import PrioritySampler, UniformSampler
 from debiased_laplace.sampling.splits import CrossFit, Single, TwoBatch
 from debiased_laplace.testing import dense_basis
@@ -190,7 +190,7 @@ def test_no_datum_of_a_part_is_certain():
     options: dict[str, Any] = {"sampler": PrioritySampler(32), "structure": Full(), "split": CrossFit()}
     whole, part, twice = (fitted(0, n_data=n, **options).sample for n in (None, 5 * N, N // 2))
     assert whole is not None and part is not None and twice is not None
-    certain = whole.folds == SHARED
+    certain = whole.folds == IN_ALL_FOLDS
     assert 0 < int(certain.sum()) < 32
     assert torch.equal(whole.data.indices, part.data.indices)
     assert torch.equal(part.data.weights, whole.data.weights)
@@ -231,7 +231,7 @@ def test_fewer_uncertain_data_than_folds_are_still_two_batches(split, n_uncertai
         [(scores[:, None], torch.zeros(40))], split.folds, torch.Generator().manual_seed(0), likelihood=Given(),
         observe=lambda inputs, _: inputs,
     )  # fmt: skip
-    assert sorted(sample.folds.tolist()) == [SHARED] * 10 + list(range(split.folds - n_uncertain, split.folds))
+    assert sorted(sample.folds.tolist()) == [IN_ALL_FOLDS] * 10 + list(range(split.folds - n_uncertain, split.folds))
     measuring = {fold for one in split.rounds for fold in one.curvatures}
     assert measuring & set(sample.folds.tolist())
 

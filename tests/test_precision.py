@@ -473,7 +473,7 @@ def test_the_first_forward_mode_product_says_nothing():
         "from debiased_laplace import Quadratic\n"
         "q = Quadratic(torch.nn.Linear(2, 1), (torch.ones(3, 2), torch.ones(3, 1)), 'regression')\n"
         "q.matvec(q.gradient)\n"
-        "assert q._forward_mode\n"
+        "assert q._model.has_forward_mode\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")

@@ -276,7 +276,7 @@ def test_an_interrupted_fit_of_something_else_is_not_used(
         def interrupt(*_: object, **__: object) -> None:
             raise KeyboardInterrupt
 
-        patch.setattr("debiased_laplace.fitting.checkpoint.Progress.complete", interrupt)
+        patch.setattr("debiased_laplace.fitting.checkpoint.Checkpoint.complete", interrupt)
         assert invoke(*arguments).exit_code == 130
     (left,) = tmp_path.glob("*.progress")
     CHANGES[change](folder)

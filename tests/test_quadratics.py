@@ -41,7 +41,7 @@ def total_loss(model, batch, likelihood, l2=0.0):
 
 
 def flat(named):
-    return torch.cat([own.reshape(-1) for own in named.values()])
+    return torch.cat([value.reshape(-1) for value in named.values()])
 
 
 def dense_hessian(model, batch, likelihood, l2=0.0):
@@ -78,7 +78,7 @@ def vectors(d, k=3, seed=0):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("likelihood", LIKELIHOODS, ids=lambda own: type(own).__name__)
+@pytest.mark.parametrize("likelihood", LIKELIHOODS, ids=lambda likelihood: type(likelihood).__name__)
 @pytest.mark.parametrize("name", ["mlp", "cnn", "lone-parameters", "attention"])
 def test_everything_equals_the_dense_quadratic(name, likelihood, kind):
     model, batch, likelihood = example(name, likelihood)
@@ -136,7 +136,7 @@ def test_products_with_every_network_of_the_zoo(name, vector_chunk):
         assert_equal(quadratic.matvec(u), u @ matrix)
 
 
-@pytest.mark.parametrize("likelihood", LIKELIHOODS, ids=lambda own: type(own).__name__)
+@pytest.mark.parametrize("likelihood", LIKELIHOODS, ids=lambda likelihood: type(likelihood).__name__)
 def test_curvlinops_agrees(likelihood):
     model, batch, likelihood = example("mlp", likelihood)
     n_outputs = 2
@@ -163,18 +163,18 @@ def test_several_batches_are_their_union(kind):
     loader = DataLoader(TensorDataset(inputs, labels), batch_size=4, shuffle=True)
     state = torch.get_rng_state()
     u = vectors(whole.n_params)
-    for own in (
+    for quadratic in (
         Quadratic(model, ragged, likelihood, kind, l2=L2),
         Quadratic(model, loader, likelihood, kind, l2=L2),
         Quadratic(model, [inputs, labels], likelihood, kind, l2=L2),  # one batch, as a default collation has it
         Quadratic(model, (inputs, labels), likelihood, kind, l2=L2, chunk_size=2),
     ):
-        assert own.n_data == 9
-        assert_equal(scalar(own.loss), scalar(whole.loss))
-        assert_equal(own.gradient, whole.gradient)
-        assert_equal(own.matvec(u), whole.matvec(u))
-        assert_equal(own.eigenpairs(4)[0], whole.eigenpairs(4)[0])
-        assert_equal(own.true_loss(u), whole.true_loss(u))
+        assert quadratic.n_data == 9
+        assert_equal(scalar(quadratic.loss), scalar(whole.loss))
+        assert_equal(quadratic.gradient, whole.gradient)
+        assert_equal(quadratic.matvec(u), whole.matvec(u))
+        assert_equal(quadratic.eigenpairs(4)[0], whole.eigenpairs(4)[0])
+        assert_equal(quadratic.true_loss(u), whole.true_loss(u))
     assert torch.equal(torch.get_rng_state(), state)
 
 
@@ -183,17 +183,17 @@ def test_several_batches_are_their_union(kind):
 def test_the_quadratic_on_a_span_in_either_mode_of_differentiation(name, kind):
     model, batch, likelihood = example(name)
     matrix = dense(model, batch, likelihood, kind, L2)
-    own = Quadratic(model, batch, likelihood, kind, l2=L2, chunk_size=4)
-    u = vectors(own.n_params)
-    slopes, curvatures = own.projected(u)
-    assert_equal(slopes, u @ own.gradient)
+    quadratic = Quadratic(model, batch, likelihood, kind, l2=L2, chunk_size=4)
+    u = vectors(quadratic.n_params)
+    slopes, curvatures = quadratic.projected(u)
+    assert_equal(slopes, u @ quadratic.gradient)
     assert_equal(curvatures, u @ matrix @ u.mT)
-    assert_equal(own.curvature(u), (u @ matrix @ u.mT).diagonal())
+    assert_equal(quadratic.curvature(u), (u @ matrix @ u.mT).diagonal())
     back = Quadratic(model, batch, likelihood, kind, l2=L2)
-    back._forward_mode = False
+    back._model.has_forward_mode = False
     assert_equal(back.projected(u)[1], curvatures)
-    assert_equal(back.matvec(u), own.matvec(u))
-    assert_equal(back.per_datum(u).curvatures, own.per_datum(u).curvatures)
+    assert_equal(back.matvec(u), quadratic.matvec(u))
+    assert_equal(back.per_datum(u).curvatures, quadratic.per_datum(u).curvatures)
 
 
 class Doubled(torch.autograd.Function):
@@ -213,21 +213,21 @@ class Custom(nn.Linear):
         return Doubled.apply(super().forward(x))
 
 
-def test_operations_without_a_forward_mode_go_back_twice():
+def test_operations_without_a_forward_mode_take_double_backward():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), Custom(4, 3)).double()
     twin = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3)).double()
     twin.load_state_dict({name: 2 * p if name.startswith("2") else p for name, p in model.state_dict().items()})
     batch = torch.randn(5, 3).double(), torch.tensor([0, 1, 2, 1, 0])
-    own = Quadratic(model, batch, "classification")
-    u = vectors(own.n_params)
+    quadratic = Quadratic(model, batch, "classification")
+    u = vectors(quadratic.n_params)
     scale = torch.cat(
         [torch.full((p.numel(),), 2.0 if name.startswith("2") else 1.0) for name, p in model.named_parameters()]
     )
     expected = dense(twin, batch, Categorical(), "ggn") * scale * scale[:, None]
-    assert_equal(own.matvec(u), u @ expected)
-    assert own._forward_mode is False
-    assert_equal(own.projected(u)[1], u @ expected @ u.mT)
+    assert_equal(quadratic.matvec(u), u @ expected)
+    assert quadratic._model.has_forward_mode is False
+    assert_equal(quadratic.projected(u)[1], u @ expected @ u.mT)
 
 
 class Frozen(nn.Module):
@@ -246,37 +246,37 @@ class Frozen(nn.Module):
 def test_gradients_that_the_model_stops_are_stopped():
     torch.manual_seed(0)
     model, batch = Frozen().double(), (torch.randn(5, 3).double(), torch.tensor([0, 1, 2, 1, 0]))
-    own = Quadratic(model, batch, "classification")
-    u = vectors(own.n_params)
+    quadratic = Quadratic(model, batch, "classification")
+    u = vectors(quadratic.n_params)
     u[0, 16:] = 0
-    assert float(own.curvature(u)[0]) == 0
-    assert own._forward_mode is False
-    matrix = own.matvec(torch.eye(own.n_params).double())
+    assert float(quadratic.curvature(u)[0]) == 0
+    assert quadratic._model.has_forward_mode is False
+    matrix = quadratic.matvec(torch.eye(quadratic.n_params).double())
     assert_equal(matrix, matrix.mT)
-    assert_equal(own.curvature(u), (u @ matrix @ u.mT).diagonal())
+    assert_equal(quadratic.curvature(u), (u @ matrix @ u.mT).diagonal())
 
 
 def test_a_lack_of_memory_is_no_lack_of_forward_mode(monkeypatch):
     model, batch, likelihood = example()
-    own = Quadratic(model, batch, likelihood)
+    quadratic = Quadratic(model, batch, likelihood)
 
-    def exhausted(*_):
+    def exhausted(*_, **__):
         raise torch.OutOfMemoryError("out of memory")
 
-    monkeypatch.setattr(Quadratic, "_tangent", exhausted)
+    monkeypatch.setattr("debiased_laplace.quadratic.derivatives.jvp", exhausted)
     with pytest.raises(torch.OutOfMemoryError):
-        own.matvec(vectors(own.n_params))
+        quadratic.matvec(vectors(quadratic.n_params))
 
 
 def test_some_parameters_while_the_others_move_on():
     model, batch, likelihood = example("mlp")
-    own = Quadratic(model, batch, likelihood, parameters="last_layer")
-    u = vectors(own.n_params)
-    before, values = own.matvec(u), own.eigenpairs(2)[0]
+    quadratic = Quadratic(model, batch, likelihood, parameters="last_layer")
+    u = vectors(quadratic.n_params)
+    before, values = quadratic.matvec(u), quadratic.eigenpairs(2)[0]
     fresh = Quadratic(model, batch, likelihood, parameters="last_layer")
     with torch.no_grad():
         next(model.parameters()).add_(1)
-    assert_equal(own.matvec(u), before)
+    assert_equal(quadratic.matvec(u), before)
     assert_equal(fresh.eigenpairs(2)[0], values)
 
 
@@ -286,10 +286,10 @@ def test_small_eigenvalues_of_a_large_network_are_no_lack_of_rank():
     model = nn.Linear(20_000, 1, bias=False)
     inputs = torch.zeros(2, 20_000)
     inputs[0, 0], inputs[1, 1] = 1.0, 0.005
-    own = Quadratic(model, (inputs, torch.zeros(2, 1)), "regression")
-    values, rows = own.eigenpairs(2)
+    quadratic = Quadratic(model, (inputs, torch.zeros(2, 1)), "regression")
+    values, rows = quadratic.eigenpairs(2)
     assert values.tolist() == pytest.approx([0.5, 1.25e-5], rel=1e-4)
-    assert own.curvature(rows).tolist() == pytest.approx(values.tolist(), rel=1e-4)
+    assert quadratic.curvature(rows).tolist() == pytest.approx(values.tolist(), rel=1e-4)
 
 
 def test_no_vectors_at_all():
@@ -331,18 +331,18 @@ def test_the_directions_are_in_the_order_of_the_package():
     assert_equal(quadratic.center, ggn.network.mean())
 
 
-@pytest.mark.parametrize("likelihood", LIKELIHOODS, ids=lambda own: type(own).__name__)
+@pytest.mark.parametrize("likelihood", LIKELIHOODS, ids=lambda likelihood: type(likelihood).__name__)
 @pytest.mark.parametrize("kind", KINDS)
 def test_derivatives_of_every_datum(kind, likelihood):
     model, (inputs, labels), likelihood = example("cnn", likelihood)
     quadratic = Quadratic(model, (inputs, labels), likelihood, kind, l2=L2, chunk_size=4)
     u = vectors(quadratic.n_params, 2)
-    found = quadratic.per_datum(u)
+    actual = quadratic.per_datum(u)
     single = [Quadratic(model, (inputs[n : n + 1], labels[n : n + 1]), likelihood, kind, l2=L2) for n in range(6)]
-    assert_equal(found.slopes, torch.stack([own.slope(u) for own in single]))
-    assert_equal(found.curvatures, torch.stack([own.curvature(u) for own in single]))
-    assert_equal(found.slope, quadratic.slope(u))
-    assert_equal(found.curvature, quadratic.curvature(u))
+    assert_equal(actual.slopes, torch.stack([each.slope(u) for each in single]))
+    assert_equal(actual.curvatures, torch.stack([each.curvature(u) for each in single]))
+    assert_equal(actual.slope, quadratic.slope(u))
+    assert_equal(actual.curvature, quadratic.curvature(u))
 
 
 def test_derivatives_of_every_datum_are_those_of_the_spectrum():
@@ -409,8 +409,8 @@ class Plain(nn.Module):
         self.model = model
 
     def forward(self, x):
-        own = self.model
-        return own.head(torch.tanh(own.norm(own.layer(x[:, :3])) * x[:, 3:]))
+        model = self.model
+        return model.head(torch.tanh(model.norm(model.layer(x[:, :3])) * x[:, 3:]))
 
 
 def test_the_model_is_left_as_it_was(device):
@@ -431,7 +431,7 @@ def test_the_model_is_left_as_it_was(device):
         if kind == "hessian":
             quadratic.eigenpairs(2)
     assert torch.equal(torch.get_rng_state(), state)
-    assert all(torch.equal(own, before[name]) for name, own in model.state_dict().items())
+    assert all(torch.equal(each, before[name]) for name, each in model.state_dict().items())
     assert [m.training for m in model.modules()] == modes
     assert all(p.requires_grad and torch.equal(p.grad, torch.ones_like(p)) for p in model.parameters())
     inputs = torch.cat([batch["x"], batch["scale"]], 1).to(device)
@@ -473,9 +473,9 @@ def test_the_quadratic_stays_when_the_model_moves_on(kind):
     with torch.no_grad():
         for p in model.parameters():
             p.add_(0.5)
-    found = moved.matvec(u), moved.eigenpairs(3)[0], moved.value(u), moved.true_loss(u)
-    for own, other in zip(expected, found, strict=True):
-        assert_equal(own, other)
+    actual = moved.matvec(u), moved.eigenpairs(3)[0], moved.value(u), moved.true_loss(u)
+    for before, after in zip(expected, actual, strict=True):
+        assert_equal(before, after)
     now = Quadratic(model, batch, likelihood, kind)
     assert float((now.matvec(u) - moved.matvec(u)).abs().max()) > 1e-3
 
@@ -528,10 +528,10 @@ def test_single_precision(kind, device):
     exact = Quadratic(model, (inputs, labels), likelihood, kind)
     expected = exact.matvec(u), exact.eigenpairs(2)[0], exact.gradient
     single = Quadratic(copy.deepcopy(model).float().to(device), (inputs.float(), labels), likelihood, kind)
-    found = single.matvec(u), single.eigenpairs(2)[0], single.gradient
-    for own, other in zip(found, expected, strict=True):
-        assert own.dtype == torch.float64
-        assert_equal(own, other, 1e-4)
+    actual = single.matvec(u), single.eigenpairs(2)[0], single.gradient
+    for value, other in zip(actual, expected, strict=True):
+        assert value.dtype == torch.float64
+        assert_equal(value, other, 1e-4)
 
 
 def test_bad_input():

@@ -11,7 +11,7 @@ import torch
 
 from debiased_laplace._checks import NonFiniteError
 from debiased_laplace.sampling.reservoir import Reservoir
-from debiased_laplace.sampling.sample import SHARED, Sample, WeightedData
+from debiased_laplace.sampling.sample import IN_ALL_FOLDS, Sample, WeightedData
 from debiased_laplace.sampling.samplers import PrioritySampler, UniformSampler, calibrated_threshold
 from tests.tolerances import MONTE_CARLO_Z, assert_equal, assert_unbiased
 
@@ -235,7 +235,7 @@ def test_data_that_were_kept_by_chance_are_not_certain():
         sample, generator = priority_draw(SCORES, 12, 2, seed=seed), torch.Generator().manual_seed(seed)
         uniforms = torch.rand(40, generator=generator, dtype=torch.float64)
         next_priority = (SCORES / uniforms).sort(descending=True).values[12]
-        certain = sample.data.indices[sample.folds == SHARED]
+        certain = sample.data.indices[sample.folds == IN_ALL_FOLDS]
         assert bool((SCORES[certain] >= next_priority).all())
         threshold = calibrated_threshold(SCORES[sample.data.indices], float(SCORES.sum()))
         chance += int(((SCORES >= threshold) & (SCORES < next_priority))[sample.data.indices].sum())
@@ -277,7 +277,7 @@ def test_equal_scores_are_a_uniform_draw():
     sample = priority_draw(torch.ones(40).double(), 10, 2)
     assert len(sample.data) == 10
     assert_equal(sample.data.weights, torch.full((10,), 0.1, dtype=torch.float64))
-    assert not bool((sample.folds == SHARED).any())
+    assert not bool((sample.folds == IN_ALL_FOLDS).any())
     assert_equal(sample.fold([0]).weights, torch.full((5,), 0.2, dtype=torch.float64))
     counts = torch.zeros(40)
     for seed in range(800):
@@ -289,7 +289,7 @@ def test_equal_scores_are_a_uniform_draw():
 def test_what_is_kept_for_certain_stands_for_itself_in_every_fold():
     scores = torch.cat([torch.tensor([50.0, 80.0]).double(), torch.full((30,), 0.1).double()])
     sample = priority_draw(scores, 8, 3)
-    certain = sample.folds == SHARED
+    certain = sample.folds == IN_ALL_FOLDS
     assert sorted(sample.data.indices[certain].tolist()) == [0, 1]
     assert_equal(sample.data.weights[certain], torch.full((2,), 1 / 32, dtype=torch.float64))
     assert_equal(sample.data.weights[~certain], torch.full((6,), 30 / 6 / 32, dtype=torch.float64))
@@ -298,7 +298,7 @@ def test_what_is_kept_for_certain_stands_for_itself_in_every_fold():
         assert {0, 1} <= set(own.indices.tolist())
         assert len(own) == 2 + 2 * len(folds)
         assert float(own.weights.sum()) == pytest.approx(1)
-    assert len(sample.part(SHARED)) == 2
+    assert len(sample.part(IN_ALL_FOLDS)) == 2
 
 
 def test_a_budget_for_the_whole_stream_keeps_it():

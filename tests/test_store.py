@@ -499,3 +499,29 @@ def test_statistics_survive(path, monkeypatch):
     statistics = KroneckerStatistics(*([torch.randn(1, n, n, generator=generator) for n in (2, 3)] for _ in range(2)))
     assert_same(round_trip(path, statistics), statistics)
     assert_same(round_trip(path, statistics + statistics), statistics + statistics)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "basis:Basis", "basis:DenseBasis", "basis:IdentityBasis", "basis:KroneckerBasis", "basis:OutputwiseBasis",
+        "blocks:Block", "checkpoint:Sum", "posterior:Posterior", "probe:Probe", "reading:Seen", "sampling:Sample",
+        "sampling:WeightedData", "splits:CrossFit", "stream:Observed", "structures.diag:DiagonalStatistics",
+        "structures.full:FullStatistics", "structures.isotropic:IsotropicStatistics",
+        "structures.kron:InputStatistics", "structures.kron:KroneckerStatistics",
+        "structures.lowrank:LowRankStatistics",
+    ],
+)  # fmt: skip
+def test_classes_that_have_moved_are_known_by_their_earlier_names(name, monkeypatch):
+    """What files of fits, and checkpoints of runs that were interrupted, call them."""
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match=r"Expected the fields .* unknown \['no field'\]"):
+        _plain.from_plain({"__class__": f"debiased_laplace.{name}", "no field": 1})
+
+
+def test_a_sum_of_an_earlier_checkpoint(monkeypatch):
+    from debiased_laplace.fitting.checkpoint import Sum
+
+    monkeypatch.undo()
+    plain = {"__class__": "debiased_laplace.checkpoint:Sum", "n_done": 1, "n_steps": 3, "total": 0.5}
+    assert _plain.from_plain(plain) == Sum(1, 3, 0.5)

@@ -98,11 +98,11 @@ def test_the_laws_notice_wrong_curvatures():
 
 def test_a_failure_names_the_law_and_the_difference():
     with pytest.raises(AssertionError, match=r"some law: the largest difference is 0\.5, 0\.25 of the largest"):
-        testing._assert_equal("some law", torch.tensor([1.5, 2.0]), torch.tensor([1.0, 2.0]), 1e-9)
+        testing.assert_close("some law", torch.tensor([1.5, 2.0]), torch.tensor([1.0, 2.0]), 1e-9)
     with pytest.raises(AssertionError, match=r"some law: expected shape \(2,\), got \(3,\)"):
-        testing._assert_equal("some law", torch.ones(3), torch.ones(2), 1e-9)
+        testing.assert_close("some law", torch.ones(3), torch.ones(2), 1e-9)
     with pytest.raises(AssertionError, match="some law"):
-        testing._assert_equal("some law", torch.tensor([float("nan")]), torch.ones(1), 1e-9)
+        testing.assert_close("some law", torch.tensor([float("nan")]), torch.ones(1), 1e-9)
 
 
 def test_dense_jacobian_and_ggn_by_hand():

@@ -23,12 +23,14 @@ from debiased_laplace._data.batches import (
 )
 from debiased_laplace._data.loaders import (
     as_targets,
+    check_iterable,
     dataset_length,
     head,
     is_pair,
     joined_targets,
     labelled,
     length,
+    one_or_several,
     only,
     pairs,
 )
@@ -39,6 +41,7 @@ __all__ = [
     "Inputs",
     "as_targets",
     "at_least",
+    "check_iterable",
     "chunks",
     "columns",
     "concatenate",
@@ -51,6 +54,7 @@ __all__ = [
     "labelled",
     "length",
     "map_tensors",
+    "one_or_several",
     "only",
     "own_forward_pass",
     "pairs",

@@ -27,7 +27,7 @@ Inputs = Any  # a tensor, or a nesting of dictionaries, lists and tuples with te
 
 @dataclass(frozen=True)
 class Assorted:
-    """Data that do not go into one batch, in an order of their own.
+    """Data that do not go into one batch, in any order.
 
     Attributes:
         parts: Inputs that are alike.
@@ -84,17 +84,17 @@ def count(inputs: Inputs) -> int:
     """
     if isinstance(inputs, Assorted):
         return len(inputs.part_of)
-    found = tensors(inputs)
-    if not found:
+    all_tensors = tensors(inputs)
+    if not all_tensors:
         raise TypeError(
             f"Expected inputs that are a tensor or a nesting of tensors, got {type(inputs).__name__}. "
             "Let the loader yield (inputs, targets) with tensors in the inputs."
         )
-    lengths = {leaf.shape[0] for leaf in found if leaf.ndim}
+    lengths = {leaf.shape[0] for leaf in all_tensors if leaf.ndim}
     if len(lengths) != 1:
         raise ValueError(
             "Expected all tensors of an input to have the data along their first dimension, got shapes "
-            f"{[tuple(leaf.shape) for leaf in found]}. Put the batch dimension first everywhere."
+            f"{[tuple(leaf.shape) for leaf in all_tensors]}. Put the batch dimension first everywhere."
         )
     return lengths.pop()
 
@@ -140,10 +140,12 @@ def concatenate(batches: Sequence[Inputs]) -> Inputs:
     start = 0
     for batch in batches:
         n = count(batch)
-        own = range(len(batch.parts)) if isinstance(batch, Assorted) else [None]
-        for number in own:
-            pieces.append(batch if number is None else batch.parts[number])
-            where.append(start + (torch.arange(n) if number is None else _in_rows(batch, number)))
+        if isinstance(batch, Assorted):
+            pieces += batch.parts
+            where += [start + _in_rows(batch, number) for number in range(len(batch.parts))]
+        else:
+            pieces.append(batch)
+            where.append(start + torch.arange(n))
         start += n
     return _assort(pieces, where)
 
@@ -166,7 +168,7 @@ def _assort(batches: Sequence[Inputs], where: Sequence[Tensor]) -> Inputs:
         if len(where[number]) or not any(map(len, where)):  # none of a kind only where there is nothing else
             kinds.setdefault(_kind(batch), []).append(number)
     parts = []
-    part_of = torch.empty(sum(len(own) for own in where), dtype=torch.int64)
+    part_of = torch.empty(sum(map(len, where)), dtype=torch.int64)
     row_of = part_of.clone()
     for number, members in enumerate(kinds.values()):
         positions = torch.cat([where[i] for i in members])
@@ -185,7 +187,7 @@ def _joined(batches: Sequence[Inputs]) -> Inputs:
     if isinstance(batches[0], Tensor):
         return torch.cat(list(batches))
     predicates = [_has_entries(count(batch)) for batch in batches]
-    columns = zip(*(nesting.leaves(batch, own) for batch, own in zip(batches, predicates, strict=True)), strict=True)
+    columns = zip(*map(nesting.leaves, batches, predicates), strict=True)
 
     def joined(parts: Sequence[Any]) -> Any:
         first = parts[0]
@@ -254,8 +256,8 @@ def some(inputs: Inputs, n: int) -> Inputs:
 
 def at_least(inputs: Inputs, n: int) -> Inputs:
     """The data, the first of them again and again after them if there are fewer than n."""
-    own = count(inputs)
-    return inputs if own >= n or not own else take(inputs, torch.arange(n) % own)
+    available = count(inputs)
+    return inputs if available >= n or not available else take(inputs, torch.arange(n) % available)
 
 
 def size_of_datum(inputs: Inputs) -> int:
@@ -281,10 +283,10 @@ def copy(inputs: Inputs) -> Inputs:
     if isinstance(inputs, (Tensor, Assorted)):
         return map_tensors(torch.clone, inputs)
 
-    def own(leaf: Any) -> Any:
+    def copied(leaf: Any) -> Any:
         return leaf.clone() if isinstance(leaf, Tensor) else leaf.copy() if isinstance(leaf, np.ndarray) else leaf
 
-    return nesting.mapped(own, inputs)
+    return nesting.mapped(copied, inputs)
 
 
 def slices(n: int, size: int) -> Iterator[slice]:

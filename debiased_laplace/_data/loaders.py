@@ -17,6 +17,14 @@ from torch import Tensor
 from debiased_laplace._data.batches import Inputs, count, map_tensors, take, tensors
 
 
+def check_iterable(batches: Any) -> None:
+    """Raise a ``TypeError`` for what is no iterable of batches."""
+    if not isinstance(batches, Iterable):
+        raise TypeError(
+            f"Expected an iterable of batches (a DataLoader, a list, a generator), got {type(batches).__name__}."
+        )
+
+
 def pairs(batches: Iterable[Any], targets_key: str = "labels") -> Iterator[tuple[Inputs, Any]]:
     """Inputs and targets of every batch of any iterable, as they came.
 
@@ -24,10 +32,7 @@ def pairs(batches: Iterable[Any], targets_key: str = "labels") -> Iterator[tuple
         TypeError: If the batches are not iterable, or a batch is neither a pair nor something that has its targets
             under ``targets_key``.
     """
-    if not isinstance(batches, Iterable):
-        raise TypeError(
-            f"Expected an iterable of batches (a DataLoader, a list, a generator), got {type(batches).__name__}."
-        )
+    check_iterable(batches)
     for batch in batches:
         if isinstance(batch, Mapping):
             if targets_key not in batch:
@@ -82,6 +87,19 @@ def is_pair(batch: Any) -> bool:
     return not isinstance(second, Mapping) and (isinstance(second, Tensor) or not tensors(second))
 
 
+def one_or_several(batch: Any) -> list[tuple[Inputs, Tensor]]:
+    """One batch, or several of a loader that ends, as pairs of inputs and targets.
+
+    Raises:
+        ValueError: If there are no data; and what :func:`labelled` raises.
+    """
+    batches = [batch] if is_pair(batch) or isinstance(batch, Mapping) else batch
+    with_data = [(inputs, targets) for inputs, targets, _ in labelled(batches)]
+    if not with_data:
+        raise ValueError("Expected a batch with data, or a list of such batches, got none.")
+    return with_data
+
+
 def without_graph(inputs: Inputs) -> Inputs:
     """The same data; detached if they require gradients."""
     if not any(leaf.requires_grad for leaf in tensors(inputs)):
@@ -104,32 +122,32 @@ def as_targets(targets: Any, n: int, inputs: Inputs = None) -> Tensor:
     try:
         several = isinstance(targets, (list, tuple)) and any(isinstance(target, Tensor) for target in targets)
         if several:
-            found = torch.stack(list(targets))
-        else:  # Python's numbers in their own precision
-            found = targets if isinstance(targets, Tensor) else torch.from_numpy(np.array(targets))
+            rows = torch.stack(list(targets))
+        else:  # Python's numbers in double precision
+            rows = targets if isinstance(targets, Tensor) else torch.from_numpy(np.array(targets))
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(
             f"Expected targets that are a tensor, an array or numbers, got {type(targets).__name__}: {error} "
             "Wrap the loader in a generator that yields (inputs, targets)."
         ) from error
     with torch.inference_mode(False):  # autograd cannot use tensors made in inference mode
-        found = found.clone() if found.is_inference() else found.detach()
-    if n == 1 and (found.ndim == 0 or (found.ndim == 1 and len(found) > 1)):  # squeezed
-        found = found[None]
-    if found.ndim == 0 or len(found) != n:
+        rows = rows.clone() if rows.is_inference() else rows.detach()
+    if n == 1 and (rows.ndim == 0 or (rows.ndim == 1 and len(rows) > 1)):  # squeezed
+        rows = rows[None]
+    if rows.ndim == 0 or len(rows) != n:
         reason = ""
-        if isinstance(inputs, (list, tuple)) and found.ndim and len(found) == len(inputs):
+        if isinstance(inputs, (list, tuple)) and rows.ndim and len(rows) == len(inputs):
             reason = (
                 f" A {type(inputs).__name__} of tensors is taken for several inputs of the model, each with all data "
-                "along its first dimension; put data of different shapes into batches of their own."
+                "along its first dimension; put data of different shapes into separate batches."
             )
-        elif found.ndim == 0:
+        elif rows.ndim == 0:
             reason = " A loader with batch_size=None yields single data: let it make batches."
         raise ValueError(
-            f"Expected one target for each of the {n} inputs of a batch, got targets of shape {tuple(found.shape)}."
+            f"Expected one target for each of the {n} inputs of a batch, got targets of shape {tuple(rows.shape)}."
             + reason
         )
-    return found
+    return rows
 
 
 def joined_targets(parts: Sequence[Tensor]) -> Tensor:
@@ -138,14 +156,14 @@ def joined_targets(parts: Sequence[Tensor]) -> Tensor:
     Raises:
         ValueError: If a datum has other numbers of targets in some batches than in others.
     """
-    parts = [own for own in parts if len(own)] or parts[:1]  # those of no data may have any shape
+    parts = [part for part in parts if len(part)] or parts[:1]  # those of no data may have any shape
     first = parts[0].shape[1:]
-    if any(own.shape[1:].numel() != first.numel() for own in parts):
+    if any(part.shape[1:].numel() != first.numel() for part in parts):
         raise ValueError(
             "Expected as many targets for each datum in all batches, got shapes "
-            f"{list(dict.fromkeys(tuple(own.shape) for own in parts))}. Look at how the loader makes its last batch."
+            f"{list(dict.fromkeys(tuple(part.shape) for part in parts))}. Look at how the loader makes its last batch."
         )
-    return torch.cat([own.reshape(len(own), *first) for own in parts])
+    return torch.cat([part.reshape(len(part), *first) for part in parts])
 
 
 def head(batches: Iterable[Any], n: int, targets_key: str = "labels") -> Iterator[tuple[Inputs, Tensor]]:
@@ -161,7 +179,7 @@ def length(iterable: Any) -> int | None:
     """What a loader or a data set says of its length; None if it has none, or fails where it is asked."""
     try:
         return len(iterable)
-    except Exception:  # chained streams, samplers and classes of the user's own raise anything
+    except Exception:  # chained streams, samplers and classes of the user's raise anything
         return None
 
 

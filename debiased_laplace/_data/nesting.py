@@ -2,7 +2,7 @@
 
 Opened are mappings, lists, tuples, what torch's pytrees know, dataclasses, and other objects that have tensors among
 their attributes. Whatever a nesting is made of, it is made of again: a ``UserDict``, a ``BatchEncoding``, a dataclass
-or a class of the user's own reaches the model as what it was, with the attributes it had. The original is left as it
+or a class of the user's reaches the model as what it was, with the attributes it had. The original is left as it
 is.
 """
 
@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils import _pytree
 
-#: Puts other values into the places of a nesting's own.
+#: Puts other values into the places of those of a nesting.
 Rebuild = Callable[[list[Any]], Any]
 
 
@@ -31,7 +31,7 @@ def opened(node: Any) -> tuple[list[Any], list[Any], Rebuild] | None:
     if len(values) != 1 or values[0] is not node:
         keys = list(node) if isinstance(node, Mapping) else list(range(len(values)))
         return keys, values, lambda others: _pytree.tree_unflatten(others, spec)
-    if isinstance(node, (list, tuple)):  # a class of the user's own
+    if isinstance(node, (list, tuple)):  # a class of the user's
         return list(range(len(node))), list(node), lambda others: sequence(node, others)
     attributes = _attributes(node)
     if attributes is None:
@@ -69,8 +69,8 @@ def _attributes(node: Any) -> dict[str, Any] | None:
     if dataclasses.is_dataclass(node):
         names = [field.name for field in dataclasses.fields(node)]
         return {name: getattr(node, name) for name in names if hasattr(node, name)}
-    found = _state(node)
-    return found if any(map(_has_tensors, found.values())) else None
+    attributes = _state(node)
+    return attributes if any(map(_has_tensors, attributes.values())) else None
 
 
 def _state(node: Any) -> dict[str, Any]:

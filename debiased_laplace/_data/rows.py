@@ -22,7 +22,7 @@ def rows(outputs: Any, n: int, n_outputs: int | None = None) -> Tensor:
     Args:
         outputs: What it returned.
         n: N, the data that it was given.
-        n_outputs: C, if it is known; a matrix ``[N, C']`` says its own (a model of pairs that is given one of each).
+        n_outputs: C, if it is known; a matrix ``[N, C']`` says so itself (a model of pairs that is given one of each).
 
     Raises:
         TypeError: If they are no tensor.
@@ -33,22 +33,22 @@ def rows(outputs: Any, n: int, n_outputs: int | None = None) -> Tensor:
             f"Expected a model that returns a tensor of outputs [N, C], got {type(outputs).__name__}. "
             "Wrap it in a module whose forward returns the logits alone."
         )
-    found = outputs
-    if n == 1 and found.ndim < 2:
-        found = found.reshape(1, -1)
-    elif found.ndim == 1:
-        found = found[:, None]
-    if found.ndim != 2 or len(found) != n:
+    matrix = outputs
+    if n == 1 and matrix.ndim < 2:
+        matrix = matrix.reshape(1, -1)
+    elif matrix.ndim == 1:
+        matrix = matrix[:, None]
+    if matrix.ndim != 2 or len(matrix) != n:
         raise ValueError(
             f"Expected outputs of shape [{n}, C], one row for each datum, got {tuple(outputs.shape)}. "
             "Wrap the model in one that pools or flattens its outputs."
         )
-    if n_outputs is not None and n and outputs.ndim != 2 and found.shape[1] != n_outputs:
+    if n_outputs is not None and n and outputs.ndim != 2 and matrix.shape[1] != n_outputs:
         raise ValueError(
             f"Expected outputs of shape [{n}, {n_outputs}], since the model had {n_outputs} for each datum before, got "
             f"{tuple(outputs.shape)}. Let its outputs have the same shape for any number of data."
         )
-    return found
+    return matrix
 
 
 def target_rows(targets: Tensor, n_outputs: int) -> Tensor:

@@ -2,15 +2,15 @@
 
 What is complete is kept in one file, and a second run with the same settings takes it from there:
 
-    progress = Progress("fit.progress", {"seed": 0, "weights": fingerprint(parameters)})
-    if progress.completed is None:
-        data = progress.once("data", draw)
-        total = progress.accumulate("statistics", data, measure)
-        progress.complete(finish(total))
-    result = progress.completed
+    checkpoint = Checkpoint("fit.progress", {"seed": 0, "weights": fingerprint(parameters)})
+    if checkpoint.completed is None:
+        data = checkpoint.once("data", draw)
+        total = checkpoint.accumulate("statistics", data, measure)
+        checkpoint.complete(finish(total))
+    result = checkpoint.completed
 
-The result is bitwise that of an uninterrupted run if every piece depends on its own arguments alone:
-a step that draws random numbers needs a generator of its own, since kept steps do not run again.
+The result is bitwise that of an uninterrupted run if every piece depends on its arguments alone: a step that draws
+random numbers needs a separate generator, since kept steps do not run again.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from typing import Any, TypeVar
 
 from debiased_laplace import _files, _store
 
-__all__ = ["Progress"]
+__all__ = ["Checkpoint"]
 
 T = TypeVar("T")
 X = TypeVar("X")
@@ -41,14 +41,14 @@ class Sum:
     total: Any
 
 
-class Progress:
+class Checkpoint:
     """What is complete of a computation, in memory and in a file.
 
     Kept values must not be changed in place, since they are written again with what follows.
 
     Example:
-        >>> progress = Progress(None, {"seed": 0})
-        >>> progress.accumulate("sum", [1, 2, 3], float)
+        >>> checkpoint = Checkpoint(None, {"seed": 0})
+        >>> checkpoint.accumulate("sum", [1, 2, 3], float)
         6.0
     """
 
@@ -221,7 +221,7 @@ class Progress:
             raise RuntimeError(f"Expected no more pieces of a complete computation, got {name!r}. Use `completed`.")
         name = self._inside + name
         if name in self._used or name in others:
-            raise ValueError(f"Expected a name of its own for every piece, got {name!r} twice. Number them.")
+            raise ValueError(f"Expected another name for every piece, got {name!r} twice. Number them.")
         self._used.add(name)
         return name
 

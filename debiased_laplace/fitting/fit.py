@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from debiased_laplace import _checks, _data
 from debiased_laplace._guards import global_random_state
-from debiased_laplace.fitting.checkpoint import Progress
+from debiased_laplace.fitting.checkpoint import Checkpoint
 from debiased_laplace.fitting.fitted import Fit
 from debiased_laplace.fitting.measurement import Measurement
 from debiased_laplace.fitting.probe import Probe
@@ -104,7 +104,7 @@ def fit(
     chosen.check_parameters(snapshot)
     identity = {} if checkpoint is None else chosen.identity(likelihood, generator, previous, snapshot)
     words = chosen.in_words(likelihood, generator.initial_seed(), previous)
-    progress = Progress(checkpoint, identity)
+    progress = Checkpoint(checkpoint, identity)
     with torch.inference_mode(False), global_random_state():
         discover = partial(chosen.discover, snapshot)
         stream = Stream(discover, likelihood, chosen.structure, chosen.chunk_size)
@@ -128,11 +128,9 @@ def fit(
 
 
 def _reading(
-    batches: Iterable[Any], progress: Progress, generator: torch.Generator, stream: Stream, settings: FitSettings,
+    batches: Iterable[Any], progress: Checkpoint, generator: torch.Generator, stream: Stream, settings: FitSettings,
     previous: Fit | None,
 ) -> Reading:  # fmt: skip
-    if not isinstance(batches, Iterable):
-        next(_data.labelled(batches))  # raises what is wrong
     # Not the numbers that the sampler draws, which leave the data of the fit and of another stream independent.
     seed = (generator.initial_seed() + 0x5EED + (0 if previous is None else previous.n_seen)) % 2**63
     return Reading(
@@ -170,7 +168,7 @@ def _draw(
 
 def _measured(
     network: Network, drawn: Drawn, likelihood: Likelihood, generator: torch.Generator, settings: FitSettings,
-    previous: Fit | None, progress: Progress, words: dict[str, Any], progress_bar: bool,
+    previous: Fit | None, progress: Checkpoint, words: dict[str, Any], progress_bar: bool,
 ) -> Fit:  # fmt: skip
     """Directions from some folds, curvatures along them from others."""
     split, observed = settings.split, drawn.observed

@@ -11,7 +11,8 @@ no part in choosing. With U the final directions and :math:`U_{-j}` those of rou
 where :math:`\varphi_j` lets the data of the round stand for all that do not belong to all folds. For a uniform draw in
 two batches this is :math:`\frac{n_A}{N} \lambda_A + (1 - \frac{n_A}{N}) \lambda_B`; the second batch alone stands for
 the data that are not in the first, and not for all of them. Data kept for certain have nothing but themselves to stand
-for, and once all data are drawn none has: the curvatures are then those of a fit on all data.
+for, and once all data are drawn none has: the curvatures are then those of a fit on all data. The glossary of
+docs/theory.md has the terms (direction, basis, fold, split, round).
 """
 
 from __future__ import annotations
@@ -27,19 +28,19 @@ from torch import Tensor
 from debiased_laplace.curvature.basis import Basis
 from debiased_laplace.curvature.projected import projected_curvatures
 from debiased_laplace.curvature.structures import Structure
-from debiased_laplace.fitting.checkpoint import Progress
+from debiased_laplace.fitting.checkpoint import Checkpoint
 from debiased_laplace.fitting.stream import Observed
 from debiased_laplace.network.gradients import CurvatureData
 from debiased_laplace.network.network import Network
 from debiased_laplace.posterior.temperature import warn_the_caller
-from debiased_laplace.sampling.sample import SHARED, Sample
+from debiased_laplace.sampling.sample import IN_ALL_FOLDS, Sample
 from debiased_laplace.sampling.splits import Round, Split
 
 #: Chunks of data that are measured in one step; a fit can be interrupted between two steps.
 STEP_CHUNKS = 16
 
 #: Differences of weights, relative to them, that are rounding.
-ROUNDING = 1e-12
+WEIGHT_ROUNDING = 1e-12
 
 
 class Measurement:
@@ -47,21 +48,21 @@ class Measurement:
 
     def __init__(
         self, structure: Structure, network: Network, data: CurvatureData, sample: Sample, observed: Observed | None,
-        progress: Progress,
+        checkpoint: Checkpoint,
     ) -> None:  # fmt: skip
-        self._structure, self._network, self._sample, self._progress = structure, network, sample, progress
+        self._structure, self._network, self._sample, self._checkpoint = structure, network, sample, checkpoint
         self._observed = None if observed is None else observed.statistics
         self._parts: dict[int, CurvatureData] = {}
         #: Weights with which the data of a fold stand for themselves; and for others, of folds whose data do.
         self._selves: dict[int, Tensor] = {}
         self._others: dict[int, Tensor] = {}
-        for fold in (SHARED, *range(sample.n_folds)):
+        for fold in (IN_ALL_FOLDS, *range(sample.n_folds)):
             index = (sample.folds == fold).nonzero()[:, 0]
             if not len(index):
                 continue
             self._parts[fold] = data if len(index) == len(sample.folds) else data.take(index)
             weights, self._selves[fold] = sample.data.weights[index], sample.self_weights[index]
-            if bool((weights - self._selves[fold] > ROUNDING * weights).any()):
+            if bool((weights - self._selves[fold] > WEIGHT_ROUNDING * weights).any()):
                 self._others[fold] = weights - self._selves[fold]
         self._statistics: dict[tuple[int, str], Any] = {}
         #: Standard errors of the curvatures that :meth:`cross` gave, ``[rank]``, if several rounds tell them.
@@ -103,7 +104,7 @@ class Measurement:
         traces = None if basis.complete else self._structure.traces(self._estimate(split.final))
         if traces is None:
             return None
-        along = torch.stack([own.double().sum() for own in basis.split(curvatures)])
+        along = torch.stack([part.double().sum() for part in basis.split(curvatures)])
         return (traces.to(along) - along).clamp_min(0)
 
     def _rounds(self, split: Split) -> list[Round]:
@@ -112,7 +113,7 @@ class Measurement:
             return []
         rounds = [
             one for one in split.rounds
-            if self._others.keys() & set(one.curvatures) and self._parts.keys() & {SHARED, *one.directions}
+            if self._others.keys() & set(one.curvatures) and self._parts.keys() & {IN_ALL_FOLDS, *one.directions}
         ]  # fmt: skip
         if rounds:
             return rounds
@@ -147,10 +148,10 @@ class Measurement:
         """The same by statistics, of which curvatures may be products: for others, what they add to the data."""
         selves = _sum(self._of(fold, "selves") for fold in self._parts)
         both = _sum([selves, *(self._of(fold, "others") * share for fold, share in shares.items())])
-        found = self._completed(both).curvatures(basis)
+        curvatures = self._completed(both).curvatures(basis)
         if number is None:
-            return found
-        return (found - self._completed(selves).curvatures(basis)).clamp_min(0)  # below zero only by rounding
+            return curvatures
+        return (curvatures - self._completed(selves).curvatures(basis)).clamp_min(0)  # below zero only by rounding
 
     def _basis(self, folds: Sequence[int], like: Basis | None = None) -> Basis:
         return self._structure.eigenbasis(self._network, self._estimate(folds), like)
@@ -160,8 +161,8 @@ class Measurement:
         factor = self._sample.factor(folds)
         return self._completed(
             _sum(
-                self._of(fold) if fold == SHARED or factor == 1 else self._of(fold) * factor
-                for fold in (SHARED, *folds) if fold in self._parts
+                self._of(fold) if fold == IN_ALL_FOLDS or factor == 1 else self._of(fold) * factor
+                for fold in (IN_ALL_FOLDS, *folds) if fold in self._parts
             )
         )  # fmt: skip
 
@@ -176,21 +177,24 @@ class Measurement:
             multiple, name = self._multiple(fold, weights), f"statistics of fold {fold}"
             if weighted == "all" or multiple is None:
                 name += "" if weighted == "all" else f", {weighted}"
-                found = self._summed(name, fold, weights, lambda data: self._structure.measure(self._network, data))
+                statistics = self._summed(
+                    name, fold, weights, lambda data: self._structure.measure(self._network, data)
+                )
             else:
-                found = self._of(fold) * multiple
-            self._statistics[fold, weighted] = found
+                statistics = self._of(fold) * multiple
+            self._statistics[fold, weighted] = statistics
         return self._statistics[fold, weighted]
 
     def _multiple(self, fold: int, weights: Tensor) -> float | None:
         """What weights are of those of the fold, if that is one number."""
         ratios = weights / self._parts[fold].data.weights
-        return float(ratios.mean()) if float(ratios.max() - ratios.min()) <= ROUNDING * float(ratios.max()) else None
+        equal = float(ratios.max() - ratios.min()) <= WEIGHT_ROUNDING * float(ratios.max())
+        return float(ratios.mean()) if equal else None
 
     def _summed(self, name: str, fold: int, weights: Tensor, of: Callable[[CurvatureData], Any]) -> Any:
         data = copy.copy(self._parts[fold])
         data.data = replace(data.data, weights=weights)
-        return self._progress.accumulate(name, data.slices(STEP_CHUNKS), lambda part: of(data.take(part)))
+        return self._checkpoint.accumulate(name, data.slices(STEP_CHUNKS), lambda part: of(data.take(part)))
 
 
 def _sum(statistics: Iterable[Any]) -> Any:

@@ -12,7 +12,7 @@ from debiased_laplace import _data, _store
 from debiased_laplace.network.network import Network
 
 #: Data that a probe has.
-N_DATA = 2
+PROBE_SIZE = 2
 
 
 @dataclass(frozen=True)
@@ -33,12 +33,12 @@ class Probe:
         """Of a network whose data are like these; None if nothing can be made up that it takes."""
         generator = torch.Generator().manual_seed(0)
         with torch.inference_mode(False), torch.no_grad():
-            few = _data.some(inputs, N_DATA)
+            few = _data.some(inputs, PROBE_SIZE)
             made = _data.map_tensors(lambda leaf: _like(leaf, generator), few)
             try:
                 _store.to_plain(made)
                 outputs = network.outputs(made)
-            except Exception:  # of a class of the user's own, or nothing that the model knows what to do with
+            except Exception:  # of a class that is not stored, or nothing that the model knows what to do with
                 return None
         return cls(made, outputs) if bool(outputs.isfinite().all()) else None
 
@@ -46,19 +46,19 @@ class Probe:
         """Raise a ``ValueError`` unless a network gives the same outputs, up to rounding."""
         advice = "Load the posterior with the model that it was fitted to, not only with its weights."
         try:
-            found = network.outputs(self.inputs)
+            outputs = network.outputs(self.inputs)
         except Exception as error:
             raise ValueError(
                 f"Expected the function that the posterior was fitted to, got a model that fails for inputs like its "
                 f"data ({type(error).__name__}: {error}). {advice}"
             ) from error
-        expected = self.outputs.to(found)
+        expected = self.outputs.to(outputs)
         scale = float(expected.abs().max())
         # Another device, or another order of sums: half of the digits, and one more.
         tolerance = min(0.1, 30 * network.precision**0.5) * scale
-        if found.shape != expected.shape or not float((found - expected).abs().max()) <= tolerance:
-            what = f"outputs {tuple(found.shape)}" if found.shape != expected.shape else (
-                f"outputs that differ by up to {float((found - expected).abs().max()):.2g} of {scale:.2g}"
+        if outputs.shape != expected.shape or not float((outputs - expected).abs().max()) <= tolerance:
+            what = f"outputs {tuple(outputs.shape)}" if outputs.shape != expected.shape else (
+                f"outputs that differ by up to {float((outputs - expected).abs().max()):.2g} of {scale:.2g}"
             )  # fmt: skip
             raise ValueError(
                 f"Expected the function that the posterior was fitted to, got a model with the same weights and other "
@@ -72,8 +72,8 @@ def _like(leaf: Tensor, generator: torch.Generator) -> Tensor:
         return leaf.clone()
     if leaf.is_floating_point():
         values = leaf.double()
-        spread = float(values.std(correction=0)) if values.numel() > 1 else 0.0
-        made = torch.randn(leaf.shape, generator=generator, dtype=torch.float64) * spread + float(values.mean())
+        deviation = float(values.std(correction=0)) if values.numel() > 1 else 0.0
+        made = torch.randn(leaf.shape, generator=generator, dtype=torch.float64) * deviation + float(values.mean())
         return made.to(leaf)
     if leaf.is_complex():
         raise TypeError("complex numbers")

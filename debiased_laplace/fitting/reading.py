@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from debiased_laplace import _data
-from debiased_laplace.fitting.checkpoint import Progress
+from debiased_laplace.fitting.checkpoint import Checkpoint
 from debiased_laplace.fitting.stream import Stream
 from debiased_laplace.sampling.reservoir import Reservoir
 from debiased_laplace.sampling.sample import Sample, WeightedData
@@ -63,17 +63,18 @@ def _digests(inputs: _data.Inputs, targets: Tensor) -> list[bytes]:
     parts = [leaf for leaf in _data.tensors(inputs) if leaf.ndim] + [targets]
     columns = []
     for leaf in parts:
-        own = leaf.detach().cpu().contiguous()
-        rows = own.reshape(len(own), -1).view(torch.uint8) if own.numel() else own.new_empty(len(own), 0).byte()
-        columns.append((f"{own.dtype}{tuple(own.shape[1:])}".encode(), rows.numpy()))
-    found = []
+        values = leaf.detach().cpu().contiguous()
+        n, kind = len(values), f"{values.dtype}{tuple(values.shape[1:])}".encode()
+        rows = values.reshape(n, -1).view(torch.uint8) if values.numel() else values.new_empty(n, 0).byte()
+        columns.append((kind, rows.numpy()))
+    digests = []
     for index in range(len(targets)):
         digest = hashlib.blake2b(digest_size=_BITS // 8)
         for kind, column in columns:
             digest.update(kind)
             digest.update(column[index].tobytes())
-        found.append(digest.digest())
-    return found
+        digests.append(digest.digest())
+    return digests
 
 
 class Reading:
@@ -81,7 +82,7 @@ class Reading:
 
     Args:
         batches: The user's.
-        progress: Where the pass is kept, if it has a file.
+        checkpoint: Where the pass is kept, if it has a file.
         generator: That of the sampler, whose state belongs to the pass.
         stream: What sums on the way.
         budget: Data to draw uniformly on the way, each as likely as any other and apart from the sampler's: those
@@ -89,14 +90,18 @@ class Reading:
         seed: Of that draw.
         targets_key: Where dictionary-like batches have their targets.
         max_batches: After which the pass ends, of an endless loader say.
+
+    Raises:
+        TypeError: If the batches are not iterable.
     """
 
     def __init__(
-        self, batches: Iterable[Any], progress: Progress, generator: torch.Generator, stream: Stream, *, budget: int,
-        seed: int, targets_key: str = "labels", max_batches: int | None = None,
+        self, batches: Iterable[Any], checkpoint: Checkpoint, generator: torch.Generator, stream: Stream, *,
+        budget: int, seed: int, targets_key: str = "labels", max_batches: int | None = None,
     ) -> None:  # fmt: skip
-        self._batches, self._progress, self._stream = batches, progress, stream
-        self._generator, self._own = generator, torch.Generator().manual_seed(seed)
+        _data.check_iterable(batches)
+        self._batches, self._checkpoint, self._stream = batches, checkpoint, stream
+        self._generator, self._uniform_generator = generator, torch.Generator().manual_seed(seed)
         self._targets_key, self._max_batches = targets_key, max_batches
         self._uniform = Reservoir(budget)
         self._sampler: Reservoir | None = None
@@ -111,10 +116,10 @@ class Reading:
 
     def resume(self, reservoir: Reservoir) -> Reservoir:
         """The sampler's reservoir of an interrupted pass, or this one, which is then kept with the pass."""
-        kept = self._progress.kept("pass") if self._progress.has_file else None
+        kept = self._checkpoint.kept("pass") if self._checkpoint.has_file else None
         if kept is not None and self._follow(kept["seen"]):
             self._generator.set_state(kept["generator"])
-            self._own.set_state(kept["own"])
+            self._uniform_generator.set_state(kept["own"])
             self._uniform, reservoir = Reservoir.of(kept["uniform"]), Reservoir.of(kept["sampler"])
             self._stream.observed, self.seen = kept["observed"], kept["seen"]
             self._n_batches = kept["n_batches"]
@@ -138,13 +143,13 @@ class Reading:
                 "again. Delete the checkpoint, and give the iterator anew."
             )
         logger.warning(
-            "The loader gives other batches than in the interrupted pass (a shuffle with a generator of its own, say): "
-            "the pass over the data starts over."
+            "The loader gives other batches than in the interrupted pass (a shuffle by another generator than the "
+            "global ones, say): the pass over the data starts over."
         )
         return False
 
     def _begin(self) -> Iterator[Any]:
-        if self._progress.has_file:  # so that a loader that shuffles by the global generators does so again
+        if self._checkpoint.has_file:  # so that a loader that shuffles by the global generators does so again
             seed = self._generator.initial_seed() % 2**32
             random.seed(seed)
             np.random.seed(seed)
@@ -163,9 +168,9 @@ class Reading:
                         "if it has no end.", self._promised,
                     )  # fmt: skip
                 for inputs, targets, n in _data.labelled([batch], self._targets_key):
-                    keys = torch.rand(n, generator=self._own, dtype=torch.float64)
+                    keys = torch.rand(n, generator=self._uniform_generator, dtype=torch.float64)
                     self._uniform.offer(inputs, targets, keys, torch.ones(n, dtype=torch.float64))
-                    if self._progress.has_file:
+                    if self._checkpoint.has_file:
                         self.seen.add(inputs, targets)
                 self._n_batches += 1
                 yield batch
@@ -176,14 +181,14 @@ class Reading:
 
     def _at_a_boundary(self) -> None:
         """Everything that was read has been worked on: remember how things are."""
-        if self._sampler is None or not self._progress.has_file:
+        if self._sampler is None or not self._checkpoint.has_file:
             return
         self._boundary = {
             "n_batches": self._n_batches, "seen": self.seen.copy(), "observed": self._stream.observed,
-            "generator": self._generator.get_state(), "own": self._own.get_state(),
+            "generator": self._generator.get_state(), "own": self._uniform_generator.get_state(),
             "sampler": self._sampler.copy(), "uniform": self._uniform.copy(),
         }  # fmt: skip
-        if self._progress.is_due:
+        if self._checkpoint.is_due:
             self.save()
 
     def save(self) -> None:
@@ -193,8 +198,8 @@ class Reading:
         boundary, self._boundary = self._boundary, None
         kept = boundary | {name: boundary[name].state() for name in ("sampler", "uniform")}
         try:
-            self._progress.keep("pass", kept)
-        except TypeError as error:  # inputs of a class of the user's own
+            self._checkpoint.keep("pass", kept)
+        except TypeError as error:  # inputs of a class that is not stored
             logger.warning("The pass over the data cannot be kept: %s", error)
 
     def check(self, expected: Seen | None) -> None:

@@ -91,8 +91,8 @@ class Stream:
         outputs = []
         size = self._chunk_size or network.chunk_size(memory, 0, inputs=inputs)
         for part in _data.slices(_data.count(inputs), size):
-            own, new = self._look(network, _data.take(inputs, part), targets[part])
-            outputs.append(own)
+            chunk, new = self._look(network, _data.take(inputs, part), targets[part])
+            outputs.append(chunk)
             self.observed = new if self.observed is None else self.observed + new
         return torch.cat(outputs)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -76,21 +76,30 @@ def jvp(
     except NotImplementedError:
         if forward_only:
             raise
-        return _jvp_of_vjp(function, at, along)
+        return _double_backward(function, at, along)
 
 
-def _jvp_of_vjp(
+def differentiable_vjp(outputs: Tensor, inputs: Sequence[Tensor]) -> tuple[Tensor, tuple[Tensor, ...]]:
+    r"""A vector w, and the vector-Jacobian product :math:`J^\top w` as a function of it in autograd's graph.
+
+    It is linear in w, so that its own vector-Jacobian product with u is :math:`J u`: a Jacobian-vector product by two
+    backward passes (double backward), for operations without forward mode.
+    """
+    w = torch.zeros_like(outputs).requires_grad_()
+    return w, torch.autograd.grad(outputs, list(inputs), w, create_graph=True, materialize_grads=True)
+
+
+def _double_backward(
     function: Callable[[dict[str, Tensor]], Tensor], at: dict[str, Tensor], along: dict[str, Tensor]
 ) -> tuple[Tensor, Tensor]:
-    r"""The same by two backward passes: :math:`J d` is the derivative of :math:`d^\top J^\top w` in w."""
+    """Value and Jacobian-vector product of a function by two backward passes."""
     wanted = torch.is_grad_enabled()
     with torch.enable_grad():
         leaves = {name: p.detach().requires_grad_() for name, p in at.items()}
         value = function(leaves)
-        w = torch.zeros_like(value).requires_grad_()
-        vjp = torch.autograd.grad(value, list(leaves.values()), w, create_graph=True, materialize_grads=True)
+        w, product = differentiable_vjp(value, list(leaves.values()))
         (tangent,) = torch.autograd.grad(
-            vjp, w, [along[name] for name in leaves], create_graph=wanted, materialize_grads=True
+            product, w, [along[name] for name in leaves], create_graph=wanted, materialize_grads=True
         )
     return (value, tangent) if wanted else (value.detach(), tangent)
 

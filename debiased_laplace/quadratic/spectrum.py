@@ -30,7 +30,7 @@ from debiased_laplace.network.network import Network
 from debiased_laplace.network.snapshot import Snapshot
 from debiased_laplace.sampling.sample import WeightedData
 
-__all__ = ["GGN", "DirectionalDerivatives", "directional_derivatives"]
+__all__ = ["GGN", "DirectionalDerivatives", "directional_derivatives", "eigenpairs_by_gram"]
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ def directional_derivatives(
     slope = CurvatureData(network, unweighted, likelihood, curvature="empirical_fisher", **common)
 
     def along(chunks: CurvatureData, power: int) -> Tensor:
-        found = torch.empty(0)
+        derivatives: Tensor | None = None
         for chunk in chunks:
             inputs = [chunk.factors.inputs(block) for block in network.blocks]
             prepared = basis.prepare_inputs(inputs, len(chunk.vectors))
@@ -115,10 +115,10 @@ def directional_derivatives(
                 rows = [projected.rows() for projected in basis.project_gradients(prepared, vectors)]
                 total = total + torch.cat(rows, -1).double().pow(power).sum(1)
             assert isinstance(total, Tensor)
-            if not len(found):
-                found = total.new_empty(len(chunks), basis.rank)
-            found[chunk.positions] = total
-        return found
+            if derivatives is None:
+                derivatives = total.new_empty(len(chunks), basis.rank)
+            derivatives[chunk.positions] = total
+        return torch.empty(0) if derivatives is None else derivatives
 
     return DirectionalDerivatives(
         along(slope, 1), along(curvature, 2), data.weights.to(network.device), network.precision
@@ -206,12 +206,12 @@ class GGN:
     @cached_property
     def _decompositions(self) -> list[tuple[Tensor, Tensor, Tensor]]:
         """For every part, the Gram matrix, and its eigenvalues and eigenvectors."""
-        found = []
+        decompositions = []
         for group in self.statistics.groups:
             gram = self.statistics.gram(group)
             _checks.finite(gram, "the Gram matrix of the curvature", "Look for NaN in the data, or for an overflow.")
-            found.append((gram, *eigh(gram, "the batch")))
-        return found
+            decompositions.append((gram, *eigh(gram, "the batch")))
+        return decompositions
 
     def eigenvalues(self) -> Tensor:
         """The spectrum but for trivial zeros, ``[N V]`` (for each part, together), largest first, float64."""
@@ -290,6 +290,35 @@ class GGN:
             mixed = inner(gram, values, vectors, coefficients)
             for index in group:
                 block = network.blocks[index]
-                own = statistics.combine(index, mixed)
-                result.update(block.scatter(own.unflatten(1, (block.groups, block.outputs, block.inputs))))
+                combined = statistics.combine(index, mixed)
+                result.update(block.scatter(combined.unflatten(1, (block.groups, block.outputs, block.inputs))))
         return flatten(result, network.shapes).reshape(vector.shape)
+
+
+def eigenpairs_by_gram(
+    network: Network,
+    batches: Sequence[tuple[_data.Inputs, Tensor]],
+    likelihood: Likelihood,
+    k: int,
+    chunk_size: int | None = None,
+) -> tuple[Tensor, Tensor] | None:
+    """The k largest eigenvalues ``[k]`` of the mean over batches, and eigenvectors ``[k, D]``, as rows, descending.
+
+    Returns:
+        Both in float64; None where the Gram matrix cannot be had, of data in several shapes or a layer without a rule.
+    """
+    inputs = [batch for batch, _ in batches]
+    if len({tuple(leaf.shape[1:] for leaf in _data.tensors(batch)) for batch in inputs}) > 1:
+        return None
+    targets = torch.cat([targets for _, targets in batches])
+    try:
+        ggn = GGN(
+            network.snapshot, _data.concatenate(inputs), targets, likelihood, parameters=list(network.shapes),
+            chunk_size=chunk_size,
+        )  # fmt: skip
+        values, basis = ggn.eigenpairs(k)
+    except _checks.UnsupportedLayerError:
+        return None
+    rows = basis.lift(torch.eye(basis.rank, dtype=torch.float64, device=values.device))
+    order = values.double().argsort(descending=True)
+    return values.double()[order], rows[order]

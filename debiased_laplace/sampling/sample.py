@@ -1,4 +1,4 @@
-"""Weighted data of a stream, dealt to folds."""
+"""Weighted data of a stream, dealt to folds (docs/theory.md, "What a datum stands for", equation (6))."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from debiased_laplace import _data
 
 #: The fold of data that belong to all folds.
-SHARED = -1
+IN_ALL_FOLDS = -1
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Sample:
 
     Attributes:
         data: With the weights of the whole sample.
-        folds: ``[n]``, the fold of every datum, or :data:`SHARED`.
+        folds: ``[n]``, the fold of every datum, or :data:`IN_ALL_FOLDS`.
         n_folds: Number of folds.
         n_seen: Number of data in the stream.
         n_data: Size of the training set that the stream is a part of (:meth:`part_of`); None if it is all of it.
@@ -72,7 +72,7 @@ class Sample:
     def self_weights(self) -> Tensor:
         """``[n]``, the part of every weight with which a datum stands for itself; the rest is for others."""
         weights = self.data.weights
-        return torch.where(self.folds == SHARED, weights, weights.clamp_max(1 / max(self.n_seen, self.size)))
+        return torch.where(self.folds == IN_ALL_FOLDS, weights, weights.clamp_max(1 / max(self.n_seen, self.size)))
 
     def part_of(self, n_data: int | None, generator: torch.Generator) -> Sample:
         """The same sample of a training set of another size, of which the stream is a random part.
@@ -83,25 +83,25 @@ class Sample:
         if n_data is None or n_data <= self.n_seen:
             return replace(self, n_data=n_data)
         folds = self.folds
-        if bool((folds == SHARED).any()):
+        if bool((folds == IN_ALL_FOLDS).any()):
             folds = deal(torch.rand(len(folds), generator=generator, dtype=torch.float64), self.n_folds)
         return replace(self, folds=folds, n_data=n_data)
 
     def part(self, fold: int) -> WeightedData:
-        """The data of one fold, or the shared ones (:data:`SHARED`), with the weights of the whole sample."""
+        """The data of one fold, or the shared ones (:data:`IN_ALL_FOLDS`), with the weights of the whole sample."""
         return self.data.take((self.folds == fold).nonzero()[:, 0])
 
     def factor(self, folds: Collection[int]) -> float:
         """By what the weights of these folds have to be multiplied, so that with the shared data they are unbiased."""
-        own = sum(int((self.folds == fold).sum()) for fold in folds)
-        return int((self.folds != SHARED).sum()) / own if own else 1.0
+        n = sum(int((self.folds == fold).sum()) for fold in folds)
+        return int((self.folds != IN_ALL_FOLDS).sum()) / n if n else 1.0
 
     def fold(self, folds: Collection[int]) -> WeightedData:
         """Data of some folds, shared ones included, with weights that are unbiased for the whole stream."""
-        index = torch.isin(self.folds, torch.tensor([SHARED, *folds])).nonzero()[:, 0]
-        own = self.data.take(index)
-        weights = torch.where(self.folds[index] == SHARED, own.weights, own.weights * self.factor(folds))
-        return replace(own, weights=weights)
+        index = torch.isin(self.folds, torch.tensor([IN_ALL_FOLDS, *folds])).nonzero()[:, 0]
+        data = self.data.take(index)
+        weights = torch.where(self.folds[index] == IN_ALL_FOLDS, data.weights, data.weights * self.factor(folds))
+        return replace(data, weights=weights)
 
     def __add__(self, other: Sample) -> Sample:
         """The sample of both streams, one after the other, fold by fold, for both training sets."""

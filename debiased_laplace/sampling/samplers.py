@@ -21,7 +21,7 @@ from tqdm import tqdm
 from debiased_laplace import _checks, _data
 from debiased_laplace.likelihoods import Likelihood
 from debiased_laplace.sampling.reservoir import Reservoir
-from debiased_laplace.sampling.sample import SHARED, Sample, WeightedData, deal
+from debiased_laplace.sampling.sample import IN_ALL_FOLDS, Sample, WeightedData, deal
 
 logger = logging.getLogger(__name__)
 
@@ -169,8 +169,8 @@ class PrioritySampler:
             threshold = calibrated_threshold(scores, reservoir.total) if self.calibrated else next_priority
         weights = scores.clamp_min(threshold) / (scores * reservoir.n_seen)
         certain = scores >= max(threshold, next_priority)  # below the next priority a datum was kept by chance
-        assigned = torch.full((len(scores),), SHARED)
-        # Keys are uniform only for equal scores: which fold a datum falls into is a draw of its own.
+        assigned = torch.full((len(scores),), IN_ALL_FOLDS)
+        # Keys are uniform only for equal scores: which fold a datum falls into is another draw.
         assigned[~certain] = deal(torch.rand(int((~certain).sum()), generator=generator, dtype=torch.float64), folds)
         return _sample(reservoir, weights, assigned, folds)
 

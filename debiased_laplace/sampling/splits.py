@@ -1,4 +1,4 @@
-"""Which folds choose the directions, and which measure the curvature along them."""
+"""Which folds choose the directions, and which measure the curvature along them (docs/theory.md, "Folds")."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar, NamedTuple, Protocol
 
 #: How the curvatures of several rounds become those along the final directions.
-AVERAGES = ("rank", "rotated")
+ROUND_AVERAGES = ("rank", "rotated")
 
 
 class Round(NamedTuple):
@@ -40,7 +40,7 @@ class Split(Protocol):
 
     @property
     def average(self) -> str:
-        """How rounds are averaged, one of :data:`AVERAGES`."""
+        """How rounds are averaged, one of :data:`ROUND_AVERAGES`."""
         ...
 
 
@@ -76,8 +76,8 @@ class TwoBatch:
     """Directions from one half of the data, curvatures along them from the other half.
 
     Given the directions, the curvatures are unbiased for independent batches (Tatzel et al., arXiv 2410.14325, section
-    4), and for a finite training set, where the second batch is drawn from what the first has left, with the first's
-    own curvature put back in its share (:mod:`debiased_laplace.fitting.measurement`).
+    4), and for a finite training set, where the second batch is drawn from what the first has left, with the curvature
+    of the first put back in its share (:mod:`debiased_laplace.fitting.measurement`).
 
     Attributes:
         folds: Number of folds.
@@ -132,8 +132,8 @@ class CrossFit:
     def __post_init__(self) -> None:
         if self.folds < 2:
             raise ValueError(f"Expected at least two folds to cross-fit, got {self.folds}.")
-        if self.average not in AVERAGES:
-            raise ValueError(f"Expected an average out of {list(AVERAGES)}, got {self.average!r}.")
+        if self.average not in ROUND_AVERAGES:
+            raise ValueError(f"Expected an average out of {list(ROUND_AVERAGES)}, got {self.average!r}.")
 
     @property
     def final(self) -> tuple[int, ...]:

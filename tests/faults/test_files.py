@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from debiased_laplace import DebiasedLaplace, Fit, _files, _store
 from debiased_laplace._files import CannotWriteError, StoredFileError
 from debiased_laplace.evaluation import records
-from debiased_laplace.fitting.checkpoint import Progress
+from debiased_laplace.fitting.checkpoint import Checkpoint
 
 pytestmark = pytest.mark.faults
 
@@ -344,4 +344,4 @@ def test_a_directory_in_the_place_of_a_file(tmp_path: Path) -> None:
         fitted().save(tmp_path / "taken")
     with pytest.raises(CannotWriteError, match=r"it is a directory\. Name a file"):
         fitted(checkpoint=tmp_path / "taken")
-    assert Progress(None, {}).completed is None
+    assert Checkpoint(None, {}).completed is None

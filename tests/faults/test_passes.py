@@ -31,7 +31,7 @@ WAYS: dict[str, dict[str, Any]] = {
 @pytest.fixture(autouse=True)
 def _written_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """A pass is kept after every batch, and not only every half minute."""
-    monkeypatch.setattr(checkpoint.Progress, "is_due", True)
+    monkeypatch.setattr(checkpoint.Checkpoint, "is_due", True)
 
 
 def model() -> nn.Module:
@@ -177,7 +177,7 @@ def test_a_draw_that_is_complete_is_not_taken_for_other_data(
 ) -> None:
     path = tmp_path / "p"
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint.Progress, "complete", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(checkpoint.Checkpoint, "complete", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             fitted(batches(), budget=16, checkpoint=path)
     with pytest.raises(ValueError, match="Expected the 40 data that the checkpoint was made from, got 30"):

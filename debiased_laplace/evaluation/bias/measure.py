@@ -32,7 +32,7 @@ from debiased_laplace.quadratic.instruments import (
     suggest_batch_size,
 )
 from debiased_laplace.quadratic.optim import conjugate_gradients
-from debiased_laplace.quadratic.quadratic import CURVATURES, Quadratic
+from debiased_laplace.quadratic.quadratic import KINDS, Quadratic
 from debiased_laplace.sampling.samplers import UniformSampler
 
 __all__ = ["BiasOptions", "study"]
@@ -85,8 +85,8 @@ class BiasOptions:
             raise ValueError(
                 f"Expected at least three batches, so that a second one has a standard error, got {self.n_batches}."
             )
-        if self.curvature not in CURVATURES:
-            raise ValueError(f"Expected a curvature out of {list(CURVATURES)}, got {self.curvature!r}.")
+        if self.curvature not in KINDS:
+            raise ValueError(f"Expected a curvature out of {list(KINDS)}, got {self.curvature!r}.")
         values = asdict(self)
         for name in ("batch_size", "n_steps", "pool", "reference", "n_size_directions", "n_vectors", "chunk_size"):
             if values[name] < 1:

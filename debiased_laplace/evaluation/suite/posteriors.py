@@ -20,7 +20,7 @@ from debiased_laplace.evaluation.predictors import edges
 from debiased_laplace.evaluation.suite import draws
 from debiased_laplace.evaluation.suite.data import loader_of
 from debiased_laplace.evaluation.tasks import Context, Task
-from debiased_laplace.fitting.checkpoint import Progress
+from debiased_laplace.fitting.checkpoint import Checkpoint
 from debiased_laplace.sampling.samplers import UniformSampler
 
 _T = TypeVar("_T")
@@ -126,7 +126,7 @@ class Posteriors:
         if checkpoint is not None:
             checkpoint.parent.mkdir(parents=True, exist_ok=True)
             try:
-                Progress.check(checkpoint)
+                Checkpoint.check(checkpoint)
             except StoredFileError:  # damaged: it belongs to this run, and is made anew
                 checkpoint.unlink(missing_ok=True)
         loader = loader_of(self.task, "train_loader", self.context)

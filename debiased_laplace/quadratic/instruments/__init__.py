@@ -12,28 +12,24 @@ Roberts, "Learning Rates as a Function of Batch Size" (arXiv 2006.09092).
 from debiased_laplace.quadratic.instruments.batch_sizes import (
     BatchSizeCurve,
     BatchSizeSuggestion,
-    SpikedPrediction,
     Subsets,
     bias_against_batch_size,
-    noise_variance,
-    product_noise,
-    spiked_prediction,
     suggest_batch_size,
 )
 from debiased_laplace.quadratic.instruments.directions import (
-    Alignment,
     Along,
     DirectionalBias,
-    OnPlane,
-    Plane,
     SignalToNoise,
-    alignment,
     directional_bias,
-    plane,
     signal_to_noise,
 )
-from debiased_laplace.quadratic.instruments.estimates import (
-    Estimate,
+from debiased_laplace.quadratic.instruments.eigenspaces import Alignment, OnPlane, Plane, alignment, plane
+from debiased_laplace.quadratic.instruments.estimates import Estimate
+from debiased_laplace.quadratic.instruments.noise import (
+    SpikedPrediction,
+    noise_variance,
+    product_noise,
+    spiked_prediction,
 )
 
 __all__ = [

@@ -1,11 +1,10 @@
-r"""Slopes and curvatures along eigenvectors of a batch: their bias, alignment of eigenspaces, planes, signal and noise.
+r"""Slopes and curvatures along the eigenvectors of a batch: their bias, and their noise from datum to datum.
 
 Letters: B batches, K directions, D parameters.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -13,26 +12,20 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from debiased_laplace import _checks
 from debiased_laplace.quadratic.instruments.estimates import Estimate, Recorded, jackknife
 from debiased_laplace.quadratic.quadratic import Quadratic
 
 __all__ = [
-    "Alignment",
     "Along",
     "DirectionalBias",
-    "OnPlane",
-    "Plane",
     "SignalToNoise",
-    "alignment",
     "directional_bias",
-    "plane",
     "same_center",
     "signal_to_noise",
 ]
 
 
-# -- figure 2: slopes and curvatures along a batch's own directions ------------------------------------
+# -- figure 2: slopes and curvatures along the eigenvectors of a batch ------------------------------------
 
 
 @dataclass(frozen=True)
@@ -64,15 +57,15 @@ class Along(Recorded):
         r"""What an independent second batch has on average, ``[B, K]``: the mean over all other batches.
 
         Batches that are disjoint parts of a population stand for its rest without the batch that gave the directions;
-        that one's share s is put back, :math:`(1 - s)` times the mean of the others plus s times its own, which is
+        that one's share s is put back, :math:`(1 - s)` times the mean of the others plus s times its value, which is
         unbiased for the population.
         """
         return self._other(torch.arange(len(self.batches)))
 
     def _other(self, chosen: Tensor) -> Tensor:
         part = self.batches[chosen][:, chosen]
-        own = part.diagonal(dim1=0, dim2=1).mT
-        return (1 - self.share) * (part.sum(1) - own) / (len(chosen) - 1) + self.share * own
+        same = part.diagonal(dim1=0, dim2=1).mT
+        return (1 - self.share) * (part.sum(1) - same) / (len(chosen) - 1) + self.share * same
 
     @property
     def mean_own(self) -> Estimate:
@@ -91,7 +84,7 @@ class Along(Recorded):
 
     @property
     def ratio_own(self) -> Estimate:
-        """Mean on the own batch over mean on the reference, ``[K]``: one without bias."""
+        """Mean on the batch that gave the directions over mean on the reference, ``[K]``: one without bias."""
         return jackknife(lambda c: self.own[c].mean(0) / self.reference[c].mean(0), len(self.batches))
 
     @property
@@ -115,7 +108,7 @@ class Along(Recorded):
 
     @property
     def total_ratio_own(self) -> Estimate:
-        """Sum over all K directions on the own batch over the same sum on the reference, a scalar."""
+        """Sum over the K directions, on the batch that gave them, over that on the reference, a scalar."""
         return jackknife(lambda c: self.own[c].sum() / self.reference[c].sum(), len(self.batches))
 
     @property
@@ -129,8 +122,8 @@ class DirectionalBias(Recorded):
     """The paper's figure 2.
 
     Attributes:
-        slopes: Along directions that point uphill on their own batch.
-        curvatures: Those on the own batch are its eigenvalues.
+        slopes: Along directions that point uphill on the batch that gave them.
+        curvatures: Those on the batch that gave the directions are its eigenvalues.
         n_data: Of every batch.
     """
 
@@ -142,7 +135,7 @@ class DirectionalBias(Recorded):
 def directional_bias(
     quadratics: Sequence[Quadratic], reference: Quadratic, n_directions: int, *, population: int | None = None
 ) -> DirectionalBias:
-    """Slopes and curvatures along every batch's own top eigenvectors: on it, on other batches, on the reference.
+    """Slopes and curvatures along every batch's top eigenvectors: on it, on other batches, on the reference.
 
     Cost: the eigenpairs of B batches, and B K products with each of the B batches and with the reference.
 
@@ -176,17 +169,17 @@ def directional_bias(
             f"Expected at least two batches, to see one along the directions of another; got {len(quadratics)}."
         )
     same_center([*quadratics, reference])
-    sizes = {own.n_data for own in quadratics}
-    if population is not None and (len(sizes) > 1 or sum(own.n_data for own in quadratics) > population):
+    sizes = [quadratic.n_data for quadratic in quadratics]
+    if population is not None and (len(set(sizes)) > 1 or sum(sizes) > population):
         raise ValueError(
             f"Expected batches of one size that are disjoint parts of {population} data, got {len(quadratics)} of the "
-            f"sizes {sorted(sizes)}."
+            f"sizes {sorted(set(sizes))}."
         )
-    share = 0.0 if population is None else quadratics[0].n_data / population
+    share = 0.0 if population is None else sizes[0] / population
     slopes, curvatures, reference_slopes, reference_curvatures = [], [], [], []
-    for own in quadratics:
-        _, directions = own.eigenpairs(n_directions)
-        directions = torch.where(own.slope(directions)[:, None] < 0, -directions, directions)
+    for chooser in quadratics:
+        _, directions = chooser.eigenpairs(n_directions)
+        directions = torch.where(chooser.slope(directions)[:, None] < 0, -directions, directions)
         slopes.append(torch.stack([other.slope(directions) for other in quadratics]))
         curvatures.append(torch.stack([other.curvature(directions) for other in quadratics]))
         reference_slopes.append(reference.slope(directions))
@@ -194,153 +187,24 @@ def directional_bias(
     return DirectionalBias(
         Along(torch.stack(slopes), torch.stack(reference_slopes), share),
         Along(torch.stack(curvatures), torch.stack(reference_curvatures), share),
-        tuple(own.n_data for own in quadratics),
+        tuple(sizes),
     )
 
 
 def same_center(quadratics: Sequence[Quadratic]) -> None:
     """Raise a ``ValueError`` for quadratics of different parameters, curvatures or regularisers."""
     first = quadratics[0]
-    for own in quadratics[1:]:
-        if own.kind != first.kind or own.l2 != first.l2:
+    for other in quadratics[1:]:
+        if other.kind != first.kind or other.l2 != first.l2:
             raise ValueError(
                 f"Expected quadratics with the same curvature and l2, got {first.kind!r} with {first.l2:g} and "
-                f"{own.kind!r} with {own.l2:g}."
+                f"{other.kind!r} with {other.l2:g}."
             )
-        if own.center.shape != first.center.shape or not torch.equal(own.center, first.center.to(own.center)):
+        if other.center.shape != first.center.shape or not torch.equal(other.center, first.center.to(other.center)):
             raise ValueError(
                 "Expected quadratics around the same parameters of the same model, got different ones. Make all of "
                 "them before the model moves on."
             )
-
-
-# -- figure 3: alignment of eigenspaces ----------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Alignment(Recorded):
-    r"""Overlaps of two sets of orthonormal directions, the paper's figure 3.
-
-    Attributes:
-        overlaps: :math:`\Omega_{ij} = (u_i^\top u'_j)^2`, ``[K, K']``.
-    """
-
-    overlaps: Tensor
-
-    derived: ClassVar[tuple[str, ...]] = ("row_sums",)
-
-    @property
-    def row_sums(self) -> Tensor:
-        """How much of each first direction lies in the space of the second ones, ``[K]``, at most one."""
-        return self.overlaps.sum(1)
-
-    def curvatures(self, eigenvalues: Tensor, remainder: float = 0.0) -> Tensor:
-        r"""Curvatures along the first directions of a matrix with the second directions as eigenvectors, ``[K]``.
-
-        .. math:: u_i^\top C' u_i = \sum_j \Omega_{ij} \lambda'_j + \Big(1 - \sum_j \Omega_{ij}\Big) \rho
-
-        Args:
-            eigenvalues: :math:`\lambda'`, ``[K']``.
-            remainder: :math:`\rho`, the eigenvalue of everything else. It is zero (or the quadratic's l2) if the
-                second directions are all the eigenvectors with curvature; then this is exact.
-        """
-        return self.overlaps @ eigenvalues.to(self.overlaps) + (1 - self.row_sums) * remainder
-
-    def image(self, floor: float = 1e-8) -> Tensor:
-        """Logarithmic greys in [0, 1], ``[K, K']``: zero for overlaps up to the floor, one for an overlap of one."""
-        return 1 - self.overlaps.clamp(floor, 1).log() / math.log(floor)
-
-
-def alignment(first_vectors: Tensor, second_vectors: Tensor) -> Alignment:
-    """Overlaps of orthonormal directions ``[K, D]`` and ``[K', D]``, given as rows."""
-    for vectors in (first_vectors, second_vectors):
-        if vectors.ndim != 2 or vectors.shape[1] != first_vectors.shape[-1]:
-            raise ValueError(
-                f"Expected directions [K, D] and [K', D] as rows, got {tuple(first_vectors.shape)} and "
-                f"{tuple(second_vectors.shape)}."
-            )
-        norms = vectors.double().norm(dim=1)
-        if not bool(((norms - 1).abs() < max(1e-3, torch.finfo(vectors.dtype).eps)).all()):
-            raise ValueError(
-                f"Expected directions of length one, got lengths from {float(norms.min()):g} to {float(norms.max()):g}."
-            )
-    return Alignment((first_vectors.double() @ second_vectors.to(first_vectors.device).double().mT).square())
-
-
-# -- figure 1: the plane of the top two eigenvectors ---------------------------------------------------
-
-
-@dataclass(frozen=True)
-class OnPlane(Recorded):
-    r"""A quadratic on a plane :math:`\theta_0 + \tau_1 u_1 + \tau_2 u_2`.
-
-    Attributes:
-        offset: The value at the origin.
-        slopes: ``[2]``.
-        curvatures: ``[2, 2]``.
-    """
-
-    offset: float
-    slopes: Tensor
-    curvatures: Tensor
-
-    derived: ClassVar[tuple[str, ...]] = ("minimum",)
-
-    def values(self, coordinates: Tensor) -> Tensor:
-        """On a grid with coordinates ``[n]`` along both axes: ``[n, n]``, the first along the first dimension."""
-        points = torch.stack(torch.meshgrid(coordinates, coordinates, indexing="ij"), -1)
-        bend = torch.einsum("...i,ij,...j->...", points, self.curvatures, points)
-        return self.offset + points @ self.slopes + 0.5 * bend
-
-    @property
-    def minimum(self) -> Tensor:
-        """Coordinates of its minimum ``[2]``, the Newton step in the plane; NaN if it has none."""
-        if float(torch.linalg.eigvalsh(self.curvatures)[0]) <= 0:
-            return torch.full_like(self.slopes, torch.nan)
-        return -torch.linalg.solve(self.curvatures, self.slopes)
-
-
-@dataclass(frozen=True)
-class Plane(Recorded):
-    """Two quadratics on the plane of the first one's top two eigenvectors, the paper's figure 1.
-
-    Attributes:
-        extent: Half the side of the square that is worth looking at.
-        eigenvalues: Of the first one, ``[2]``.
-        first: The mini-batch.
-        reference: The data.
-    """
-
-    extent: float
-    eigenvalues: Tensor
-    first: OnPlane
-    reference: OnPlane
-
-
-def plane(first: Quadratic, reference: Quadratic, extent: float | None = None) -> Plane:
-    r"""Both quadratics on the plane through the reference's centre along the first one's top two eigenvectors.
-
-    Cost: the eigenpairs, and the curvature of three vectors on each.
-
-    Args:
-        first: The mini-batch's.
-        reference: The data's.
-        extent: How far is worth looking along both axes; by default to where the first one's second curvature alone
-            has raised it by its loss, :math:`\sqrt{2 q(\theta_0) / \lambda_2}`.
-    """
-    values, directions = first.eigenpairs(2)
-    if extent is None:
-        curvature = float(values[1])
-        extent = math.sqrt(2 * first.loss / curvature) if curvature > 0 and first.loss > 0 else 1.0
-    extent = _checks.positive(extent, "extent")
-
-    def on(quadratic: Quadratic) -> OnPlane:
-        step = reference.center - quadratic.center
-        slopes, matrix = quadratic.projected(torch.cat([directions, step[None]]))
-        offset = quadratic.loss + float(slopes[2] + 0.5 * matrix[2, 2])
-        return OnPlane(offset, slopes[:2] + matrix[:2, 2], matrix[:2, :2])
-
-    return Plane(extent, values, on(first), on(reference))
 
 
 # -- ViViT's figure 2: signal and noise ----------------------------------------------------------------
@@ -378,5 +242,5 @@ def signal_to_noise(quadratic: Quadratic, n_directions: int, measured_on: Quadra
     measured_on = measured_on or quadratic
     same_center([quadratic, measured_on])
     values, directions = quadratic.eigenpairs(n_directions)
-    found = measured_on.per_datum(directions)
-    return SignalToNoise(values, found.slope, found.curvature, found.slope_snr, found.curvature_snr, measured_on.n_data)
+    along = measured_on.per_datum(directions)
+    return SignalToNoise(values, along.slope, along.curvature, along.slope_snr, along.curvature_snr, measured_on.n_data)

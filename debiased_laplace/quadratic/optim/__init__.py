@@ -1,6 +1,7 @@
 """Steps on the quadratic of a batch, with directions from one batch and magnitudes from another."""
 
-from debiased_laplace.quadratic.optim.conjugate import CGResult, QuadraticModel, Stop, conjugate_gradients
+from debiased_laplace.quadratic.optim.conjugate import CGResult, Stop, conjugate_gradients
+from debiased_laplace.quadratic.optim.descent import QuadraticModel
 from debiased_laplace.quadratic.optim.directional import (
     DirectionalStep,
     damped_step,

@@ -12,55 +12,24 @@ Source: Tatzel, Mucsányi, Hackel, Hennig, "Debiasing Mini-Batch Quadratics for 
 from __future__ import annotations
 
 import enum
-import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from debiased_laplace import _checks
+from debiased_laplace.quadratic.optim.descent import Descent, Preconditioned, QuadraticModel
 
-__all__ = ["CGResult", "QuadraticModel", "Stop", "conjugate_gradients"]
+__all__ = ["CGResult", "Stop", "conjugate_gradients"]
 
-
-#: How many units of rounding are told from nothing: of a gradient, and of a curvature.
-MARGIN = 2
-
-#: The default tolerance where rounding allows it.
-TOLERANCE = 1e-8
 
 _REMEDIES = {
     "ggn": "More damping lets them go on.",
     "hessian": 'More damping, or the Gauss-Newton matrix (curvature="ggn"), never negative, lets them go on.',
     None: "More damping, or a curvature that is never negative, lets them go on.",
 }
-
-
-class QuadraticModel(Protocol):
-    """What CG asks of a quadratic; :class:`~debiased_laplace.quadratic.quadratic.Quadratic` has it.
-
-    Two more members are used where there are any: ``precision``, the relative rounding error of products at best
-    (otherwise that of the dtype of gradient and products), and ``gradient_rounding()``, what rounding makes of the
-    gradient, ``[D]`` (otherwise the precision times the gradient, which is too small where its terms cancel).
-    """
-
-    @property
-    def loss(self) -> float:
-        """The value at the center."""
-        ...
-
-    @property
-    def gradient(self) -> Tensor:
-        """The gradient at the center, ``[D]``."""
-        ...
-
-    def matvec(self, u: Tensor, /) -> Tensor:
-        """The curvature matrix times a vector, ``[D] -> [D]``."""
-        ...
 
 
 class Stop(enum.Enum):
@@ -80,11 +49,11 @@ class CGResult:
     Attributes:
         directions: :math:`d_k` as rows, of any length, ``[K, D]``.
         step_sizes: :math:`\tau_k` that were taken, ``[K]``; minus the slope over the curvature.
-        slopes: :math:`d_k^\top\nabla q` on the batch of the magnitudes, where its own steps have led, ``[K]``.
+        slopes: :math:`d_k^\top\nabla q` on the batch of the magnitudes, where its steps have led, ``[K]``.
         curvatures: :math:`d_k^\top H d_k` on the batch of the magnitudes, ``[K]``.
         first_slopes: The same on the batch of the directions, where *its* steps would have led, ``[K]``.
         first_curvatures: On the batch of the directions, ``[K]``.
-        gradient_norms: On the batch of the directions, at the start and after each of its own steps, ``[K + 1]``.
+        gradient_norms: On the batch of the directions, at the start and after each of its steps, ``[K + 1]``.
         damping: Added to the diagonal of both curvature matrices.
         stopped: Why it ended.
     """
@@ -123,7 +92,7 @@ class CGResult:
     def measure(self, slopes: Tensor, curvatures: Tensor) -> tuple[Tensor, Tensor]:
         r"""Slopes and curvatures of any quadratic along the directions, at the points of the path (figure 4).
 
-        For a path that was found on other data, both are unbiased for those of the population. Their quotient, with a
+        For a path that other data gave, both are unbiased for those of the population. Their quotient, with a
         minus, is how far that quadratic would go: ``result.measure(*other.projected(result.directions))``.
 
         Args:
@@ -137,80 +106,6 @@ class CGResult:
         return slopes + matrix.tril(-1) @ self.step_sizes.to(matrix), matrix.diagonal()
 
 
-class _Descent:
-    r"""The gradient of one quadratic while a path goes on, and how much of it is rounding.
-
-    With a preconditioner P, lengths are those of :math:`P^{-1/2} x`, and of :math:`P^{1/2} g` for gradients, in which
-    it is the identity.
-    """
-
-    def __init__(self, quadratic: QuadraticModel, damping: float, name: str, precondition: _Preconditioner) -> None:
-        if not math.isfinite(quadratic.loss):
-            raise _checks.NonFiniteError(
-                f"Expected a finite loss on {name}, got {quadratic.loss}. "
-                "Look for NaN in the data and the parameters; after a step, take a smaller one or more damping."
-            )
-        _checks.finite(quadratic.gradient, f"the gradient on {name}", "Look for NaN in the data and the parameters.")
-        self.quadratic, self.damping, self.name, self.precondition = quadratic, damping, name, precondition
-        self.gradient = quadratic.gradient.double()
-        self._dtype = quadratic.gradient.dtype
-        self.precision: float = getattr(quadratic, "precision", torch.finfo(self._dtype).eps)
-        self._product = torch.zeros_like(self.gradient)
-        self.curvature_rounding = 0.0
-        self._norm = 0.0  # of the curvature matrix: the largest that a product has shown
-        self._error: float | None = None  # of a product with a vector of length one
-
-    def look(self, direction: Tensor, length: float) -> tuple[float, float]:
-        """Slope and curvature along a direction, from here."""
-        undamped = self._multiply(direction)
-        self._product = undamped + self.damping * direction
-        slope, curvature = _dot(direction, self.gradient), _dot(direction, self._product)
-        if not (math.isfinite(slope) and math.isfinite(curvature)):
-            raise _checks.NonFiniteError(
-                f"Expected a finite slope and curvature on {self.name}, got {slope} and {curvature}. "
-                "Look for an overflow in products with the curvature matrix."
-            )
-        if length:
-            if self._error is None:  # a factor of three changes nothing but the rounding
-                self._error = self._length(self._multiply(3 * direction) / 3 - undamped) / length
-            self._norm = max(self._norm, self._length(undamped) / length)
-        self.curvature_rounding = MARGIN * self._rounding * length**2
-        return slope, curvature
-
-    def _multiply(self, direction: Tensor) -> Tensor:
-        unit = math.ldexp(1.0, -math.frexp(float(direction.abs().max()))[1])  # products neither under- nor overflow
-        product = self.quadratic.matvec((unit * direction).to(self._dtype))
-        if not hasattr(self.quadratic, "precision"):
-            self.precision = max(self.precision, torch.finfo(product.dtype).eps)
-        return product.double() / unit
-
-    def _length(self, gradient: Tensor) -> float:
-        return self.precondition(gradient)[1] ** 0.5
-
-    @property
-    def _rounding(self) -> float:
-        """Of a product with a vector of length one: measured, and not less than the dtype says."""
-        return max(self.precision * self._norm, self._error or 0.0)
-
-    def rounding(self, distance: float) -> float:
-        """The length of a gradient, at a distance from the center, that is nothing but rounding."""
-        return MARGIN * (self._rounding_at_center + self._rounding * distance)
-
-    @cached_property
-    def _rounding_at_center(self) -> float:
-        known = getattr(self.quadratic, "gradient_rounding", None)
-        own = self.precision * self._length(self.quadratic.gradient.double())
-        return own if known is None else max(own, self._length(known().double()))
-
-    def move(self, size: float) -> None:
-        """Go along the direction that was looked at last."""
-        self.gradient = self.gradient + size * self._product
-
-
-def _dot(a: Tensor, b: Tensor) -> float:
-    return float(a.double() @ b.double())
-
-
 def conjugate_gradients(
     directions: QuadraticModel,
     magnitudes: QuadraticModel | None = None,
@@ -222,7 +117,7 @@ def conjugate_gradients(
 ) -> CGResult:
     r"""Minimise a quadratic by conjugate gradients; with ``magnitudes``, the paper's algorithm 1 (debiased CG).
 
-    CG runs on the first quadratic as ever: directions, residuals and conjugacy come from it alone, along its own path
+    CG runs on the first quadratic as ever: directions, residuals and conjugacy come from it alone, along its path
     :math:`x_k`. Without ``magnitudes`` that path is the result. With them, the result is the path that takes the same
     directions and whose steps are those of the second quadratic where this path has led,
 
@@ -255,7 +150,7 @@ def conjugate_gradients(
         ValueError: For quadratics of different sizes, or a preconditioner that is not positive definite.
 
     Warns:
-        RuntimeWarning: If it stopped at negative or zero curvature. What was found up to there is returned.
+        RuntimeWarning: If it stopped at negative or zero curvature. The path up to there is returned.
 
     Example:
         >>> import torch
@@ -273,18 +168,18 @@ def conjugate_gradients(
     _checks.nonnegative(damping, "damping")
     if tolerance is not None:
         _checks.nonnegative(tolerance, "tolerance")
-    precondition = _Preconditioner(preconditioner)
-    first = _Descent(directions, damping, "the batch of the directions", precondition)
+    precondition = Preconditioned(preconditioner)
+    first = Descent(directions, damping, "the batch of the directions", precondition)
     second = None
     if magnitudes is not None:
-        second = _Descent(magnitudes, damping, "the batch of the magnitudes", precondition)
+        second = Descent(magnitudes, damping, "the batch of the magnitudes", precondition)
     if second is not None and second.gradient.shape != first.gradient.shape:
         raise ValueError(
             f"Expected two quadratics of one model, got {first.gradient.numel()} parameters for the directions and "
             f"{second.gradient.numel()} for the magnitudes."
         )
 
-    found: list[Tensor] = []
+    taken: list[Tensor] = []  # the directions
     numbers: list[tuple[float, float, float, float, float]] = []
     norms = [float(first.gradient.norm())]
     steepest, squared = precondition(first.gradient)
@@ -292,10 +187,10 @@ def conjugate_gradients(
     # Squared lengths of the direction and of the path, and their inner product, with the preconditioner's inverse.
     length, distance, inner = squared, 0.0, 0.0
     while True:
-        if norms[-1] <= norms[0] * (max(TOLERANCE, MARGIN * first.precision) if tolerance is None else tolerance):
+        if norms[-1] <= norms[0] * (first.default_tolerance if tolerance is None else tolerance):
             stopped = Stop.TOLERANCE
             break
-        if len(found) == n_steps:
+        if len(taken) == n_steps:
             stopped = Stop.STEPS
             break
         first_slope, first_curvature = first.look(direction, length**0.5)
@@ -303,8 +198,8 @@ def conjugate_gradients(
             stopped = Stop.PRECISION
             break
         if first_curvature <= first.curvature_rounding:
-            nothing = first_curvature and first_curvature >= -first.curvature_rounding
-            stopped = Stop.PRECISION if nothing else Stop.CURVATURE
+            only_rounding = first_curvature and first_curvature >= -first.curvature_rounding
+            stopped = Stop.PRECISION if only_rounding else Stop.CURVATURE
             break
         slope, curvature = (first_slope, first_curvature) if second is None else second.look(direction, length**0.5)
         if curvature <= (second or first).curvature_rounding:
@@ -314,7 +209,7 @@ def conjugate_gradients(
         first.move(size)
         if second is not None:
             second.move(-slope / curvature)
-        found.append(direction)
+        taken.append(direction)
         numbers.append((-slope / curvature, slope, curvature, first_slope, first_curvature))
         norms.append(float(first.gradient.norm()))
         before = squared
@@ -326,12 +221,12 @@ def conjugate_gradients(
     if stopped in (Stop.CURVATURE, Stop.SECOND_CURVATURE):
         source = magnitudes if stopped is Stop.SECOND_CURVATURE else directions
         warnings.warn(
-            f"Conjugate gradients stopped after {len(found)} steps: {stopped.value}. "
+            f"Conjugate gradients stopped after {len(taken)} steps: {stopped.value}. "
             f"{_REMEDIES.get(getattr(source, 'kind', None), _REMEDIES[None])}",
             RuntimeWarning,
             stacklevel=2,
         )
-    rows = torch.stack(found) if found else first.gradient.new_zeros(0, first.gradient.numel())
+    rows = torch.stack(taken) if taken else first.gradient.new_zeros(0, first.gradient.numel())
     sizes, slopes, curvatures, first_slopes, first_curvatures = (
         torch.tensor(numbers, dtype=torch.float64).reshape(-1, 5).unbind(1)
     )
@@ -346,26 +241,3 @@ def conjugate_gradients(
         damping=damping,
         stopped=stopped,
     )
-
-
-class _Preconditioner:
-    """From a gradient to the preconditioned one, and their inner product; the identity without a map."""
-
-    def __init__(self, apply: Callable[[Tensor], Tensor] | None) -> None:
-        self.apply = apply
-
-    def __call__(self, gradient: Tensor) -> tuple[Tensor, float]:
-        if self.apply is None:
-            return gradient, _dot(gradient, gradient)
-        steepest = self.apply(gradient).double()
-        if steepest.shape != gradient.shape:
-            raise ValueError(
-                f"Expected a preconditioner that keeps the shape {tuple(gradient.shape)}, got {tuple(steepest.shape)}."
-            )
-        squared = _dot(gradient, steepest)
-        if not squared > 0 and bool(gradient.any()):
-            raise ValueError(
-                f"Expected a positive definite preconditioner, got one with g^T P g = {squared:g} for a gradient g. "
-                "Give the inverse of a damped curvature, for instance one over a positive diagonal."
-            )
-        return steepest, squared

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from debiased_laplace import _checks
 from debiased_laplace.curvature.basis import Basis
-from debiased_laplace.quadratic.optim.conjugate import MARGIN
+from debiased_laplace.quadratic.optim.descent import ROUNDING_MARGIN
 from debiased_laplace.quadratic.spectrum import DirectionalDerivatives
 
 __all__ = ["DirectionalStep", "damped_step", "directionally_damped_step", "second_batch_damped_step"]
@@ -161,7 +161,7 @@ def _steps(derivatives: DirectionalDerivatives, dampings: Tensor) -> Tensor:
 def _curvature(derivatives: DirectionalDerivatives) -> Tensor:
     """Curvatures ``[K]``, those that are nothing but rounding beside the largest being zero."""
     curvatures = derivatives.curvature
-    rounding = MARGIN * derivatives.precision * curvatures.abs().amax() if len(curvatures) else 0.0
+    rounding = ROUNDING_MARGIN * derivatives.precision * curvatures.abs().amax() if len(curvatures) else 0.0
     return torch.where(curvatures.abs() > rounding, curvatures, torch.zeros_like(curvatures))
 
 

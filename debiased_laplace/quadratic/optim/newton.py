@@ -59,7 +59,7 @@ def newton_step(
     preconditioner: Preconditioner | None = None,
     chunk_size: int | None = None,
 ) -> CGResult:
-    """Move the model's parameters by one Newton step, found by conjugate gradients.
+    """Move the model's parameters by one Newton step, solved for by conjugate gradients.
 
     Only the chosen parameters change, and only at the end: after any error they are what they were. The model is
     evaluated in evaluation mode.
@@ -189,8 +189,8 @@ class DebiasedNewtonCG(torch.optim.Optimizer):
         super().__init__([owned[name] for name in self._chosen], defaults)
 
     def __getstate__(self) -> dict[str, Any]:
-        """For copies and pickles, which torch's own leaves without the model."""
-        return {key: own for key, own in vars(self).items() if not key.endswith("_hooks")}
+        """For copies and pickles, of which torch's optimizers leave out the model."""
+        return {key: value for key, value in vars(self).items() if not key.endswith("_hooks")}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """There is one group only: a Newton step is one vector of all parameters."""
@@ -249,13 +249,11 @@ def _quadratics(
     chunk_size: int | None,
 ) -> tuple[Quadratic, Quadratic | None]:
     with global_random_state():
-        found = [
-            None
-            if own is None
-            else Quadratic(model, own, likelihood, curvature, l2=l2, parameters=names, chunk_size=chunk_size)
-            for own in (batch, second)
-        ]
-    return found[0], found[1]  # type: ignore[return-value]
+        first = Quadratic(model, batch, likelihood, curvature, l2=l2, parameters=names, chunk_size=chunk_size)
+        if second is None:
+            return first, None
+        other = Quadratic(model, second, likelihood, curvature, l2=l2, parameters=names, chunk_size=chunk_size)
+        return first, other
 
 
 def _move(
