@@ -45,12 +45,14 @@ def flat(named):
 
 
 def dense_hessian(model, batch, likelihood, l2=0.0):
-    loss, parameters = total_loss(model, batch, likelihood, l2)
+    loss, parameters = total_loss(model, batch, likelihood)
     sizes = {name: p.numel() for name, p in parameters.items()}
     with sdpa_kernel(SDPBackend.MATH):
         # Forward over reverse: two reverse passes nested in torch.func are wrong for layer normalisation.
         rows = torch.func.jacfwd(torch.func.grad(loss))(parameters)
-    return torch.cat([torch.cat([rows[a][b].reshape(sizes[a], sizes[b]) for b in sizes], 1) for a in sizes])
+    matrix = torch.cat([torch.cat([rows[a][b].reshape(sizes[a], sizes[b]) for b in sizes], 1) for a in sizes])
+    # Forward mode does not know that the row of a padding index has no gradient: its columns are zero as its rows are.
+    return matrix * matrix.abs().sum(1).bool() + l2 * torch.eye(len(matrix), dtype=torch.float64)
 
 
 def dense(model, batch, likelihood, kind, l2=0.0):

@@ -130,7 +130,7 @@ def samples_at(
 
     samples = []
     with PlainAttention() if linearized else nullcontext():
-        for deviation in deviations:
+        for deviation in network.without_padding(deviations):
             if linearized:
                 value, change = jvp(outputs, parameters, network.from_vector(deviation))
                 samples.append(value + change)

@@ -87,7 +87,7 @@ class Block:
     def upgraded(values: Mapping[str, Any]) -> dict[str, Any]:
         """The fields of a block that an earlier version stored, in which kinds were strings."""
         earlier = {"kronecker": (KRONECKER, SideBySide()), "exact": (DENSE, Stacked())}
-        if not isinstance(values["kind"], str):
+        if not isinstance(values.get("kind"), str):
             return dict(values)
         kind, arrangement = earlier[values["kind"]]
         return {**values, "kind": kind, "arrangement": arrangement}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -297,6 +298,25 @@ class Network:
     def from_vector(self, vector: Tensor) -> dict[str, Tensor]:
         """Inverse of :meth:`to_vector`, in the dtypes of the model."""
         return {name: part.to(self.leaves[name].dtype) for name, part in unflatten(vector, self.shapes).items()}
+
+    def without_padding(self, deviations: Tensor) -> Tensor:
+        """Deviations from the parameters, ``[..., D]``, zero in the rows of embeddings that stand for padding.
+
+        No gradient flows there by definition, so that there is no curvature, and the prior alone would move them.
+        """
+        return deviations if self._padding is None else deviations.masked_fill(self._padding, 0.0)
+
+    @cached_property
+    def _padding(self) -> Tensor | None:
+        """Entries ``[D]`` of the rows of every ``padding_idx``; None if there are none."""
+        masks = {name: torch.zeros(shape, dtype=torch.bool, device=self.device) for name, shape in self.shapes.items()}
+        with self._replicas.one() as model:
+            for module in model.modules():
+                if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.padding_idx is not None:
+                    name = self.identities.get(id(module.weight))
+                    if name is not None:
+                        masks[name][module.padding_idx] = True
+        return flatten(masks, self.shapes) if any(bool(mask.any()) for mask in masks.values()) else None
 
     def chunk_size(
         self, memory: int, vectors: int = 1, *, formed: bool = False, inputs: _data.Inputs | None = None

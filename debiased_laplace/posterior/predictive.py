@@ -214,7 +214,7 @@ def linearized_samples(network: Network, mean: Tensor, deviations: Tensor, input
     inputs = _data.to_device(inputs, network.device)
     parameters, samples = network.from_vector(mean), []
     with torch.inference_mode(False), torch.no_grad(), PlainAttention():
-        for deviation in deviations:
+        for deviation in network.without_padding(deviations):
             value, change = jvp(lambda p: network.call(p, inputs), parameters, network.from_vector(deviation))
             samples.append(value + change)
     return torch.stack(samples)
@@ -224,7 +224,8 @@ def weight_samples(network: Network, mean: Tensor, deviations: Tensor, inputs: _
     """Outputs of the network itself at ``mean + deviations``, ``[M, N, C]``; nothing is written into the model."""
     inputs = _data.to_device(inputs, network.device)
     with torch.no_grad():
-        return torch.stack([network.call(network.from_vector(mean + d), inputs) for d in deviations])
+        moving = network.without_padding(deviations)
+        return torch.stack([network.call(network.from_vector(mean + deviation), inputs) for deviation in moving])
 
 
 def _project(
