@@ -122,9 +122,9 @@ def hessian_diagonal(
         outputs, inner = _forward(module, leaves, inputs)
         scale = _weights(weights, outputs)
         gradient, curvature = (scale * part for part in _loss_derivatives(outputs, targets, likelihood, method))
-        found: dict[str, Tensor] = {}
+        diagonals: dict[str, Tensor] = {}
         for (name, module), (x, shape) in zip(reversed(leaves), reversed(inner), strict=True):
-            if len(found) == len(names):
+            if len(diagonals) == len(names):
                 break
             x, gradient, curvature = x.to(outputs.dtype), gradient.reshape(shape), curvature.reshape(shape)
             if type(module) in ELEMENTWISE:
@@ -134,16 +134,16 @@ def hessian_diagonal(
                     curvature = curvature + gradient * second
                 gradient = gradient * first
             elif type(module) in LINEAR_MAPS and getattr(module, "running_mean", True) is not None:
-                curvature, own = _pull_back(module, x, curvature, power=2)
-                gradient, _ = _pull_back(module, x, gradient, power=1)
-                found.update({names[id(parameter)]: h for parameter, h in own if id(parameter) in names})
+                curvature, of_parameters = _vjp(module, x, curvature, power=2)
+                gradient, _ = _vjp(module, x, gradient, power=1)
+                diagonals.update({names[id(p)]: h for p, h in of_parameters if id(p) in names})
             else:
                 raise _unsupported(name, module, "it has none, or normalises by the batch")
     for name in names.values():
-        if name not in found:
+        if name not in diagonals:
             raise _checks.UnsupportedLayerError(f"No supported layer has {name!r} as its weight or bias. {_REMEDY}")
-        _checks.finite(found[name], f"the curvature of {name!r}", "If it overflows, use float64.")
-    return {name: found[name] for name in names.values()}
+        _checks.finite(diagonals[name], f"the curvature of {name!r}", "If it overflows, use float64.")
+    return {name: diagonals[name] for name in names.values()}
 
 
 def _wanted(model: Snapshot, parameters: Collection[str] | None) -> dict[int, str]:
@@ -229,14 +229,15 @@ def _elementwise_derivatives(module: nn.Module, x: Tensor) -> tuple[Tensor, Tens
     return first.detach(), second
 
 
-def _pull_back(module: Any, x: Tensor, vector: Tensor, power: int) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
-    """A vector at the output, back through a linear map whose weights and inputs are raised to a power.
+def _vjp(module: Any, x: Tensor, vector: Tensor, power: int) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+    """The vector-Jacobian product of a linear map whose weights and inputs are raised to a power.
 
     Returns:
         The vector at the input, and pairs of the module's own parameters and the vector at them.
     """
-    kind, own = type(module), [p for key in ("weight", "bias") if (p := getattr(module, key, None)) is not None]
-    powers = [p.detach().to(x.dtype).pow(power).requires_grad_() for p in own]
+    kind, candidates = type(module), [getattr(module, key, None) for key in ("weight", "bias")]
+    parameters = [p for p in candidates if p is not None]
+    powers = [p.detach().to(x.dtype).pow(power).requires_grad_() for p in parameters]
     weight, bias = (*powers, None, None)[:2]  # none of these modules has a bias alone
     if kind in BATCH_NORMS:
         mean, variance = module.running_mean.to(x.dtype), module.running_var.to(x.dtype) + module.eps
@@ -256,7 +257,7 @@ def _pull_back(module: Any, x: Tensor, vector: Tensor, power: int) -> tuple[Tens
     if kind in AVERAGES:
         output = output * _averaging_weight(module, x).pow(power - 1)
     at_input, *at_parameters = torch.autograd.grad(output, [leaf, *powers], vector)
-    return at_input, list(zip(own, at_parameters, strict=True))
+    return at_input, list(zip(parameters, at_parameters, strict=True))
 
 
 def _averaging_weight(module: nn.Module, x: Tensor) -> Tensor:

@@ -31,9 +31,9 @@ def projected_curvatures(network: Network, basis: Basis, data: Iterable[Weighted
         inputs = basis.prepare_inputs([chunk.factors.inputs(block) for block in network.blocks], len(chunk.vectors))
         for _, vectors in chunk.factors.backpropagate(chunk.vectors, network.vector_chunk):
             moments = [projected.second_moment() for projected in basis.project_gradients(inputs, vectors)]
-            totals = [total.add_(own) for total, own in zip(totals, moments, strict=True)] if totals else moments
+            totals = [total.add_(moment) for total, moment in zip(totals, moments, strict=True)] if totals else moments
             del vectors  # so that the next ones find their memory free
-    for own, total in zip(basis.members, totals, strict=True):
-        names = ", ".join(network.blocks[i].name for i in own)
+    for members, total in zip(basis.members, totals, strict=True):
+        names = ", ".join(network.blocks[i].name for i in members)
         _checks.finite(total, f"the curvatures of {names!r}", "Look for NaN in the data that measure them.")
     return basis.join(totals)

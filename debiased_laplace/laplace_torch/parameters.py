@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from debiased_laplace.network.selection import matching
-from debiased_laplace.network.snapshot import aliases_of
+from debiased_laplace.network.tensors import aliases_of
 
 SUBSETS = ("all", "last_layer", "subnetwork")
 

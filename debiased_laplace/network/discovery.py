@@ -10,7 +10,7 @@ from torch import Tensor
 
 from debiased_laplace import _checks, _data
 from debiased_laplace._guards import gradients_enabled
-from debiased_laplace.network import heads
+from debiased_laplace.network import heads, reach
 from debiased_laplace.network.blocks import group_parameters, unflatten
 from debiased_laplace.network.factors import Factors
 from debiased_laplace.network.layers import Call, Layout
@@ -77,7 +77,7 @@ def find_blocks(network: Network, inputs: _data.Inputs, separate_bias: bool) -> 
 
 
 def unreached(network: Network, inputs: _data.Inputs) -> tuple[list[int], list[str], list[int]]:
-    """Outputs of variance zero, on which no covered parameter acts (:func:`heads.unreached`)."""
+    """Outputs of variance zero, on which no covered parameter acts (:func:`.reach.unreached`)."""
     if network.is_head and network.free is None:  # every output has a row of the weight
         return [], [], []
     inputs = _data.to_device(_data.some(inputs, 3), network.device)
@@ -86,7 +86,7 @@ def unreached(network: Network, inputs: _data.Inputs) -> tuple[list[int], list[s
     copies |= {name: p.detach().requires_grad_() for name, p in network.leaves.items()}
     free = {} if network.free is None else unflatten(network.free, network.shapes)
     with gradients_enabled():
-        return heads.unreached(
+        return reach.unreached(
             lambda parameters: network.call(parameters, inputs), copies,
             {name: free.get(name) for name in network.shapes},
         )  # fmt: skip

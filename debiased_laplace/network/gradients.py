@@ -110,12 +110,12 @@ class CurvatureData:
 
     def __iter__(self) -> Iterator[WeightedFactors]:
         for part in self.slices():
-            own = self.data.take(part)
-            factors = self.network.factors(own.inputs)
-            vectors = self._vectors(factors.outputs.to(self.network.dtype), own.targets, part)
-            yield WeightedFactors(factors, own.weights, vectors * own.weights.to(vectors).sqrt()[:, None], part)
+            data = self.data.take(part)
+            factors = self.network.factors(data.inputs)
+            vectors = self._vectors(factors.outputs.to(self.network.dtype), data.targets, part)
+            yield WeightedFactors(factors, data.weights, vectors * data.weights.to(vectors).sqrt()[:, None], part)
             if self.progress is not None:
-                self.progress(len(own))
+                self.progress(len(data))
 
     def _vectors(self, outputs: Tensor, targets: Tensor, part: slice | Tensor) -> Tensor:
         """The vectors of a chunk before they are weighted, ``[V, N, C]``."""

@@ -354,5 +354,5 @@ class Network:
         return features
 
     def unreached(self, inputs: _data.Inputs) -> tuple[list[int], list[str], list[int]]:
-        """Outputs of variance zero, on which no covered parameter acts (:func:`.heads.unreached`)."""
+        """Outputs of variance zero, on which no covered parameter acts (:func:`.reach.unreached`)."""
         return unreached(self, inputs)

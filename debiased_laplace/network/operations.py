@@ -7,7 +7,7 @@ a function, ``h @ W``, a weight that is normalised first), nor what a composite 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -94,6 +94,57 @@ class Operation:
         return self.name in LINEAR or (product and len(of_data) == 1)
 
 
+class OperationSet:
+    """Operations of a forward pass by their positions: as fast as numbers, of which it is the bits of one.
+
+    A network has thousands of operations, and each its set of those before it.
+    """
+
+    def __init__(self, bits: int = 0) -> None:
+        self._bits = bits
+
+    @classmethod
+    def of(cls, *operations: Operation) -> OperationSet:
+        """The set of some operations."""
+        return cls.union(cls(1 << operation.index) for operation in operations)
+
+    @classmethod
+    def union(cls, sets: Iterable[OperationSet]) -> OperationSet:
+        """All operations of several sets."""
+        every = 0
+        for one in sets:
+            every |= one._bits
+        return cls(every)
+
+    def __or__(self, other: OperationSet) -> OperationSet:
+        """Those of either."""
+        return OperationSet(self._bits | other._bits)
+
+    def __and__(self, other: OperationSet) -> OperationSet:
+        """Those of both."""
+        return OperationSet(self._bits & other._bits)
+
+    def __sub__(self, other: OperationSet) -> OperationSet:
+        """Those that are not in the other."""
+        return OperationSet(self._bits & ~other._bits)
+
+    def __contains__(self, operation: Operation) -> bool:
+        """Whether an operation is in it."""
+        return bool(self._bits >> operation.index & 1)
+
+    def __bool__(self) -> bool:
+        """Whether there are any."""
+        return self._bits != 0
+
+    def __iter__(self) -> Iterator[int]:
+        """Positions, in the order of the forward pass."""
+        bits = self._bits
+        while bits:
+            lowest = bits & -bits
+            yield lowest.bit_length() - 1
+            bits ^= lowest
+
+
 class Trace(TorchDispatchMode):
     """Follows a forward pass; what a tensor holds is known by its memory, so that views are no operations.
 
@@ -111,17 +162,18 @@ class Trace(TorchDispatchMode):
         ] = {}  # storage -> parts of it with what they hold
         self._alive: list[Any] = []  # memory that is freed would be used again
         for name, parameter in parameters.items():
-            own = self._new("parameter", parameters=frozenset({name}))
+            leaf = self._new("parameter", parameters=frozenset({name}))
             key, start, stop = self._where(parameter)
-            self._held.setdefault(key, []).append((start, stop, [own]))
-        for leaf in inputs:
-            key, _, _ = self._where(leaf)
+            self._held.setdefault(key, []).append((start, stop, [leaf]))
+        for given in inputs:
+            key, _, _ = self._where(given)
             self._held[key] = [(0, math.inf, [self._new("input", data=True)])]
 
     def of(self, tensor: Tensor) -> list[Operation]:
         """The operations that made what a tensor holds; none for a constant."""
         key, start, stop = self._where(tensor)
-        return [own for first, last, made in self._held.get(key, ()) if first < stop and start < last for own in made]
+        held = [made for first, last, made in self._held.get(key, ()) if first < stop and start < last]
+        return [operation for made in held for operation in made]
 
     def _where(self, tensor: Tensor) -> tuple[int, int, int]:
         """The memory of a tensor and the part of it, in entries."""
@@ -177,7 +229,7 @@ class Trace(TorchDispatchMode):
         if operands and (entrywise or (name in SUMS and len(operands[0][0]) == len(operation.shape))):
             operation.varying = set().union(*(operation.varies(i) for i in range(len(operands))))
         operation.varying = operation.varying or set(range(len(operation.shape)))
-        operation.sources = list(dict.fromkeys(own for _, _, made in operands for own in made))
+        operation.sources = list(dict.fromkeys(source for _, _, made in operands for source in made))
         operation.data = any(source.data for source in operation.sources)
         operation.parameters = frozenset().union(
             *(source.parameters for source in operation.sources if not source.data)

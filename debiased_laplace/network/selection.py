@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from debiased_laplace._checks import UnsupportedLayerError
 from debiased_laplace.network.blocks import unflatten
-from debiased_laplace.network.snapshot import Snapshot, aliases_of
+from debiased_laplace.network.snapshot import Snapshot
+from debiased_laplace.network.tensors import aliases_of
 
 
 def match_parameters(model: nn.Module | Snapshot, patterns: str | Sequence[str]) -> list[str]:

@@ -160,8 +160,8 @@ class Posterior:
     @property
     def log_det_ratio(self) -> Tensor:
         r""":math:`\log\det P - \log\det P_0`, summed as log1p so that small curvatures are not lost."""
-        own = self.normal_form
-        return torch.log1p(own.scale * own.curvatures.double() / own.column_prior).sum()
+        form = self.normal_form
+        return torch.log1p(form.scale * form.curvatures.double() / form.column_prior).sum()
 
     @property
     def left_out_log_det(self) -> tuple[float, float]:
@@ -184,10 +184,12 @@ class Posterior:
         priors = basis.matrices(basis.per_parameter(self._prior.detach()))
         least = most = 0.0
         scale, traces = float(torch.as_tensor(self.scale).detach()), self.left_out.tolist()
-        for trace, members, own in zip(traces, basis.members, basis.split(self.curvatures.detach()), strict=True):
+        for trace, members, curvatures in zip(
+            traces, basis.members, basis.split(self.curvatures.detach()), strict=True
+        ):
             prior = torch.cat([priors[i].flatten() for i in members])
             prior = prior[prior.isfinite()]
-            n_others, smallest = len(prior) - own.numel(), float(own.min())
+            n_others, smallest = len(prior) - curvatures.numel(), float(curvatures.min())
             if trace <= 0 or n_others < 1:
                 continue
             most += n_others * math.log1p(scale * trace / n_others / float(prior.min()))
@@ -200,25 +202,25 @@ class Posterior:
 
     def matvec(self, vector: Tensor) -> Tensor:
         r""":math:`P v`, ``[..., D] -> [..., D]``; zero for fixed parameters."""
-        own = self.normal_form
-        inverse = None if own.coordinates is None else _finite(own.coordinates.reciprocal())
-        return own._apply(vector, _finite(own.precisions), _finite(own._complement_prior), inverse)
+        form = self.normal_form
+        inverse = None if form.coordinates is None else _finite(form.coordinates.reciprocal())
+        return form._apply(vector, _finite(form.precisions), _finite(form._complement_prior), inverse)
 
     def covariance_matvec(self, vector: Tensor) -> Tensor:
         r""":math:`P^{-1} v`, ``[..., D] -> [..., D]``."""
-        own = self.normal_form
-        return own._apply(vector, own.precisions.reciprocal(), own._complement_prior.reciprocal(), own.coordinates)
+        form = self.normal_form
+        return form._apply(vector, form.precisions.reciprocal(), form._complement_prior.reciprocal(), form.coordinates)
 
     def square_norm(self, value: Tensor) -> Tensor:
         r""":math:`(\theta - \theta^*)^\top P (\theta - \theta^*)`, ``[..., D] -> [...]``, float64."""
-        own, delta = self.normal_form, value - self.mean
-        if own.coordinates is not None:
-            delta = delta * _finite(own.coordinates.reciprocal())
-        along = own.basis.project(delta)
-        norm = (_finite(own.precisions) * along.double().square()).sum(-1)
-        if not own.basis.complete:
-            rest = (delta - own.basis.lift(along)).double()
-            norm = norm + (own._complement_prior * rest.square()).sum(-1)
+        form, delta = self.normal_form, value - self.mean
+        if form.coordinates is not None:
+            delta = delta * _finite(form.coordinates.reciprocal())
+        along = form.basis.project(delta)
+        norm = (_finite(form.precisions) * along.double().square()).sum(-1)
+        if not form.basis.complete:
+            rest = (delta - form.basis.lift(along)).double()
+            norm = norm + (form._complement_prior * rest.square()).sum(-1)
         return norm
 
     def scatter(self) -> Tensor:
@@ -247,15 +249,15 @@ class Posterior:
         Returns:
             ``[..., D]``, deviations from the mean.
         """
-        own = self.normal_form
-        along = normals[..., : own.basis.rank] * own.precisions.rsqrt().to(normals.dtype)
-        deviation = own.basis.lift(along)
-        if not own.basis.complete:
-            rest = normals[..., own.basis.rank :]
-            rest = rest - own.basis.lift(own.basis.project(rest))
-            deviation = deviation + rest * own._complement_prior.rsqrt().to(normals.dtype)
-        if own.coordinates is not None:
-            deviation = deviation * own.coordinates
+        form = self.normal_form
+        along = normals[..., : form.basis.rank] * form.precisions.rsqrt().to(normals.dtype)
+        deviation = form.basis.lift(along)
+        if not form.basis.complete:
+            rest = normals[..., form.basis.rank :]
+            rest = rest - form.basis.lift(form.basis.project(rest))
+            deviation = deviation + rest * form._complement_prior.rsqrt().to(normals.dtype)
+        if form.coordinates is not None:
+            deviation = deviation * form.coordinates
         return deviation.to(normals.dtype)
 
     @property

@@ -59,29 +59,29 @@ def functional_moments(
             for part in inputs.parts
         ]
         dim = 0 if isinstance(posteriors, Posterior) else 1
-        every = [torch.cat([own[index] for own in moments], index * dim) for index in (0, 1)]
+        every = [torch.cat([of_part[index] for of_part in moments], index * dim) for index in (0, 1)]
         return inputs.in_order(every[0]), inputs.in_order(every[1], dim)
     several = not isinstance(posteriors, Posterior)
     if not _data.count(inputs):
         none = torch.zeros(0, network.n_outputs, dtype=network.dtype, device=network.device)
-        spread = torch.diag_embed(none) if covariance else none
-        return none, spread.expand(len(posteriors), *spread.shape) if isinstance(posteriors, Sequence) else spread
+        nothing = torch.diag_embed(none) if covariance else none
+        return none, nothing.expand(len(posteriors), *nothing.shape) if isinstance(posteriors, Sequence) else nothing
     grid = [p.normal_form for p in ([posteriors] if isinstance(posteriors, Posterior) else posteriors)]
     groups: dict[int, list[int]] = {}
     for index, posterior in enumerate(grid):
         groups.setdefault(id(posterior.gradient_basis), []).append(index)
     order = torch.tensor([index for group in groups.values() for index in group]).argsort()
-    means, spreads = [], []
-    for mean, found in _part_spreads(
+    means, chunks = [], []
+    for mean, of_bases in _part_moments(
         network, [[grid[index] for index in group] for group in groups.values()], inputs, covariance=covariance,
         chunk_size=chunk_size,
     ):  # fmt: skip
         means.append(mean)
-        spreads.append(
-            torch.cat([sum(parts, torch.zeros((), device=mean.device)).to(network.dtype) for parts in found])[order]
+        chunks.append(
+            torch.cat([sum(parts, torch.zeros((), device=mean.device)).to(network.dtype) for parts in of_bases])[order]
         )
-    mean, spread = torch.cat(means), torch.cat(spreads, 1)
-    return mean, spread if several else spread[0]
+    mean, moments = torch.cat(means), torch.cat(chunks, 1)
+    return mean, moments if several else moments[0]
 
 
 def part_variances(
@@ -107,16 +107,16 @@ def part_variances(
         ``f: [N, C]`` and ``[R, n_parts, N, C]``, in squared units of the outputs; projections are computed once.
     """
     grid = [replace(posterior, prior_precision=p.reshape(1)) for p in _checks.prior_precisions(prior_precisions)]
-    means, spreads = [], []
-    for mean, (parts,) in _part_spreads(
+    means, variances = [], []
+    for mean, (parts,) in _part_moments(
         network, [[p.normal_form for p in grid]], inputs, covariance=False, chunk_size=chunk_size
     ):
         means.append(mean)
-        spreads.append(torch.stack([part.to(network.dtype) for part in parts], 1))
-    return torch.cat(means), torch.cat(spreads, 2)
+        variances.append(torch.stack([part.to(network.dtype) for part in parts], 1))
+    return torch.cat(means), torch.cat(variances, 2)
 
 
-def _part_spreads(
+def _part_moments(
     network: Network, grids: Sequence[Sequence[Posterior]], inputs: _data.Inputs, *, covariance: bool,
     chunk_size: int | None,
 ) -> Iterator[tuple[Tensor, Iterator[Iterator[Tensor]]]]:  # fmt: skip
@@ -144,19 +144,19 @@ def _part_spreads(
     def contracted(which: int, projections: Iterator[tuple[Projected, list[BlockGradients]]]) -> Iterator[Tensor]:
         for index, (projected, raw) in enumerate(projections):
             contract = projected.covariances if covariance else projected.variances
-            own, of_prior = scales[which][index], priors[which]
+            inverse_precisions, of_prior = scales[which][index], priors[which]
             if not raw or of_prior is None:
-                yield contract(own)
+                yield contract(inverse_precisions)
                 continue
             along, prior = of_prior[index]  # J J^T / delta - Z^T (1 / delta - h) Z, in the precision of the part
-            spread = -contract(along - own)
+            total = -contract(along - inverse_precisions)
             for factors, variance in zip(raw, prior, strict=True):
-                spread = spread + (factors.covariances if covariance else factors.variances)(variance)
-            yield spread
+                total = total + (factors.covariances if covariance else factors.variances)(variance)
+            yield total
 
     for chunk in _data.slices(_data.count(inputs), chunk_size):
         mean, projections = _project(network, bases, _data.take(inputs, chunk))
-        yield mean, (contracted(which, own) for which, own in enumerate(projections))
+        yield mean, (contracted(which, of_basis) for which, of_basis in enumerate(projections))
 
 
 def _prior_variances(grid: Sequence[Posterior]) -> list[tuple[Tensor, list[Tensor]]]:
@@ -165,7 +165,7 @@ def _prior_variances(grid: Sequence[Posterior]) -> list[tuple[Tensor, list[Tenso
     along = basis.split(torch.stack([p.column_prior for p in grid]).reciprocal())
     of_parameters = unflatten(torch.stack([p.parameter_prior for p in grid]).reciprocal(), basis.shapes)
     matrices = [block.gather(of_parameters) for block in basis.blocks]
-    return [(own, [matrices[i] for i in members]) for own, members in zip(along, basis.members, strict=True)]
+    return [(of_part, [matrices[i] for i in members]) for of_part, members in zip(along, basis.members, strict=True)]
 
 
 def joint_covariance(network: Network, posterior: Posterior, inputs: _data.Inputs) -> tuple[Tensor, Tensor]:

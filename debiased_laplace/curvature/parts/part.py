@@ -223,4 +223,4 @@ class DenseProjection:
 def differ(values: Sequence[Tensor]) -> bool:
     """Whether the numbers of several tensors are not all the same."""
     first = values[0].detach().flatten()[0]
-    return not all(bool((own.detach() == first).all()) for own in values)
+    return not all(bool((some.detach() == first).all()) for some in values)

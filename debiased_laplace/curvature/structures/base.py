@@ -157,17 +157,17 @@ def group_blocks(network: Network, blocks: str | Sequence[Sequence[str]] | None)
         )
     groups: list[list[int]] = [[] for _ in blocks]
     for index, block in enumerate(network.blocks):
-        found = {
+        matched = {
             tuple(i for i, patterns in enumerate(blocks) if any(fnmatchcase(name, pattern) for pattern in patterns))
             for name in block.parameters
         }
-        (own,) = found if len(found) == 1 else ((),)
-        if len(own) != 1:
+        (of_block,) = matched if len(matched) == 1 else ((),)
+        if len(of_block) != 1:
             raise ValueError(
                 f"Expected the parameters {list(block.parameters)}, which share a curvature block, in exactly one "
                 f"group of blocks={[list(patterns) for patterns in blocks]}. Cover every parameter once."
             )
-        groups[own[0]].append(index)
+        groups[of_block[0]].append(index)
     if not all(groups):
         raise ValueError(f"Expected every group of blocks to match a parameter, got {list(blocks)}.")
     return [tuple(group) for group in groups]
