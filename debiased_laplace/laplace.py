@@ -352,8 +352,8 @@ class Laplace:
             f"Laplace posterior of {n_certain:,} of {total:,} parameters",
             f"  likelihood       {self.likelihood!r}, {self.network.n_outputs} outputs",
             f"  training data    {posterior.n_data:,}, of which {n_drawn:,} gave the curvature",
-            f"  curvature        {settings['structure']}, {settings['split']}, {posterior.basis.rank:,} directions in "
-            f"{len(posterior.basis.parts)} parts",
+            f"  curvature        {settings['structure']}, {settings['split']}",
+            f"  covers           {_kinds(fitted)}",
             f"  prior precision  {_few(posterior.prior_precision)} ({how})",
         ]
         if self.likelihood.has_noise:
@@ -430,6 +430,15 @@ _OF_PREDICTIONS = ("output_temperature", "link", "tuned", "seed", "targets_key")
 
 def _on(value: Any, device: torch.device) -> Any:
     return value.to(device) if isinstance(value, Tensor) else value
+
+
+def _kinds(fitted: Fit) -> str:
+    """How many parts of the basis have what kind of curvature."""
+    basis, blocks = fitted.posterior.basis, fitted.network.blocks
+    kinds = [
+        part.describe([blocks[i] for i in members])[0] for part, members in zip(basis.parts, basis.members, strict=True)
+    ]
+    return ", ".join(f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(kinds)) + f"; {basis.rank:,} directions"
 
 
 def _choice(value: str, choices: Sequence[str], name: str) -> str:

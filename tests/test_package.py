@@ -206,6 +206,34 @@ def test_a_fit_and_its_predictions_need_neither_laplace_torch_nor_an_extra():
     assert result.stdout == "[20, 2, 2]\n"
 
 
+#: The longest module that needs no reason.
+LONGEST = 350
+
+
+@pytest.mark.parametrize("module", MODULES, ids=str)
+def test_a_long_module_says_why_it_is_long(module):
+    text = (ROOT / module).with_suffix(".py").read_text()
+    if len(text.splitlines()) > LONGEST:
+        assert "long" in (ast.get_docstring(ast.parse(text)) or ""), f"{module} has {len(text.splitlines())} lines"
+
+
+def test_few_modules_are_at_the_top():
+    assert len([module for module in MODULES if len(module.parts) == 1]) <= 10
+
+
+def test_no_file_outside_the_likelihoods_asks_which_likelihood_it_is():
+    names = {"Bernoulli", "Categorical", "Gaussian", "Poisson", "HeteroscedasticGaussian"}
+    for module in MODULES:
+        for node in ast.walk(ast.parse((ROOT / module).with_suffix(".py").read_text())):
+            if (
+                isinstance(node, ast.Call)
+                and getattr(node.func, "id", "") == "isinstance"
+                and module.parts[0] != "likelihoods"
+            ):
+                asked = {getattr(name, "id", "") for name in ast.walk(node.args[1])}
+                assert not asked & names, f"{module}, line {node.lineno}"
+
+
 def run_python(code: str) -> str:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPOSITORY, check=False)
     assert done.returncode == 0, done.stderr

@@ -18,7 +18,7 @@ from debiased_laplace.network.discovery import close, find_blocks, last_layer, u
 from debiased_laplace.network.factors import Factors
 from debiased_laplace.network.layers import Layout
 from debiased_laplace.network.reduction import call_of_reduced_features, check_reduction, reduced_features
-from debiased_laplace.network.selection import entries_of, match_parameters, refuse_scripted
+from debiased_laplace.network.selection import entries_of, match_parameters, padding_rows, refuse_scripted
 from debiased_laplace.network.snapshot import Replicas, Snapshot
 from debiased_laplace.network.tracing import Recorder
 
@@ -308,15 +308,12 @@ class Network:
 
     @cached_property
     def _padding(self) -> Tensor | None:
-        """Entries ``[D]`` of the rows of every ``padding_idx``; None if there are none."""
-        masks = {name: torch.zeros(shape, dtype=torch.bool, device=self.device) for name, shape in self.shapes.items()}
         with self._replicas.one() as model:
-            for module in model.modules():
-                if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.padding_idx is not None:
-                    name = self.identities.get(id(module.weight))
-                    if name is not None:
-                        masks[name][module.padding_idx] = True
-        return flatten(masks, self.shapes) if any(bool(mask.any()) for mask in masks.values()) else None
+            rows = padding_rows(model, self.identities)
+        masks = {name: torch.zeros(shape, dtype=torch.bool, device=self.device) for name, shape in self.shapes.items()}
+        for name, row in rows.items():
+            masks[name][row] = True
+        return flatten(masks, self.shapes) if rows else None
 
     def chunk_size(
         self, memory: int, vectors: int = 1, *, formed: bool = False, inputs: _data.Inputs | None = None

@@ -68,6 +68,22 @@ def entries_of(model: nn.Module | Snapshot, indices: Tensor) -> dict[str, Tensor
     return unflatten(mask, shapes)
 
 
+def padding_rows(model: nn.Module, names: Mapping[int, str]) -> dict[str, int]:
+    """Rows of embeddings that stand for padding, where no gradient flows, by the names of the weights.
+
+    Args:
+        model: Whose modules are looked at.
+        names: Of the parameters that matter, by their identities.
+    """
+    return {
+        names[id(module.weight)]: module.padding_idx
+        for module in model.modules()
+        if isinstance(module, (nn.Embedding, nn.EmbeddingBag))
+        and module.padding_idx is not None
+        and id(module.weight) in names
+    }
+
+
 def refuse_scripted(names: Iterable[str], snapshot: Snapshot) -> None:
     """Raise an ``UnsupportedLayerError`` if any of some parameters is inside a scripted or traced module."""
     inside = [name for name in names if name in snapshot.scripted]

@@ -80,8 +80,8 @@ def functional_moments(
         chunks.append(
             torch.cat([sum(parts, torch.zeros((), device=mean.device)).to(network.dtype) for parts in of_bases])[order]
         )
-    mean, moments = torch.cat(means), torch.cat(chunks, 1)
-    return mean, moments if several else moments[0]
+    covariances = torch.cat(chunks, 1)
+    return torch.cat(means), covariances if several else covariances[0]
 
 
 def part_variances(
