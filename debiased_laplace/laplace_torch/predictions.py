@@ -130,12 +130,12 @@ def samples_at(
 
     samples = []
     with PlainAttention() if linearized else nullcontext():
-        for deviation in network.without_padding(deviations):
+        for deviation in deviations:
             if linearized:
                 value, change = jvp(outputs, parameters, network.from_vector(deviation))
                 samples.append(value + change)
             else:
-                samples.append(outputs(network.from_vector(mean + deviation)))
+                samples.append(outputs(network.from_vector(mean + network.without_padding(deviation))))
     return torch.stack(samples)
 
 

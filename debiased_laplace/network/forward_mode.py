@@ -107,7 +107,8 @@ def _double_backward(
 class PlainAttention(TorchFunctionMode):
     """Writes attention out in plain operations: the fused kernels have neither forward-mode nor second derivatives.
 
-    Any such mode also turns off the fused layers of Transformers.
+    Any such mode also turns off the fused layers of Transformers. Embeddings have the forward derivative that agrees
+    with their backward one: the row of ``padding_idx`` is a constant.
     """
 
     def __torch_function__(
@@ -119,7 +120,19 @@ class PlainAttention(TorchFunctionMode):
                 return seen_inside(func)(*args, **kwargs)
         if func is F.scaled_dot_product_attention:
             return _attention(*args, **kwargs)
+        if func is torch.embedding:
+            return _embedding(*args, **kwargs)
+        if func is F.embedding:
+            with self:
+                return seen_inside(func)(*args, **kwargs)
         return func(*args, **kwargs)
+
+
+def _embedding(weight: Tensor, indices: Tensor, padding_idx: int = -1, *rest: Any) -> Tensor:
+    rows = torch.embedding(weight, indices, padding_idx, *rest)
+    if padding_idx < 0:  # none
+        return rows
+    return torch.where((indices == padding_idx)[..., None], forward_ad.unpack_dual(rows).primal, rows)
 
 
 def _attention(

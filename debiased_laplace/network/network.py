@@ -18,7 +18,7 @@ from debiased_laplace.network.discovery import close, find_blocks, last_layer, u
 from debiased_laplace.network.factors import Factors
 from debiased_laplace.network.layers import Layout
 from debiased_laplace.network.reduction import call_of_reduced_features, check_reduction, reduced_features
-from debiased_laplace.network.selection import entries_of, match_parameters, padding_rows, refuse_scripted
+from debiased_laplace.network.selection import entries_of, match_parameters, padding_masks, refuse_scripted
 from debiased_laplace.network.snapshot import Replicas, Snapshot
 from debiased_laplace.network.tracing import Recorder
 
@@ -300,20 +300,14 @@ class Network:
         return {name: part.to(self.leaves[name].dtype) for name, part in unflatten(vector, self.shapes).items()}
 
     def without_padding(self, deviations: Tensor) -> Tensor:
-        """Deviations from the parameters, ``[..., D]``, zero in the rows of embeddings that stand for padding.
-
-        No gradient flows there by definition, so that there is no curvature, and the prior alone would move them.
-        """
+        """Deviations ``[..., D]``, zero in rows that stand for padding, which the prior alone would move."""
         return deviations if self._padding is None else deviations.masked_fill(self._padding, 0.0)
 
     @cached_property
     def _padding(self) -> Tensor | None:
         with self._replicas.one() as model:
-            rows = padding_rows(model, self.identities)
-        masks = {name: torch.zeros(shape, dtype=torch.bool, device=self.device) for name, shape in self.shapes.items()}
-        for name, row in rows.items():
-            masks[name][row] = True
-        return flatten(masks, self.shapes) if rows else None
+            masks = padding_masks(model, self.identities, self.shapes)
+        return None if masks is None else flatten(masks, self.shapes).to(self.device)
 
     def chunk_size(
         self, memory: int, vectors: int = 1, *, formed: bool = False, inputs: _data.Inputs | None = None
@@ -338,10 +332,10 @@ class Network:
             with self._replicas.one() as model, recorder, _data.own_forward_pass(given, self.dtype):
                 outputs = model(_data.copy(given))
             n_run = _data.count(given)
-            all_outputs = _data.rows(outputs, n_run, self.n_outputs or None)
-            outputs = all_outputs if n == n_run else all_outputs[:n]
+            every = _data.rows(outputs, n_run, self.n_outputs or None)
+            outputs = every if n == n_run else every[:n]
         if self.feature_reduction is not None:
-            recorder.calls = [call_of_reduced_features(self, recorder.calls, all_outputs.detach())]
+            recorder.calls = [call_of_reduced_features(self, recorder.calls, every.detach())]
         return Factors(self, outputs.detach(), inputs, outputs, recorder.calls, n_run), recorder.elsewhere
 
     def reduce(self, features: Tensor, outputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -351,5 +345,5 @@ class Network:
         return features
 
     def unreached(self, inputs: _data.Inputs) -> tuple[list[int], list[str], list[int]]:
-        """Outputs of variance zero, on which no covered parameter acts (:func:`.reach.unreached`)."""
+        """Outputs of variance zero (:func:`.reach.unreached`)."""
         return unreached(self, inputs)

@@ -68,20 +68,23 @@ def entries_of(model: nn.Module | Snapshot, indices: Tensor) -> dict[str, Tensor
     return unflatten(mask, shapes)
 
 
-def padding_rows(model: nn.Module, names: Mapping[int, str]) -> dict[str, int]:
-    """Rows of embeddings that stand for padding, where no gradient flows, by the names of the weights.
+def padding_masks(
+    model: nn.Module, names: Mapping[int, str], shapes: Mapping[str, torch.Size]
+) -> dict[str, Tensor] | None:
+    """Where parameters are rows of embeddings that stand for padding, so that no gradient flows; None for nowhere.
 
     Args:
         model: Whose modules are looked at.
         names: Of the parameters that matter, by their identities.
+        shapes: Of them.
     """
-    return {
-        names[id(module.weight)]: module.padding_idx
-        for module in model.modules()
-        if isinstance(module, (nn.Embedding, nn.EmbeddingBag))
-        and module.padding_idx is not None
-        and id(module.weight) in names
-    }
+    masks, is_any = {name: torch.zeros(shape, dtype=torch.bool) for name, shape in shapes.items()}, False
+    for module in model.modules():
+        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.padding_idx is not None:
+            name = names.get(id(module.weight))
+            if name is not None:
+                masks[name][module.padding_idx] = is_any = True
+    return masks if is_any else None
 
 
 def refuse_scripted(names: Iterable[str], snapshot: Snapshot) -> None:

@@ -214,7 +214,7 @@ def linearized_samples(network: Network, mean: Tensor, deviations: Tensor, input
     inputs = _data.to_device(inputs, network.device)
     parameters, samples = network.from_vector(mean), []
     with torch.inference_mode(False), torch.no_grad(), PlainAttention():
-        for deviation in network.without_padding(deviations):
+        for deviation in deviations:
             value, change = jvp(lambda p: network.call(p, inputs), parameters, network.from_vector(deviation))
             samples.append(value + change)
     return torch.stack(samples)

@@ -136,7 +136,7 @@ class DataDerivatives:
         """:math:`J u`, ``[N, C]``, for one vector."""
         at = {name: leaf.detach() for name, leaf in self._leaves.items()}
         with torch.no_grad():
-            along = self._model.network.from_vector(self._model.network.without_padding(row))
+            along = self._model.network.from_vector(row)
             return jvp(lambda moved: self._model.outputs(moved, self._inputs), at, along, forward_only=True)[1]
 
     def _agrees_with_reverse_mode(self, row: Tensor, tangent: Tensor) -> bool:
