@@ -29,7 +29,7 @@ if TYPE_CHECKING:
         Poisson,
     )
     from debiased_laplace.posterior.gaussian import Posterior
-    from debiased_laplace.posterior.prediction import Prediction
+    from debiased_laplace.posterior.prediction import Predictive
     from debiased_laplace.quadratic.quadratic import Quadratic
     from debiased_laplace.quadratic.spectrum import GGN, directional_derivatives
     from debiased_laplace.sampling.samplers import PrioritySampler, UniformSampler
@@ -41,7 +41,7 @@ _HOMES = {
     "fit": "laplace",
     "load": "laplace",
     "Laplace": "laplace",
-    "Prediction": "posterior.prediction",
+    "Predictive": "posterior.prediction",
     "DebiasedDiagLaplace": "laplace_torch",
     "DebiasedFullLaplace": "laplace_torch",
     "DebiasedKronLaplace": "laplace_torch",
@@ -94,7 +94,7 @@ __all__ = [
     "LowRank",
     "Poisson",
     "Posterior",
-    "Prediction",
+    "Predictive",
     "PrioritySampler",
     "Quadratic",
     "Single",

@@ -25,7 +25,7 @@ from debiased_laplace.network.network import Network
 from debiased_laplace.posterior.certainty import Certainty, certainty_on
 from debiased_laplace.posterior.evidence import maximise_marginal_likelihood, maximise_with_noise
 from debiased_laplace.posterior.gaussian import Posterior
-from debiased_laplace.posterior.prediction import Prediction, predict
+from debiased_laplace.posterior.prediction import Predictive, predict
 from debiased_laplace.posterior.temperature import warn_of_no_evidence
 from debiased_laplace.posterior.tune import Tuned, tune
 from debiased_laplace.sampling.samplers import Sampler
@@ -265,7 +265,7 @@ class Laplace:
         n_samples: int = 100,
         covariance: bool = False,
         generator: torch.Generator | None = None,
-    ) -> Prediction:
+    ) -> Predictive:
         """Predict the targets of new data.
 
         Args:
@@ -384,7 +384,7 @@ class Laplace:
         state |= {name: getattr(self, name) for name in _OF_PREDICTIONS}
         name = type(self.likelihood).__name__
         state["likelihood"] = self.likelihood.settings() if name in LIKELIHOODS else {}
-        header = self.fitted.header() | {"kind": KIND, "likelihood": name}
+        header = self.fitted.header() | {"kind": POSTERIOR_FILE, "likelihood": name}
         _store.write(path, {"fit": self.fitted.state(), **state}, header)
 
 
@@ -401,7 +401,7 @@ def load(path: str | Path, model: nn.Module, likelihood: Likelihood | None = Non
         ValueError: If it is of another kind, or of another model; it says what differs.
     """
     header = _store.read_header(path)
-    if header.get("kind") != KIND:
+    if header.get("kind") != POSTERIOR_FILE:
         raise _store.StoredFileError(
             f"Expected a posterior that Laplace.save wrote in {path}, got {header.get('kind', 'something else')}. "
             "Read it with the class that wrote it (DebiasedLaplace.load, Fit.load), or check the path."
@@ -422,7 +422,7 @@ def load(path: str | Path, model: nn.Module, likelihood: Likelihood | None = Non
 
 
 #: What is in the header of a file.
-KIND = "posterior"
+POSTERIOR_FILE = "posterior"
 
 _OF_POSTERIOR = ("prior_precision", "prior_mean", "temperature", "noise_variance")
 _OF_PREDICTIONS = ("output_temperature", "link", "tuned", "seed", "targets_key")

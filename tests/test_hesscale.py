@@ -17,12 +17,12 @@ from torch.nn.utils.parametrizations import weight_norm
 
 from debiased_laplace._checks import NonFiniteError, UnsupportedLayerError
 from debiased_laplace.curvature.hesscale import (
+    APPROXIMATIONS,
     AVERAGES,
     BATCH_NORMS,
     CONVOLUTIONS,
     ELEMENTWISE,
-    METHODS,
-    SELECTIONS,
+    REARRANGEMENTS,
     hessian_diagonal,
 )
 from debiased_laplace.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood
@@ -224,7 +224,7 @@ def slow_mlp(model: nn.Sequential, x: Tensor, y: Tensor, w: Tensor, likelihood: 
     return found
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", APPROXIMATIONS)
 @pytest.mark.parametrize("name", LIKELIHOODS)
 def test_an_mlp_equals_explicit_loops(name, method):
     likelihood, model = LIKELIHOODS[name], network(mlp)
@@ -236,7 +236,7 @@ def test_an_mlp_equals_explicit_loops(name, method):
 def test_the_methods_differ():
     likelihood, model = Categorical(), network(mlp)
     x, y, w = data((4,), likelihood, 3)
-    one, two, three = (hessian_diagonal(model, x, y, likelihood, weights=w, method=method) for method in METHODS)
+    one, two, three = (hessian_diagonal(model, x, y, likelihood, weights=w, method=method) for method in APPROXIMATIONS)
     for a, b in ((one, two), (one, three), (two, three)):
         assert float((a["2.weight"] - b["2.weight"]).abs().max()) > 1e-3
 
@@ -310,7 +310,7 @@ def around(shape: tuple[int, ...], build: Build) -> nn.Sequential:
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", APPROXIMATIONS)
 @pytest.mark.parametrize("name", LAYERS)
 def test_every_layer_equals_the_dense_recursion(name, method, device):
     likelihood = Categorical()
@@ -324,7 +324,7 @@ def test_every_layer_equals_the_dense_recursion(name, method, device):
 def test_every_kind_of_module_is_tested():
     tested = {type(build()) for build in (*ACTIVATIONS.values(), *(build for _, build in LAYERS.values()))}
     assert {*ELEMENTWISE, *AVERAGES, *CONVOLUTIONS, *BATCH_NORMS} <= tested
-    assert {kind.__name__[:-2] for kind in SELECTIONS} <= {kind.__name__[:-2] for kind in tested}
+    assert {kind.__name__[:-2] for kind in REARRANGEMENTS} <= {kind.__name__[:-2] for kind in tested}
 
 
 @pytest.mark.parametrize("mode", ["reflect", "replicate", "circular"])
@@ -347,7 +347,7 @@ def test_padding_modes_are_a_layer_of_their_own(mode):
         assert_equal(h, other)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", APPROXIMATIONS)
 def test_a_convolution_equals_the_linear_layer_with_the_same_matrix(method):
     likelihood = Categorical()
     convolution = network(lambda: nn.Conv2d(2, 4, (3, 2), stride=(2, 1), padding=1, dilation=(1, 2), groups=2))
@@ -439,7 +439,7 @@ def test_without_curved_activations_the_gauss_newton_variant_is_the_same(kind):
     assert_same(one, two)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", APPROXIMATIONS)
 def test_results_are_linear_in_the_weights_and_batches_add_up(method):
     likelihood, model = Categorical(), network(convolutional)
     x, y, w = data((1, 6, 6), likelihood, 3, n=7)

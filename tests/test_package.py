@@ -234,6 +234,15 @@ def test_no_file_outside_the_likelihoods_asks_which_likelihood_it_is():
                 assert not asked & names, f"{module}, line {node.lineno}"
 
 
+def test_no_two_public_classes_have_one_name():
+    places: dict[str, list[str]] = {}
+    for module in MODULES:
+        for node in ast.parse((ROOT / module).with_suffix(".py").read_text()).body:
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                places.setdefault(node.name, []).append(str(module))
+    assert {name: where for name, where in places.items() if len(where) > 1} == {}
+
+
 def run_python(code: str) -> str:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPOSITORY, check=False)
     assert done.returncode == 0, done.stderr

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from debiased_laplace.curvature.parts.part import MixedPriorsError, Part, Projected
 from debiased_laplace.network.blocks import Block, flatten, unflatten
-from debiased_laplace.network.selected import Inputs
+from debiased_laplace.network.selected import LayerInputs
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ class Basis:
             aligned.append(v)
         return self.join(aligned)
 
-    def prepare_inputs(self, inputs: Sequence[Inputs], n_vectors: int) -> list[Any]:
+    def prepare_inputs(self, inputs: Sequence[LayerInputs], n_vectors: int) -> list[Any]:
         """What can be done once with the inputs of all blocks for all vectors of a batch."""
         return [
             part.prepare_inputs([inputs[i] for i in members], n_vectors)

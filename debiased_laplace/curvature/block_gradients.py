@@ -8,12 +8,12 @@ from torch import Tensor
 
 from debiased_laplace.curvature.contractions import FactoredGradients
 from debiased_laplace.curvature.indexed import IndexedGradients
-from debiased_laplace.network.selected import Inputs, SelectedInputs
+from debiased_laplace.network.selected import LayerInputs, SelectedInputs
 
 BlockGradients = FactoredGradients | IndexedGradients
 
 
-def block_gradients(inputs: Inputs, vectors: Tensor) -> BlockGradients:
+def block_gradients(inputs: LayerInputs, vectors: Tensor) -> BlockGradients:
     """Gradients ``J: [N, V, G, O, I]``, never formed here where that takes more memory than their factors.
 
     Args:

@@ -26,7 +26,7 @@ from debiased_laplace._guards import gradients_enabled
 from debiased_laplace.likelihoods import Likelihood
 from debiased_laplace.network.snapshot import Snapshot
 
-METHODS = ("hesscale", "hesscale_gn", "becker_lecun")
+APPROXIMATIONS = ("hesscale", "hesscale_gn", "becker_lecun")
 
 #: Activations, and dropout, which does nothing in evaluation mode: their derivatives come from autograd.
 ELEMENTWISE = (
@@ -42,12 +42,12 @@ AVERAGES = (
     nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d, nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d,
 )  # fmt: skip
 #: Every output is one of the inputs, or a constant: derivatives are zero or one, which squares do not change.
-SELECTIONS = (
+REARRANGEMENTS = (
     nn.Flatten, nn.Unflatten, nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d,
     nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d,
     nn.ZeroPad1d, nn.ZeroPad2d, nn.ZeroPad3d, nn.ConstantPad1d, nn.ConstantPad2d, nn.ConstantPad3d,
 )  # fmt: skip
-LINEAR_MAPS = (nn.Linear, *CONVOLUTIONS, *BATCH_NORMS, *AVERAGES, *SELECTIONS)
+LINEAR_MAPS = (nn.Linear, *CONVOLUTIONS, *BATCH_NORMS, *AVERAGES, *REARRANGEMENTS)
 
 _REMEDY = 'Use the diagonal with method="ggn", exact or with mc_samples: it works for any model.'
 
@@ -112,8 +112,8 @@ def hessian_diagonal(
         ``hesscale/core/derivatives.py`` and ``derivatives_gn.py`` and BL89 in ``core/run/approx_quality.py``.
         Becker, LeCun: Improving the Convergence of Back-Propagation Learning with Second Order Methods, 1989.
     """
-    if method not in METHODS:
-        raise ValueError(f"Expected a method out of {list(METHODS)}, got {method!r}.")
+    if method not in APPROXIMATIONS:
+        raise ValueError(f"Expected a method out of {list(APPROXIMATIONS)}, got {method!r}.")
     snapshot = Snapshot.of(model)
     module = snapshot.replica({})
     names, leaves = _wanted(snapshot, parameters), list(_leaves(module))
@@ -242,7 +242,7 @@ def _vjp(module: Any, x: Tensor, vector: Tensor, power: int) -> tuple[Tensor, li
     if kind in BATCH_NORMS:
         mean, variance = module.running_mean.to(x.dtype), module.running_var.to(x.dtype) + module.eps
         x = x - mean.reshape(-1, *[1] * (x.ndim - 2))
-    leaf = (x.detach().clone() if kind in SELECTIONS else x.detach().pow(power)).requires_grad_()
+    leaf = (x.detach().clone() if kind in REARRANGEMENTS else x.detach().pow(power)).requires_grad_()
     if kind is nn.Linear:
         output = F.linear(leaf, weight, bias)
     elif kind in CONVOLUTIONS:

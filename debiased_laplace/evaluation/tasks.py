@@ -47,7 +47,7 @@ from debiased_laplace.evaluation.names import check_name, check_text
 from debiased_laplace.evaluation.provenance import source_digest
 
 REQUIRED = ("model", "train_loader", "val_loader", "test_loader")
-LIKELIHOODS = ("classification", "regression", "bernoulli")
+SUPPORTED = ("classification", "regression", "bernoulli")
 DEFAULT_BUDGET = 256
 #: Names of modules that task files imported from their folders, which may have changed since.
 _NEIGHBOURS: set[str] = set()
@@ -125,8 +125,8 @@ class Task:
                 "file with all of them."
             )
         task = cls(source, definition, fingerprint)
-        if task.likelihood not in LIKELIHOODS:
-            raise TaskError(f"Expected LIKELIHOOD of {source} out of {list(LIKELIHOODS)}, got {task.likelihood!r}.")
+        if task.likelihood not in SUPPORTED:
+            raise TaskError(f"Expected LIKELIHOOD of {source} out of {list(SUPPORTED)}, got {task.likelihood!r}.")
         try:
             check_name(task.name, f"NAME of {source}")
             for constant in ("DESCRIPTION", "NOTES", "SEEDS_NOTE"):

@@ -13,7 +13,7 @@ from debiased_laplace.laplace_torch.precision import KroneckerPrecision
 from debiased_laplace.posterior.gaussian import Posterior
 
 #: Structures whose precision is a vector.
-DIAGONAL = ("diag", "isotropic")
+VECTOR_STRUCTURES = ("diag", "isotropic")
 
 
 def curvature(native: Laplace, structure: str, dtype: torch.dtype) -> Any:
@@ -32,7 +32,7 @@ def precision(native: Laplace, structure: str, dtype: torch.dtype) -> Any:
     posterior = native.posterior
     if structure == "kron":
         return KroneckerPrecision.of(posterior, dtype)
-    if structure in DIAGONAL:
+    if structure in VECTOR_STRUCTURES:
         return _in_the_form_of(structure, native, posterior.precisions, dtype)
     without_prior = _in_the_form_of(structure, native, posterior.scale * posterior.curvatures.double(), dtype)
     prior = restrict(posterior.parameter_prior, native.network.free).to(dtype)
@@ -43,7 +43,7 @@ def _in_the_form_of(structure: str, native: Laplace, eigenvalues: Tensor, dtype:
     basis, free = native.posterior.basis, native.network.free
     if structure == "kron":
         return KroneckerPrecision(basis, eigenvalues, dtype)
-    if structure in DIAGONAL:
+    if structure in VECTOR_STRUCTURES:
         return restrict(basis.lift(eigenvalues), free).to(dtype)
     unit = torch.eye(basis.rank, dtype=torch.float64, device=eigenvalues.device)
     columns = restrict(basis.lift(unit), free).mT

@@ -29,7 +29,7 @@ from debiased_laplace.fitting.fitted import Fit
 from debiased_laplace.fitting.settings import default_sampler
 from debiased_laplace.laplace import Laplace
 from debiased_laplace.laplace_torch import gaussian, noise, predictions, state, tuning
-from debiased_laplace.laplace_torch.gaussian import DIAGONAL
+from debiased_laplace.laplace_torch.gaussian import VECTOR_STRUCTURES
 from debiased_laplace.laplace_torch.parameters import SUBSETS, Selection, embed, restrict
 from debiased_laplace.laplace_torch.settings import (
     REWARD_MODELING,
@@ -62,7 +62,7 @@ from debiased_laplace.sampling.splits import Split
 logger = logging.getLogger("debiased_laplace.laplace_torch")
 
 UNREGISTERED = "unregistered"
-LEFT_OUT = (
+LEFT_OUT_WARNING = (
     "A low rank leaves directions without curvature, so that its log marginal likelihood is too large to be compared "
     "with that of another structure or rank. Compare log_marginal_likelihood_bounds(), which makes up for them, or fit "
     "with a larger rank."
@@ -590,7 +590,7 @@ class DebiasedLaplace(ParametricLaplace):
         if self.fitted is None:
             if not self._is_prior:
                 return None
-            shape = (self._n_chosen or 0,) * (1 if self.hessian_structure in DIAGONAL else 2)
+            shape = (self._n_chosen or 0,) * (1 if self.hessian_structure in VECTOR_STRUCTURES else 2)
             return torch.zeros(shape, device=self._device, dtype=self._float_dtype)
         return gaussian.curvature(self.native, self.hessian_structure, self._float_dtype)
 
@@ -607,7 +607,7 @@ class DebiasedLaplace(ParametricLaplace):
         """
         if self._is_prior:
             prior = self.prior_precision_diag
-            return prior if self.hessian_structure in DIAGONAL else torch.diag(prior)
+            return prior if self.hessian_structure in VECTOR_STRUCTURES else torch.diag(prior)
         return gaussian.precision(self.native, self.hessian_structure, self._float_dtype)
 
     @property
@@ -619,15 +619,15 @@ class DebiasedLaplace(ParametricLaplace):
     @property
     def posterior_scale(self) -> Tensor:
         """Square root of the covariance: of ``"full"`` triangular ``[D, D]``, of ``"diag"`` its diagonal ``[D]``."""
-        self._only_for("posterior_scale", "full", *DIAGONAL)
-        if self.hessian_structure in DIAGONAL:
+        self._only_for("posterior_scale", "full", *VECTOR_STRUCTURES)
+        if self.hessian_structure in VECTOR_STRUCTURES:
             return self.posterior_precision.rsqrt()
         return torch.linalg.cholesky(self.posterior_covariance.double()).to(self._float_dtype)
 
     @property
     def posterior_variance(self) -> Tensor:
         """Posterior variances ``[D]``, of ``"diag"``."""
-        self._only_for("posterior_variance", *DIAGONAL)
+        self._only_for("posterior_variance", *VECTOR_STRUCTURES)
         return self.posterior_precision.reciprocal()
 
     def _only_for(self, name: str, *structures: str) -> None:
@@ -642,7 +642,9 @@ class DebiasedLaplace(ParametricLaplace):
     def _is_prior(self) -> bool:
         """Whether there was no fit, and the posterior is one that laplace-torch has before a fit: the prior."""
         return (
-            self.fitted is None and self.selection.names is not None and self.hessian_structure in ("full", *DIAGONAL)
+            self.fitted is None
+            and self.selection.names is not None
+            and self.hessian_structure in ("full", *VECTOR_STRUCTURES)
         )
 
     # -- the Gaussian --------------------------------------------------------------------------
@@ -762,7 +764,7 @@ class DebiasedLaplace(ParametricLaplace):
         warn_of_no_evidence(self.temperature)
         if not self._told_what_is_left_out and gaussian.left_out_matters(posterior):
             self._told_what_is_left_out = True
-            warn_the_caller(LEFT_OUT)
+            warn_the_caller(LEFT_OUT_WARNING)
         return posterior.log_marginal_likelihood(self._log_likelihood()).to(self._float_dtype)
 
     def log_marginal_likelihood_bounds(self) -> tuple[float, float]:
@@ -1175,7 +1177,7 @@ class DebiasedLaplace(ParametricLaplace):
         with _store.understood(path):
             written_from = state.check_header(path, header, DebiasedLaplace._classes, cls, likelihood)
             _store.check_model(path, header, model)
-            state.check_likelihood(path, header, likelihood)
+            state.check_likelihood_of_file(path, header, likelihood)
         stored, _ = _store.read(path, next(model.parameters()).device)
         with _store.understood(path):
             la: Any = object.__new__(written_from)

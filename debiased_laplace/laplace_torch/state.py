@@ -13,7 +13,7 @@ from debiased_laplace.laplace_torch.settings import REWARD_MODELING
 from debiased_laplace.likelihoods import LIKELIHOODS, Likelihood
 
 STATE_FORMAT = 2
-KIND = "laplace"
+FILE_KIND = "laplace"
 
 #: Settings of an object that its state has, under their names.
 SETTINGS = (
@@ -88,7 +88,7 @@ def header_of(la: Any) -> dict[str, Any]:
     """What a file says before it is read: class, structure, shapes, fingerprints, number of data, seed, versions."""
     return {
         **la.fitted.header(),
-        "kind": KIND,
+        "kind": FILE_KIND,
         "class": type(la).__name__,
         "subset_of_weights": la.subset_of_weights,
         "hessian_structure": la.hessian_structure,
@@ -104,7 +104,7 @@ def check_header(path: Any, header: dict[str, Any], classes: dict[str, type], cl
     Raises:
         StoredFileError: If it is another kind of file, or of another class, or its likelihood is not known.
     """
-    if header.get("kind") != KIND:
+    if header.get("kind") != FILE_KIND:
         raise _store.StoredFileError(
             f"Expected a saved DebiasedLaplace in {path}, got {header.get('kind', 'something else')}. Check the path."
         )
@@ -122,7 +122,7 @@ def likelihood_of(header: dict[str, Any], state: dict[str, Any]) -> str | Likeli
     return name if name == REWARD_MODELING else LIKELIHOODS[name](**state.get("likelihood_settings", {}))
 
 
-def check_likelihood(path: Any, header: dict[str, Any], likelihood: Any) -> None:
+def check_likelihood_of_file(path: Any, header: dict[str, Any], likelihood: Any) -> None:
     """Raise a :class:`StoredFileError` if nobody says what likelihood it was."""
     if likelihood is None and header["likelihood"] not in (*LIKELIHOODS, REWARD_MODELING):
         raise _store.StoredFileError(

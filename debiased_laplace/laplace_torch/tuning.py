@@ -29,7 +29,6 @@ from debiased_laplace.posterior.predictive import functional_moments
 from debiased_laplace.posterior.temperature import AS_GOOD, warn_the_caller
 from debiased_laplace.posterior.tune import SELECTIONS, Tuned, tune
 
-METHODS = ("marglik", "gridsearch")
 PRIOR_STRUCTURES = ("scalar", "layerwise", "diag")
 #: Distance from the maximum of the marginal likelihood, in nats, from which on gradient steps that end there warn.
 NEAR_ENOUGH = 0.1

@@ -22,7 +22,7 @@ from debiased_laplace import _data
 from debiased_laplace.network.blocks import Block
 from debiased_laplace.network.layers import Call
 from debiased_laplace.network.lone import lone_jacobians
-from debiased_laplace.network.selected import Inputs, concatenated
+from debiased_laplace.network.selected import LayerInputs, concatenated
 
 if TYPE_CHECKING:
     from debiased_laplace.network.network import Network
@@ -52,7 +52,7 @@ class Factors:
     n_run: int
     _lone: list[Tensor] | None = None
 
-    def inputs(self, block: Block, part: slice | None = None, phase: int | None = None) -> Inputs:
+    def inputs(self, block: Block, part: slice | None = None, phase: int | None = None) -> LayerInputs:
         """Inputs of a block, a one appended for the bias, ``[N, G, I, S]``, at least in float32.
 
         With ``part``, those of some of the data, formed for them alone where the layer allows it; with ``phase``, on a
@@ -69,7 +69,7 @@ class Factors:
                 )
         if block.arrangement.stacked:
             return self.outputs.new_ones((size, 1, 1, 1), dtype=dtype)
-        parts: list[Inputs] = []
+        parts: list[LayerInputs] = []
         for index in block.calls:
             call, layout = self.calls[index], self.network.layouts[index]
             if not block.weight:
@@ -83,7 +83,7 @@ class Factors:
 
     def input_pieces(
         self, block: Block, among: slice | None = None, phase: int | None = None
-    ) -> Iterator[tuple[slice, Inputs]]:
+    ) -> Iterator[tuple[slice, LayerInputs]]:
         """Inputs of a block for as many data at a time as a processor's cache holds, of all data or of some."""
         n, per_datum = len(self.outputs), 1
         among = among or slice(0, n)

@@ -73,10 +73,10 @@ class SelectedInputs:
         return squares.new_zeros(self.size).index_add_(0, self.index.flatten(), squares.flatten())[None]
 
 
-Inputs = Tensor | SelectedInputs
+LayerInputs = Tensor | SelectedInputs
 
 
-def concatenated(parts: Sequence[Inputs]) -> Inputs:
+def concatenated(parts: Sequence[LayerInputs]) -> LayerInputs:
     """Inputs of the same data at the positions of several calls, one after the other."""
     selected = [part for part in parts if isinstance(part, SelectedInputs)]
     if not selected:
@@ -85,7 +85,7 @@ def concatenated(parts: Sequence[Inputs]) -> Inputs:
     return replace(selected[0], index=torch.cat(index, 1), values=torch.cat(values, 1))
 
 
-def second_moments(inputs: Inputs, weights: Tensor | None = None) -> Tensor:
+def second_moments(inputs: LayerInputs, weights: Tensor | None = None) -> Tensor:
     """Weighted sums of squares of inputs ``[N, G, I, S]`` over data and positions, ``[G, I]``."""
     if isinstance(inputs, SelectedInputs):
         return inputs.second_moments(weights)
@@ -93,7 +93,7 @@ def second_moments(inputs: Inputs, weights: Tensor | None = None) -> Tensor:
     return squares.sum(0) if weights is None else torch.einsum("n,ngi->gi", weights.to(squares), squares)
 
 
-def gradients_of_data(vectors: Tensor, inputs: Inputs) -> Tensor:
+def gradients_of_data(vectors: Tensor, inputs: LayerInputs) -> Tensor:
     """``[G, O, S, N]`` and inputs ``[N, G, I, S]`` as gradients, ``[N, G, O, I]``."""
     if isinstance(inputs, Tensor):
         return torch.einsum("gosn,ngis->ngoi", vectors, inputs)
@@ -102,12 +102,12 @@ def gradients_of_data(vectors: Tensor, inputs: Inputs) -> Tensor:
     return total.scatter_add_(2, inputs.index[:, None].expand_as(vectors), vectors)[:, None]
 
 
-def memory_of_datum(inputs: Inputs) -> int:
+def memory_of_datum(inputs: LayerInputs) -> int:
     """Numbers that the inputs of one datum are."""
     return math.prod(inputs.shape[1:]) if isinstance(inputs, Tensor) else 2 * inputs.index.shape[1]
 
 
-def formed_size(inputs: Inputs, outputs: int) -> int:
+def formed_size(inputs: LayerInputs, outputs: int) -> int:
     """Numbers of a formed gradient ``[G, O, I]`` without those that are zero, where there are several positions."""
     _, groups, n_inputs, positions = inputs.shape
     if isinstance(inputs, SelectedInputs):

@@ -13,11 +13,11 @@ from debiased_laplace.network.network import Network
 from debiased_laplace.posterior.gaussian import Posterior, standard_normals
 from debiased_laplace.posterior.predictive import functional_moments, linearized_samples, weight_samples
 
-METHODS = ("glm", "linearized", "nn")
+PREDICTION_METHODS = ("glm", "linearized", "nn")
 
 
 @dataclass(frozen=True)
-class Prediction:
+class Predictive:
     """Predictive distribution of the targets of N data, by its first two moments.
 
     Attributes:
@@ -87,7 +87,7 @@ def predict(
     output_temperature: float = 1.0,
     covariance: bool = False,
     generator: torch.Generator | None = None,
-) -> Prediction:
+) -> Predictive:
     """The predictive distribution of the targets of N data.
 
     Args:
@@ -95,7 +95,7 @@ def predict(
         posterior: The Gaussian over its parameters.
         likelihood: What the outputs mean.
         inputs: N data.
-        method: One of :data:`METHODS`.
+        method: One of :data:`PREDICTION_METHODS`.
         link: How to integrate over Gaussian outputs, of ``"glm"``.
         n_samples: Draws for ``link="mc"`` and of the methods that sample.
         output_temperature: What outputs are divided by before the link.
@@ -105,8 +105,8 @@ def predict(
     Raises:
         ValueError: For an unknown method or link.
     """
-    if method not in METHODS:
-        raise ValueError(f"Expected a method out of {list(METHODS)}, got {method!r}.")
+    if method not in PREDICTION_METHODS:
+        raise ValueError(f"Expected a method out of {list(PREDICTION_METHODS)}, got {method!r}.")
     tau, noise_variance = output_temperature, posterior.noise_variance
     if method != "glm":
         deviations = posterior.deviations(n_samples, generator)
@@ -116,7 +116,7 @@ def predict(
         epistemic, noise = None, None
         if not likelihood.has_answers:
             epistemic, noise = means.var(0), _noise_of_samples(likelihood, samples / tau, noise_variance)
-        return Prediction(
+        return Predictive(
             means.mean(0), epistemic, noise, samples.mean(0), samples.var(0),
             torch.einsum("snc,snd->ncd", centred, centred) / (n_samples - 1) if covariance else None,
             likelihood.has_answers,
@@ -131,7 +131,7 @@ def predict(
     if likelihood.has_variance:
         of_targets = likelihood.predictive_moments(*scaled, link, normals, noise_variance)
         epistemic, noise = of_targets.epistemic_variance, of_targets.noise_variance
-    return Prediction(
+    return Predictive(
         mean, epistemic, noise, outputs_mean, variance, moments if needed or covariance else None,
         likelihood.has_answers,
     )  # fmt: skip

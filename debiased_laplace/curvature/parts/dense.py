@@ -13,7 +13,7 @@ from torch import Tensor
 from debiased_laplace.curvature.block_gradients import BlockGradients, block_gradients
 from debiased_laplace.curvature.parts.part import DenseProjection, Part, differ
 from debiased_laplace.network.blocks import Block
-from debiased_laplace.network.selected import Inputs
+from debiased_laplace.network.selected import LayerInputs
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ class DenseBasis(Part):
         return torch.stack(averages).sum(0)
 
     def project_gradients(
-        self, inputs: Sequence[Inputs], vectors: Sequence[Tensor], *, unit: bool = False
+        self, inputs: Sequence[LayerInputs], vectors: Sequence[Tensor], *, unit: bool = False
     ) -> DenseProjection:
         return self.project_formed([block_gradients(a, g) for a, g in zip(inputs, vectors, strict=True)])
 
@@ -114,5 +114,7 @@ class DenseBasis(Part):
         rows = [g.project(of_block) for g, of_block in zip(precise, self.columns, strict=True)]
         return DenseProjection(torch.stack(rows).sum(0), precise)
 
-    def unprojected(self, projected: Any, inputs: Sequence[Inputs], vectors: Sequence[Tensor]) -> list[BlockGradients]:
+    def unprojected(
+        self, projected: Any, inputs: Sequence[LayerInputs], vectors: Sequence[Tensor]
+    ) -> list[BlockGradients]:
         return projected.gradients

@@ -11,7 +11,7 @@ from torch import Tensor
 from debiased_laplace.curvature.block_gradients import BlockGradients, block_gradients
 from debiased_laplace.curvature.parts.part import Part
 from debiased_laplace.network.blocks import Block
-from debiased_laplace.network.selected import Inputs
+from debiased_laplace.network.selected import LayerInputs
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class IdentityBasis(Part):
         return matrix
 
     def project_gradients(
-        self, inputs: Sequence[Inputs], vectors: Sequence[Tensor], *, unit: bool = False
+        self, inputs: Sequence[LayerInputs], vectors: Sequence[Tensor], *, unit: bool = False
     ) -> BlockGradients:
         (columns,), (of_block,) = inputs, vectors
         return block_gradients(columns, of_block)

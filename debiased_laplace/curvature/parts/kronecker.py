@@ -15,7 +15,7 @@ from debiased_laplace.curvature.parts.outputwise import MAX_OUTPUTWISE, Outputwi
 from debiased_laplace.curvature.parts.part import Part, differ
 from debiased_laplace.network.blocks import Block
 from debiased_laplace.network.kinds import DENSE
-from debiased_laplace.network.selected import Inputs
+from debiased_laplace.network.selected import LayerInputs
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ class KroneckerBasis(Part):
         (matrix,) = matrices
         return self.outputs.square().mT.to(matrix) @ matrix @ self.inputs.square().to(matrix)
 
-    def prepare_inputs(self, inputs: Sequence[Inputs], n_vectors: int) -> tuple[Tensor, bool]:
+    def prepare_inputs(self, inputs: Sequence[LayerInputs], n_vectors: int) -> tuple[Tensor, bool]:
         """The inputs, rotated if that is the cheaper order for this many vectors, and whether they are."""
         (columns,) = inputs
         assert isinstance(columns, Tensor)  # others have no rotation

@@ -13,7 +13,7 @@ from debiased_laplace.curvature.block_gradients import BlockGradients, block_gra
 from debiased_laplace.curvature.contractions import rotate
 from debiased_laplace.curvature.parts.part import MixedPriorsError, Part
 from debiased_laplace.network.blocks import Block
-from debiased_laplace.network.selected import Inputs
+from debiased_laplace.network.selected import LayerInputs
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ class OutputBasis(Part):
         return self.outputs.square().mT.to(matrix) @ matrix
 
     def project_gradients(
-        self, inputs: Sequence[Inputs], vectors: Sequence[Tensor], *, unit: bool = False
+        self, inputs: Sequence[LayerInputs], vectors: Sequence[Tensor], *, unit: bool = False
     ) -> BlockGradients:
         (of_inputs,), (of_outputs,) = inputs, vectors
         return block_gradients(of_inputs, rotate(self.outputs, of_outputs))

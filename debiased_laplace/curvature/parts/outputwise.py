@@ -13,7 +13,7 @@ from torch import Tensor
 from debiased_laplace.curvature.block_gradients import BlockGradients, block_gradients
 from debiased_laplace.curvature.parts.part import DenseProjection, Part
 from debiased_laplace.network.blocks import Block
-from debiased_laplace.network.selected import Inputs
+from debiased_laplace.network.selected import LayerInputs
 
 if TYPE_CHECKING:
     from debiased_laplace.curvature.parts.kronecker import KroneckerBasis
@@ -83,7 +83,7 @@ class OutputwiseBasis(Part):
         return self.squared().project(matrices)
 
     def project_gradients(
-        self, inputs: Sequence[Inputs], vectors: Sequence[Tensor], *, unit: bool = False
+        self, inputs: Sequence[LayerInputs], vectors: Sequence[Tensor], *, unit: bool = False
     ) -> DenseProjection:
         (a,), (g,) = inputs, vectors
         gradients = block_gradients(a, g)
@@ -92,5 +92,7 @@ class OutputwiseBasis(Part):
         rows = gradients.rows().unflatten(-1, (len(self.outputs), self.outputs.shape[1], self.inputs.shape[2]))
         return DenseProjection(self.project([rows]).flatten(2), [gradients])
 
-    def unprojected(self, projected: Any, inputs: Sequence[Inputs], vectors: Sequence[Tensor]) -> list[BlockGradients]:
+    def unprojected(
+        self, projected: Any, inputs: Sequence[LayerInputs], vectors: Sequence[Tensor]
+    ) -> list[BlockGradients]:
         return projected.gradients

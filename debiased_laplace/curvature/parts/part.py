@@ -14,7 +14,7 @@ from torch import Tensor
 from debiased_laplace.curvature.block_gradients import BlockGradients, block_gradients
 from debiased_laplace.curvature.contractions import covariances_of_rows, many_scales
 from debiased_laplace.network.blocks import Block
-from debiased_laplace.network.selected import Inputs
+from debiased_laplace.network.selected import LayerInputs
 
 
 class Projected(Protocol):
@@ -159,7 +159,7 @@ class Part(ABC):
         r""":math:`\mathrm{diag}(U^\top \mathrm{diag}(v) U)` of values ``[G, O, I]`` for each block."""
         raise NotImplementedError
 
-    def prepare_inputs(self, inputs: Sequence[Inputs], n_vectors: int) -> Any:
+    def prepare_inputs(self, inputs: Sequence[LayerInputs], n_vectors: int) -> Any:
         """What can be done once with the inputs ``[N, G, I, S]`` for all vectors of a batch."""
         return inputs
 
@@ -178,7 +178,7 @@ class Part(ABC):
         raise NotImplementedError(f"{type(self).__name__} has a projection of factors alone.")
 
     def unprojected(
-        self, projected: Projected, inputs: Sequence[Inputs], vectors: Sequence[Tensor]
+        self, projected: Projected, inputs: Sequence[LayerInputs], vectors: Sequence[Tensor]
     ) -> list[BlockGradients]:
         """The gradients of every block that were projected, if some of them lies outside of the columns."""
         return [] if self.complete else [block_gradients(a, g) for a, g in zip(inputs, vectors, strict=True)]

@@ -15,14 +15,13 @@ from torch import Tensor
 from debiased_laplace import _checks
 from debiased_laplace.curvature.basis import Basis
 from debiased_laplace.curvature.block_gradients import block_gradients
-from debiased_laplace.curvature.hesscale import METHODS as HESSIAN_METHODS
-from debiased_laplace.curvature.hesscale import hessian_diagonal
+from debiased_laplace.curvature.hesscale import APPROXIMATIONS, hessian_diagonal
 from debiased_laplace.curvature.parts.identity import IdentityBasis
 from debiased_laplace.curvature.structures.base import Structure
 from debiased_laplace.network.gradients import CurvatureData
 from debiased_laplace.network.network import Network
 
-METHODS = ("ggn", *HESSIAN_METHODS)
+DIAGONALS = ("ggn", *APPROXIMATIONS)
 
 
 @dataclass(frozen=True)
@@ -79,8 +78,8 @@ class Diagonal(Structure):
     data_dependent: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        if self.method not in METHODS:
-            raise ValueError(f"Expected a method out of {list(METHODS)}, got {self.method!r}.")
+        if self.method not in DIAGONALS:
+            raise ValueError(f"Expected a method out of {list(DIAGONALS)}, got {self.method!r}.")
 
     @property
     def projects(self) -> bool:

@@ -35,7 +35,7 @@ from debiased_laplace.network.factors import Factors
 from debiased_laplace.network.gradients import CurvatureData
 from debiased_laplace.network.kinds import DIAGONAL, Kind
 from debiased_laplace.network.network import Network
-from debiased_laplace.network.selected import Inputs, second_moments
+from debiased_laplace.network.selected import LayerInputs, second_moments
 from debiased_laplace.network.selection import matching
 
 
@@ -209,7 +209,7 @@ def _zeros(network: Network, groups: int, size: int, *, square: bool) -> Tensor:
     return torch.zeros(shape, device=network.device, dtype=network.dtype)
 
 
-def _of_inputs(columns: Inputs, kind: Kind, weights: Tensor | None = None) -> Tensor:
+def _of_inputs(columns: LayerInputs, kind: Kind, weights: Tensor | None = None) -> Tensor:
     """A of some data, ``[G, I, I]`` or its diagonal ``[G, I]``, with a weight for every datum if they are given."""
     if not kind.rotates_inputs:
         return second_moments(columns, weights)

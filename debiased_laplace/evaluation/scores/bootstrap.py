@@ -24,7 +24,7 @@ import numpy as np
 
 from debiased_laplace.evaluation.scores import checks, classification, detection, intervals, regression
 from debiased_laplace.evaluation.scores.checks import Array
-from debiased_laplace.evaluation.scores.replicates import Kind, Replicates
+from debiased_laplace.evaluation.scores.replicates import Replicates, ScoreKind
 from debiased_laplace.evaluation.scores.weighted import (
     check_weights,
     classifier_scores,
@@ -88,7 +88,7 @@ def classification_replicates(
 
     scores = {}
     alike = float(np.ptp(data["accuracy"])) == 0
-    kinds: dict[str, Kind] = {"accuracy": "proportion", "nll": "mean", "brier": "mean", "aurc": "statistic"}
+    kinds: dict[str, ScoreKind] = {"accuracy": "proportion", "nll": "mean", "brier": "mean", "aurc": "statistic"}
     for name, array in replicates.items():
         bounds = _BOUNDS.get(name, _POSITIVE)
         score = Replicates(values[name], array, n, kinds.get(name, "calibration"), data.get(name), bounds)
@@ -131,7 +131,7 @@ def regression_replicates(mean: Any, variance: Any, targets: Any, weights: Any) 
 
     scores = {}
     for name, array in replicates.items():
-        kind: Kind = "calibration" if name == "calibration_error" else "mean"
+        kind: ScoreKind = "calibration" if name == "calibration_error" else "mean"
         if name == "rmse":
             kind = "root"
         elif name in _COVERAGES and one_output:

@@ -13,7 +13,7 @@ from debiased_laplace.evaluation.scores import intervals
 from debiased_laplace.evaluation.scores.checks import Array
 from debiased_laplace.evaluation.scores.intervals import CONFIDENCE, Interval
 
-Kind = Literal["statistic", "mean", "root", "proportion", "calibration"]
+ScoreKind = Literal["statistic", "mean", "root", "proportion", "calibration"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,7 +40,7 @@ class Replicates:
     value: float
     replicates: Array
     n: int | None = None
-    kind: Kind = "statistic"
+    kind: ScoreKind = "statistic"
     contributions: Array | None = None
     bounds: Interval = (-math.inf, math.inf)
     unseen: Callable[[float], Sequence[float]] | None = None

@@ -112,7 +112,7 @@ class CifarResNet(nn.Module):
         return self.linear(out.mean((2, 3)))
 
 
-class Images(NamedTuple):
+class CifarImages(NamedTuple):
     """Images ``[N, 3, 32, 32]`` as bytes and labels ``[N]``, of training and of test."""
 
     train: tuple[Tensor, Tensor]
@@ -276,7 +276,7 @@ def _checkpoint(data_dir: Path | None, depth: int) -> Path:
     )
 
 
-def _images(data_dir: Path | None, cache: Path) -> Images:
+def _images(data_dir: Path | None, cache: Path) -> CifarImages:
     parts = [existing(data_dir, name, f"cifar10/{name}") for name in ("train_first10k.npz", "test_first1k.npz")]
     paths = tuple(path for path in parts if path is not None)
     if len(paths) == 2:
@@ -285,12 +285,12 @@ def _images(data_dir: Path | None, cache: Path) -> Images:
 
 
 @lru_cache(maxsize=2)
-def _of_files(paths: tuple[Path, ...], stamp: tuple[Any, ...]) -> Images:
-    return Images(*(_read(path) for path in paths))
+def _of_files(paths: tuple[Path, ...], stamp: tuple[Any, ...]) -> CifarImages:
+    return CifarImages(*(_read(path) for path in paths))
 
 
 @lru_cache(maxsize=2)
-def _of_torchvision(data_dir: Path | None, cache: Path) -> Images:  # which checks the files that it reads
+def _of_torchvision(data_dir: Path | None, cache: Path) -> CifarImages:  # which checks the files that it reads
     wanted = "train_first10k.npz and test_first1k.npz, or cifar-10-batches-py,"
     folder = existing(data_dir, "cifar-10-batches-py", "cifar10/cifar-10-batches-py")
     root = cache if folder is None else folder.parent
@@ -298,7 +298,7 @@ def _of_torchvision(data_dir: Path | None, cache: Path) -> Images:  # which chec
         of_torchvision("CIFAR10", root, wanted, data_dir, train=train, download=folder is None)
         for train in (True, False)
     ]
-    return Images(*(_tensors(part.data, part.targets) for part in sets))
+    return CifarImages(*(_tensors(part.data, part.targets) for part in sets))
 
 
 def _read(path: Path) -> tuple[Tensor, Tensor]:

@@ -62,7 +62,7 @@ TRAIN_BATCH, BATCH = 64, 128
 MEMBERS = 5
 
 
-class Split(NamedTuple):
+class DigitsSplit(NamedTuple):
     """Images and labels of the three parts."""
 
     train: tuple[Tensor, Tensor]
@@ -80,7 +80,7 @@ def network() -> nn.Module:
 
 
 @lru_cache(maxsize=2)
-def split(seed: int, quick: bool = False) -> Split:
+def split(seed: int, quick: bool = False) -> DigitsSplit:
     """The parts of a seed, with equal shares of every class; a quick run has fewer test data."""
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
@@ -95,7 +95,7 @@ def split(seed: int, quick: bool = False) -> Split:
     validation, test = train_test_split(
         rest, train_size=sizes[1], test_size=sizes[2], stratify=labels[rest], random_state=seed
     )
-    return Split(*((images[part], targets[part]) for part in (chosen, validation, test)))
+    return DigitsSplit(*((images[part], targets[part]) for part in (chosen, validation, test)))
 
 
 def trained(

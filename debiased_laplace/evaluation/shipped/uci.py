@@ -50,7 +50,7 @@ QUICK_TRAIN = 500
 MEMBERS = 5
 
 
-class Split(NamedTuple):
+class StandardisedSplit(NamedTuple):
     """Standardised inputs ``[N, features]`` and targets ``[N, 1]`` of the three parts, and what targets were before.
 
     Attributes:
@@ -83,7 +83,7 @@ def task(dataset: str) -> SimpleNamespace:
         What a task's module contains.
     """
 
-    def data(seed: int, data_dir: Path | None, quick: bool) -> Split:
+    def data(seed: int, data_dir: Path | None, quick: bool) -> StandardisedSplit:
         return split(_path(dataset, data_dir), seed, quick)
 
     def member(
@@ -157,7 +157,7 @@ def task(dataset: str) -> SimpleNamespace:
     )  # fmt: skip
 
 
-def split(path: Path, seed: int, quick: bool = False) -> Split:
+def split(path: Path, seed: int, quick: bool = False) -> StandardisedSplit:
     """The parts of a published split, standardised.
 
     Args:
@@ -172,7 +172,7 @@ def split(path: Path, seed: int, quick: bool = False) -> Split:
 
 
 @lru_cache(maxsize=8)
-def _split(path: Path, seed: int, quick: bool, stamp: tuple[Any, ...]) -> Split:
+def _split(path: Path, seed: int, quick: bool, stamp: tuple[Any, ...]) -> StandardisedSplit:
     inputs, targets, train_idx, test_idx = read_npz(path, "X", "y", "train_idx", "test_idx")
     if not 0 <= seed < len(train_idx):
         raise ValueError(
@@ -190,7 +190,7 @@ def _split(path: Path, seed: int, quick: bool, stamp: tuple[Any, ...]) -> Split:
         x, y = (inputs[index] - centre) / deviation, (targets[index] - mean) / std
         return torch.from_numpy(x).float(), torch.from_numpy(y).float()[:, None]
 
-    return Split(part(chosen), part(held), part(test_idx[seed]), std, mean)
+    return StandardisedSplit(part(chosen), part(held), part(test_idx[seed]), std, mean)
 
 
 def trained(
