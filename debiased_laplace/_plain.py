@@ -112,6 +112,12 @@ MOVED = {
     "structures.lowrank": ("curvature.structures.lowrank",),
 }
 
+#: What classes are called now that had another name in files of earlier versions.
+RENAMED = {
+    "contractions:Gradients": "curvature.contractions:FactoredGradients",
+    "curvature.contractions:Gradients": "curvature.contractions:FactoredGradients",
+}
+
 _OTHER_VERSION = "The file may be from another version of debiased-laplace: read it with that one, or make it again."
 _TAGS: dict[str, Callable[[Any], Any]] = {
     "__size__": torch.Size,
@@ -123,6 +129,8 @@ _TAGS: dict[str, Callable[[Any], Any]] = {
 
 def _class(name: str) -> Any:
     """The dataclass with the name ``module:Class``, or None if this package has none."""
+    if (renamed := RENAMED.get(name.removeprefix("debiased_laplace."))) is not None:
+        name = f"debiased_laplace.{renamed}"
     module, _, qualname = name.partition(":")
     if not module.startswith(PREFIX) or "__" in module:
         return None

@@ -19,7 +19,7 @@ from debiased_laplace import Bernoulli, DebiasedKronLaplace, DebiasedLaplace, Si
 from debiased_laplace._checks import NotFittedError, UnsupportedLayerError
 from debiased_laplace.curvature.structures import Full
 from debiased_laplace.testing import dense_jacobian, dense_posterior_precision
-from tests.networks import ZOO
+from tests.networks import ZOO, TiedEmbedding
 from tests.test_fit import Watched
 from tests.tolerances import EXACT, FLOAT32, assert_equal, assert_unbiased
 
@@ -730,9 +730,9 @@ def test_bad_fits():
         la.fit([])
     with pytest.raises(ValueError, match="one for each of the 2 blocks"):
         DebiasedLaplace(model_of("dense"), "classification", prior_precision=torch.ones(3)).fit(loader)
-    embedding = nn.Sequential(nn.Embedding(2000, 8), nn.Flatten(), nn.Linear(8, 2))
-    with pytest.raises(UnsupportedLayerError, match=r"'0.weight'.*requires_grad_\(False\)"):
-        DebiasedLaplace(embedding, "classification").fit([(torch.randint(2000, (4, 1)), torch.zeros(4).long())])
+    tied = TiedEmbedding(vocabulary=3000)
+    with pytest.raises(UnsupportedLayerError, match=r"'tokens.weight'.*requires_grad_\(False\)"):
+        DebiasedLaplace(tied, "classification").fit([(torch.randint(3000, (4, 4)), torch.zeros(4).long())])
 
 
 def test_marglik_with_validation_data_warns():

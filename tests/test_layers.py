@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from debiased_laplace import DebiasedLaplace, Single, TwoBatch, UniformSampler
 from debiased_laplace._checks import UnsupportedLayerError
+from debiased_laplace._plain import from_plain, to_plain
 from debiased_laplace.curvature import contractions
 from debiased_laplace.curvature.contractions import FactoredGradients
 from debiased_laplace.curvature.indexed import IndexedGradients
@@ -358,3 +359,15 @@ def test_a_network_from_before_a_rule_is_as_it_was(name, monkeypatch):
     restored = Network.restore(model, description)
     assert restored.blocks == network.blocks
     assert_equal(measure(Full(), restored, data, Categorical()).matrices[0], expected, EXACT)
+
+
+@pytest.mark.parametrize("module", ["contractions", "curvature.contractions"])
+def test_the_progress_of_a_low_rank_fit_of_an_earlier_version_is_read(module):
+    gradients = FactoredGradients(torch.ones(2, 1, 3, 1), torch.ones(2, 1, 2, 4, 1))
+    plain = to_plain(gradients)
+    read = from_plain(plain | {"__class__": f"debiased_laplace.{module}:Gradients"})
+    assert isinstance(read, FactoredGradients)
+    assert torch.equal(read.rows(), gradients.rows())
+    for home in ("basis", "curvature.basis"):
+        part = from_plain(to_plain(IdentityBasis(1, 2, 3)) | {"__class__": f"debiased_laplace.{home}:IdentityBasis"})
+        assert part == IdentityBasis(1, 2, 3)

@@ -33,11 +33,23 @@ def total_loss(model, batch, likelihood, l2=0.0):
     parameters = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
 
     def loss(parameters):
-        outputs = torch.func.functional_call(model, parameters, (inputs.clone(),)).reshape(len(labels), -1)
+        used = with_constant_padding(model, parameters)
+        outputs = torch.func.functional_call(model, used, (inputs.clone(),)).reshape(len(labels), -1)
         squares = sum(p.square().sum() for p in parameters.values())
         return likelihood.loss(outputs, labels).sum() / len(labels) + l2 / 2 * squares
 
     return loss, parameters
+
+
+def with_constant_padding(model, parameters):
+    """The padding row of an embedding as a constant: torch's second derivatives in it are not symmetric."""
+    constant = dict(parameters)
+    for name, layer in model.named_modules():
+        if isinstance(layer, nn.Embedding) and layer.padding_idx is not None:
+            is_padding = torch.arange(len(layer.weight)) == layer.padding_idx
+            table = parameters[f"{name}.weight"]
+            constant[f"{name}.weight"] = torch.where(is_padding[:, None], layer.weight.detach(), table)
+    return constant
 
 
 def flat(named):

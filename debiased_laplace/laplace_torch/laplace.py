@@ -230,7 +230,7 @@ class DebiasedLaplace(ParametricLaplace):
 
     @property
     def _sizes(self) -> dict[str, int] | None:
-        return self.selection.sizes(self.model)
+        return self.selection.sizes
 
     @property
     def _n_chosen(self) -> int | None:

@@ -21,14 +21,14 @@ class Selection:
 
     Attributes:
         subset: One of :data:`SUBSETS`.
-        trainable: Names of the parameters that were trainable at first; what is frozen later, for serving say, stays
-            in.
+        trainable_sizes: Numbers of entries of the parameters that were trainable at first, by name; what is frozen
+            later, for serving say, stays in.
         names: Of those chosen, in the model's order; None until a forward pass tells which are the last layer.
         indices: Of single entries in the vector of all trainable parameters, if some tensors are chosen in part.
     """
 
     subset: str
-    trainable: tuple[str, ...]
+    trainable_sizes: Mapping[str, int]
     names: tuple[str, ...] | None
     indices: Tensor | None = None
 
@@ -52,7 +52,13 @@ class Selection:
         """
         every = trainable(model, names)
         chosen, indices = chosen_parameters(model, every, subset, params, last_layer_name, subnetwork_indices)
-        return cls(subset, tuple(every), None if chosen is None else tuple(chosen), indices)
+        sizes = {name: p.numel() for name, p in every.items()}
+        return cls(subset, sizes, None if chosen is None else tuple(chosen), indices)
+
+    @property
+    def trainable(self) -> list[str]:
+        """Names of the parameters that were trainable at first."""
+        return list(self.trainable_sizes)
 
     def named(self, names: Sequence[str]) -> Selection:
         """The same with the names that a fit knows."""
@@ -62,9 +68,10 @@ class Selection:
         """All parameters that were trainable at first, by name."""
         return trainable(model, self.trainable)
 
-    def sizes(self, model: nn.Module) -> dict[str, int] | None:
+    @property
+    def sizes(self) -> dict[str, int] | None:
         """Numbers of chosen entries of every chosen tensor; None as long as they are not known."""
-        every = {name: p.numel() for name, p in self.every(model).items()}
+        every = self.trainable_sizes
         if self.indices is not None:
             return {name: count for name, count in entry_counts(every, self.indices).items() if count}
         return None if self.names is None else {name: every[name] for name in self.names}

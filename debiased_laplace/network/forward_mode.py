@@ -107,8 +107,8 @@ def _double_backward(
 class PlainAttention(TorchFunctionMode):
     """Writes attention out in plain operations: the fused kernels have neither forward-mode nor second derivatives.
 
-    Any such mode also turns off the fused layers of Transformers. Embeddings have the forward derivative that agrees
-    with their backward one: the row of ``padding_idx`` is a constant.
+    Any such mode also turns off the fused layers of Transformers. The row of ``padding_idx`` of an embedding is
+    a constant for every derivative, as torch has it for the first backward one alone.
     """
 
     def __torch_function__(
@@ -129,10 +129,11 @@ class PlainAttention(TorchFunctionMode):
 
 
 def _embedding(weight: Tensor, indices: Tensor, padding_idx: int = -1, *rest: Any) -> Tensor:
-    rows = torch.embedding(weight, indices, padding_idx, *rest)
-    if padding_idx < 0:  # none
+    rows = torch.embedding(weight, indices, -1, *rest)  # without padding
+    if padding_idx < 0:
         return rows
-    return torch.where((indices == padding_idx)[..., None], forward_ad.unpack_dual(rows).primal, rows)
+    constant = forward_ad.unpack_dual(rows).primal.detach()
+    return torch.where((indices == padding_idx)[..., None], constant, rows)
 
 
 def _attention(
