@@ -17,6 +17,7 @@ from debiased_laplace import DebiasedLaplace, Single, TwoBatch, UniformSampler
 from debiased_laplace._checks import UnsupportedLayerError
 from debiased_laplace._plain import from_plain, to_plain
 from debiased_laplace.curvature import contractions
+from debiased_laplace.curvature import indexed as indexed_gradients
 from debiased_laplace.curvature.contractions import FactoredGradients
 from debiased_laplace.curvature.indexed import IndexedGradients
 from debiased_laplace.curvature.parts.identity import IdentityBasis
@@ -182,7 +183,9 @@ def test_selected_inputs_are_the_dense_ones_without_zeros():
 
 @pytest.mark.parametrize("memory", [1, 500, 2**24])
 @pytest.mark.parametrize("shared", [False, True])
-def test_indexed_gradients_are_the_formed_ones(memory, shared, monkeypatch):
+@pytest.mark.parametrize("frequent", [0, 1, 2, 8])
+def test_indexed_gradients_are_the_formed_ones(memory, shared, frequent, monkeypatch):
+    monkeypatch.setattr(indexed_gradients, "FREQUENT", frequent)
     monkeypatch.setattr(contractions, "PROJECTION_MEMORY", {"cpu": memory, "accelerator": memory})
     inputs = selected(5, 1 if shared else 6, 7)
     generator = torch.Generator().manual_seed(2)

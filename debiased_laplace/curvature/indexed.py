@@ -17,6 +17,9 @@ from debiased_laplace import _data
 from debiased_laplace.curvature import contractions
 from debiased_laplace.network.selected import SelectedInputs
 
+#: A token is frequent if more than one datum in so many has it.
+FREQUENT = 8
+
 
 @dataclass(frozen=True)
 class IndexedGradients:
@@ -136,26 +139,33 @@ class IndexedGradients:
     def gram(parts: Sequence[IndexedGradients]) -> Tensor:
         """Inner products of all gradients with all others, ``[N * V, N * V]``, data of all parts one after the other.
 
-        Gradients are formed for a few of the tokens that there are at a time.
+        Only data that share a token have one. Of a token that few data have, their products are added in their places;
+        those that many have are columns of a product of matrices.
         """
-        first, n_data = parts[0], sum(len(part) for part in parts)
-        index = torch.cat([part.index.flatten() for part in parts])
-        present, place = index.unique(return_inverse=True)
-        places = [p.view_as(part.index) for p, part in zip(place.split([part.index.numel() for part in parts]), parts,
-                                                           strict=True)]  # fmt: skip
-        total = first.values.new_zeros(n_data * first.n_vectors, n_data * first.n_vectors)
-        per_token = len(total) * first.values.shape[2] * first.values.element_size()
-        for tokens in _data.slices(len(present), max(1, contractions.projection_memory(first.device) // per_token)):
-            width = tokens.stop - tokens.start
-            rows = []
-            for part, of_part in zip(parts, places, strict=True):
-                inside = (of_part >= tokens.start) & (of_part < tokens.stop)
-                values = part.values * inside[:, None, None]
-                column = (of_part - tokens.start).clamp(0, width - 1)[:, None, None].expand_as(values)
-                formed = values.new_zeros(*values.shape[:3], width).scatter_add_(3, column, values)
-                rows.append(formed.flatten(2).flatten(0, 1))
-            joined = torch.cat(rows)
-            total.addmm_(joined, joined.mT)
+        columns, data, tokens = _occurrences(parts)  # [E, V, o], [E], [E]
+        n_data, (_, n_vectors, height) = sum(len(part) for part in parts), columns.shape
+        total = columns.new_zeros(n_data * n_vectors, n_data * n_vectors)
+        vectors = torch.arange(n_vectors, device=data.device)
+        _, counts = tokens.unique_consecutive(return_counts=True)
+        starts = counts.cumsum(0) - counts
+        memory = contractions.projection_memory(columns.device) // columns.element_size()
+        for count in counts.unique().tolist():
+            every = starts[counts == count][:, None] + torch.arange(count, device=data.device)  # [tokens, count]
+            is_frequent = count * FREQUENT >= n_data
+            per_token = len(total) * height if is_frequent else count * n_vectors * max(height, count * n_vectors)
+            for some in _data.slices(len(every), max(1, memory // per_token)):
+                occurrences = every[some]
+                rows = data[occurrences]
+                if is_frequent:
+                    formed = columns.new_zeros(n_data, len(rows), n_vectors, height)
+                    formed[rows, torch.arange(len(rows), device=data.device)[:, None]] = columns[occurrences]
+                    joined = formed.transpose(1, 2).reshape(len(total), -1)
+                    total.addmm_(joined, joined.mT)
+                else:
+                    of_token = columns[occurrences].flatten(1, 2)  # [tokens, count * V, o]
+                    places = (rows[..., None] * n_vectors + vectors).flatten(1)
+                    where = places[:, :, None], places[:, None, :]
+                    total.index_put_(where, of_token @ of_token.mT, accumulate=True)
         return total
 
     # -- how ---------------------------------------------------------------------------------------
@@ -171,3 +181,17 @@ class IndexedGradients:
         """Data at a time such that k matrices for each of them are within the memory."""
         per_datum = max(1, k * self.values.shape[2] * self.values.shape[3] * self.values.element_size())
         return iter(_data.slices(len(self), max(1, contractions.projection_memory(self.device) // per_datum)))
+
+
+def _occurrences(parts: Sequence[IndexedGradients]) -> tuple[Tensor, Tensor, Tensor]:
+    """Every column ``[E, V, o]`` that is not zero, with its datum and its token ``[E]``, token after token."""
+    columns, data, tokens, start = [], [], [], 0
+    for part in parts:
+        by_column = part.values.permute(0, 3, 1, 2)
+        present = by_column.flatten(2).any(2)  # [N, T]
+        columns.append(by_column[present])
+        data.append(present.nonzero()[:, 0] + start)
+        tokens.append(part.index[present])
+        start += len(part)
+    token, order = torch.cat(tokens).sort(stable=True)
+    return torch.cat(columns)[order], torch.cat(data)[order], token
