@@ -12,11 +12,12 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
-from debiased_laplace import Single, TwoBatch, UniformSampler
+from debiased_laplace import PrioritySampler, Single, TwoBatch, UniformSampler
 from debiased_laplace._checks import NonFiniteError
 from debiased_laplace.fitting.fit import fit, make_generator
 from debiased_laplace.fitting.fitted import Fit
 from debiased_laplace.likelihoods import Bernoulli, Categorical, Gaussian
+from debiased_laplace.network.network import Network
 from debiased_laplace.testing import dense_basis, dense_ggn
 from tests.networks import ZOO
 from tests.tolerances import EXACT, assert_equal, assert_unbiased
@@ -425,3 +426,18 @@ def test_a_budget_is_what_is_drawn():
     assert len(result.direction_indices) + len(result.curvature_indices) == 7
     assert len(fitted(budget=7).direction_indices) == 7
     assert replace(result, mean_loss=0.0).n_seen == N
+
+
+@pytest.mark.parametrize("sampler", [PrioritySampler(8), UniformSampler(8), UniformSampler(None)], ids=repr)
+def test_the_network_is_found_once(sampler, monkeypatch):
+    discover, calls = Network.discover, []
+
+    def counted(*arguments, **keywords):
+        calls.append(arguments)
+        return discover(*arguments, **keywords)
+
+    monkeypatch.setattr(Network, "discover", counted)
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 2))
+    batches = [(torch.randn(5, 3), torch.randint(2, (5,))) for _ in range(4)]
+    fit(model, batches, Categorical(), sampler=sampler)
+    assert len(calls) == 1

@@ -118,7 +118,7 @@ class KroneckerBasis(Part):
             columns = (self.outputs.double() @ unit @ self.inputs.double().mT,)
             turned, values = DenseBasis(columns).turned(scales, curvatures.flatten())
             return turned, values
-        return OutputwiseBasis.of(self, scale, curvatures)
+        return OutputwiseBasis.of(self.outputs, self.inputs, scale, curvatures)
 
     def weighted_average(self, matrices: Sequence[Tensor]) -> Tensor:
         (matrix,) = matrices

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,9 +14,6 @@ from debiased_laplace.curvature.block_gradients import BlockGradients, block_gra
 from debiased_laplace.curvature.parts.part import DenseProjection, Part
 from debiased_laplace.network.blocks import Block
 from debiased_laplace.network.selected import LayerInputs
-
-if TYPE_CHECKING:
-    from debiased_laplace.curvature.parts.kronecker import KroneckerBasis
 
 #: Most numbers in an :class:`OutputwiseBasis`: half a gigabyte in double precision.
 MAX_OUTPUTWISE = 2**26
@@ -37,18 +34,21 @@ class OutputwiseBasis(Part):
     inputs: Tensor
 
     @classmethod
-    def of(cls, part: KroneckerBasis, scales: Tensor, curvatures: Tensor) -> tuple[OutputwiseBasis, Tensor]:
+    def of(
+        cls, outputs: Tensor, inputs: Tensor, scales: Tensor, curvatures: Tensor
+    ) -> tuple[OutputwiseBasis, Tensor]:  # fmt: skip
         r"""The singular vectors of :math:`\\mathrm{diag}(\\lambda_o)^{1/2} Q_I^\\top D` for every output direction o.
 
         Args:
-            part: Kronecker directions.
+            outputs: ``Q_O`` of Kronecker directions.
+            inputs: ``Q_I`` of them.
             scales: The diagonal D as ``[G, O, I]``, the same for all outputs of a group.
             curvatures: ``[G, o, i]``.
         """
-        rows = curvatures.sqrt()[..., None] * (part.inputs.double() * scales[:, 0, :, None]).mT[:, None]
+        rows = curvatures.sqrt()[..., None] * (inputs.double() * scales[:, 0, :, None]).mT[:, None]
         left, _, right = torch.linalg.svd(rows.detach(), full_matrices=False)
         # With fixed left vectors the squares have the derivatives of the eigenvalues, also of degenerate ones.
-        return cls(part.outputs.double(), right.mT), (left.mT @ rows).square().sum(-1)
+        return cls(outputs.double(), right.mT), (left.mT @ rows).square().sum(-1)
 
     @property
     def shape(self) -> tuple[int, int, int]:
