@@ -135,7 +135,8 @@ class Laplace:
         posterior: The Gaussian over the parameters, with the prior precision and the noise that are in use.
         output_temperature: What outputs are divided by before the link, in predictions.
         link: Default link of predictions; None for the likelihood's.
-        tuned: What :meth:`tune` found, with the whole curve; None before.
+        tuned: What :meth:`tune` found on validation data, with the whole curve; None before.
+        prior_source: Where the prior precision comes from, in words.
         seed: Of predictions that draw.
         targets_key: Where dictionary-like batches have their targets.
     """
@@ -148,6 +149,7 @@ class Laplace:
     tuned: Tuned | None = None
     seed: int = 0
     targets_key: str = "labels"
+    prior_source: str = "as it was given"
 
     @property
     def network(self) -> Network:
@@ -230,7 +232,10 @@ class Laplace:
             self.posterior, prior_precision=tuned.prior_precisions.to(self.posterior.prior_precision.device),
             noise_variance=noise_variance,
         )  # fmt: skip
-        return replace(self, posterior=posterior, output_temperature=tuned.temperature, link=link, tuned=tuned)
+        return replace(
+            self, posterior=posterior, output_temperature=tuned.temperature, link=link, tuned=tuned,
+            prior_source="tuned on validation data",
+        )  # fmt: skip
 
     def _of_marginal_likelihood(
         self, link: str, layerwise: bool, temperature: bool | None, noise: bool | None
@@ -249,7 +254,8 @@ class Laplace:
         else:
             prior = maximise_marginal_likelihood(self.posterior, per_block=layerwise)
             posterior = replace(self.posterior, prior_precision=prior)
-        tuned = replace(self, posterior=posterior, link=link, tuned=None)
+        source = "maximum of the marginal likelihood"
+        tuned = replace(self, posterior=posterior, link=link, tuned=None, prior_source=source)
         certainty = tuned.certainty()
         if certainty is not None and certainty.too_small:
             deviation = torch.as_tensor(posterior.noise_variance).sqrt()
@@ -347,14 +353,13 @@ class Laplace:
         )
         n_certain = self.network.n_params if self.network.free is None else int(self.network.free.sum())
         total = sum(p.numel() for p in self.network.snapshot.parameters.values())
-        how = "tuned on validation data" if self.tuned is not None else "as it was given or by the marginal likelihood"
         lines = [
             f"Laplace posterior of {n_certain:,} of {total:,} parameters",
             f"  likelihood       {self.likelihood!r}, {self.network.n_outputs} outputs",
             f"  training data    {posterior.n_data:,}, of which {n_drawn:,} gave the curvature",
             f"  curvature        {settings['structure']}, {settings['split']}",
             f"  covers           {_kinds(fitted)}",
-            f"  prior precision  {_few(posterior.prior_precision)} ({how})",
+            f"  prior precision  {_few(posterior.prior_precision)} ({self.prior_source})",
         ]
         if self.likelihood.has_noise:
             deviation = torch.as_tensor(posterior.noise_variance).double().sqrt()
@@ -425,7 +430,7 @@ def load(path: str | Path, model: nn.Module, likelihood: Likelihood | None = Non
 POSTERIOR_FILE = "posterior"
 
 _OF_POSTERIOR = ("prior_precision", "prior_mean", "temperature", "noise_variance")
-_OF_PREDICTIONS = ("output_temperature", "link", "tuned", "seed", "targets_key")
+_OF_PREDICTIONS = ("output_temperature", "link", "tuned", "seed", "targets_key", "prior_source")
 
 
 def _on(value: Any, device: torch.device) -> Any:

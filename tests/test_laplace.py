@@ -276,6 +276,9 @@ def test_a_few_readable_lines():
     assert lines[0] == "Laplace posterior of 51 of 51 parameters"
     assert any("40, of which 40 gave the curvature" in line for line in lines)
     assert any("tuned on validation data" in line for line in lines)
+    assert any(line.startswith("  covers           2 kronecker; 51 directions") for line in lines)
+    assert "(as it was given)" in str(native)
+    assert "(maximum of the marginal likelihood)" in str(native.tune())
     assert len(lines) < 8
     assert repr(native) == "<Laplace posterior of 51 of 51 parameters>"
     last = dl.fit(model_of(), batches("regression"), "regression", parameters="last_layer")
