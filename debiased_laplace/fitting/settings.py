@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -153,11 +153,6 @@ class FitSettings:
             drawn = {"directions": previous.direction_indices, "curvatures": previous.curvature_indices}
             kept["previous"] = _store.fingerprint(drawn)
         return kept
-
-    @classmethod
-    def names(cls) -> list[str]:
-        """What can be set."""
-        return [setting.name for setting in fields(cls)]
 
 
 def default_sampler(budget: int | None, structure: Structure, curvature: str) -> Sampler:

@@ -55,8 +55,8 @@ class Tuned:
             was not tuned, the temperature that was given; with tuned noise, at its mean squared error as the noise):
             how much of the gain needs no posterior.
         undetermined: What the data do not determine: ``"temperature"``, ``"noise"``, ``"prior precision"``. Of equally
-        good values
-            the temperature is the one nearest to 1, and a prior precision the smallest, with most uncertainty.
+            good values the temperature is the one nearest to 1, and a prior precision the smallest, with most
+            uncertainty.
     """
 
     prior_precisions: Tensor
