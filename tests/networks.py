@@ -278,6 +278,56 @@ class TiedEmbedding(nn.Module):
         return F.linear(hidden, self.tokens.weight)
 
 
+class Written(nn.Module):
+    """A function of inputs ``[N, 4, 3]`` and parameters, without layers; outputs are sums over tokens."""
+
+    def __init__(self, function: Callable[..., Tensor], *shapes: tuple[int, ...]) -> None:
+        super().__init__()
+        self.parameters_ = nn.ParameterList([nn.Parameter(torch.randn(shape)) for shape in shapes])
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x, *self.parameters_).sum(1)
+
+
+def with_token(x: Tensor, token: Tensor, positions: Tensor, scale: Tensor) -> Tensor:
+    """A class token, positions and a scale, as a vision Transformer has them."""
+    tokens = torch.cat([token.expand(len(x), -1, -1), x], 1) + positions[:, :5]
+    return tokens.tanh().cumsum(1)[..., :2] * scale
+
+
+def heads(x: Tensor, first: Tensor, second: Tensor) -> Tensor:
+    """Projections to heads and back with weights of three dimensions."""
+    return torch.einsum("nthe,hed->ntd", torch.einsum("nti,ihe->nthe", x, first).tanh(), second)
+
+
+def relative(x: Tensor, table: Tensor, queries: Tensor) -> Tensor:
+    """An attention bias that is looked up at constant places, and queries that are learned."""
+    index = (torch.arange(4)[:, None] - torch.arange(4)) % len(table)
+    mixed = (x @ x.mT + table[index.flatten()].view(4, 4)).softmax(-1) @ x
+    return (queries.repeat(len(x), 1, 1) @ mixed.mT).tanh() @ mixed[..., :2]
+
+
+def standardised(x: Tensor, weight: Tensor, gain: Tensor) -> Tensor:
+    """A weight that is normalised first, as in a network without normalisation layers."""
+    rows = F.batch_norm(weight.reshape(1, 2, -1), None, None, weight=gain.view(-1), training=True)
+    return F.linear(x.mT, rows.reshape_as(weight)).tanh()
+
+
+def attended(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Queries, keys and values from the rows of one weight, of different inputs."""
+    inputs = zip((x, x.sin(), x.cos()), weight.chunk(3), bias.chunk(3), strict=True)
+    q, k, v = (F.linear(i, w, b) for i, w, b in inputs)
+    return (q @ k.mT).softmax(-1) @ v
+
+
+def by_entries(x: Tensor, base: Tensor, exponent: Tensor, floor: Tensor) -> Tensor:
+    """Functions of entries, in place and out of place, of parameters in any of their places."""
+    y = 2 * (x.abs() / base.exp()).pow(exponent.abs())
+    y.mul_(exponent).add_(floor)
+    return torch.where(x > 0, y, floor.sin())[..., :2] - floor[0]
+
+
 class Upsampling(nn.Module):
     """Transposed convolutions."""
 
@@ -423,6 +473,25 @@ ZOO: dict[str, Case] = {
     ),
     "transposed-3d": Case(lambda: Upsampling(nn.ConvTranspose3d(1, 2, 2, stride=(1, 2, 1), padding=1)), (1, 2, 2, 3)),
     "transposed-tied": Case(TiedConvolution, (1, 4)),
+    "product": Case(lambda: Written(lambda x, w, v: (w @ (x @ v).tanh()), (4, 4), (3, 2)), (4, 3)),
+    "product-transposed": Case(lambda: Written(lambda x, w: F.linear(x.tanh(), w.t()), (3, 2)), (4, 3)),
+    "product-in-groups": Case(lambda: Written(lambda x, w: torch.einsum("nti,tio->nto", x, w).tanh(), (4, 3, 2)),
+                              (4, 3)),
+    "product-and-bias": Case(
+        lambda: Written(lambda x, w, b: torch.addmm(b, x.reshape(-1, 3), w).view(len(x), 4, 2).tanh(), (3, 2), (2,)),
+        (4, 3),
+    ),
+    "heads": Case(lambda: Written(heads, (3, 2, 2), (2, 2, 2)), (4, 3)),
+    "class-token": Case(lambda: Written(with_token, (1, 1, 3), (1, 6, 3), (2,)), (4, 3)),
+    "relative-bias": Case(lambda: Written(relative, (5, 1), (1, 2, 3)), (4, 3)),
+    "standardised": Case(lambda: Written(standardised, (2, 4), (2, 1)), (4, 3)),
+    "rows-of-a-weight": Case(lambda: Written(attended, (6, 3), (6,)), (4, 3)),
+    "functions-of-entries": Case(lambda: Written(by_entries, (3,), (3,), (3,)), (4, 3)),
+    "similarities": Case(lambda: Written(lambda x, w: F.cosine_similarity(x[:, :, None], w, -1), (2, 3)), (4, 3)),
+    "branch": Case(
+        lambda: Written(lambda x, w: F.cosine_similarity(x[:, :, None], w, -1) if float(x.sum()) < 1e9 else x, (2, 3)),
+        (4, 3),
+    ),
     "single-output": Case(SingleOutput, (3,), 1),
     "frozen-weight": Case(lambda: frozen(True, False), (3,)),
     "frozen-bias": Case(lambda: frozen(False, True), (3,)),

@@ -430,13 +430,13 @@ def test_outputs_without_gradients():
         Network.discover(model, data().float(), parameters="last_layer")
 
 
-def test_a_head_too_large_for_an_exact_block_is_named_with_the_remedy():
+def test_a_head_that_is_written_out_has_factors_and_one_that_is_standardised_a_diagonal():
     torch.manual_seed(0)
-    model = nn.Sequential(linear(100, 4), nn.Tanh(), Written(lambda s, h: h @ s.w, w=own(100, 50))).double()
-    with pytest.raises(
-        UnsupportedLayerError, match=r"last layer consists of \['2.w'\].*'2.w' of shape \(100, 50\).*nn.Linear"
-    ):
-        Network.discover(model, data(), parameters="last_layer")
+    written = {"kronecker": lambda s, h: h @ s.w, "diagonal": lambda s, h: h @ (s.w - s.w.mean(0))}
+    for kind, function in written.items():
+        model = nn.Sequential(linear(100, 4), nn.Tanh(), Written(function, w=own(100, 50))).double()
+        network = Network.discover(model, data(), parameters="last_layer")
+        assert [(block.name, block.kind.name) for block in network.blocks] == [("2.w", kind)]
 
 
 # -- what is said about it -------------------------------------------------------------------------

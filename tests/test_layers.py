@@ -319,7 +319,9 @@ class DiagonalConvolution(ConvolutionCall):
 
 def test_a_rule_says_what_curvature_its_block_gets(monkeypatch):
     rule = RULES[torch.conv1d]
-    monkeypatch.setitem(RULES, torch.conv1d, lambda *a, **k: replace(rule(*a, **k), call=DiagonalConvolution))
+    monkeypatch.setitem(
+        RULES, torch.conv1d, lambda *a, **k: [replace(one, call=DiagonalConvolution) for one in rule(*a, **k)]
+    )
     check_structure(Kronecker(), among=[problem("conv1d")])
     network = Network.discover(ZOO["conv1d"].model(), ZOO["conv1d"].inputs(4))
     assert [block.kind.name for block in network.blocks] == ["diagonal", "kronecker"]

@@ -15,6 +15,7 @@ def coverage(fitted: Fit, subset: str = "all") -> str:
     network, basis = fitted.network, fitted.posterior.basis
     without_curvature = not bool(fitted.posterior.curvatures.any())
     rows, total = [("block", "parameters", "curvature", "size", "")], 0
+    of_kinds: dict[str, int] = {}
     for part, members in zip(basis.parts, basis.members, strict=True):
         blocks = [network.blocks[index] for index in members]
         kind, shape = part.describe(blocks)
@@ -25,12 +26,15 @@ def coverage(fitted: Fit, subset: str = "all") -> str:
             block.size if mask is None else int(mask.sum()) for block, mask in zip(blocks, masks, strict=True)
         )  # fmt: skip
         total += size
+        of_kinds[kind] = of_kinds.get(kind, 0) + size
         rows.append((", ".join(block.name for block in blocks), names, kind, str(size), shape))
     widths = [max(len(row[i]) for row in rows) for i in range(4)]
     lines = [
         "  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[4]]).rstrip()
         for row in rows
     ]  # fmt: skip
+    shares = ", ".join(f"{100 * size / total:.3g} % {kind}" for kind, size in of_kinds.items())
+    lines.append(f"Share of the parameters: {shares}.")
     lines.append(f"{total} of {total} trainable parameters covered by {len(basis.parts)} blocks.")
     if subset == "last_layer":
         lines.append(f"The last layer: {', '.join(network.shapes)}.")

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from debiased_laplace import _checks, _data
 from debiased_laplace._guards import global_random_state
+from debiased_laplace.curvature.structures import Structure
 from debiased_laplace.fitting.checkpoint import Checkpoint
 from debiased_laplace.fitting.fitted import Fit
 from debiased_laplace.fitting.measurement import Measurement
@@ -26,6 +27,7 @@ from debiased_laplace.fitting.stream import Observed, Stream, mean_loss
 from debiased_laplace.fitting.update import updated_curvature
 from debiased_laplace.likelihoods import Likelihood
 from debiased_laplace.network.gradients import CurvatureData
+from debiased_laplace.network.kinds import NO_CURVATURE
 from debiased_laplace.network.network import Network
 from debiased_laplace.network.snapshot import Snapshot
 from debiased_laplace.posterior.gaussian import Posterior
@@ -35,6 +37,9 @@ logger = logging.getLogger(__name__)
 
 #: Outputs up to which the square root of the loss Hessian is exact by default.
 MAX_EXACT_OUTPUTS = 32
+
+#: Share of the parameters with a diagonal curvature in a Kronecker-factored structure above which a fit warns.
+MAX_DIAGONAL = 0.1
 
 #: Data of the stream that every fit keeps besides, to compare predictions with what the network does on them.
 UNIFORM_BUDGET = 64
@@ -176,6 +181,7 @@ def _measured(
     if settings.parameters == "last_layer":
         logger.info("The last layer: %s.", ", ".join(network.shapes))
     _warn_of_unreached(network, drawn.sample.data.inputs)
+    _tell_of_coverage(network, settings.structure)
     sample = _with_targets(drawn.sample, likelihood, network)
     uniform = None if drawn.uniform is None else _with_targets(drawn.uniform, likelihood, network)
     mc_samples = _resolve_mc_samples(settings.mc_samples, network.n_outputs)
@@ -229,6 +235,25 @@ def _joined(previous: Fit, fitted: Fit) -> Fit:
         n_seen=previous.n_seen + fitted.n_seen, direction_indices=previous.direction_indices,
         curvature_indices=indices, sample=None, observed=None, uniform=None,
     )  # fmt: skip
+
+
+def _tell_of_coverage(network: Network, structure: Structure) -> None:
+    """Tell which parameters have no curvature, and warn the caller of a fit if many have a diagonal one."""
+    unused = [name for block in network.blocks if block.kind == NO_CURVATURE for name in block.parameters]
+    if unused:
+        logger.warning(
+            "%d parameters take no part in the forward pass and keep their prior: %s. Freeze them with "
+            "requires_grad_(False) to leave them out of the posterior.", len(unused), ", ".join(unused[:10])
+        )  # fmt: skip
+    diagonal = structure.unfactored(network)
+    share = sum(network.shapes[name].numel() for name in diagonal) / network.n_params
+    if share > MAX_DIAGONAL:
+        warnings.warn(
+            f"{100 * share:.0f} % of the parameters have a diagonal curvature, since no layer rule knows how they are "
+            f"used: {', '.join(diagonal[:10])}{', ...' if len(diagonal) > 10 else ''}. Predictions are rather too "
+            "uncertain along them. coverage() has what every parameter got; freeze those, or choose others with "
+            "parameters=.", stacklevel=4,
+        )  # fmt: skip
 
 
 def _warn_of_unreached(network: Network, inputs: _data.Inputs) -> None:

@@ -14,13 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from debiased_laplace._checks import UnsupportedLayerError
 from debiased_laplace.network.arrangement import Arrangement, SideBySide, Stacked
-from debiased_laplace.network.kinds import DENSE, KRONECKER, Kind
+from debiased_laplace.network.kinds import DENSE, DIAGONAL, KRONECKER, MAX_DENSE, NO_CURVATURE, Kind
 from debiased_laplace.network.layers import Call
-
-#: Largest parameter that is given a dense block when no layer rule covers it.
-MAX_LONE_PARAMETERS = 4096
+from debiased_laplace.network.uses import Use
 
 
 @dataclass(frozen=True)
@@ -39,6 +36,7 @@ class Block:
         weight: Whether the weight is part of it (where parameters are side by side).
         bias: Whether the bias is.
         calls: Positions of its calls in the order of the forward pass.
+        formed: Whether its calls have no factors in common: then their gradients are formed and added.
     """
 
     name: str
@@ -52,11 +50,17 @@ class Block:
     weight: bool = True
     bias: bool = False
     calls: tuple[int, ...] = ()
+    formed: bool = False
 
     @property
     def size(self) -> int:
         """Number of parameters."""
         return sum(shape.numel() for shape in self.shapes)
+
+    @property
+    def is_lone(self) -> bool:
+        """Whether no layer rule covers it, though it takes part in the forward pass."""
+        return not self.calls and self.kind != NO_CURVATURE
 
     @property
     def matrix_shape(self) -> tuple[int, int, int]:
@@ -96,97 +100,117 @@ class Block:
 def group_parameters(
     shapes: dict[str, torch.Size],
     calls: Sequence[Call],
-    names: Sequence[tuple[str | None, str | None]],
+    uses: Sequence[tuple[Use | None, Use | None]],
     elsewhere: dict[str, str],
     *,
     separate_bias: bool = False,
 ) -> list[Block]:
     """Assign every trainable parameter to exactly one block.
 
+    Factors of layers come first, then formed gradients of calls that have no factors in common
+    (:mod:`debiased_laplace.network.formed`), then gradients of lone parameters (:mod:`debiased_laplace.network.lone`).
+
     Args:
         shapes: Shapes of the trainable parameters by name, in their order.
         calls: Recorded calls in the order of the forward pass.
-        names: For every call, the names of its trainable weight and bias (None where there is none).
+        uses: For every call, what its weight and its bias are made of (None where there is none).
         elsewhere: Parameters used in functions that no layer rule covers, and the function's name.
         separate_bias: Give weights and biases of layers blocks of their own.
 
     Returns:
         Blocks in the order of their first parameter.
-
-    Raises:
-        UnsupportedLayerError: If nothing covers a parameter; it names it and the remedy.
     """
+    members: dict[str, list[int]] = {}
+    for index, pair in enumerate(uses):
+        for name in dict.fromkeys(name for use in pair if use is not None for name in use.names):
+            members.setdefault(name, []).append(index)
     partners: dict[str, set[str | None]] = {}
-    for weight, bias in names:
+    for weight, bias in uses:
         for one, other in ((weight, bias), (bias, weight)):
-            if one is not None:
-                partners.setdefault(one, set()).add(other)
-    elsewhere = {**_used_in_several_ways(calls, names), **elsewhere}
-    for call, pair in zip(calls, names, strict=True):
-        of_call = [name for name in pair if name is not None]
-        if call.arrangement.stacked and any(len(partners[name]) > 1 or name in elsewhere for name in of_call):
-            elsewhere.update({name: elsewhere.get(name, "a shared normalisation layer") for name in of_call})
+            if one is not None and not one.derived:
+                named = other is not None and not other.derived
+                partners.setdefault(one.name, set()).add(other.name if named else None)  # type: ignore[union-attr]
+    formed = _in_several_ways(calls, uses)
+    for call, pair in zip(calls, uses, strict=True):
+        stacked = [use.name for use in pair if use is not None and not use.derived and call.arrangement.stacked]
+        if any(len(partners[name]) > 1 or name in formed for name in stacked):
+            formed.update(stacked)
 
     blocks: dict[tuple[str, ...], Block] = {}
-    for (weight, bias), call in zip(names, calls, strict=True):
-        of_call = [name for name in (weight, bias) if name is not None and name not in elsewhere]
-        shared = any(len(partners[name]) > 1 for name in of_call)
+    for (weight, bias), call in zip(uses, calls, strict=True):
+        of_call = [
+            use for use in (weight, bias)
+            if use is not None and not use.derived and use.name not in elsewhere and use.name not in formed
+        ]  # fmt: skip
+        shared = any(len(partners[use.name]) > 1 for use in of_call) or len({use.whole for use in of_call}) > 1
         joint = call.arrangement.stacked or not (shared or separate_bias)
-        for group in [tuple(of_call)] if joint and of_call else [(name,) for name in of_call]:
-            if group not in blocks:
-                uses = tuple(index for index, pair in enumerate(names) if group[0] in pair)
-                blocks[group] = _layer_block(group, shapes, call, weight in group, bias in group, uses)
+        for group in [of_call] if joint and of_call else [[use] for use in of_call]:
+            names = tuple(use.name for use in group)
+            if names not in blocks:
+                blocks[names] = _layer_block(
+                    names, shapes, call, weight if weight in group else None, bias if bias in group else None,
+                    tuple(members[names[0]]),
+                )  # fmt: skip
 
     covered = {name for group in blocks for name in group}
     for name, shape in shapes.items():
-        if name not in covered:
-            blocks[(name,)] = _lone_block(name, shape, elsewhere.get(name))
+        if name in covered:
+            continue
+        is_formed = name in formed and name not in elsewhere
+        kind = _dense_or_diagonal(shape.numel()) if is_formed or name in elsewhere else NO_CURVATURE
+        blocks[(name,)] = Block(
+            name, (name,), (shape,), kind, Stacked(), outputs=shape.numel(),
+            calls=tuple(members[name]) if is_formed else (), formed=is_formed,
+        )  # fmt: skip
     order = {name: position for position, name in enumerate(shapes)}
     return sorted(blocks.values(), key=lambda block: order[block.parameters[0]])
 
 
-def _used_in_several_ways(calls: Sequence[Call], names: Sequence[tuple[str | None, str | None]]) -> dict[str, str]:
-    """Parameters that layers see as different matrices, an embedding and the head that is tied to it, say."""
-    uses: dict[str, dict[Any, str]] = {}
-    for call, (weight, bias) in zip(calls, names, strict=True):
-        for name, is_weight in ((weight, True), (bias, False)):
-            if name is not None and not call.arrangement.stacked:
-                matrix = call.kind, call.arrangement, call.matrix_shape(weight=is_weight, bias=not is_weight)
-                uses.setdefault(name, {})[matrix] = type(call).__name__
-    return {name: " and ".join(ways.values()) for name, ways in uses.items() if len(ways) > 1}
+def _in_several_ways(calls: Sequence[Call], uses: Sequence[tuple[Use | None, Use | None]]) -> set[str]:
+    """Parameters that layers see as different matrices (an embedding and the head that is tied to it) or derived."""
+    ways: dict[str, set[Any]] = {}
+    for call, (weight, bias) in zip(calls, uses, strict=True):
+        for use, is_weight in ((weight, True), (bias, False)):
+            for name in () if use is None else use.names:
+                as_it_is = use is not None and use.split is None and use.whole
+                way: Any = None
+                if use is None or use.derived or not call.factored or (call.arrangement.stacked and not as_it_is):
+                    way = None
+                elif call.arrangement.stacked:
+                    way = "stacked"
+                elif not use.whole and call.groups > 1:
+                    way = None
+                else:
+                    shape = call.matrix_shape(weight=is_weight, bias=not is_weight)
+                    outputs = shape[1] if use.whole else use.shape[0]
+                    way = call.kind, use.arranged(call.arrangement), (shape[0], outputs, shape[2])
+                ways.setdefault(name, set()).add(way)
+    return {name for name, of_name in ways.items() if len(of_name) > 1 or None in of_name}
+
+
+def _dense_or_diagonal(size: int) -> Kind:
+    return DENSE if size <= MAX_DENSE else DIAGONAL
 
 
 def _layer_block(
-    group: tuple[str, ...], shapes: dict[str, torch.Size], call: Call, weight: bool, bias: bool, uses: tuple[int, ...]
-) -> Block:
+    group: tuple[str, ...], shapes: dict[str, torch.Size], call: Call, weight: Use | None, bias: Use | None,
+    calls: tuple[int, ...],
+) -> Block:  # fmt: skip
     label = group[0].rpartition(".")[0] or group[0] if len(group) > 1 else group[0]
+    groups, outputs, inputs = call.matrix_shape(weight=weight is not None, bias=bias is not None)
+    arrangement, first = call.arrangement, weight or bias
+    assert first is not None
+    if weight is not None:
+        arrangement = weight.arranged(arrangement)
+    elif bias is not None:
+        arrangement = bias.arranged(arrangement)
+    if not first.whole:
+        outputs = first.shape[0]
+    kind = _dense_or_diagonal(outputs) if arrangement.stacked else call.kind
     return Block(
-        label, group, tuple(shapes[name] for name in group), call.kind, call.arrangement,
-        *call.matrix_shape(weight=weight, bias=bias), weight, bias, uses,
+        label, group, tuple(shapes[name] for name in group), kind, arrangement, groups, outputs, inputs,
+        weight is not None, bias is not None, calls,
     )  # fmt: skip
-
-
-def _lone_block(name: str, shape: torch.Size, function: str | None) -> Block:
-    """A dense block for a parameter that no layer rule covers; larger ones could be ``DIAGONAL``.
-
-    Args:
-        name: Of the parameter.
-        shape: Its shape.
-        function: What uses it; None if nothing does.
-    """
-    if function is None:
-        raise UnsupportedLayerError(
-            f"The trainable parameter {name!r} takes no part in the forward pass, so it has no curvature. "
-            "Freeze it with requires_grad_(False) to leave it out of the posterior."
-        )
-    if shape.numel() > MAX_LONE_PARAMETERS:
-        raise UnsupportedLayerError(
-            f"No curvature block covers the trainable parameter {name!r} of shape {tuple(shape)}, used in "
-            f"{function}: supported are linear layers, convolutions, embeddings, normalisation layers and any "
-            f"parameter with at most {MAX_LONE_PARAMETERS} entries. Freeze it with requires_grad_(False) to leave "
-            "it out of the posterior."
-        )
-    return Block(name, (name,), (shape,), DENSE, Stacked(), outputs=shape.numel())
 
 
 def flatten(parameters: dict[str, Tensor], shapes: dict[str, torch.Size]) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from typing import TYPE_CHECKING
 
@@ -17,10 +18,13 @@ from debiased_laplace.network.layers import Call, Layout
 from debiased_laplace.network.operations import Trace
 from debiased_laplace.network.selected import formed_size, gradients_of_data, memory_of_datum
 from debiased_laplace.network.selection import refuse_scripted
-from debiased_laplace.network.tracing import find_layouts
+from debiased_laplace.network.tracing import Recorder, find_layouts, leaves
+from debiased_laplace.network.uses import use_of
 
 if TYPE_CHECKING:
     from debiased_laplace.network.network import Network
+
+logger = logging.getLogger(__name__)
 
 
 def find_blocks(network: Network, inputs: _data.Inputs, separate_bias: bool) -> None:
@@ -40,40 +44,69 @@ def find_blocks(network: Network, inputs: _data.Inputs, separate_bias: bool) -> 
         raise ValueError("Expected at least one datum to find the layers of the model with, got none.")
     # Three, to see which dimension counts them, and what the model does for one and for two.
     inputs = _data.at_least(_data.to_device(_data.some(inputs, 3), network.device), 3)
-    factors, elsewhere = network.forward(inputs)
-    _checks.finite(factors.outputs, "the model's outputs", "Check the inputs and the weights for NaN before fitting.")
-    if not factors.graph_outputs.requires_grad:
-        raise ValueError(
-            f"Expected parameters that act on the outputs, got {list(network.shapes)}, on none of which any output "
-            "depends. Choose those that do (a head whose outputs are not returned does not), and do not detach the "
-            "outputs or compute them under no_grad."
-        )
-    fewer = _check_independence(network, inputs, factors.outputs)
+    factors, fewer, recorder = _with_entries(network, inputs)
     network.n_outputs = factors.outputs.shape[1]
     network.fewest = 1 if _takes_one(network, _data.take(inputs, slice(0, 1)), factors) else 2
-    calls, elsewhere = factors.calls, dict(elsewhere)
-    names = [(network.identities.get(id(call.weight)), network.identities.get(id(call.bias))) for call in calls]
-    used = heads.leaves(factors.graph_outputs) & network.identities.keys()
-    for name in {network.identities[leaf] for leaf in used}.difference(*names):  # inside torch.func.vmap, say
+    calls, elsewhere = factors.calls, dict(recorder.elsewhere)
+    pairs = [(call.weight, call.bias) for call in calls]
+    made_of = [[[] if p is None else recorder.names_in(p) for p in pair] for pair in pairs]
+    uses = [
+        (use_of(pair[0], network.identities, names[0]), use_of(pair[1], network.identities, names[1]))
+        for pair, names in zip(pairs, made_of, strict=True)
+    ]
+    of_calls = [[name for of_slot in names for name in of_slot] for names in made_of]
+    used = leaves(factors.graph_outputs) & network.identities.keys()
+    for name in {network.identities[leaf] for leaf in used}.difference(*of_calls):  # inside torch.func.vmap, say
         elsewhere.setdefault(name, "a function that cannot be looked into")
     constant = [len(fewer) == len(calls) and fewer[i].output_shape == call.output_shape for i, call in enumerate(calls)]
-    layouts = find_layouts(factors.graph_outputs, calls, names, constant)
-    for call, pair, layout in zip(calls, names, layouts, strict=True):
+    layouts = find_layouts(factors.graph_outputs, calls, of_calls, constant)
+    for call, names, layout in zip(calls, of_calls, layouts, strict=True):
         if layout is None:
-            how = f"{type(call).__name__} without a dimension for the data"
-            elsewhere.update({name: how for name in pair if name is not None})
+            elsewhere.update(dict.fromkeys(names, f"{type(call).__name__} without a dimension for the data"))
         network.layouts.append(layout or Layout())
-    network.blocks = group_parameters(network.shapes, calls, names, elsewhere, separate_bias=separate_bias)
     network.call_types = frozenset(type(call).__name__ for call in calls)
-    network.is_head = (
-        len(calls) == len(network.blocks) == 1
-        and not network.blocks[0].arrangement.stacked
-        and bool(network.blocks[0].calls)
-        and calls[0].output_shape == factors.outputs.shape
-        and calls[0].edge.node is factors.graph_outputs.grad_fn
-    )
-    _measure_sizes(network, inputs, factors)
-    _check_factors(network, inputs)
+    while True:
+        network.blocks = group_parameters(network.shapes, calls, uses, elsewhere, separate_bias=separate_bias)
+        network.is_head = (
+            len(calls) == len(network.blocks) == 1
+            and not network.blocks[0].arrangement.stacked
+            and bool(network.blocks[0].calls)
+            and calls[0].output_shape == factors.outputs.shape == (len(factors.outputs), network.blocks[0].outputs)
+            and calls[0].edge.node is factors.graph_outputs.grad_fn
+        )
+        _measure_sizes(network, inputs, factors)
+        misread = _check_factors(network, inputs)
+        if misread is None:
+            return
+        # What no rule reads rightly is differentiated as it is.
+        logger.debug("The gradient of %r is not that of its layers: it is made apart.", misread)
+        elsewhere[misread] = "a function that is read otherwise"
+
+
+def _with_entries(network: Network, inputs: _data.Inputs) -> tuple[Factors, list[Call], Recorder]:
+    """A forward pass that knows where parameters meet the data, its calls for one datum less, and what was seen.
+
+    What was made of parameters alone and has another shape for fewer data has an entry for each of them. One after the
+    other, since what follows from an entry depends on the data.
+    """
+    fewer_inputs = _data.take(inputs, slice(0, _data.count(inputs) - 1))
+    while True:
+        factors, recorder = network.forward(inputs)
+        _checks.finite(
+            factors.outputs, "the model's outputs", "Check the inputs and the weights for NaN before fitting."
+        )
+        if not factors.graph_outputs.requires_grad:
+            raise ValueError(
+                f"Expected parameters that act on the outputs, got {list(network.shapes)}, on none of which any output "
+                "depends. Choose those that do (a head whose outputs are not returned does not), and do not detach the "
+                "outputs or compute them under no_grad."
+            )
+        fewer = _check_independence(network, fewer_inputs, factors.outputs)
+        shapes = recorder.derivations, [] if fewer is None else fewer.derivations
+        differ = [number for number, pair in enumerate(zip(*shapes, strict=False)) if pair[0] != pair[1]]
+        if not differ or network.entries is None or differ[0] in network.entries:
+            return factors, [] if fewer is None else fewer.calls, recorder
+        network.entries |= {differ[0]}
 
 
 def unreached(network: Network, inputs: _data.Inputs) -> tuple[list[int], list[str], list[int]]:
@@ -108,6 +141,7 @@ def _measure_sizes(network: Network, inputs: _data.Inputs, factors: Factors) -> 
     """How much memory a datum needs, for :meth:`.Network.chunk_size`."""
     n = len(factors.outputs)
     network.activations = sum(math.prod(call.output_shape) for call in factors.calls) // n + 1
+    network.activations += sum(block.size for block in network.blocks if block.arrangement.stacked)
     network.datum_size = _data.size_of_datum(inputs)
     for block in network.blocks:
         inputs_of_block = factors.inputs(block)
@@ -115,13 +149,13 @@ def _measure_sizes(network: Network, inputs: _data.Inputs, factors: Factors) -> 
         network.largest_formed = max(network.largest_formed, formed_size(inputs_of_block, block.outputs))
 
 
-def _check_independence(network: Network, inputs: _data.Inputs, outputs: Tensor) -> list[Call]:
-    """The outputs of the first data must not change when the last one is left out; the calls without it."""
+def _check_independence(network: Network, fewer_inputs: _data.Inputs, outputs: Tensor) -> Recorder | None:
+    """The outputs of the first data must not change when the last one is left out; what is seen without it."""
     cause: ValueError | None = None
-    calls: list[Call] = []
+    recorder: Recorder | None = None
     try:
-        factors, _ = network.forward(_data.take(inputs, slice(0, len(outputs) - 1)))
-        fewer, calls = factors.outputs, factors.calls
+        factors, recorder = network.forward(fewer_inputs)
+        fewer = factors.outputs
     except ValueError as error:  # a normalisation by the statistics of one datum
         fewer, cause = torch.full_like(outputs[:-1], torch.nan), error
     if not close(fewer, outputs[:-1], outputs):
@@ -130,7 +164,7 @@ def _check_independence(network: Network, inputs: _data.Inputs, outputs: Tensor)
             "independent given the weights; a normalisation by batch statistics (track_running_stats=False) is the "
             "usual cause. Replace it, or give it running statistics."
         ) from cause
-    return calls
+    return recorder
 
 
 def _takes_one(network: Network, datum: _data.Inputs, among: Factors) -> bool:
@@ -146,8 +180,12 @@ def _takes_one(network: Network, datum: _data.Inputs, among: Factors) -> bool:
     return same and close(alone.outputs, among.outputs[:1], among.outputs)
 
 
-def _check_factors(network: Network, inputs: _data.Inputs) -> None:
-    """The gradient of every datum's outputs must be what its factors give, or a layer was misread."""
+def _check_factors(network: Network, inputs: _data.Inputs) -> str | None:
+    """The gradient of every datum's outputs must be what its factors give; a parameter whose layer was misread.
+
+    Raises:
+        UnsupportedLayerError: If it is one that no rule reads, made datum by datum.
+    """
     names = list(network.shapes)
     copies = {name: p.detach().requires_grad_() for name, p in network.leaves.items()}
     factors, _ = network.forward(inputs)
@@ -164,17 +202,19 @@ def _check_factors(network: Network, inputs: _data.Inputs) -> None:
         for name, g in zip(names, zip(*by_datum, strict=True), strict=True)
     }
     largest = max(float(g.abs().max()) for g in expected.values() if g.numel())
+    lone = {name for block in network.lone_blocks for name in block.parameters}
     wrong = _misread(network, factors, vectors, expected, largest)
-    if wrong is not None and network.lone_blocks:  # batched derivatives of some operations are wrong in torch
+    if wrong in lone and not network.one_by_one:  # batched derivatives of some operations are wrong in torch
         network.one_by_one = True
         factors, _ = network.forward(inputs)
         wrong = _misread(network, factors, vectors, expected, largest)
-    if wrong is not None:
+    if wrong in lone:
         raise _checks.UnsupportedLayerError(
-            f"The gradient of {wrong!r} could not be reconstructed from its layer's inputs and outputs. "
+            f"The gradient of {wrong!r} could not be reconstructed by differentiating the model datum by datum. "
             "Freeze it with requires_grad_(False) to leave it out of the posterior, and please report the "
             "layer: this is an error of this package."
         )
+    return wrong
 
 
 def _misread(

@@ -20,9 +20,11 @@ from torch import Tensor
 
 from debiased_laplace import _data
 from debiased_laplace.network.blocks import Block
+from debiased_laplace.network.formed import formed_gradients
 from debiased_laplace.network.layers import Call
-from debiased_laplace.network.lone import lone_jacobians
+from debiased_laplace.network.lone import LoneGradients, gradients_of_block
 from debiased_laplace.network.selected import LayerInputs, concatenated
+from debiased_laplace.network.uses import first_row
 
 if TYPE_CHECKING:
     from debiased_laplace.network.network import Network
@@ -50,7 +52,7 @@ class Factors:
     graph_outputs: Tensor
     calls: list[Call]
     n_run: int
-    _lone: list[Tensor] | None = None
+    _lone: LoneGradients | None = None
 
     def inputs(self, block: Block, part: slice | None = None, phase: int | None = None) -> LayerInputs:
         """Inputs of a block, a one appended for the bias, ``[N, G, I, S]``, at least in float32.
@@ -73,7 +75,8 @@ class Factors:
         for index in block.calls:
             call, layout = self.calls[index], self.network.layouts[index]
             if not block.weight:
-                positions = math.prod(call.output_shape) // (n * block.groups * block.outputs)
+                assert call.bias is not None
+                positions = math.prod(call.output_shape) // (n * call.bias.numel())
                 parts.append(self.outputs.new_ones((size, block.groups, 1, positions), dtype=dtype))
             elif (narrowed := call.narrow(part, n, layout)) is not None:
                 parts.append(narrowed.inputs(size, layout, ones=block.bias, phase=phase).to(dtype))
@@ -129,10 +132,11 @@ class Factors:
                     self.graph_outputs, edges, vector, retain_graph=keep, allow_unused=True, is_grads_batched=True
                 )
                 gradients = [None if g is None else g.unbind() for g in at_edges]
+            of_lone = self._gradients_of_lone(vector)
             with torch.no_grad():
-                factors = [self._vectors_of(block, gradients, vector) for block in self.network.blocks]
+                factors = [self._vectors_of(block, gradients, vector, of_lone) for block in self.network.blocks]
             gradients = []
-            at_edges = ()
+            at_edges, of_lone = (), {}
             yield part, factors
             factors = []  # the memory is used again for the next vectors
 
@@ -154,23 +158,55 @@ class Factors:
             chunks.clear()
         return joined
 
-    def _vectors_of(self, block: Block, gradients: list[tuple[Tensor, ...] | None], vector: Tensor) -> Tensor:
+    def _vectors_of(
+        self, block: Block, gradients: list[tuple[Tensor, ...] | None], vector: Tensor, of_lone: dict[str, Tensor]
+    ) -> Tensor:
         n, dtype = self.n_run, self.network.dtype
         if not block.calls:
-            jacobian = self._lone_jacobian(block)  # [N, C, P]
-            return torch.einsum("vnc,ncp->nvp", vector.to(dtype), jacobian)[:, None, :, :, None]
+            if not block.is_lone:
+                return vector.new_zeros((vector.shape[1], 1, len(vector), block.size, 1), dtype=dtype)
+            return gradients_of_block(block, of_lone)
+        if block.formed:
+            (name,) = block.parameters
+            calls = [
+                (
+                    self.calls[i],
+                    self.network.layouts[i],
+                    None if (g := gradients[i]) is None else [v.to(dtype) for v in g],
+                )
+                for i in block.calls
+            ]
+            formed = formed_gradients(self.network.leaves[name], calls, n, len(vector), dtype)
+            return gradients_of_block(block, {name: formed[: len(self.outputs)]})
         parts = []
         for index in block.calls:
             call, layout, each = self.calls[index], self.network.layouts[index], gradients[index]
             if each is None:  # a layer without influence on the outputs
-                each = vector.new_zeros((len(vector), *call.output_shape)).unbind()
-            canonical = [call.outputs(g.to(dtype), n, layout)[: len(self.outputs)] for g in each]
+                zeros = vector.new_zeros((len(vector), *call.output_shape), dtype=dtype).unbind()
+                canonical = [call.outputs(g, n, layout) for g in zeros]
+            else:
+                canonical = [call.outputs(call.aligned(g).to(dtype), n, layout) for g in each]
+            canonical = [self._of_all_rows(block, call, g[: len(self.outputs)]) for g in canonical]
             parts.append(canonical[0][:, :, None] if len(canonical) == 1 else torch.stack(canonical, 2))
         if len(parts) == 1:
             return parts[0]
         return torch.stack(parts).sum(0) if block.arrangement.stacked else torch.cat(parts, -1)
 
-    def _lone_jacobian(self, block: Block) -> Tensor:
+    def _of_all_rows(self, block: Block, call: Call, vectors: Tensor) -> Tensor:
+        """Vectors ``[N, 1, O', S]`` of a call that uses some rows of a weight as those of all of its rows."""
+        missing = block.outputs - vectors.shape[2]
+        if not missing:
+            return vectors
+        argument = call.weight if block.weight else call.bias
+        assert argument is not None and argument._base is not None
+        start = first_row(argument, argument._base) or 0
+        return torch.nn.functional.pad(vectors, (0, 0, start, missing - start))
+
+    def _gradients_of_lone(self, vectors: Tensor) -> dict[str, Tensor]:
+        """Of vectors ``[v, N, C]`` in all lone parameters, ``[N, v, *shape]``."""
+        if not self.network.lone_blocks:
+            return {}
         if self._lone is None:
-            self._lone = lone_jacobians(self.network, self.model_inputs)
-        return self._lone[self.network.lone_blocks.index(block)]
+            self._lone = LoneGradients(self.network, self.model_inputs)
+        gradients = self._lone.backpropagate(vectors)
+        return {name: gradient.to(self.network.dtype) for name, gradient in gradients.items()}

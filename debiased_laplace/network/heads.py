@@ -25,6 +25,7 @@ from torch import Tensor
 
 from debiased_laplace._checks import UnsupportedLayerError
 from debiased_laplace.network.operations import LAYERS, PLACEMENTS, SUMS, Operation, OperationSet, Trace
+from debiased_laplace.network.tracing import leaves
 
 
 def last_layer(trace: Trace, outputs: Tensor, names: Mapping[int, str]) -> list[str]:
@@ -261,17 +262,3 @@ class Graph:
             'yourself: last_layer_name="a module", or params=[...] with the default subset_of_weights="all" '
             "(parameters=[...] of fit)."
         )
-
-
-def leaves(outputs: Tensor) -> set[int]:
-    """Identities of the tensors that the graph of the outputs ends in."""
-    identities, seen, todo = set(), set(), [outputs.grad_fn]
-    while todo:
-        node = todo.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if hasattr(node, "variable"):
-            identities.add(id(node.variable))
-        todo.extend(source for source, _ in node.next_functions)
-    return identities | ({id(outputs)} if outputs.is_leaf else set())

@@ -10,6 +10,7 @@ their eigenvectors, or the unit vectors, for which a diagonal is all that is mea
     DENSE               (one input)     eigenvectors    normalisation layers, and parameters without a layer
     DIAGONAL_INPUTS     unit vectors    eigenvectors    embeddings: A is the diagonal of the token frequencies
     DIAGONAL            unit vectors    unit vectors    what is too large for anything else
+    NO_CURVATURE        unit vectors    unit vectors    what takes no part in the forward pass
     ==================  ==============  ==============  =======================================================
 """
 
@@ -37,3 +38,7 @@ KRONECKER = Kind("kronecker")
 DENSE = Kind("exact")
 DIAGONAL_INPUTS = Kind("kronecker", rotates_inputs=False)
 DIAGONAL = Kind("diagonal", rotates_inputs=False, rotates_outputs=False)
+NO_CURVATURE = Kind("prior alone", rotates_inputs=False, rotates_outputs=False)
+
+#: Most parameters of a dense block; of more the curvature is a diagonal where there are no factors.
+MAX_DENSE = 4096

@@ -1,7 +1,13 @@
-"""Jacobians in lone parameters, which no layer rule covers: from ``torch.func``, or by ordinary backward passes."""
+"""Gradients in parameters that no layer rule covers, from the same back-propagated vectors as every other block.
+
+A second forward pass gives every datum a copy of these parameters, so that an ordinary backward pass, of one vector or
+of several, gives the gradients of all data apart: by ``torch.func.vmap`` over data and copies at once, or datum by
+datum where the model has something that cannot be mapped (a kernel of somebody's own, a branch on a number).
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,63 +17,83 @@ from debiased_laplace import _data
 from debiased_laplace._guards import gradients_enabled
 
 if TYPE_CHECKING:
+    from debiased_laplace.network.blocks import Block
     from debiased_laplace.network.network import Network
 
 
-def lone_jacobians(network: Network, inputs: _data.Inputs) -> list[Tensor]:
-    """Jacobians of the outputs in the lone parameters, datum by datum: ``[N, C, P]`` for each of their blocks."""
-    constants = {name: p.detach() for name, p in network.leaves.items()}
-    lone = {name: constants[name] for block in network.lone_blocks for name in block.parameters}
-    if network.one_by_one:
-        return _by_backward_passes(network, constants, lone, inputs)
+class LoneGradients:
+    """A forward pass with a copy of the lone parameters for every datum.
 
-    def outputs_of(lone: dict[str, Tensor], batch: _data.Inputs) -> Tensor:
-        return network.call(constants | lone, batch)[0]
+    Args:
+        network: Its lone blocks, and whether it is to be run datum by datum (``one_by_one``, set where mapping failed).
+        inputs: N data.
+    """
 
-    # An inference tensor, or inference mode, would silently change what jacrev gives in some releases of torch.
-    with gradients_enabled():
-        mapped = _data.columns(_data.copy(inputs))
-        try:
-            if mapped is None:  # something that cannot be mapped over: one datum after the other
-                data = (_data.take(inputs, slice(i, i + 1)) for i in range(_data.count(inputs)))
-                each = [torch.func.jacrev(outputs_of)(lone, datum) for datum in data]
-                jacobians = {name: torch.stack([of_datum[name] for of_datum in each]) for name in lone}
-            else:
-                tensors, rebuilt = mapped
+    def __init__(self, network: Network, inputs: _data.Inputs) -> None:
+        self._network, self._n = network, _data.count(inputs)
+        self._names = [name for block in network.lone_blocks for name in block.parameters]
+        self._constants = {name: p.detach() for name, p in network.leaves.items()}
+        # An inference tensor, or inference mode, would silently change derivatives in some releases of torch.
+        with gradients_enabled():
+            if not network.one_by_one:
+                try:
+                    self._outputs, self._copies = self._mapped(inputs)
+                    self._is_mapped = True
+                    return
+                except (RuntimeError, ValueError, TypeError, NotImplementedError):  # what torch.func does not know
+                    network.one_by_one = True
+            self._outputs, self._copies = self._one_by_one(inputs)
+            self._is_mapped = False
 
-                def outputs_of_one(lone: dict[str, Tensor], *datum: Tensor) -> Tensor:
-                    return outputs_of(lone, rebuilt([leaf[None] for leaf in datum]))
+    def _mapped(self, inputs: _data.Inputs) -> tuple[list[Tensor], list[list[Tensor]]]:
+        columns = _data.columns(_data.copy(inputs))
+        if columns is None:
+            raise ValueError("Expected inputs that are tensors with an entry for each datum.")
+        tensors, rebuilt = columns
+        copies = [self._copy(name, self._n) for name in self._names]
 
-                dims = (None, *[0] * len(tensors))
-                jacobians = torch.func.vmap(torch.func.jacrev(outputs_of_one), in_dims=dims)(lone, *tensors)
-        except (RuntimeError, ValueError):  # an operation that torch.func does not know
-            return _by_backward_passes(network, constants, lone, inputs)
-    return _of_blocks(network, jacobians)
+        def outputs_of(lone: Sequence[Tensor], *datum: Tensor) -> Tensor:
+            named = self._constants | dict(zip(self._names, lone, strict=True))
+            return self._network.call(named, rebuilt([leaf[None] for leaf in datum]))[0]
+
+        outputs = torch.func.vmap(outputs_of)(copies, *tensors)
+        return [outputs], [copies]
+
+    def _one_by_one(self, inputs: _data.Inputs) -> tuple[list[Tensor], list[list[Tensor]]]:
+        outputs, copies = [], []
+        for index in range(self._n):
+            of_datum = [self._copy(name, None) for name in self._names]
+            named = self._constants | dict(zip(self._names, of_datum, strict=True))
+            outputs.append(self._network.call(named, _data.take(inputs, slice(index, index + 1))))
+            copies.append(of_datum)
+        return outputs, copies
+
+    def _copy(self, name: str, n: int | None) -> Tensor:
+        parameter = self._constants[name]
+        copy = parameter.clone() if n is None else parameter.expand(n, *parameter.shape).clone()
+        return copy.requires_grad_()
+
+    def backpropagate(self, vectors: Tensor) -> dict[str, Tensor]:
+        """Gradients of vectors ``[v, N, C]`` in every lone parameter, ``[N, v, *shape]``."""
+        flat = [copy for of_part in self._copies for copy in of_part]
+        each = [self._gradients(vector, flat) for vector in vectors]
+        if self._is_mapped:
+            return {name: torch.stack(rows, 1) for name, rows in zip(self._names, zip(*each, strict=True), strict=True)}
+        by_copy, size = [torch.stack(rows) for rows in zip(*each, strict=True)], len(self._names)
+        return {name: torch.stack(by_copy[index::size]) for index, name in enumerate(self._names)}
+
+    def _gradients(self, vector: Tensor, flat: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        of_outputs = [vector] if self._is_mapped else vector[:, None].unbind()
+        with_graph = [
+            (outputs, v.to(outputs)) for outputs, v in zip(self._outputs, of_outputs, strict=True)
+            if outputs.requires_grad
+        ]  # fmt: skip
+        if not with_graph:
+            return tuple(torch.zeros_like(copy) for copy in flat)
+        outputs, of_outputs = zip(*with_graph, strict=True)
+        return torch.autograd.grad(outputs, list(flat), of_outputs, retain_graph=True, materialize_grads=True)
 
 
-def _of_blocks(network: Network, jacobians: dict[str, Tensor]) -> list[Tensor]:
-    return [
-        torch.cat([jacobians[name].reshape(*jacobians[name].shape[:2], -1) for name in block.parameters], -1).to(
-            network.dtype
-        )
-        for block in network.lone_blocks
-    ]
-
-
-def _by_backward_passes(
-    network: Network, constants: dict[str, Tensor], lone: dict[str, Tensor], inputs: _data.Inputs
-) -> list[Tensor]:
-    """The same by ordinary backward passes, of one output of one datum at a time."""
-    of_data: dict[str, list[Tensor]] = {name: [] for name in lone}
-    with gradients_enabled():
-        for index in range(_data.count(inputs)):
-            leaves = {name: p.detach().requires_grad_() for name, p in lone.items()}
-            outputs = network.call(constants | leaves, _data.take(inputs, slice(index, index + 1)))[0]
-            rows = [
-                torch.autograd.grad(output, list(leaves.values()), retain_graph=True, materialize_grads=True)
-                if output.requires_grad else [torch.zeros_like(p) for p in leaves.values()]
-                for output in outputs
-            ]  # fmt: skip
-            for name, of_outputs in zip(leaves, zip(*rows, strict=True), strict=True):
-                of_data[name].append(torch.stack(of_outputs))
-    return _of_blocks(network, {name: torch.stack(rows) for name, rows in of_data.items()})
+def gradients_of_block(block: Block, gradients: dict[str, Tensor]) -> Tensor:
+    """Gradients ``[N, v, *shape]`` of the parameters of a block as its vectors, ``[N, 1, v, P, 1]``."""
+    return block.gather(gradients).transpose(1, 2)

@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import cached_property
+from itertools import chain
 from typing import Any
 
 import torch
@@ -71,8 +72,10 @@ class Network:
         self.free: Tensor | None = None
         #: Whether the only block is a linear layer whose outputs are the model's: then nothing is back-propagated.
         self.is_head = False
-        #: Whether Jacobians of lone parameters are by ordinary backward passes, since those of torch.func are wrong.
+        #: Whether gradients of lone parameters are made datum by datum, where torch.func does not do.
         self.one_by_one = False
+        #: Which tensors made of parameters alone have an entry for each datum (:class:`~.tracing.Recorder`).
+        self.entries: frozenset[int] | None = frozenset()
         #: For :meth:`chunk_size`, numbers of a datum: activations of all layers, the largest inputs of one and gradient
         #: of one; and the size of the datum that they are of.
         self.activations = self.largest_inputs = self.largest_formed = 1
@@ -202,6 +205,8 @@ class Network:
         network.n_outputs, network.activations, network.largest_inputs, network.largest_formed = description["sizes"]
         network.is_head, network.datum_size = description["is_head"], description.get("datum_size", 0)
         network.one_by_one = description.get("one_by_one", False)
+        entries = description.get("entries")
+        network.entries = None if entries is None else frozenset(entries)
         network.free, network.feature_reduction = description["free"], description.get("feature_reduction")
         network.fewest = description.get("fewest", 1)
         return network
@@ -219,6 +224,7 @@ class Network:
             "is_head": self.is_head,
             "datum_size": self.datum_size,
             "one_by_one": self.one_by_one,
+            "entries": None if self.entries is None else sorted(self.entries),
             "fewest": self.fewest,
             "free": self.free,
             "feature_reduction": self.feature_reduction,
@@ -233,8 +239,8 @@ class Network:
 
     @property
     def lone_blocks(self) -> list[Block]:
-        """Blocks of parameters that no layer rule covers; their gradients come from ``torch.func``."""
-        return [block for block in self.blocks if not block.calls]
+        """Blocks of parameters that no layer rule covers (:mod:`debiased_laplace.network.lone`)."""
+        return [block for block in self.blocks if block.is_lone]
 
     def same_blocks(self, other: Network) -> bool:
         """Whether backward passes of the one are those of the other: the same model, seen in the same blocks."""
@@ -324,19 +330,21 @@ class Network:
             per_datum = per_datum * max(self.datum_size, _data.size_of_datum(inputs)) // self.datum_size
         return max(1, memory // max(1, per_datum))
 
-    def forward(self, inputs: _data.Inputs) -> tuple[Factors, dict[str, str]]:
-        """One forward pass, and functions that no rule covers by the names of parameters that they use."""
+    def forward(self, inputs: _data.Inputs) -> tuple[Factors, Recorder]:
+        """One forward pass, and what was seen of it."""
         with gradients_enabled():
-            recorder = Recorder(self.identities, self.call_types)
+            recorder = Recorder(self.identities, self.call_types, self.entries)
             n, given = _data.count(inputs), _data.at_least(inputs, self.fewest)
-            with self._replicas.one() as model, recorder, _data.own_forward_pass(given, self.dtype):
-                outputs = model(_data.copy(given))
+            with self._replicas.one() as model:
+                recorder.note_constants(chain(model.buffers(), model.parameters()))
+                with recorder, _data.own_forward_pass(given, self.dtype):
+                    outputs = model(_data.copy(given))
             n_run = _data.count(given)
             every = _data.rows(outputs, n_run, self.n_outputs or None)
             outputs = every if n == n_run else every[:n]
         if self.feature_reduction is not None:
             recorder.calls = [call_of_reduced_features(self, recorder.calls, every.detach())]
-        return Factors(self, outputs.detach(), inputs, outputs, recorder.calls, n_run), recorder.elsewhere
+        return Factors(self, outputs.detach(), inputs, outputs, recorder.calls, n_run), recorder
 
     def reduce(self, features: Tensor, outputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """Features ``[N, ..., I]`` of a last layer as ``[N, I]``; notes how far outputs are from what they give."""

@@ -8,7 +8,7 @@ multi-head attention. Gradient edges point at the value before an in-place activ
 from __future__ import annotations
 
 import types
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,64 +34,171 @@ def seen_inside(function: Any) -> Callable[..., Any]:
     return body
 
 
+#: Methods that write to what they are called on, besides those whose names end in an underscore.
+IN_PLACE = frozenset({"__setitem__", *(f"__i{name}__" for name in ("add", "sub", "mul", "truediv", "pow", "matmul"))})
+
+#: Functions that take the shape or the dtype of their other tensors alone.
+OF_THE_FIRST = frozenset({"expand_as", "view_as", "reshape_as", "type_as", "to"})
+
+
 @dataclass
 class Recorder(TorchFunctionMode):
-    """Records the calls that use trainable parameters, in the order of the forward pass."""
+    """Records the calls that use trainable parameters, in the order of the forward pass.
 
-    names: dict[int, str]  # of the trainable parameters, by identity
-    known: Collection[str] | None = None  # classes of calls that are recorded; None for all
+    What is made of parameters alone (a view of one, a normalised weight, a table that is looked up at constant places)
+    is *derived*: a layer may use it as it uses a parameter. A derived tensor with an entry for each datum, such as
+    ``token.expand(N, 1, D)``, is none: the call that makes it is where the parameters meet the data, an *entry*.
+
+    Attributes:
+        names: Of the trainable parameters, by identity.
+        known: Classes of calls that are recorded; None for all.
+        entries: Numbers of the derivations that have an entry for each datum; None if nothing is derived.
+        constants: Tensors without gradients and without data, by identity: buffers, frozen parameters.
+        calls: What was recorded.
+        elsewhere: Parameters in functions that no rule covers, and the function's name.
+        derivations: Shapes of what was derived, in the order of the forward pass.
+    """
+
+    names: dict[int, str]
+    known: Collection[str] | None = None
+    entries: Collection[int] | None = frozenset()
+    constants: dict[int, Tensor] = field(default_factory=dict)
     calls: list[Call] = field(default_factory=list)
-    elsewhere: dict[str, str] = field(default_factory=dict)  # parameter -> function that no rule covers
+    elsewhere: dict[str, str] = field(default_factory=dict)
+    derivations: list[tuple[torch.Size, ...]] = field(default_factory=list)
+    _derived: dict[int, Tensor] = field(default_factory=dict)  # kept, so that no other tensor gets their identities
 
     def __post_init__(self) -> None:
         super().__init__()
+
+    def note_constants(self, tensors: Iterable[Tensor]) -> None:
+        """Tell which tensors depend neither on data nor on trainable parameters."""
+        if self.entries is not None:
+            self.constants.update({id(tensor): tensor for tensor in tensors if id(tensor) not in self.names})
+
+    def is_used(self, value: Any) -> bool:
+        """Whether something is a parameter, or made of parameters alone."""
+        return id(value) in self.names or id(value) in self._derived
 
     def __torch_function__(
         self, func: Callable[..., Any], types_: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        used = [leaf for leaf in _pytree.tree_leaves((args, kwargs)) if id(leaf) in self.names]
+        tensors = [leaf for leaf in _pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        used = [tensor for tensor in tensors if self.is_used(tensor)]
         if not used:
-            return func(*args, **kwargs)
-        rule = RULES.get(func)
+            result = func(*args, **kwargs)
+            self._note_constants(func, args, tensors, result)
+            return result
+        rule, name = RULES.get(func), getattr(func, "__name__", str(func))
         if rule is None and isinstance(func, types.FunctionType) and func.__module__ == "torch.nn.functional":
             with self:
                 return seen_inside(func)(*args, **kwargs)
-        arguments = rule(*args, **kwargs) if rule else None  # before it runs: a rule may refuse them
+        in_place = name in IN_PLACE or (name.endswith("_") and not name.endswith("__"))
+        derives = self.entries is not None and self._is_constant(args[0] if name in OF_THE_FIRST else (args, kwargs))
+        if derives:
+            self.derivations.append(())
+            number = len(self.derivations) - 1
+            if number not in self.entries:  # type: ignore[operator]
+                result = func(*args, **kwargs)
+                self.derivations[number] = self._note_derived(result)
+                return result
+        if in_place and args and self.is_used(args[0]):  # what it was made of is no longer what it holds
+            self._not_covered(used, name)
+            self._derived.pop(id(args[0]), None)
+            return func(*args, **kwargs)
+        arguments = rule(self.is_used, *args, **kwargs) if rule else None  # before it runs: a rule may refuse them
         result = func(*args, **kwargs)
-        if any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in _pytree.tree_leaves(result)):
-            if isinstance(result, Tensor) and result._is_view():
-                # An in-place activation would replace the history of a view, and its edge would see nothing.
-                result = result.clone()
-            if arguments is None or not self._record(arguments, used, result):
-                function = getattr(func, "__name__", str(func))
-                self.elsewhere.update({self.names[id(leaf)]: function for leaf in used})
+        if not _requires_grad(result):
+            return result
+        if isinstance(result, Tensor) and result._is_view():
+            if in_place:
+                self._not_covered(used, name)
+                return result
+            # An in-place activation would replace the history of a view, and its edge would see nothing.
+            result = result.clone()
+        if arguments is None or not self._record(arguments, used, result):
+            self._not_covered(used, name)
         return result
 
-    def _record(self, arguments: Arguments, used: list[Tensor], result: Tensor) -> bool:
-        weight, bias = arguments.weight, arguments.bias
-        slots = {id(argument) for argument in (weight, bias) if argument is not None}
-        if any(id(leaf) not in slots for leaf in used):
+    def _not_covered(self, used: Sequence[Tensor], function: str) -> None:
+        for tensor in used:
+            for name in self.names_in(tensor):
+                self.elsewhere.setdefault(name, function)
+
+    def names_in(self, tensor: Tensor) -> list[str]:
+        """Names of the trainable parameters that a tensor is, or was made of."""
+        if id(tensor) in self.names:
+            return [self.names[id(tensor)]]
+        return sorted(self.names[leaf] for leaf in leaves(tensor) if leaf in self.names)
+
+    def _is_constant(self, value: Any) -> bool:
+        return all(
+            id(leaf) in self.constants or self.is_used(leaf)
+            for leaf in _pytree.tree_leaves(value) if isinstance(leaf, Tensor)
+        )  # fmt: skip
+
+    def _note_derived(self, result: Any) -> tuple[torch.Size, ...]:
+        results = [leaf for leaf in _pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
+        for tensor in results:
+            (self._derived if tensor.requires_grad else self.constants)[id(tensor)] = tensor
+        return tuple(tensor.shape for tensor in results)
+
+    def _note_constants(self, func: Any, args: tuple[Any, ...], tensors: Sequence[Tensor], result: Any) -> None:
+        """Note what was made of constants alone, and forget one that something else was written to."""
+        if self.entries is None:
+            return
+        unknown = [tensor for tensor in tensors if id(tensor) not in self.constants]
+        if not unknown:
+            for leaf in _pytree.tree_leaves(result):
+                if isinstance(leaf, Tensor) and not leaf.requires_grad:
+                    self.constants[id(leaf)] = leaf
+        elif len(unknown) < len(tensors) and args and isinstance(args[0], Tensor) and id(args[0]) in self.constants:
+            if getattr(func, "__name__", "").endswith("_"):  # one that writes, or may write
+                memory = args[0].untyped_storage()._cdata
+                for key in [k for k, t in self.constants.items() if t.untyped_storage()._cdata == memory]:
+                    del self.constants[key]
+
+    def _record(self, arguments: Sequence[Arguments], used: Sequence[Tensor], result: Tensor) -> bool:
+        slots = {id(slot) for one in arguments for slot in (one.weight, one.bias, one.stands_for) if slot is not None}
+        if not isinstance(result, Tensor) or any(id(tensor) not in slots for tensor in used):
             return False  # a parameter in the place of the input
-        if not arguments.keeps_frozen_weight and id(weight) not in self.names:
-            weight = None
-        if self.known is None or arguments.call.__name__ in self.known:
-            self.calls.append(
-                arguments.call(
-                    weight=weight,
-                    bias=bias if id(bias) in self.names else None,
-                    input=arguments.input.detach(),
-                    output_shape=result.shape,
-                    edge=torch.autograd.graph.get_gradient_edge(result),
-                    version=arguments.input._version,
-                    **arguments.settings,
-                )
-            )
+        for one in arguments:
+            weight, bias = one.weight, one.bias
+            if not one.keeps_frozen_weight and not (self.is_used(weight) or one.stands_for is not None):
+                weight = None
+            if self.known is not None and one.call.__name__ not in self.known:
+                continue
+            call = one.call(
+                weight=weight, bias=bias if self.is_used(bias) else None, input=one.input.detach(),
+                output_shape=result.shape, edge=torch.autograd.graph.get_gradient_edge(result),
+                version=one.input._version, **one.settings,
+            )  # fmt: skip
+            call.output_shape = call.aligned(result.detach()).shape
+            self.calls.append(call)
         return True
 
 
+def _requires_grad(result: Any) -> bool:
+    return any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in _pytree.tree_leaves(result))
+
+
+def leaves(tensor: Tensor) -> set[int]:
+    """Identities of the tensors that the graph of a tensor ends in."""
+    identities, seen, todo = set(), set(), [tensor.grad_fn]
+    while todo:
+        node = todo.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            identities.add(id(node.variable))
+        todo.extend(source for source, _ in node.next_functions)
+    return identities | ({id(tensor)} if tensor.is_leaf else set())
+
+
 def find_layouts(
-    outputs: Tensor, calls: Sequence[Call], names: Sequence[tuple[str | None, str | None]], constant: Sequence[bool]
+    outputs: Tensor, calls: Sequence[Call], names: Sequence[Sequence[str]], constant: Sequence[bool]
 ) -> list[Layout | None]:
     """Find the data in every call's output: what the outputs of a datum depend on must belong to that datum.
 
@@ -101,7 +208,7 @@ def find_layouts(
     Args:
         outputs: ``[N, C]``, with the graph of the forward pass.
         calls: The calls of that forward pass.
-        names: For every call, the names of its weight and bias.
+        names: For every call, the names of its parameters.
         constant: For every call, whether its output is as large for fewer data: then it is the same for all of them.
 
     Returns:
@@ -122,13 +229,14 @@ def find_layouts(
         consistent = [
             layout for layout in possible
             if all(
-                g is None or _is_of(datum, layout.by_datum(g, n, call.n_trailing)) for datum, g in enumerate(of_data)
+                g is None or _is_of(datum, layout.by_datum(call.aligned(g), n, call.n_trailing))
+                for datum, g in enumerate(of_data)
             )
         ]  # fmt: skip
         if possible and not consistent:
             raise ValueError(
                 "The output for one datum depends on other data of its batch, after the layer of "
-                f"{pair[0] or pair[1]!r}. A posterior needs outputs that are independent given the weights; a "
+                f"{pair[0]!r}. A posterior needs outputs that are independent given the weights; a "
                 "normalisation by batch statistics (track_running_stats=False) is the usual cause. Replace it, or "
                 "give it running statistics."
             )

@@ -65,6 +65,10 @@ class Structure(ABC):
         """Statistics with the sum over :meth:`observe` in the place of what they know less well."""
         return statistics
 
+    def unfactored(self, network: Network) -> list[str]:
+        """Parameters that have a diagonal curvature for want of a better one, not by choice."""
+        return []
+
     def traces(self, statistics: Any) -> Tensor | None:
         """Traces of the curvature of every part, ``[n_parts]``, of structures whose directions may leave some out."""
         return None

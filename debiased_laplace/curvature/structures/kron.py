@@ -195,6 +195,12 @@ class Kronecker(Structure):
                 )
         return [DIAGONAL if declared.issuperset(block.parameters) else block.kind for block in network.blocks]
 
+    def unfactored(self, network: Network) -> list[str]:
+        """Those of blocks that neither have factors nor are small, and were not asked to be diagonal."""
+        declared = matching(network.shapes, self.diagonal, network.snapshot.aliases) if self.diagonal else []
+        diagonal = [block for block in network.blocks if block.kind == DIAGONAL]
+        return [name for block in diagonal for name in block.parameters if name not in declared]
+
     def _eigenvectors(self, matrices: Tensor, name: str) -> Tensor:
         _, vectors = eigh(matrices.to(self.eigh_dtype), name)
         # Dead units leave entries that are noise of the decomposition. Dropping them moves a vector by less than

@@ -8,9 +8,9 @@ says which block the parameters get: arrangement, matrix shape, kind of curvatur
 import importlib
 import pkgutil
 
-from debiased_laplace.network.layers.call import RULES, Arguments, Call, Layout, rule
+from debiased_laplace.network.layers.call import RULES, Arguments, Call, Layout, rule, rule_of_used
 
 for _module in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{_module.name}")
 
-__all__ = ["RULES", "Arguments", "Call", "Layout", "rule"]
+__all__ = ["RULES", "Arguments", "Call", "Layout", "rule", "rule_of_used"]

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
@@ -27,7 +27,7 @@ from torch import Tensor
 
 from debiased_laplace.network.arrangement import Arrangement, SideBySide
 from debiased_laplace.network.kinds import KRONECKER, Kind
-from debiased_laplace.network.selected import SelectedInputs
+from debiased_laplace.network.selected import SelectedInputs, gradients_of_data
 
 #: Coarser grids of positions: every second one in each dimension of a convolution (2, 4 or 8), every fourth token.
 N_PHASES = 4
@@ -60,7 +60,8 @@ class Layout:
         possible = []
         if leading and leading[0] % n_data == 0:
             possible.append(Layout())
-        possible += [Layout(dim) for dim in (1, 0) if len(leading) > dim and leading[dim] % n_data == 0]
+        dims = [*range(1, len(leading)), 0]
+        possible += [Layout(dim) for dim in dims if len(leading) > dim and leading[dim] % n_data == 0]
         return possible
 
 
@@ -72,7 +73,7 @@ class Call(ABC):
         weight: The weight argument, or None.
         bias: The bias argument, or None.
         input: The input argument, detached.
-        output_shape: Shape of the output.
+        output_shape: Shape of the output, aligned (:meth:`aligned`).
         edge: The output's place in the autograd graph; it stays valid under in-place activations.
         version: The input's version counter, to notice that somebody overwrote it later.
     """
@@ -88,8 +89,14 @@ class Call(ABC):
     kind: ClassVar[Kind] = KRONECKER
     #: How they are arranged as a matrix; if stacked, weight and bias are one block in any case.
     arrangement: ClassVar[Arrangement] = SideBySide()
-    #: Trailing dimensions of the output that are no leading data or position dimension.
+    #: Whether its parameters can be a block with factors; otherwise their gradients are formed.
+    factored: ClassVar[bool] = True
+    #: Trailing dimensions of the aligned output that are no leading data or position dimension.
     n_trailing = 1
+
+    def aligned(self, gradient: Tensor) -> Tensor:
+        """A gradient at the output with data and positions in the leading dimensions; :attr:`output_shape` is its."""
+        return gradient
 
     @property
     def groups(self) -> int:
@@ -126,6 +133,22 @@ class Call(ABC):
     def outputs(self, gradient: Tensor, n_data: int, layout: Layout) -> Tensor:
         """A back-propagated vector, ``[*output_shape] -> [N, G, O, S]``."""
 
+    def gradients(self, gradient: Tensor, n_data: int, layout: Layout) -> tuple[Tensor | None, Tensor | None]:
+        """What a back-propagated vector is in the arguments, formed: ``[N, *shape]`` of the weight and of the bias.
+
+        Args:
+            gradient: Aligned, ``[*output_shape]``.
+            n_data: N.
+            layout: Where the data are.
+        """
+        vectors = self.outputs(gradient, n_data, layout)
+        of_weight = None
+        if self.weight is not None and self.weight.requires_grad:
+            inputs = self.inputs(n_data, layout, ones=False).to(vectors.dtype)
+            matrix = gradients_of_data(vectors.movedim(0, -1), inputs)
+            of_weight = self.arrangement.tensor(matrix, self.weight.shape)
+        return of_weight, None if self.bias is None else vectors.sum(-1).reshape(n_data, *self.bias.shape)
+
 
 @dataclass(frozen=True)
 class Arguments:
@@ -138,6 +161,7 @@ class Arguments:
         bias: The bias, trainable or not, or None.
         settings: Further fields of the class.
         keeps_frozen_weight: Whether the class needs a weight that is not trainable, for its shape.
+        stands_for: The argument of the function that the weight was made from, if it is not that itself.
     """
 
     call: type[Call]
@@ -146,16 +170,34 @@ class Arguments:
     bias: Tensor | None
     settings: dict[str, Any] = field(default_factory=dict)
     keeps_frozen_weight: bool = True
+    stands_for: Tensor | None = None
 
 
-Rule = Callable[..., Arguments | None]
+#: Whether a tensor is made of trainable parameters alone, or one of them.
+IsUsed = Callable[[Any], bool]
+Rule = Callable[..., Sequence[Arguments] | None]
 
-#: What is known of the functions that layers call: a rule is given their arguments; None says it does not know them.
-RULES: dict[Callable[..., Tensor], Rule] = {}
+#: What is known of the functions that layers call: a rule is given :data:`IsUsed` and the arguments, and tells how
+#: every parameter among these is used; None says that it does not know.
+RULES: dict[Callable[..., Any], Rule] = {}
 
 
-def rule(*functions: Callable[..., Tensor]) -> Callable[[Rule], Rule]:
-    """Makes what it decorates the rule of functions of torch."""
+def rule(*functions: Callable[..., Any]) -> Callable[[Callable[..., Arguments | None]], Any]:
+    """Makes what it decorates the rule of functions of torch with a place for a weight and for a bias."""
+
+    def register(reads: Callable[..., Arguments | None]) -> Callable[..., Arguments | None]:
+        def reads_one(_: IsUsed, *args: Any, **kwargs: Any) -> Sequence[Arguments] | None:
+            arguments = reads(*args, **kwargs)
+            return None if arguments is None else [arguments]
+
+        RULES.update(dict.fromkeys(functions, reads_one))
+        return reads
+
+    return register
+
+
+def rule_of_used(*functions: Callable[..., Any]) -> Callable[[Rule], Rule]:
+    """Makes what it decorates the rule of functions of torch in which any argument may be a parameter."""
 
     def register(reads: Rule) -> Rule:
         RULES.update(dict.fromkeys(functions, reads))

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from debiased_laplace._checks import UnsupportedLayerError
-from debiased_laplace.network.arrangement import Arrangement
+from debiased_laplace.network.arrangement import Arrangement, leading
 from debiased_laplace.network.kinds import DIAGONAL_INPUTS, Kind
 from debiased_laplace.network.layers.call import N_PHASES, Arguments, Call, Layout, rule
 from debiased_laplace.network.selected import SelectedInputs
@@ -18,13 +18,13 @@ from debiased_laplace.network.selected import SelectedInputs
 
 @dataclass(frozen=True)
 class RowsAsInputs(Arrangement):
-    """A table ``[I, O]`` with a row for every token as ``[1, O, I]``."""
+    """A table ``[..., O]`` with I rows, one for every token or position, as ``[1, O, I]``."""
 
     def matrix(self, tensor: Tensor, shape: torch.Size, groups: int, outputs: int) -> Tensor:
-        return tensor.mT.unsqueeze(-3)
+        return tensor.reshape((*leading(tensor, shape), -1, shape[-1])).mT.unsqueeze(-3)
 
     def tensor(self, matrix: Tensor, shape: torch.Size) -> Tensor:
-        return matrix.squeeze(-3).mT
+        return matrix.squeeze(-3).mT.reshape((*matrix.shape[:-3], *shape))
 
 
 @dataclass
@@ -85,3 +85,18 @@ def _look_up(
     # Of this function minus one is no index from the end: it stands for none.
     padding = None if padding_idx < 0 else padding_idx
     return _embedding(indices, weight, padding, None, 2.0, scale_grad_by_freq, sparse)
+
+
+@rule(Tensor.__getitem__)
+def _rows(weight: Tensor, index: Any) -> Arguments | None:
+    index = index[0] if isinstance(index, tuple) and len(index) == 1 else index
+    if not isinstance(index, Tensor) or index.dtype not in (torch.int64, torch.int32) or weight.ndim != 2:
+        return None
+    if bool((index < 0).any()):
+        return None
+    return Arguments(EmbeddingCall, index, weight, None)
+
+
+@rule(torch.index_select, Tensor.index_select)
+def _selected_rows(input: Tensor, dim: int, index: Tensor) -> Arguments | None:
+    return None if dim != 0 or input.ndim != 2 else Arguments(EmbeddingCall, index, input, None)

@@ -48,6 +48,16 @@ class NormalisationCall(Call):
             parts.append(self._sum_positions(gradient, n_data, layout))
         return torch.cat(parts, -1)[:, None, :, None]
 
+    def gradients(self, gradient: Tensor, n_data: int, layout: Layout) -> tuple[Tensor | None, Tensor | None]:
+        vectors, start = self.outputs(gradient, n_data, layout)[:, 0, :, 0], 0
+        parts: list[Tensor | None] = []
+        for argument in (self.weight, self.bias):
+            size = 0 if argument is None else argument.numel()
+            part = vectors[:, start : start + size]
+            parts.append(None if argument is None else part.reshape(n_data, *argument.shape))
+            start += size
+        return parts[0], parts[1]
+
     def _sum_positions(self, tensor: Tensor, n_data: int, layout: Layout) -> Tensor:
         """``[*output_shape] -> [N, number of channels]``."""
         if not self.channels_last:  # [batch, channels, positions...]
