@@ -34,7 +34,8 @@ def coverage(fitted: Fit, subset: str = "all") -> str:
         for row in rows
     ]  # fmt: skip
     shares = ", ".join(f"{100 * size / total:.3g} % {kind}" for kind, size in of_kinds.items())
-    lines.append(f"Share of the parameters: {shares}.")
+    if len(of_kinds) > 1:
+        lines.append(f"Share of the parameters: {shares}.")
     lines.append(f"{total} of {total} trainable parameters covered by {len(basis.parts)} blocks.")
     if subset == "last_layer":
         lines.append(f"The last layer: {', '.join(network.shapes)}.")
