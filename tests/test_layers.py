@@ -62,7 +62,13 @@ def test_all_laws_hold(structure):
     check_structure(structure, among=[problem(name) for name in NEW])
 
 
-@pytest.mark.parametrize("name", ["embedding-padding", "transposed-1d", "transposed-2d", "transposed-3d"])
+WRITTEN = [
+    "product", "product-transposed", "product-in-groups", "product-and-bias", "heads", "class-token", "relative-bias",
+    "standardised", "rows-of-a-weight", "functions-of-entries", "similarities", "branch",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["embedding-padding", "transposed-1d", "transposed-2d", "transposed-3d", *WRITTEN])
 def test_the_ggn_is_that_of_curvlinops(name):
     case = ZOO[name]
     model, network, data = example(case, Categorical(), n=6, uniform=True)
@@ -74,6 +80,56 @@ def test_the_ggn_is_that_of_curvlinops(name):
     ggn = operator @ torch.eye(network.n_params, dtype=torch.float64)
     rows = basis.lift(torch.eye(basis.rank, dtype=torch.float64))
     assert_equal(full.curvatures(basis), (rows @ ggn @ rows.T).diagonal())
+
+
+# -- a layer is what it computes, and not how it is written ------------------------------------------
+
+
+NOTATIONS = {
+    "x @ W": lambda x, w, b: x @ w,
+    "linear": lambda x, w, b: F.linear(x, w.t()),
+    "matmul of the transposed": lambda x, w, b: torch.matmul(w.t(), x.mT).mT,
+    "einsum": lambda x, w, b: torch.einsum("...i,io->...o", x, w),
+    "tensordot": lambda x, w, b: torch.tensordot(x, w, dims=([2], [0])),
+    "inner": lambda x, w, b: torch.inner(x, w.T),
+    "convolution": lambda x, w, b: F.conv1d(x.mT, w.t()[..., None]).mT,
+    "in a batch": lambda x, w, b: torch.matmul(x[:, None], w)[:, 0],
+    "addmm": lambda x, w, b: torch.addmm(b, x.flatten(0, 1), w).unflatten(0, x.shape[:2]),
+    "linear with a bias": lambda x, w, b: F.linear(x, w.t(), b),
+    "convolution with a bias": lambda x, w, b: F.conv1d(x.mT, w.t()[..., None], b).mT,
+}  # fmt: skip
+
+
+class Notation(nn.Module):
+    """One layer in one of the notations, between two others."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name, self.first, self.head = name, nn.Linear(3, 5), nn.Linear(4, 2)
+        self.w = nn.Parameter(torch.randn(5, 4))
+        if name in ("addmm", "linear with a bias", "convolution with a bias"):
+            self.b = nn.Parameter(torch.randn(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = NOTATIONS[self.name](self.first(x).tanh(), self.w, getattr(self, "b", None))
+        return self.head(hidden.tanh()).sum(1)
+
+
+def variances_of(name: str) -> tuple[Tensor, Tensor]:
+    torch.manual_seed(0)
+    x, y, at = torch.randn(12, 4, 3).double(), torch.randint(2, (12,)), torch.randn(3, 4, 3).double()
+    torch.manual_seed(1)
+    model = Notation(name).double()
+    fitted = fit(model, [(x, y)], Categorical(), sampler=UniformSampler(8), split=TwoBatch())
+    assert all(block.kind.name == "kronecker" for block in fitted.network.blocks)
+    return fitted.posterior.curvatures.sort().values, functional_moments(fitted.network, fitted.posterior, at)[1]
+
+
+@pytest.mark.parametrize("name", NOTATIONS)
+def test_a_layer_has_the_same_factors_in_every_notation(name):
+    expected = variances_of("linear with a bias" if name == "addmm" or "bias" in name else "linear")
+    for value, of_linear in zip(variances_of(name), expected, strict=True):
+        assert_equal(value, of_linear)
 
 
 # -- an embedding is a linear layer on one-hot inputs ----------------------------------------------
