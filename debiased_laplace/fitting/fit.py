@@ -117,7 +117,7 @@ def fit(
         if progress.completed is not None:
             reading.check(progress.completed["seen"])
             logger.warning("The fit is the complete one in %s, which was made from the same data.", checkpoint)
-            return Fit.restore(snapshot, progress.completed["fit"])
+            return Fit.restore(snapshot, progress.completed["fit"], chosen.outputs_of)
         is_kept = progress.kept("drawn") is not None
         draw = partial(_draw, reading, stream, likelihood, generator, chosen, previous, progress_bar)
         drawn = progress.once("drawn", draw)
@@ -125,7 +125,10 @@ def fit(
             reading.check(drawn.seen)
             logger.warning("The fit goes on with the data that were drawn earlier, from the same, in %s.", checkpoint)
             generator.set_state(drawn.generator)
-        network = Network.restore(snapshot, drawn.network) if is_kept else stream.network(drawn.sample.data.inputs)
+        if is_kept:
+            network = Network.restore(snapshot, drawn.network, chosen.outputs_of)
+        else:
+            network = stream.network(drawn.sample.data.inputs)
         fitted = _measured(network, drawn, likelihood, generator, chosen, previous, progress, words, progress_bar)
     if checkpoint is not None:
         progress.complete({"fit": fitted.state(), "seen": drawn.seen})
