@@ -40,12 +40,8 @@ class Forward:
     @classmethod
     def of(cls, module: nn.Module) -> Forward:
         """Of a module, or of the one that it hands everything on to."""
-        while True:
-            made = cls(_parameters(module))
-            inside = list(module.children())
-            if made.named or len(inside) != 1:
-                return made
-            (module,) = inside
+        made, inside = cls(_parameters(module)), list(module.children())
+        return cls.of(inside[0]) if made.hands_on and len(inside) == 1 else made
 
     def __str__(self) -> str:
         names = [str(p.replace(annotation=p.empty, default=p.empty)) for p in self.parameters]
@@ -72,6 +68,11 @@ class Forward:
         return any(p.kind is p.VAR_KEYWORD for p in self.parameters)
 
     @cached_property
+    def hands_on(self) -> bool:
+        """Whether it is ``forward(*args, **kwargs)``."""
+        return [p.kind for p in self.parameters] == [inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD]
+
+    @cached_property
     def data(self) -> tuple[int, float]:
         """The fewest and the most positional arguments that may be data: those without a default, or with None."""
         positional = [p for p in self.named if p.kind in _POSITIONAL]
@@ -84,9 +85,9 @@ class Forward:
 def _parameters(module: nn.Module) -> tuple[inspect.Parameter, ...]:
     schema = getattr(module.forward, "schema", None)  # of a module that is scripted
     if schema is not None:
-        kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+        kind, empty = inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.empty
         return tuple(
-            inspect.Parameter(a.name, kind, default=a.default_value if a.has_default_value() else inspect._empty)
+            inspect.Parameter(a.name, kind, default=a.default_value if a.has_default_value() else empty)
             for a in schema.arguments[1:]
         )
     return tuple(inspect.signature(module.forward).parameters.values())
@@ -121,10 +122,9 @@ class CallingConvention:
         Raises:
             TypeError: If the model does not take such inputs, or returns no tensor of outputs.
         """
-        forward = None if isinstance(inputs, Tensor) else Forward.of(model)
-        positional, named = ((inputs,), {}) if forward is None else self.arguments(forward, inputs)
+        positional, named = ((inputs,), {}) if isinstance(inputs, Tensor) else self.arguments(Forward.of(model), inputs)
         named = {**named, **(keywords or {})}
-        with _own_forward_pass(inputs, dtype, forward if positional and positional[0] is inputs else None):
+        with _own_forward_pass(model, inputs, dtype, is_whole=bool(positional) and positional[0] is inputs):
             if parameters is None:
                 returned = model(*positional, **named)
             else:
@@ -266,22 +266,22 @@ def _described(value: Any) -> str:
 
 
 @contextmanager
-def _own_forward_pass(inputs: Inputs, dtype: torch.dtype | None, given_whole: Forward | None) -> Iterator[None]:
+def _own_forward_pass(model: nn.Module, inputs: Inputs, dtype: torch.dtype | None, *, is_whole: bool) -> Iterator[None]:
     """Say where an error comes from that is about what inputs are, or of which dtype: they go to the model so."""
     try:
         yield
     except (TypeError, AttributeError, KeyError) as error:
-        if given_whole is None:
+        forward = Forward.of(model)
+        if not is_whole or (isinstance(inputs, Tensor) and forward.data[0] < 2):
             raise
+        what, remedy = f"The {type(inputs).__name__} went to it", _INPUTS
         if isinstance(inputs, Mapping):
-            what = f"The {type(inputs).__name__} with the keys {list(inputs)} went to it"
+            what, remedy = f"The {type(inputs).__name__} with the keys {list(inputs)} went to it", _ENTRIES
         elif isinstance(inputs, (tuple, list)):
             what = f"The {len(inputs)} inputs of a batch went to it in one {type(inputs).__name__}"
-        else:
-            what = f"The {type(inputs).__name__} went to it"
         raise TypeError(
-            f"The model's own forward pass failed ({type(error).__name__}: {error}). {what} as a whole, since it is "
-            f"{given_whole}. {_ENTRIES if isinstance(inputs, Mapping) else _INPUTS}"
+            f"The model's own forward pass failed ({type(error).__name__}: {error}). {what} as one argument of its "
+            f"{forward}. {remedy}"
         ) from error
     except RuntimeError as error:
         others = set() if dtype is None else {leaf.dtype for leaf in tensors(inputs)} - {dtype}

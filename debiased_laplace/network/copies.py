@@ -51,6 +51,13 @@ def inside_of(module: nn.Module) -> str | None:
     return WRAPPERS.get(type(module).__name__) if type(module).__module__.startswith("torch.") else None
 
 
+def left_out(model: nn.Module) -> list[str]:
+    """What of a model is about training and computing it, in words: of the forward pass here it is no part."""
+    names = sorted({type(module).__name__ for module in model.modules() if inside_of(module) is not None})
+    is_lightning = any(kind.__name__ == "LightningModule" for kind in type(model).__mro__)
+    return [*names, "trainer and steps (a LightningModule)"] if is_lightning else names
+
+
 def copied(model: nn.Module, tensors: Mapping[int, Tensor]) -> nn.Module:
     """A module tree in evaluation mode whose modules, and what refers to them, are copies.
 

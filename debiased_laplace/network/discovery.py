@@ -112,8 +112,8 @@ def _with_entries(network: Network, inputs: _data.Inputs) -> tuple[Factors, list
 
 def _tell_how_it_is_called(network: Network, inputs: _data.Inputs) -> None:
     """Log what of the user's model, and of a batch, is left out."""
-    if network.snapshot.wrappers:
-        logger.info("The model is used without its %s.", ", ".join(network.snapshot.wrappers))
+    if network.snapshot.left_out:
+        logger.info("The model's forward is used without its %s.", ", ".join(network.snapshot.left_out))
     some = inputs.parts[0] if isinstance(inputs, _data.Assorted) else inputs
     dropped = network.convention.dropped(network.snapshot.module, some)
     if dropped:
