@@ -14,9 +14,12 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
+import peft
 import pytest
+import tokenizers
 import torch
 import torch.nn.functional as F
+import transformers
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -31,6 +34,10 @@ from tests.tolerances import assert_equal
 A = torch.randn(8, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 B = torch.randn(8, 2, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 LABELS = torch.tensor([0, 1, 2, 0, 1, 2, 0, 1])
+#: Networks here are not trained.
+QUIET = pytest.mark.filterwarnings(
+    "ignore:The best prior precision:UserWarning", "ignore:Validation data do not:UserWarning"
+)
 
 
 class Two(nn.Module):
@@ -145,7 +152,9 @@ def test_what_is_not_given_is_an_error_that_says_what_to_pass(name):
 def test_inputs_of_different_lengths_and_targets_of_another_number():
     with pytest.raises(ValueError, match=r"shapes \[\(8, 3\), \(5, 2\)\]\. Put the batch dimension first"):
         dl.fit(Two(), [(A, B[:5], LABELS)], "classification")
-    with pytest.raises(ValueError, match=r"one target for each of the 8 inputs of a batch, got targets of shape \(5,\)"):
+    with pytest.raises(
+        ValueError, match=r"one target for each of the 8 inputs of a batch, got targets of shape \(5,\)"
+    ):
         dl.fit(Two(), [(A, B, LABELS[:5])], "classification")
 
 
@@ -239,7 +248,7 @@ RECORD = {"image": A, "age": B, "label": LABELS[:, None]}
 ADAPTERS: dict[str, Any] = {"inputs_of": inputs_of_record, "targets_of": targets_of_record, "outputs_of": scores}
 
 
-@pytest.mark.filterwarnings("ignore:The best prior precision:UserWarning", "ignore:Validation data do not:UserWarning")
+@QUIET
 def test_adapters_say_what_a_batch_and_an_output_are(tmp_path):
     """From the fit through tuning, saving, pickling and adding data to the predictions."""
     model, plain = Scored(), Two()
@@ -255,7 +264,14 @@ def test_adapters_say_what_a_batch_and_an_output_are(tmp_path):
     tuned.save(tmp_path / "posterior")
     loaded = dl.load(tmp_path / "posterior", model, **ADAPTERS)
     wanted = of_plain.predict((A, B)).probabilities
-    for one in (tuned, loaded, pickle.loads(pickle.dumps(tuned)), copy.deepcopy(tuned), loaded.tune(cut), again.tune(cut)):
+    for one in (
+        tuned,
+        loaded,
+        pickle.loads(pickle.dumps(tuned)),
+        copy.deepcopy(tuned),
+        loaded.tune(cut),
+        again.tune(cut),
+    ):
         assert_equal(one.predict((A, B)).probabilities, wanted)
     more = dl.fit(model, cut, "classification", **ADAPTERS, **settings, previous=posterior)
     assert more.posterior.n_data == 16
@@ -264,7 +280,9 @@ def test_adapters_say_what_a_batch_and_an_output_are(tmp_path):
         with pytest.raises(_store.StoredFileError, match=rf"got None for .*{missing}.*\. Functions .*pass {missing}="):
             dl.load(tmp_path / "posterior", model, **others)
     posterior.fitted.save(tmp_path / "fit")
-    with pytest.raises(ValueError, match=r"Expected the function outputs_of \(tests.test_calls.scores\).*pass outputs_of="):
+    with pytest.raises(
+        ValueError, match=r"Expected the function outputs_of \(tests.test_calls.scores\).*pass outputs_of="
+    ):
         type(posterior.fitted).load(tmp_path / "fit", model)
     assert type(posterior.fitted).load(tmp_path / "fit", model, scores).network.n_outputs == 3
 
@@ -300,7 +318,9 @@ def test_adapters_that_give_something_else():
     ):  # fmt: skip
         with pytest.raises(TypeError, match=match):
             fit(RECORD, **adapters)
-    with pytest.raises(TypeError, match=r"outputs_of to give the tensor.*dict with the keys \['scores', 'features'\], got"):
+    with pytest.raises(
+        TypeError, match=r"outputs_of to give the tensor.*dict with the keys \['scores', 'features'\], got"
+    ):
         fit((A, B, LABELS), Scored(), outputs_of=lambda returned: returned)
     with pytest.raises(ValueError, match=r"one target for each of the 8 inputs"):
         fit(RECORD, inputs_of=inputs_of_record, targets_of=lambda batch: LABELS[:3])
@@ -320,11 +340,19 @@ def test_an_adapted_loader_is_as_long_and_as_often_read_as_the_loader():
         adapters.batches(3)  # type: ignore[arg-type]
 
 
+@QUIET
 def test_the_example_of_the_documentation():
     page = (Path(__file__).parents[1] / "docs" / "batches.md").read_text(encoding="utf-8")
     (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     batch = {"image": A, "age": B, "diagnosis": LABELS}
-    names = {"dl": dl, "model": Scored(), "train_loader": [batch], "val_loader": [batch], "images": A[:2], "ages": B[:2]}
+    names = {
+        "dl": dl,
+        "model": Scored(),
+        "train_loader": [batch],
+        "val_loader": [batch],
+        "images": A[:2],
+        "ages": B[:2],
+    }
     exec(code, names)
     assert names["posterior"].network.n_outputs == 3
 
@@ -361,6 +389,7 @@ WRAPPERS: dict[str, tuple[Callable[[Path], nn.Module], str, str]] = {
 }
 
 
+@QUIET
 @pytest.mark.parametrize("name", WRAPPERS)
 def test_wrapped_models_are_used_without_their_wrappers(name, tmp_path, caplog):
     """Names stay those of the user's model; one line of the log says so."""
@@ -369,7 +398,7 @@ def test_wrapped_models_are_used_without_their_wrappers(name, tmp_path, caplog):
     try:
         with caplog.at_level(logging.INFO, "debiased_laplace"):
             posterior = dl.fit(model, [{"a": A, "b": B, "labels": LABELS}], "classification", split=Single())
-            posterior = posterior.tune([{"a": A, "b": B, "labels": LABELS}], prior_precisions=torch.tensor([1.0, 2.0]))
+            posterior.tune([(A, B, LABELS)], prior_precisions=torch.tensor([0.5, 1.0, 2.0]))
         assert [r.getMessage() for r in caplog.records if "without its" in r.getMessage()] == [
             f"The model's forward is used without its {told}."
         ]
@@ -377,12 +406,142 @@ def test_wrapped_models_are_used_without_their_wrappers(name, tmp_path, caplog):
         assert posterior.network.snapshot.state().keys() == model.state_dict().keys()
         expected = dl.fit(plain, [(A, B, LABELS)], "classification", split=Single(), prior_precision=1.0)
         assert_equal(posterior.posterior.curvatures, expected.posterior.curvatures)
-        exact(posterior, plain, lambda p: torch.func.functional_call(
-            plain, {name.removeprefix(prefix): value for name, value in p.items()}, (A, B)), (A, B)
-        ) if False else None  # noqa: E501, RUF034
+        assert_equal(posterior.predict((A, B)).outputs_mean, plain(A, B))
     finally:
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
 
 
 # -- models of other packages -------------------------------------------------------------------------
+
+
+def frozen(model: nn.Module, *trainable: str) -> nn.Module:
+    """In float64, with the parameters of some prefixes alone as trainable."""
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.startswith(trainable))
+    return model.double().eval()
+
+
+def bert(n_labels: int = 3) -> nn.Module:
+    config = transformers.BertConfig(
+        vocab_size=30, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=20,
+        max_position_embeddings=16, num_labels=n_labels,
+    )  # fmt: skip
+    return frozen(transformers.BertForSequenceClassification(config), "bert.pooler", "classifier")
+
+
+def distilbert(n_labels: int = 3) -> nn.Module:
+    config = transformers.DistilBertConfig(
+        vocab_size=30, dim=16, n_layers=1, n_heads=2, hidden_dim=20, max_position_embeddings=16, num_labels=n_labels
+    )
+    return frozen(transformers.DistilBertForSequenceClassification(config), "pre_classifier", "classifier")
+
+
+def gpt2(n_labels: int = 3) -> nn.Module:
+    config = transformers.GPT2Config(
+        vocab_size=30, n_positions=16, n_embd=16, n_layer=1, n_head=2, num_labels=n_labels, pad_token_id=0
+    )
+    return frozen(transformers.GPT2ForSequenceClassification(config), "score")
+
+
+def vit() -> nn.Module:
+    config = transformers.ViTConfig(
+        image_size=4, patch_size=2, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=20,
+        num_labels=3,
+    )  # fmt: skip
+    return frozen(transformers.ViTForImageClassification(config), "classifier")
+
+
+def adapted(task: str | None) -> nn.Module:
+    """By PEFT, whose classes take anything for a task that they are not told."""
+    return peft.get_peft_model(bert(), peft.LoraConfig(task_type=task, r=2, target_modules=["query"])).double().eval()
+
+
+def texts(kind: Callable[..., Any] = lambda batch: batch, **more: Callable[[int], Any]) -> list[Any]:
+    """Batches of a tokenizer's collator, each as long as its longest text, with whatever else features have."""
+    words = {f"w{i}": i for i in range(1, 30)} | {"[PAD]": 0}
+    core = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="[PAD]"))
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=core, pad_token="[PAD]")
+    features = []
+    for i, length in enumerate((3, 5, 2, 7, 4, 4, 6, 3)):
+        ids = [1 + (3 * i + 5 * j) % 29 for j in range(length)]
+        entries = {name: make(i) for name, make in more.items()}
+        features.append({"input_ids": ids, "attention_mask": [1] * length, "label": i % 3, **entries})
+    collate = transformers.DataCollatorWithPadding(tokenizer)
+    return [kind(batch) for batch in DataLoader(features, batch_size=3, collate_fn=collate)]
+
+
+def images() -> list[Any]:
+    x = torch.randn(8, 3, 4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    features = [{"pixel_values": one, "label": i % 3} for i, one in enumerate(x)]
+    return list(DataLoader(features, batch_size=3, collate_fn=transformers.default_data_collator))
+
+
+MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[], list[Any]]]] = {
+    "BERT": (bert, texts),
+    "BERT, dictionaries": (bert, lambda: texts(dict)),
+    "BERT, other entries": (bert, lambda: texts(idx=lambda i: i)),
+    "DistilBERT": (distilbert, texts),
+    "DistilBERT, other entries": (distilbert, lambda: texts(idx=lambda i: i)),
+    "GPT-2": (gpt2, texts),
+    "ViT": (vit, images),
+    "PEFT": (lambda: adapted("SEQ_CLS"), texts),
+    "PEFT without a task": (lambda: adapted(None), texts),
+    "in parallel": (lambda: nn.DataParallel(distilbert()), texts),
+}
+
+
+@QUIET
+@pytest.mark.parametrize("name", MODELS)
+def test_models_of_transformers_take_what_their_collators_make(name, tmp_path):
+    """Fit, tune, predict, save and load; the drop-in class; the model is never given its targets."""
+    make, batches = MODELS[name]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model, loader = make(), batches()
+    seen: list[set[str]] = []
+    inner = model.module if isinstance(model, nn.DataParallel) else model
+    inner.register_forward_pre_hook(lambda module, args, kwargs: seen.append(set(kwargs)), with_kwargs=True)
+    posterior = dl.fit(model, loader, "classification", structure=Full(), split=Single())
+    taken = {"input_ids", "attention_mask", "pixel_values"}
+    assert seen
+    assert all(names and "labels" not in names and names & taken for names in seen)
+    whole = loader[1]
+    by_hand = {key: value for key, value in whole.items() if key in taken}
+    module = inner if inner is model else model.module
+    prefix = "module." if inner is not model else ""
+    exact(posterior, model, lambda p: torch.func.functional_call(
+        module, {key.removeprefix(prefix): value for key, value in p.items()}, (), by_hand).logits, whole)  # fmt: skip
+    tuned = posterior.tune(loader)
+    tuned.save(tmp_path / "posterior")
+    wanted = tuned.predict(by_hand).probabilities
+    for again in (tuned, dl.load(tmp_path / "posterior", model)):
+        assert_equal(again.predict(whole).probabilities, wanted, 0.0)
+    drop_in = dl.DebiasedLaplace(model, "classification", hessian_structure="full", dict_key_y="labels")
+    drop_in.fit(loader, split=Single())
+    assert_equal(drop_in.fitted.posterior.curvatures, posterior.posterior.curvatures)
+    assert drop_in(whole).shape == (len(whole["labels"]), 3)
+
+
+def test_a_regression_of_transformers():
+    """Logits are what a regression of theirs returns, too; targets are floats ``[N]``."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = distilbert(1)
+    loader = [{**batch, "labels": batch["labels"].double()} for batch in texts()]
+    posterior = dl.fit(model, loader, "regression", structure=Full(), split=Single())
+    whole = {key: value for key, value in loader[0].items() if key != "labels"}
+    exact(posterior, model, lambda p: torch.func.functional_call(model, p, (), whole).logits, loader[0])
+
+
+def test_a_model_of_transformers_takes_tuples_and_returns_them():
+    """Token identities and a mask of a TensorDataset are its first two arguments."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = bert()
+    model.config.return_dict = False
+    ids, mask = torch.arange(1, 25).reshape(8, 3), torch.ones(8, 3, dtype=torch.long)
+    mask[0, 2] = 0
+    loader = DataLoader(TensorDataset(ids, mask, LABELS), batch_size=3)
+    posterior = dl.fit(model, loader, "classification", structure=Full(), split=Single())
+    exact(posterior, model, lambda p: torch.func.functional_call(model, p, (ids, mask))[0], (ids, mask))
