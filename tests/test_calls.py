@@ -132,10 +132,10 @@ def test_what_a_forward_takes_decides(name):
 
 
 REFUSED: dict[str, tuple[Any, str]] = {
-    "three for two": ((A, B, B, LABELS), r"Expected 2 inputs for the model's forward\(a, b\), got 3 of a tuple.*inputs_of="),
+    "three for two": ((A, B, B, LABELS), r"2 inputs for the model's forward\(a, b\), got 3 of a tuple.*inputs_of="),
     "one for two": ((A, LABELS), r"missing 1 required.*The Tensor went to it as one argument of its forward\(a, b\)"),
     "a key is missing": ({"a": A, "labels": LABELS}, r"entries for \['b'\].*forward\(a, b\) needs.*'labels' are the t"),
-    "other keys": ({"x": A, "y": B, "labels": LABELS}, r"entries for \['a', 'b'\].*got the keys \['x', 'y', 'labels'\]"),
+    "other keys": ({"x": A, "y": B, "labels": LABELS}, r"entries for \['a', 'b'\].*the keys \['x', 'y', 'labels'\]"),
 }  # fmt: skip
 
 
@@ -152,9 +152,7 @@ def test_what_is_not_given_is_an_error_that_says_what_to_pass(name):
 def test_inputs_of_different_lengths_and_targets_of_another_number():
     with pytest.raises(ValueError, match=r"shapes \[\(8, 3\), \(5, 2\)\]\. Put the batch dimension first"):
         dl.fit(Two(), [(A, B[:5], LABELS)], "classification")
-    with pytest.raises(
-        ValueError, match=r"one target for each of the 8 inputs of a batch, got targets of shape \(5,\)"
-    ):
+    with pytest.raises(ValueError, match=r"one target for each of the 8 inputs .*got targets of shape \(5,\)"):
         dl.fit(Two(), [(A, B, LABELS[:5])], "classification")
 
 
@@ -280,9 +278,7 @@ def test_adapters_say_what_a_batch_and_an_output_are(tmp_path):
         with pytest.raises(_store.StoredFileError, match=rf"got None for .*{missing}.*\. Functions .*pass {missing}="):
             dl.load(tmp_path / "posterior", model, **others)
     posterior.fitted.save(tmp_path / "fit")
-    with pytest.raises(
-        ValueError, match=r"Expected the function outputs_of \(tests.test_calls.scores\).*pass outputs_of="
-    ):
+    with pytest.raises(ValueError, match=r"function outputs_of \(tests.test_calls.scores\).*pass outputs_of="):
         type(posterior.fitted).load(tmp_path / "fit", model)
     assert type(posterior.fitted).load(tmp_path / "fit", model, scores).network.n_outputs == 3
 
@@ -293,7 +289,7 @@ def test_one_adapter_alone():
     for batch, adapters in (
         ((X, LABELS), {"inputs_of": lambda batch: (batch[0][:, :3], batch[0][:, 3:])}),
         ({"x": X, "labels": LABELS}, {"inputs_of": lambda batch: {"b": batch["x"][:, 3:], "a": batch["x"][:, :3]}}),
-        ({"x": X, "y": LABELS}, {"inputs_of": lambda batch: (batch["x"][:, :3], batch["x"][:, 3:]), "targets_key": "y"}),
+        ({"x": X, "y": LABELS}, {"inputs_of": lambda batch: batch["x"].split([3, 2], 1), "targets_key": "y"}),
         ({"a": A, "b": B, "y": LABELS}, {"targets_of": lambda batch: batch["y"]}),
         ((A, B, LABELS + 1), {"targets_of": lambda batch: batch[2] - 1}),
         (SimpleNamespace(x=X, y=LABELS), {"inputs_of": lambda batch: (batch.x[:, :3], batch.x[:, 3:]),
@@ -318,9 +314,7 @@ def test_adapters_that_give_something_else():
     ):  # fmt: skip
         with pytest.raises(TypeError, match=match):
             fit(RECORD, **adapters)
-    with pytest.raises(
-        TypeError, match=r"outputs_of to give the tensor.*dict with the keys \['scores', 'features'\], got"
-    ):
+    with pytest.raises(TypeError, match=r"outputs_of to give the tensor.*keys \['scores', 'features'\], got dict"):
         fit((A, B, LABELS), Scored(), outputs_of=lambda returned: returned)
     with pytest.raises(ValueError, match=r"one target for each of the 8 inputs"):
         fit(RECORD, inputs_of=inputs_of_record, targets_of=lambda batch: LABELS[:3])
