@@ -131,7 +131,7 @@ def test_what_a_forward_takes_decides(name):
 
 
 REFUSED: dict[str, tuple[Any, str]] = {
-    "three for two": ((A, B, B, LABELS), r"2 inputs for the model's forward\(a, b\), got 3 of a tuple.*inputs_of="),
+    "three for two": ((A, B, B, LABELS), r"2 inputs for the model's forward\(a, b\), got a tuple of 3.*inputs_of="),
     "one for two": ((A, LABELS), r"missing 1 required.*The Tensor went to it as one argument of its forward\(a, b\)"),
     "a key is missing": ({"a": A, "labels": LABELS}, r"entries for \['b'\].*forward\(a, b\) needs.*'labels' are the t"),
     "other keys": ({"x": A, "y": B, "labels": LABELS}, r"entries for \['a', 'b'\].*the keys \['x', 'y', 'labels'\]"),

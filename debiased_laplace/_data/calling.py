@@ -167,7 +167,7 @@ class CallingConvention:
             if fewest > 1:
                 raise TypeError(
                     f"Expected {fewest if fewest == most else f'{fewest} to {most}'} inputs for the model's {forward}, "
-                    f"got {len(inputs)} of a {type(inputs).__name__}. {_INPUTS}"
+                    f"got a {type(inputs).__name__} of {len(inputs)}. {_INPUTS}"
                 )
         return (inputs,), {}
 
@@ -211,7 +211,7 @@ class CallingConvention:
 def name_of(function: Callable[..., Any]) -> str:
     """A function in words, to tell it from others."""
     named = getattr(function, "__qualname__", None)
-    return f"{type(function).__name__}" if named is None else f"{function.__module__}.{named}"
+    return type(function).__name__ if named is None else f"{function.__module__}.{named}"
 
 
 #: How models are called of which nobody says anything else.
