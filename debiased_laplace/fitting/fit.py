@@ -26,6 +26,7 @@ from debiased_laplace.fitting.settings import FitSettings
 from debiased_laplace.fitting.stream import Observed, Stream, mean_loss
 from debiased_laplace.fitting.update import updated_curvature
 from debiased_laplace.likelihoods import Likelihood
+from debiased_laplace.network.discovery import unreached
 from debiased_laplace.network.gradients import CurvatureData
 from debiased_laplace.network.kinds import NO_CURVATURE
 from debiased_laplace.network.network import Network
@@ -261,7 +262,7 @@ def _tell_of_coverage(network: Network, structure: Structure) -> None:
 
 def _warn_of_unreached(network: Network, inputs: _data.Inputs) -> None:
     """Tell the caller of a fit which outputs will have no variance, and why."""
-    outputs, others, constant = network.unreached(inputs)
+    outputs, others, constant = unreached(network, inputs)
 
     def some(names: Sequence[Any]) -> str:
         return ", ".join(map(str, names[:10])) + (", ..." if len(names) > 10 else "")

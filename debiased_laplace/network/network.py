@@ -6,7 +6,6 @@ import copy
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import cached_property
-from itertools import chain
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 from debiased_laplace import _checks, _data
 from debiased_laplace._guards import gradients_enabled
 from debiased_laplace.network.blocks import Block, flatten, unflatten
-from debiased_laplace.network.discovery import find_blocks, last_layer, unreached
+from debiased_laplace.network.discovery import find_blocks, last_layer
 from debiased_laplace.network.factors import Factors
 from debiased_laplace.network.layers import Layout
 from debiased_laplace.network.reduction import call_of_reduced_features, check_reduction, reduced_features
@@ -259,8 +258,6 @@ class Network:
             and self.snapshot.alike(other.snapshot)
         )
 
-    # -- passes over data ----------------------------------------------------------------------
-
     def factors(self, inputs: _data.Inputs) -> Factors:
         """One forward pass that records what :meth:`Factors.backpropagate` needs."""
         factors, _ = self.forward(_data.to_device(inputs, self.device))
@@ -337,7 +334,7 @@ class Network:
         with gradients_enabled():
             recorder = Recorder(self.identities, self.call_types, self.entries)
             with self._replicas.one() as model:
-                recorder.note_constants(chain(model.buffers(), model.parameters()))
+                recorder.note_constants((*model.buffers(), *model.parameters()))
                 with recorder:
                     every = self._run(model, inputs)
             n, n_run = _data.count(inputs), len(every)
@@ -351,7 +348,3 @@ class Network:
         features, error = reduced_features(self.feature_reduction, features, outputs, weight, bias)
         self.reduction_error = max(self.reduction_error, error)
         return features
-
-    def unreached(self, inputs: _data.Inputs) -> tuple[list[int], list[str], list[int]]:
-        """Outputs of variance zero (:func:`.reach.unreached`)."""
-        return unreached(self, inputs)
