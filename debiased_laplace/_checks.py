@@ -29,6 +29,12 @@ class ConvergenceError(RuntimeError):
     """An iteration that ended before its result was as precise as it has to be."""
 
 
+def function(value: Any, name: str) -> None:
+    """Raise a ``TypeError`` for what is neither None nor can be called."""
+    if value is not None and not callable(value):
+        raise TypeError(f"Expected a function for {name}, got {type(value).__name__}. Leave it out, or give one.")
+
+
 def positive(value: Any, name: str) -> float:
     """A positive, finite number as a float, or an error that names it."""
     try:

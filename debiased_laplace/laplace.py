@@ -6,15 +6,15 @@ The front door: longer than other modules, since what users call is documented h
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from debiased_laplace import _checks, _store
+from debiased_laplace import _checks, _data, _store
 from debiased_laplace._guards import global_random_state
 from debiased_laplace.curvature.structures import Structure
 from debiased_laplace.fitting.coverage import coverage
@@ -54,6 +54,9 @@ def fit(
     mc_samples: int | str | None = "auto",
     separate_bias: bool = False,
     targets_key: str = "labels",
+    inputs_of: Callable[[Any], Any] | None = None,
+    targets_of: Callable[[Any], Any] | None = None,
+    outputs_of: Callable[[Any], Any] | None = None,
     chunk_size: int | None = None,
     max_batches: int | None = None,
     seed: int = 0,
@@ -65,7 +68,9 @@ def fit(
 
     Args:
         model: The trained model, whose outputs are ``[N, C]``; left exactly as it was.
-        train_loader: Any iterable of batches ``(inputs, targets)`` or dictionaries, read once.
+        train_loader: Any iterable of batches ``(inputs, targets)``, ``(input, ..., input, targets)`` or dictionaries,
+            read once. Several inputs become positional arguments and entries of a dictionary keywords of the model's
+            ``forward``, if it takes them, and are one argument otherwise (``docs/batches.md``).
         likelihood: What the outputs mean: ``"classification"``, ``"regression"``, ``"bernoulli"``, another name of
             :func:`~debiased_laplace.likelihoods.resolve_likelihood`, or an object such as ``Poisson()``.
         structure: Directions of the curvature: ``Kronecker()`` by default, ``LowRank(rank=50)``, ``Diagonal()``,
@@ -86,6 +91,11 @@ def fit(
             exact up to 32 outputs and one vector above.
         separate_bias: Give biases blocks of their own.
         targets_key: Where dictionary-like batches have their targets.
+        inputs_of: A function of a batch that gives what the model is given, if the batch does not say it: a tensor, a
+            tuple of positional arguments, a dictionary of keywords. Predictions are for what it gives.
+        targets_of: A function of a batch that gives its targets.
+        outputs_of: A function of what the model returns that gives the tensor of outputs, if they are neither that, nor
+            its ``logits``, nor the first of a tuple.
         chunk_size: Data at a time; bounded by memory by default.
         max_batches: End the pass over the data after so many, of a stream without an end.
         seed: Of all randomness, of the fit and of predictions.
@@ -113,16 +123,16 @@ def fit(
         torch.Size([2, 3])
     """
     _checks.seed(seed)
-    resolved = resolve_likelihood(likelihood)
+    resolved, adapters = resolve_likelihood(likelihood), _data.Adapters(inputs_of, targets_of)
     fitted = fit_posterior(
-        model, train_loader, resolved, structure=structure, parameters=parameters, sampler=sampler, split=split,
-        n_data=n_data, prior_precision=prior_precision, prior_mean=prior_mean, noise_variance=noise_variance,
-        temperature=temperature, curvature=curvature, estimator=estimator, mc_samples=mc_samples,
-        separate_bias=separate_bias, targets_key=targets_key, chunk_size=chunk_size, max_batches=max_batches,
-        generator=seed, previous=None if previous is None else previous.fitted, checkpoint=checkpoint,
-        progress_bar=progress_bar,
+        model, adapters.batches(train_loader, targets_key), resolved, structure=structure, parameters=parameters,
+        sampler=sampler, split=split, n_data=n_data, prior_precision=prior_precision, prior_mean=prior_mean,
+        noise_variance=noise_variance, temperature=temperature, curvature=curvature, estimator=estimator,
+        mc_samples=mc_samples, separate_bias=separate_bias, targets_key=targets_key, outputs_of=outputs_of,
+        chunk_size=chunk_size, max_batches=max_batches, generator=seed,
+        previous=None if previous is None else previous.fitted, checkpoint=checkpoint, progress_bar=progress_bar,
     )  # fmt: skip
-    return Laplace(fitted, resolved, fitted.posterior, seed=seed, targets_key=targets_key)
+    return Laplace(fitted, resolved, fitted.posterior, seed=seed, targets_key=targets_key, adapters=adapters)
 
 
 @dataclass(frozen=True, repr=False)
@@ -139,6 +149,7 @@ class Laplace:
         prior_source: Where the prior precision comes from, in words.
         seed: Of predictions that draw.
         targets_key: Where dictionary-like batches have their targets.
+        adapters: What makes inputs and targets of batches that are something else.
     """
 
     fitted: Fit
@@ -150,6 +161,7 @@ class Laplace:
     seed: int = 0
     targets_key: str = "labels"
     prior_source: str = "as it was given"
+    adapters: _data.Adapters = field(default_factory=_data.Adapters)
 
     @property
     def network(self) -> Network:
@@ -222,7 +234,7 @@ class Laplace:
         selection = selection or ("one_standard_error" if temperature and not layerwise else "best")
         with global_random_state(), torch.no_grad():  # a loader's order may draw
             tuned = tune(
-                self.network, self.posterior, self.likelihood, val_loader,
+                self.network, self.posterior, self.likelihood, self.adapters.batches(val_loader, self.targets_key),
                 GRID if prior_precisions is None else prior_precisions, link=link, temperature=temperature,
                 noise=noise, per_part=layerwise, selection=selection, output_temperature=self.output_temperature,
                 n_samples=n_samples, seed=self.seed, targets_key=self.targets_key, progress_bar=progress_bar,
@@ -275,7 +287,8 @@ class Laplace:
         """Predict the targets of new data.
 
         Args:
-            x: Inputs of N data as the model takes them; moved to its device.
+            x: Inputs of N data, as batches of the loader have them (with or without targets in a dictionary), or as
+                ``inputs_of`` gives them; moved to the model's device.
             link: How to integrate over Gaussian outputs, one of ``likelihood.links``; by default the one that was tuned
                 with, or the likelihood's default. ``"mc"`` draws outputs.
             method: ``"glm"``, the linearised network, without drawing weights; ``"linearized"``, samples of it (for
@@ -389,17 +402,32 @@ class Laplace:
         state |= {name: getattr(self, name) for name in _OF_PREDICTIONS}
         name = type(self.likelihood).__name__
         state["likelihood"] = self.likelihood.settings() if name in LIKELIHOODS else {}
-        header = self.fitted.header() | {"kind": POSTERIOR_FILE, "likelihood": name}
+        functions = vars(self.adapters) | {"outputs_of": self.network.convention.outputs_of}
+        header = self.fitted.header() | {
+            "kind": POSTERIOR_FILE, "likelihood": name,
+            "functions": {key: _data.name_of(value) for key, value in functions.items() if value is not None},
+        }  # fmt: skip
         _store.write(path, {"fit": self.fitted.state(), **state}, header)
 
 
-def load(path: str | Path, model: nn.Module, likelihood: Likelihood | None = None) -> Laplace:
+def load(
+    path: str | Path,
+    model: nn.Module,
+    likelihood: Likelihood | None = None,
+    *,
+    inputs_of: Callable[[Any], Any] | None = None,
+    targets_of: Callable[[Any], Any] | None = None,
+    outputs_of: Callable[[Any], Any] | None = None,
+) -> Laplace:
     """Read what :meth:`Laplace.save` wrote.
 
     Args:
         path: The file.
         model: The model that the posterior was fitted to, with its weights.
         likelihood: The likelihood, if it was one of your own.
+        inputs_of: The function that it was fitted with, if it was: functions are not stored.
+        targets_of: Likewise.
+        outputs_of: Likewise.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -415,15 +443,25 @@ def load(path: str | Path, model: nn.Module, likelihood: Likelihood | None = Non
         raise _store.StoredFileError(
             f"Expected likelihood to be the {header['likelihood']} of the file, got None. Pass it (for {path})."
         )
+    adapters = _data.Adapters(inputs_of, targets_of)
+    _checks.function(outputs_of, "outputs_of")
+    given = vars(adapters) | {"outputs_of": outputs_of}
+    missing = {name: function for name, function in header.get("functions", {}).items() if given[name] is None}
+    if missing:
+        raise _store.StoredFileError(
+            f"Expected the functions that the posterior in {path} was fitted with, got None for {missing}. Functions "
+            f"are not stored: pass {', '.join(f'{name}=' for name in missing)} again."
+        )
     _store.check_model(path, header, model)
     state, _ = _store.read(path)
     with _store.understood(path):
         if likelihood is None:
             likelihood = LIKELIHOODS[header["likelihood"]](**state["likelihood"])
-        fitted = Fit.restore(model, state["fit"])
+        fitted = Fit.restore(model, state["fit"], outputs_of)
         settings = {name: _on(state[name], fitted.network.device) for name in _OF_POSTERIOR}
         posterior = replace(fitted.posterior, **settings)
-        return Laplace(fitted, likelihood, posterior, **{name: state[name] for name in _OF_PREDICTIONS})
+        kept = {name: state[name] for name in _OF_PREDICTIONS}
+        return Laplace(fitted, likelihood, posterior, adapters=adapters, **kept)
 
 
 #: What is in the header of a file.

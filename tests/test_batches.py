@@ -63,8 +63,55 @@ class Odd(nn.Module):
         return self.write(self.core[2](self.middle(self.core[:2](self.read(batch)))))
 
 
+class OfTwo(Odd):
+    """Takes two inputs, as most people write it."""
+
+    def forward(self, a: Any, b: Any, *, factor: float = 1.0) -> Any:
+        return super().forward((a, b * factor))
+
+
+class Optional(Odd):
+    """Everything has a default, as in Transformers; targets would make another model of it."""
+
+    def forward(self, a: Any = None, b: Any = None, inputs_embeds: Any = None, labels: Any = None) -> Any:
+        assert labels is inputs_embeds is None
+        return super().forward((a, b))
+
+
+class OfAny(Odd):
+    def forward(self, *several: Any) -> Any:
+        return super().forward(several)
+
+
+class OfNames(Odd):
+    def forward(self, **named: Any) -> Any:
+        assert sorted(named) == ["a", "b"]
+        return super().forward((named["a"], named["b"]))
+
+
+class HandedOn(nn.Module):
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.inner(*args, **kwargs)
+
+
 def same(value: Any) -> Any:
     return value
+
+
+def joined(two: Any) -> Tensor:
+    return torch.cat(tuple(two), 1)
+
+
+def halves(x: Tensor) -> tuple[Tensor, Tensor]:
+    return x[:, :1], x[:, 1:]
+
+
+def by_names(x: Tensor) -> dict[str, Tensor]:
+    return {"b": x[:, 1:], "a": x[:, :1]}
 
 
 def parts(values: Tensor, sizes: Iterable[int] = SIZES) -> list[Tensor]:
@@ -98,13 +145,14 @@ class Case:
     x: Tensor = X
     y: Tensor | None = None
     key: str = "labels"
+    kind: Callable[..., nn.Module] = Odd
 
     @property
     def targets(self) -> Tensor:
         return Y[:, : self.c] if self.y is None else self.y
 
-    def model(self) -> Odd:
-        return Odd(self.c, self.read, self.middle, self.write)
+    def model(self) -> nn.Module:
+        return self.kind(self.c, self.read, self.middle, self.write)
 
     def loader(self) -> Any:
         return self.batches(self.x, self.targets)
@@ -140,6 +188,7 @@ class Slotted:
 
 
 Pair = namedtuple("Pair", ["a", "b"])
+Labelled = namedtuple("Labelled", ["a", "labels", "b"])
 
 
 class Several(list):
@@ -156,6 +205,18 @@ def mappings(kind: Callable[[dict], Any], key: str = "labels", **more: Callable[
     def make(x: Tensor, y: Tensor) -> list[Any]:
         each = zip(parts(x), parts(y), strict=True)
         return [kind({"x": own, key: wanted, **{k: f(own) for k, f in more.items()}}) for own, wanted in each]
+
+    return make
+
+
+def triples(x: Tensor, y: Tensor) -> list[Any]:
+    return [(*halves(own), t) for own, t in zip(parts(x), parts(y), strict=True)]
+
+
+def keyworded(kind: Callable[[dict], Any] = dict, key: str = "labels", **more: Callable[[Tensor], Any]) -> Callable:
+    def make(x: Tensor, y: Tensor) -> list[Any]:
+        each = zip(parts(x), parts(y), strict=True)
+        return [kind({**by_names(own), key: t, **{k: f(own) for k, f in more.items()}}) for own, t in each]
 
     return make
 
@@ -299,6 +360,28 @@ CASES: dict[str, Case] = {
         lambda batch: (batch["a"][0]["b"][0] + batch["d"].b.e) / 2,
         lambda x: {"a": [UserDict(b=(x, {"c": None}))], "d": Pair(x, SimpleNamespace(e=x))},
     ),
+    "several inputs": Case(triples, joined, halves, kind=OfTwo),
+    "several in a list": Case(
+        lambda x, y: [list(batch) for batch in triples(x, y)], joined, lambda x: [*halves(x)], kind=Optional
+    ),
+    "a pair of inputs": Case(paired(halves), joined, halves, kind=OfTwo),
+    "any inputs": Case(triples, joined, halves, kind=OfAny),
+    "several for one": Case(triples, joined, halves),
+    "named fields": Case(
+        lambda x, y: [Labelled(own[:, :1], t, own[:, 1:]) for own, t in zip(parts(x), parts(y), strict=True)],
+        joined, halves, kind=OfTwo,
+    ),
+    "keywords": Case(keyworded(), joined, by_names, kind=OfTwo),
+    "keywords and targets": Case(
+        keyworded(UserDict), joined, lambda x: UserDict({**by_names(x), "labels": x}), kind=Optional
+    ),
+    "keywords beside y": Case(keyworded(key="y"), joined, by_names, kind=Optional, key="y"),
+    "other entries": Case(keyworded(index=numbered, size=lambda x: 7), joined, by_names, kind=OfTwo),
+    "any keywords": Case(keyworded(), joined, by_names, kind=OfNames),
+    "handed on": Case(keyworded(), joined, by_names, kind=lambda *how: HandedOn(nn.DataParallel(OfTwo(*how)))),
+    "logits": Case(write=lambda f: SimpleNamespace(loss=None, logits=f)),
+    "a dictionary of outputs": Case(write=lambda f: {"features": f * 2, "logits": f}),
+    "a tuple of outputs": Case(write=lambda f: (f, f * 2)),
     "names": Case(**named(list)),
     "a tuple of names": Case(**named(tuple)),
     "an array": Case(
@@ -382,7 +465,7 @@ def test_the_table_names_the_tests():
     table = page.partition("## What is refused")[0]
     cells = [line.split("|")[1] for line in table.splitlines() if line.startswith("|")]
     told = [name for cell in cells for name in re.findall(r"`([^`]+)`", cell)]
-    code = {"(inputs, targets)", "BatchEncoding", "Bernoulli", "[N, 1]"}
+    code = {"(inputs, targets)", "BatchEncoding", "Bernoulli", "[N, 1]", "forward"}
     assert set(told) - code == set(CASES)
     assert len(CASES) >= 30
 
@@ -782,7 +865,15 @@ def test_the_data_that_came_are_believed(loader, told, caplog, recwarn):
 # -- what is refused -----------------------------------------------------------------------------------
 
 REFUSED: dict[str, tuple[Any, type[Exception], str]] = {
-    "three things": ((X, X, Y), TypeError, r"tuple of length 3.*\(\(\(a, b\), y\) for a, b, y in loader\)"),
+    "three for one": (
+        (X, X, Y), TypeError, r"2 inputs of a batch went.*forward\(input\).*the last is its targets.*inputs_of="
+    ),
+    "one in a tuple": ((X,), TypeError, r"tuple of length 1.*generator that yields \(inputs, targets\)"),
+    "nested": ((torch.nested.nested_tensor([X, X[:2]]), Y[:2]), TypeError, r"got a nested one.*to_padded_tensor"),
+    "jagged": (
+        (torch.nested.nested_tensor([X, X[:2]], layout=torch.jagged), Y[:2]), TypeError, "of one length in a batch"
+    ),
+    "keys of others": ({"a": X, "labels": Y}, TypeError, r"dict with the keys \['a', 'labels'\].*forward\(input\)"),
     "no tensor": ((["a"] * 7, Y), TypeError, "a nesting of tensors, got list"),
     "arrays alone": ((X.numpy(), Y), TypeError, "a nesting of tensors, got ndarray"),
     "disagreeing tensors": (([X, X[:2]], Y), ValueError, r"batch dimension first everywhere"),
@@ -792,7 +883,7 @@ REFUSED: dict[str, tuple[Any, type[Exception], str]] = {
     "strings": ((X, list("abcdefg")), TypeError, "Expected targets that are a tensor, an array or numbers, got list"),
     "None": ((X, None), TypeError, "got NoneType"),
     "dictionaries": ((X, {"y": Y}), TypeError, "got dict"),
-    "other keys": ({"x": X, 0: Y}, TypeError, r"got the keys \['x', 0\]. Name the right one with dict_key_y"),
+    "other keys": ({"x": X, 0: Y}, TypeError, r"the keys \['x', 0\]. Name the right one with dict_key_y .*targets_of"),
     "another number": ((X, Y[:5]), ValueError, r"each of the 7 inputs of a batch, got targets of shape \(5, 2\)"),
     "a datum": ((X[0], Y[0, 0]), ValueError, "batch_size=None yields single data"),
     "a tensor": (X, TypeError, "got a Tensor of length 7"),

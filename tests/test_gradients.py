@@ -286,8 +286,8 @@ def test_no_trainable_parameter():
 @pytest.mark.parametrize(
     ("function", "error", "match"),
     [
-        (lambda y: (y, y), TypeError, "returns a tensor of outputs.*tuple"),
-        (lambda y: {"logits": y}, TypeError, "got dict"),
+        (lambda y: (None, y), TypeError, "returns a tensor of outputs.*tuple of NoneType, Tensor"),
+        (lambda y: {"out": y}, TypeError, r"got dict with the keys \['out'\]"),
         (lambda y: y[:, None].expand(-1, 5, -1), ValueError, r"Expected outputs of shape \[3, C\].*\(3, 5, 2\)"),
         (lambda y: y[:2], ValueError, r"\(2, 2\)"),
         (lambda y: y.sum(), ValueError, r"got \(\)"),

@@ -1,7 +1,8 @@
 """Everything that is assumed about a batch: inputs of any nesting, targets, outputs, loaders (``docs/batches.md``).
 
 ``nesting`` walks through containers, ``batches`` cuts, joins and moves inputs, ``loaders`` reads what a loader yields,
-``rows`` says what outputs and targets mean. The others use them through the names below.
+``calling`` gives inputs to a model and finds its outputs, ``rows`` says what outputs and targets mean. The others use
+them through the names below.
 """
 
 from debiased_laplace._data.batches import (
@@ -21,12 +22,13 @@ from debiased_laplace._data.batches import (
     tensors,
     to_device,
 )
+from debiased_laplace._data.calling import USUAL, CallingConvention, name_of
 from debiased_laplace._data.loaders import (
+    Adapters,
     as_targets,
     check_iterable,
     dataset_length,
     head,
-    is_pair,
     joined_targets,
     labelled,
     length,
@@ -34,10 +36,13 @@ from debiased_laplace._data.loaders import (
     only,
     pairs,
 )
-from debiased_laplace._data.rows import own_forward_pass, rows, target_rows
+from debiased_laplace._data.rows import rows, target_rows
 
 __all__ = [
+    "USUAL",
+    "Adapters",
     "Assorted",
+    "CallingConvention",
     "Inputs",
     "as_targets",
     "at_least",
@@ -49,14 +54,13 @@ __all__ = [
     "count",
     "dataset_length",
     "head",
-    "is_pair",
     "joined_targets",
     "labelled",
     "length",
     "map_tensors",
+    "name_of",
     "one_or_several",
     "only",
-    "own_forward_pass",
     "pairs",
     "rows",
     "size_of_datum",

@@ -79,12 +79,18 @@ def count(inputs: Inputs) -> int:
     """Number of data in a batch: the length of the first dimension, the same for all tensors that have one.
 
     Raises:
-        TypeError: If there is no tensor in the input.
+        TypeError: If there is no tensor in the input, or a nested one, which has no such dimension to cut along.
         ValueError: If the tensors disagree.
     """
     if isinstance(inputs, Assorted):
         return len(inputs.part_of)
     all_tensors = tensors(inputs)
+    if any(leaf.is_nested for leaf in all_tensors):
+        raise TypeError(
+            "Expected dense tensors as inputs, got a nested one (torch.nested), which cannot be cut into data. Let the "
+            "loader pad it (nested.to_padded_tensor(0.0), with a mask if the model takes one), or yield data of one "
+            "length in a batch: lengths may differ between batches."
+        )
     if not all_tensors:
         raise TypeError(
             f"Expected inputs that are a tensor or a nesting of tensors, got {type(inputs).__name__}. "

@@ -1,19 +1,21 @@
 """What a loader yields becomes inputs, targets and a number of data; nothing that it says of its length is believed.
 
-A batch is a pair ``(inputs, targets)``, or a mapping (or an object) that is given to the model whole and has its
-targets under a name. Batches without data are passed over. ``docs/batches.md`` has the table of what comes and what is
-done.
+A batch is a pair ``(inputs, targets)``, a tuple of several inputs and, last, the targets, or a mapping (or an object)
+that is inputs as a whole and has its targets under a name. Batches without data are passed over. ``docs/batches.md``
+has the table of what comes and what is done.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from debiased_laplace import _checks
 from debiased_laplace._data.batches import Inputs, count, map_tensors, take, tensors
 
 
@@ -34,26 +36,102 @@ def pairs(batches: Iterable[Any], targets_key: str = "labels") -> Iterator[tuple
     """
     check_iterable(batches)
     for batch in batches:
-        if isinstance(batch, Mapping):
-            if targets_key not in batch:
-                raise TypeError(
-                    f"Expected a batch with its targets under {targets_key!r}, got the keys {list(batch)}. "
-                    "Name the right one with dict_key_y."
-                )
-            yield batch, batch[targets_key]
-        elif isinstance(batch, (tuple, list)) and len(batch) == 2:
-            yield batch[0], batch[1]
-        elif not isinstance(batch, (Tensor, tuple, list)) and hasattr(batch, targets_key):
-            yield batch, getattr(batch, targets_key)
-        else:
-            kind = (
-                f"{type(batch).__name__} of length {len(batch)}" if hasattr(batch, "__len__") else type(batch).__name__
-            )
+        yield _pair(batch, targets_key)
+
+
+def _pair(batch: Any, targets_key: str) -> tuple[Inputs, Any]:
+    if isinstance(batch, Mapping):
+        if targets_key not in batch:
             raise TypeError(
-                f"Expected batches that are pairs (inputs, targets) or dictionaries, got a {kind}. Wrap the loader in "
-                "a generator that yields (inputs, targets), such as (((a, b), y) for a, b, y in loader) for a model "
-                "that takes the pair (a, b)."
+                f"Expected a batch with its targets under {targets_key!r}, got the keys {list(batch)}. "
+                "Name the right one with dict_key_y (targets_key of fit), or pass targets_of=."
             )
+        return batch, batch[targets_key]
+    if isinstance(batch, (tuple, list)) and len(batch) > 1:
+        names = getattr(batch, "_fields", ())
+        last = names.index(targets_key) if targets_key in names else len(batch) - 1
+        inputs = (*batch[:last], *batch[last + 1 :])
+        return inputs if len(inputs) > 1 else inputs[0], batch[last]
+    if not isinstance(batch, (Tensor, tuple, list)) and hasattr(batch, targets_key):
+        return batch, getattr(batch, targets_key)
+    kind = f"{type(batch).__name__} of length {len(batch)}" if hasattr(batch, "__len__") else type(batch).__name__
+    raise TypeError(
+        f"Expected batches that are pairs (inputs, targets), several inputs with the targets last, or dictionaries, "
+        f"got a {kind}. Wrap the loader in a generator that yields (inputs, targets), or pass inputs_of= and "
+        "targets_of=, functions of a batch."
+    )
+
+
+@dataclass(frozen=True)
+class Adapters:
+    """Functions that say what is what in a batch, where it does not say it.
+
+    Attributes:
+        inputs_of: Gives what the model is given; None for what a batch has as inputs.
+        targets_of: Gives the targets; likewise.
+
+    Raises:
+        TypeError: If they are no functions.
+    """
+
+    inputs_of: Callable[[Any], Inputs] | None = None
+    targets_of: Callable[[Any], Any] | None = None
+
+    def __post_init__(self) -> None:
+        for name, function in vars(self).items():
+            _checks.function(function, name)
+
+    def batches(self, loader: Iterable[Any], targets_key: str = "labels") -> Iterable[Any]:
+        """The batches of a loader as pairs of what the functions give; of an iterator another one."""
+        if self == Adapters():
+            return loader
+        check_iterable(loader)
+        made = _Adapted(loader, self, targets_key)
+        return iter(made) if isinstance(loader, Iterator) else made
+
+    def pair(self, batch: Any, targets_key: str = "labels") -> tuple[Inputs, Any]:
+        """Inputs and targets of a batch.
+
+        Raises:
+            TypeError: If a function gives something else.
+        """
+        if self.inputs_of is not None:
+            inputs = self.inputs_of(batch)
+        else:
+            inputs = _pair(batch, targets_key)[0] if isinstance(batch, (tuple, list)) else batch
+        targets = _pair(batch, targets_key)[1] if self.targets_of is None else self.targets_of(batch)
+        if not tensors(inputs):
+            raise TypeError(
+                "Expected inputs_of to give what the model is given (a tensor, a tuple of positional arguments, a "
+                f"dictionary of keywords), got {type(inputs).__name__} without a tensor for a batch that is a "
+                f"{type(batch).__name__}."
+            )
+        if targets is None or isinstance(targets, (str, Mapping)):
+            raise TypeError(
+                f"Expected targets_of to give the targets of a batch as a tensor, got {type(targets).__name__} for a "
+                f"batch that is a {type(batch).__name__}."
+            )
+        return inputs, targets
+
+
+@dataclass(frozen=True)
+class _Adapted:
+    """A loader seen through adapters, with what it says of its length and of the data behind it."""
+
+    loader: Iterable[Any]
+    adapters: Adapters
+    targets_key: str
+
+    def __iter__(self) -> Iterator[tuple[Inputs, Any]]:
+        return (self.adapters.pair(batch, self.targets_key) for batch in self.loader)
+
+    def __len__(self) -> int:
+        return len(self.loader)  # type: ignore[arg-type]
+
+    @property
+    def dataset(self) -> Any:
+        """That of the loader."""
+        return self.loader.dataset  # type: ignore[attr-defined]
 
 
 def labelled(batches: Iterable[Any], targets_key: str = "labels") -> Iterator[tuple[Inputs, Tensor, int]]:
@@ -79,12 +157,12 @@ def only(batch: Any, targets_key: str = "labels") -> tuple[Inputs, Tensor, int]:
     return without_graph(inputs), as_targets(targets, n, inputs), n
 
 
-def is_pair(batch: Any) -> bool:
-    """Whether something is one batch ``(inputs, targets)`` rather than two batches."""
-    if not isinstance(batch, (tuple, list)) or len(batch) != 2:
+def is_one(batch: Any) -> bool:
+    """Whether something is one batch ``(inputs, targets)`` or ``(inputs, ..., targets)`` rather than several."""
+    if not isinstance(batch, (tuple, list)) or len(batch) < 2:
         return False
-    second = batch[1]
-    return not isinstance(second, Mapping) and (isinstance(second, Tensor) or not tensors(second))
+    last = batch[-1]
+    return not isinstance(last, Mapping) and (isinstance(last, Tensor) or not tensors(last))
 
 
 def one_or_several(batch: Any) -> list[tuple[Inputs, Tensor]]:
@@ -93,7 +171,7 @@ def one_or_several(batch: Any) -> list[tuple[Inputs, Tensor]]:
     Raises:
         ValueError: If there are no data; and what :func:`labelled` raises.
     """
-    batches = [batch] if is_pair(batch) or isinstance(batch, Mapping) else batch
+    batches = [batch] if is_one(batch) or isinstance(batch, Mapping) else batch
     with_data = [(inputs, targets) for inputs, targets, _ in labelled(batches)]
     if not with_data:
         raise ValueError("Expected a batch with data, or a list of such batches, got none.")

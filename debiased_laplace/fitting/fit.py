@@ -26,6 +26,7 @@ from debiased_laplace.fitting.settings import FitSettings
 from debiased_laplace.fitting.stream import Observed, Stream, mean_loss
 from debiased_laplace.fitting.update import updated_curvature
 from debiased_laplace.likelihoods import Likelihood
+from debiased_laplace.network.discovery import unreached
 from debiased_laplace.network.gradients import CurvatureData
 from debiased_laplace.network.kinds import NO_CURVATURE
 from debiased_laplace.network.network import Network
@@ -117,7 +118,7 @@ def fit(
         if progress.completed is not None:
             reading.check(progress.completed["seen"])
             logger.warning("The fit is the complete one in %s, which was made from the same data.", checkpoint)
-            return Fit.restore(snapshot, progress.completed["fit"])
+            return Fit.restore(snapshot, progress.completed["fit"], chosen.outputs_of)
         is_kept = progress.kept("drawn") is not None
         draw = partial(_draw, reading, stream, likelihood, generator, chosen, previous, progress_bar)
         drawn = progress.once("drawn", draw)
@@ -125,7 +126,10 @@ def fit(
             reading.check(drawn.seen)
             logger.warning("The fit goes on with the data that were drawn earlier, from the same, in %s.", checkpoint)
             generator.set_state(drawn.generator)
-        network = Network.restore(snapshot, drawn.network) if is_kept else stream.network(drawn.sample.data.inputs)
+        if is_kept:
+            network = Network.restore(snapshot, drawn.network, chosen.outputs_of)
+        else:
+            network = stream.network(drawn.sample.data.inputs)
         fitted = _measured(network, drawn, likelihood, generator, chosen, previous, progress, words, progress_bar)
     if checkpoint is not None:
         progress.complete({"fit": fitted.state(), "seen": drawn.seen})
@@ -258,7 +262,7 @@ def _tell_of_coverage(network: Network, structure: Structure) -> None:
 
 def _warn_of_unreached(network: Network, inputs: _data.Inputs) -> None:
     """Tell the caller of a fit which outputs will have no variance, and why."""
-    outputs, others, constant = network.unreached(inputs)
+    outputs, others, constant = unreached(network, inputs)
 
     def some(names: Sequence[Any]) -> str:
         return ", ".join(map(str, names[:10])) + (", ..." if len(names) > 10 else "")

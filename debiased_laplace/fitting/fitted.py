@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -86,14 +87,16 @@ class Fit:
         return _store.to_plain(own | {"network": self.network.description()})
 
     @classmethod
-    def restore(cls, model: nn.Module | Snapshot, state: dict[str, Any]) -> Fit:
-        """Inverse of :meth:`state`, on the device of the model.
+    def restore(
+        cls, model: nn.Module | Snapshot, state: dict[str, Any], outputs_of: Callable[[Any], Any] | None = None
+    ) -> Fit:
+        """Inverse of :meth:`state`, on the device of the model, with the function ``outputs_of`` of the fit.
 
         Raises:
             ValueError: If the model has other parameters, or other weights; it says which.
         """
         own = _store.from_plain(state)
-        network = Network.restore(model, own.pop("network"))
+        network = Network.restore(model, own.pop("network"), outputs_of)
         for name, value in _store.tensors_of({key: own.get(key) for key in ("posterior", "curvature_errors")}).items():
             _checks.finite(value, f"the {name} of the stored fit", "The file was changed: make it again.")
         moved = _pytree.tree_map_only(Tensor, lambda t: t.to(network.device), _store.to_plain(own.pop("posterior")))
@@ -150,8 +153,8 @@ class Fit:
         _store.write(path, self.state(), {"kind": "fit", **self.header()})
 
     @classmethod
-    def load(cls, path: str | Path, model: nn.Module) -> Fit:
-        """Read a fit of the same model.
+    def load(cls, path: str | Path, model: nn.Module, outputs_of: Callable[[Any], Any] | None = None) -> Fit:
+        """Read a fit of the same model, with the function ``outputs_of`` if it was made with one.
 
         Raises:
             FileNotFoundError: If there is no such file.
@@ -165,4 +168,4 @@ class Fit:
         _store.check_model(path, header, model)
         state, _ = _store.read(path)
         with _store.understood(path):
-            return cls.restore(model, state)
+            return cls.restore(model, state, outputs_of)

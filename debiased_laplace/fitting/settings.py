@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -50,6 +50,8 @@ class FitSettings:
         feature_reduction: Of a last layer, :meth:`~debiased_laplace.network.network.Network.reduced`.
         chunk_size: Data at a time; bounded by memory by default.
         targets_key: Where dictionary-like batches have their targets.
+        outputs_of: A function of what the model returns that gives its outputs, if they are neither that, nor its
+            ``logits``, nor the first of a tuple.
         max_batches: End the pass over the data after so many, of a stream without an end.
         prior_precision: One number, one for each part of the basis, or one for each parameter.
         prior_mean: One number, or one for each parameter ``[D]``.
@@ -73,6 +75,7 @@ class FitSettings:
     feature_reduction: str | None = None
     chunk_size: int | None = None
     targets_key: str = "labels"
+    outputs_of: Callable[[Any], Any] | None = None
     max_batches: int | None = None
     prior_precision: Any = 1.0
     prior_mean: float | Tensor = 0.0
@@ -87,6 +90,7 @@ class FitSettings:
         if self.curvature not in CURVATURE_VECTORS:
             raise ValueError(f"Expected a curvature out of {list(CURVATURE_VECTORS)}, got {self.curvature!r}.")
         _checks.chunk_size(self.chunk_size)
+        _checks.function(self.outputs_of, "outputs_of")
         _checks.whole(self.mc_samples, "mc_samples", otherwise="None (exact) or 'auto'")
         _checks.whole(self.n_data, "n_data", otherwise="None for those that are seen")
         _checks.whole(self.max_batches, "max_batches", otherwise="None for all")
@@ -124,6 +128,7 @@ class FitSettings:
         return Network.discover(
             model, inputs, parameters=self.parameters, indices=self.indices, separate_bias=self.separate_bias,
             feature_reduction=self.feature_reduction,
+            convention=_data.CallingConvention(self.targets_key, self.outputs_of),
         )  # fmt: skip
 
     def in_words(self, likelihood: Any, seed: int, previous: Fit | None) -> dict[str, Any]:
@@ -137,6 +142,8 @@ class FitSettings:
         }  # fmt: skip
         if self.feature_reduction is not None:
             words["feature_reduction"] = self.feature_reduction
+        if self.outputs_of is not None:
+            words["outputs_of"] = _data.name_of(self.outputs_of)
         return words
 
     def identity(
@@ -165,5 +172,5 @@ def default_sampler(budget: int | None, structure: Structure, curvature: str) ->
 def _in_words(value: Any) -> str:
     """A number, a tensor or a function, for the settings of a checkpoint."""
     if callable(value):
-        return f"{value.__module__}.{value.__qualname__}" if hasattr(value, "__qualname__") else type(value).__name__
+        return _data.name_of(value)
     return _store.fingerprint({"": value})[""] if isinstance(value, Tensor) else repr(value)

@@ -86,7 +86,7 @@ class DebiasedLaplace(ParametricLaplace):
         prior_mean: One number, or ``[D]``.
         temperature: Temperature of the likelihood.
         enable_backprop: Let predictions be differentiable in their inputs; uses Jacobians, as laplace-torch does.
-        dict_key_x: Unused: a dictionary-like batch is given to the model whole.
+        dict_key_x: Unused: the model says itself what it takes of a dictionary-like batch (``docs/batches.md``).
         dict_key_y: Where dictionary-like batches have their targets.
         backend: A backend of laplace-torch, of which only the kind has an effect: the GGN, or the empirical Fisher.
         backend_kwargs: ``stochastic`` and ``num_samples`` (random vectors) have an effect, nothing else.

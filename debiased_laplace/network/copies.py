@@ -46,6 +46,18 @@ class Unwrapped(nn.Module):
             return getattr(modules[self.__dict__["_inner_name"]], name)
 
 
+def inside_of(module: nn.Module) -> str | None:
+    """Where a module has the one that it only says how to compute; None for any other."""
+    return WRAPPERS.get(type(module).__name__) if type(module).__module__.startswith("torch.") else None
+
+
+def left_out(model: nn.Module) -> list[str]:
+    """What of a model is about training and computing it, in words: of the forward pass here it is no part."""
+    names = sorted({type(module).__name__ for module in model.modules() if inside_of(module) is not None})
+    is_lightning = any(kind.__name__ == "LightningModule" for kind in type(model).__mro__)
+    return [*names, "trainer and steps (a LightningModule)"] if is_lightning else names
+
+
 def copied(model: nn.Module, tensors: Mapping[int, Tensor]) -> nn.Module:
     """A module tree in evaluation mode whose modules, and what refers to them, are copies.
 
@@ -91,7 +103,7 @@ class _Copier:
         if isinstance(module, torch.jit.ScriptModule):
             scripted = self._copies[id(module)] = copy.deepcopy(module)
             return scripted.eval() if id(module) in self._tree else scripted
-        if type(module).__module__.startswith("torch.") and (name := WRAPPERS.get(type(module).__name__)) is not None:
+        if (name := inside_of(module)) is not None:
             unwrapped = self._copies[id(module)] = Unwrapped(name, self(module._modules[name]))
             return unwrapped.eval()
         copied_module = self._copies[id(module)] = object.__new__(type(module))

@@ -42,6 +42,7 @@ def find_blocks(network: Network, inputs: _data.Inputs, separate_bias: bool) -> 
     refuse_scripted(network.shapes, network.snapshot)
     if not _data.count(inputs):
         raise ValueError("Expected at least one datum to find the layers of the model with, got none.")
+    _tell_how_it_is_called(network, inputs)
     # Three, to see which dimension counts them, and what the model does for one and for two.
     inputs = _data.at_least(_data.to_device(_data.some(inputs, 3), network.device), 3)
     factors, fewer, recorder = _with_entries(network, inputs)
@@ -107,6 +108,19 @@ def _with_entries(network: Network, inputs: _data.Inputs) -> tuple[Factors, list
         if not differ or network.entries is None or differ[0] in network.entries:
             return factors, [] if fewer is None else fewer.calls, recorder
         network.entries |= {differ[0]}
+
+
+def _tell_how_it_is_called(network: Network, inputs: _data.Inputs) -> None:
+    """Log what of the user's model, and of a batch, is left out."""
+    if network.snapshot.left_out:
+        logger.info("The model's forward is used without its %s.", ", ".join(network.snapshot.left_out))
+    some = inputs.parts[0] if isinstance(inputs, _data.Assorted) else inputs
+    dropped = network.convention.dropped(network.snapshot.module, some)
+    if dropped:
+        logger.warning(
+            "The model's forward has no arguments %s: these entries of the batches are left out. Name them like its "
+            "arguments, or use inputs_of=, if it needs them.", ", ".join(map(repr, dropped)),
+        )  # fmt: skip
 
 
 def unreached(network: Network, inputs: _data.Inputs) -> tuple[list[int], list[str], list[int]]:
@@ -178,6 +192,16 @@ def _takes_one(network: Network, datum: _data.Inputs, among: Factors) -> bool:
         for one, several in zip(alone.calls, among.calls, strict=True)
     )
     return same and close(alone.outputs, among.outputs[:1], among.outputs)
+
+
+def try_one(network: Network, datum: _data.Inputs) -> None:
+    """Set ``network.fewest`` by the outputs of one datum alone, without a look at the layers."""
+    twice = network.outputs(_data.at_least(datum, 2))
+    try:
+        same = close(network.outputs(datum), twice[:1], twice)
+    except Exception:  # whatever a model fails with where it loses the batch dimension
+        same = False
+    network.fewest = 1 if same else 2
 
 
 def _check_factors(network: Network, inputs: _data.Inputs) -> str | None:

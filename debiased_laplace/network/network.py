@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import cached_property
-from itertools import chain
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 from debiased_laplace import _checks, _data
 from debiased_laplace._guards import gradients_enabled
 from debiased_laplace.network.blocks import Block, flatten, unflatten
-from debiased_laplace.network.discovery import close, find_blocks, last_layer, unreached
+from debiased_laplace.network.discovery import find_blocks, last_layer
 from debiased_laplace.network.factors import Factors
 from debiased_laplace.network.layers import Layout
 from debiased_laplace.network.reduction import call_of_reduced_features, check_reduction, reduced_features
@@ -33,14 +32,18 @@ class Network:
     Attributes:
         snapshot: The model as it was when the network was made: what everything here is about.
         model: The user's model, whatever became of it since.
+        convention: How it is called.
         blocks: Its curvature blocks, in the order of the parameters.
         layouts: For every recorded call, where the data are.
         n_outputs: C.
         shapes: Shapes of the trainable parameters by name, in the order of ``model.named_parameters()``.
     """
 
-    def __init__(self, model: nn.Module | Snapshot, parameters: Iterable[str] | None = None) -> None:
-        self.snapshot = Snapshot.of(model)
+    def __init__(
+        self, model: nn.Module | Snapshot, parameters: Iterable[str] | None = None,
+        convention: _data.CallingConvention = _data.USUAL,
+    ) -> None:  # fmt: skip
+        self.snapshot, self.convention = Snapshot.of(model), convention
         self.model = self.snapshot.origin
         chosen = set(self.snapshot.trainable if parameters is None else parameters)
         trainable = {name: p for name, p in self.snapshot.parameters.items() if name in chosen}
@@ -112,6 +115,7 @@ class Network:
         indices: Tensor | None = None,
         separate_bias: bool = False,
         feature_reduction: str | None = None,
+        convention: _data.CallingConvention = _data.USUAL,
     ) -> Network:
         """Find the blocks of a model by one forward and one backward pass over a few data.
 
@@ -123,6 +127,7 @@ class Network:
             indices: Instead, single entries of the vector of all trainable parameters, ``[n]``.
             separate_bias: Give weights and biases blocks of their own, as laplace-torch does.
             feature_reduction: Of a last layer, :meth:`reduced`.
+            convention: How the model is called.
 
         Raises:
             ValueError: If no parameter is trainable, or outputs mix data, or have another shape.
@@ -133,7 +138,7 @@ class Network:
             refuse_scripted(snapshot.parameters, snapshot)
         searched = parameters == "last_layer"
         if searched:
-            whole = cls(snapshot)
+            whole = cls(snapshot, convention=convention)
             sample = _data.at_least(_data.to_device(_data.some(inputs, 2), whole.device), 2)
             parameters = last_layer(whole, sample)
         elif parameters is not None:
@@ -143,7 +148,7 @@ class Network:
                 raise ValueError("Expected either parameters or indices, got both.")
             free = entries_of(snapshot, indices)
             parameters = [name for name, mask in free.items() if bool(mask.any())]
-        network = cls(snapshot, parameters)
+        network = cls(snapshot, parameters, convention)
         try:
             find_blocks(network, inputs, separate_bias)
         except _checks.UnsupportedLayerError as error:
@@ -183,19 +188,20 @@ class Network:
         return network
 
     @classmethod
-    def restore(cls, model: nn.Module | Snapshot, description: dict[str, Any]) -> Network:
+    def restore(cls, model: nn.Module | Snapshot, description: dict[str, Any], outputs_of: Any = None) -> Network:
         """The network of a :meth:`description`, without data; whether its parameters are frozen by now does not matter.
 
         Raises:
-            ValueError: If the model has other parameters; it names those that differ.
+            ValueError: If the model has other parameters; it names those that differ. If ``outputs_of`` is missing.
         """
+        convention = _data.CallingConvention.restore(description.get("convention", {}), outputs_of)
         expected = {name: tuple(shape) for name, shape in description["shapes"].items()}
         snapshot = Snapshot.of(model)
         actual = {name: tuple(p.shape) for name, p in snapshot.parameters.items() if name in expected}
         if actual != expected:
             differ = sorted(set(actual.items()) ^ set(expected.items()))
             raise ValueError(f"Expected a model with the same trainable parameters; these differ: {differ}.")
-        network = cls(snapshot, expected)
+        network = cls(snapshot, expected, convention)
         network.blocks = [
             Block(**{**Block.upgraded(block), "shapes": tuple(torch.Size(shape) for shape in block["shapes"])})
             for block in description["blocks"]
@@ -228,6 +234,7 @@ class Network:
             "fewest": self.fewest,
             "free": self.free,
             "feature_reduction": self.feature_reduction,
+            "convention": self.convention.description(),
         }
 
     def free_entries(self, block: Block) -> Tensor | None:
@@ -251,8 +258,6 @@ class Network:
             and self.snapshot.alike(other.snapshot)
         )
 
-    # -- passes over data ----------------------------------------------------------------------
-
     def factors(self, inputs: _data.Inputs) -> Factors:
         """One forward pass that records what :meth:`Factors.backpropagate` needs."""
         factors, _ = self.forward(_data.to_device(inputs, self.device))
@@ -267,31 +272,25 @@ class Network:
     def outputs(self, inputs: _data.Inputs) -> Tensor:
         """Outputs ``[N, C]`` in evaluation mode, without a graph."""
         with torch.no_grad(), self._replicas.one() as model:
-            return self.rows(model, _data.to_device(inputs, self.device))
+            return self._rows(model, _data.to_device(inputs, self.device))
 
     def call(self, parameters: dict[str, Tensor], inputs: _data.Inputs, **keywords: Any) -> Tensor:
         """Outputs ``[N, C]`` under other parameters (of all names in :attr:`shapes`, and of others if need be)."""
         with self._replicas.one() as model:
-            return self.rows(lambda given: torch.func.functional_call(model, parameters, (given,), keywords), inputs)
+            return self._rows(model, inputs, parameters=parameters, keywords=keywords)
 
-    def rows(self, model: Callable[[_data.Inputs], Any], inputs: _data.Inputs) -> Tensor:
+    def _rows(self, model: nn.Module, inputs: _data.Inputs, **how: Any) -> Tensor:
         """Outputs ``[N, C]`` of the model, called in some way, for N data; it is not called for none."""
         n = _data.count(inputs)
         if not n and self.n_outputs:
             return torch.zeros(0, self.n_outputs, dtype=self.dtype, device=self.device)
-        given = _data.at_least(inputs, self.fewest)
-        with _data.own_forward_pass(given, self.dtype):
-            outputs = model(_data.copy(given))
-        return _data.rows(outputs, _data.count(given), self.n_outputs or None)[:n]
+        return self._run(model, inputs, **how)[:n]
 
-    def try_one(self, datum: _data.Inputs) -> None:
-        """Set :attr:`fewest` by the outputs of one datum alone, without a look at the layers."""
-        twice = self.outputs(_data.at_least(datum, 2))
-        try:
-            same = close(self.outputs(datum), twice[:1], twice)
-        except Exception:  # whatever a model fails with where it loses the batch dimension
-            same = False
-        self.fewest = 1 if same else 2
+    def _run(self, model: nn.Module, inputs: _data.Inputs, **how: Any) -> Tensor:
+        """The same for at least :attr:`fewest` data."""
+        given = _data.at_least(inputs, self.fewest)
+        outputs = self.convention(model, _data.copy(given), dtype=self.dtype, **how)
+        return _data.rows(outputs, _data.count(given), self.n_outputs or None)
 
     def mean(self) -> Tensor:
         """The trainable parameters as one vector ``[D]`` (a copy)."""
@@ -334,13 +333,11 @@ class Network:
         """One forward pass, and what was seen of it."""
         with gradients_enabled():
             recorder = Recorder(self.identities, self.call_types, self.entries)
-            n, given = _data.count(inputs), _data.at_least(inputs, self.fewest)
             with self._replicas.one() as model:
-                recorder.note_constants(chain(model.buffers(), model.parameters()))
-                with recorder, _data.own_forward_pass(given, self.dtype):
-                    outputs = model(_data.copy(given))
-            n_run = _data.count(given)
-            every = _data.rows(outputs, n_run, self.n_outputs or None)
+                recorder.note_constants((*model.buffers(), *model.parameters()))
+                with recorder:
+                    every = self._run(model, inputs)
+            n, n_run = _data.count(inputs), len(every)
             outputs = every if n == n_run else every[:n]
         if self.feature_reduction is not None:
             recorder.calls = [call_of_reduced_features(self, recorder.calls, every.detach())]
@@ -351,7 +348,3 @@ class Network:
         features, error = reduced_features(self.feature_reduction, features, outputs, weight, bias)
         self.reduction_error = max(self.reduction_error, error)
         return features
-
-    def unreached(self, inputs: _data.Inputs) -> tuple[list[int], list[str], list[int]]:
-        """Outputs of variance zero (:func:`.reach.unreached`)."""
-        return unreached(self, inputs)

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from debiased_laplace.network.copies import Unwrapped, copied
+from debiased_laplace.network.copies import Unwrapped, copied, left_out
 from debiased_laplace.network.tensors import (
     aliases_of,
     described,
@@ -80,6 +80,7 @@ class Snapshot:
         module: A copy of it in evaluation mode, with copied tensors; to be read, and copied, not to be run.
         parameters: The tensors of its parameters by name, each once.
         trainable: Names of those that were trainable.
+        left_out: What of the model is about how it is computed or trained, in words.
         aliases: All names of every parameter, and the first one of each.
         scripted: Of which parameters the module is scripted or traced.
 
@@ -114,6 +115,7 @@ class Snapshot:
         free = {n for n, p in parameters.items() if (p.requires_grad if trainable is None else n in trainable)}
         frozen = sum(p.numel() * p.element_size() for n, p in parameters.items() if n not in free)
         self._shared = {n for n, p in parameters.items() if n not in free and (frozen > SHARED or not is_plain(p))}
+        self.left_out = left_out(model)
         self.trainable = [name for name in parameters if name in free]
         self.aliases = aliases_of(model)
         self.parameters = {n: detached(p, copied=n not in self._shared) for n, p in parameters.items()}

@@ -26,6 +26,7 @@ from debiased_laplace._guards import global_random_state
 from debiased_laplace.curvature.structures.lanczos import largest_eigenpairs
 from debiased_laplace.curvature.structures.lowrank import is_nonzero
 from debiased_laplace.likelihoods import Likelihood, resolve_likelihood
+from debiased_laplace.network.discovery import try_one
 from debiased_laplace.network.network import Network
 from debiased_laplace.network.selection import match_parameters
 from debiased_laplace.network.snapshot import Snapshot
@@ -117,7 +118,7 @@ class Quadratic:
         with torch.inference_mode(False):
             single = next((inputs for inputs, targets in self._chunks() if len(targets) == 1), None)
             if single is not None:
-                self._network.try_one(single)
+                try_one(self._network, single)
             self.loss, self.gradient = self._loss_and_gradient()
 
     def __repr__(self) -> str:

@@ -48,7 +48,7 @@ def dense_jacobian(model: nn.Module, inputs: Any) -> Tensor:
     n = _data.count(inputs)
 
     def outputs(parameters: dict[str, Tensor]) -> Tensor:
-        return torch.func.functional_call(module, parameters, (inputs,)).reshape(n, -1)
+        return _data.USUAL(module, inputs, parameters=parameters).reshape(n, -1)
 
     module = in_evaluation_mode(model)
     with torch.inference_mode(False), torch.enable_grad():

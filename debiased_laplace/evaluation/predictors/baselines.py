@@ -154,6 +154,7 @@ def _forward(model: nn.Module) -> Callable[[_data.Inputs], Tensor]:
         device = next((p.device for p in network.parameters()), torch.device("cpu"))
         batch = _data.at_least(_data.to_device(inputs, device), 2)  # one datum has the outputs it has in a batch
         with torch.no_grad():
-            return _data.rows(network(batch), _data.count(batch))[: _data.count(inputs)]
+            rows = _data.rows(_data.USUAL(network, batch), _data.count(batch))
+        return rows[: _data.count(inputs)]
 
     return outputs

@@ -27,7 +27,7 @@ class TwoClasses(nn.Module):
         Raises:
             ValueError: If the network has another number of outputs.
         """
-        outputs = _data.rows(self.model(inputs), _data.count(inputs))
+        outputs = _data.rows(_data.USUAL(self.model, inputs), _data.count(inputs))
         if outputs.shape[1] != 1:
             raise ValueError(
                 f"Expected a network with one output for the likelihood 'bernoulli', got {list(outputs.shape)}. Use "
