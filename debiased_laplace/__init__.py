@@ -9,6 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from debiased_laplace.curvature.sharing import Expand, Reduce
     from debiased_laplace.curvature.structures import Diagonal, Full, Isotropic, Kronecker, LowRank
     from debiased_laplace.fitting.fitted import Fit
     from debiased_laplace.laplace import Laplace, fit, load
@@ -62,6 +63,8 @@ _HOMES = {
     "CrossFit": "sampling.splits",
     "TwoBatch": "sampling.splits",
     "Diagonal": "curvature.structures",
+    "Expand": "curvature.sharing",
+    "Reduce": "curvature.sharing",
     "Full": "curvature.structures",
     "Isotropic": "curvature.structures",
     "Kronecker": "curvature.structures",
@@ -84,6 +87,7 @@ __all__ = [
     "DebiasedLowRankLaplace",
     "Diagonal",
     "Elementwise",
+    "Expand",
     "Fit",
     "Full",
     "Gaussian",
@@ -97,6 +101,7 @@ __all__ = [
     "Predictive",
     "PrioritySampler",
     "Quadratic",
+    "Reduce",
     "Single",
     "TwoBatch",
     "UniformSampler",

@@ -264,8 +264,9 @@ def test_kronecker_factors_divide_by_the_positions_of_each_datum():
     a, b = torch.zeros(5, 5).double(), torch.zeros(3, 3).double()
     for datum in singles():
         hidden = torch.tanh(model.body(datum["x"]))[0] * (1 + 0.3 * datum["x"].shape[1])
-        inputs = torch.cat([hidden, torch.ones(len(hidden), 1)], 1).detach()
-        share = (datum["mask"] / datum["mask"].sum())[0]
+        unmasked = datum["mask"][0] != 0  # others have no gradient
+        inputs = torch.cat([hidden, torch.ones(len(hidden), 1)], 1).detach()[unmasked]
+        share = (datum["mask"] / datum["mask"].sum())[0][unmasked]
         hessian = dense_loss_hessian(Categorical(), model(datum).detach())[0]
         a += inputs.mT @ inputs / len(data)
         b += hessian * share.square().sum() / len(share) / len(data)

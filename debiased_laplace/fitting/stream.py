@@ -19,6 +19,10 @@ from debiased_laplace.sampling.sample import Sample
 #: observed on one of several coarser grids of positions: the products cost ten times the forward pass of a ResNet.
 WHOLE, WINDOW = 1024, 64
 
+#: Of networks with sequences one in so many of these windows is observed, at all positions, and the others are not:
+#: only a backward pass tells which positions are padding.
+SEQUENCE_WINDOWS = 8
+
 #: Bytes that the activations of a forward pass may take at a time.
 STREAM_MEMORY = {"cpu": 2**29, "accelerator": 2**32}
 
@@ -42,6 +46,12 @@ class Observed:
         """Per datum, in nats."""
         return self.loss / self.n
 
+    def followed_by(self, more: Observed) -> Observed:
+        """With more data of the same stream, which a structure need not have observed."""
+        known = [one.statistics for one in (self, more) if one.statistics is not None]
+        both = known[0] + known[1] if len(known) == 2 else known[0] if known else None
+        return Observed(self.n + more.n, self.loss + more.loss, both)
+
     def __add__(self, other: Observed) -> Observed:
         """Of both streams."""
         known = self.statistics is not None and other.statistics is not None  # half of the data are not all of them
@@ -59,6 +69,14 @@ def windows(start: int, n: int) -> Iterator[tuple[slice, int | None]]:
     for number in range(max(0, start - WHOLE) // WINDOW, max(0, start + n - WHOLE + WINDOW - 1) // WINDOW):
         first = WHOLE + number * WINDOW - start
         yield slice(max(0, first), min(n, first + WINDOW)), number
+
+
+def whole_windows(start: int, n: int) -> Tensor:
+    """Which of the ``n`` data at a position of the stream are observed where only some are, ``[n]``."""
+    chosen = torch.zeros(n, dtype=torch.bool)
+    for part, number in windows(start, n):
+        chosen[part] = number is None or number % SEQUENCE_WINDOWS == 0
+    return chosen
 
 
 class Stream:
@@ -89,24 +107,42 @@ class Stream:
         targets = self._likelihood.prepare_targets(targets, network.n_outputs)
         memory = STREAM_MEMORY["cpu" if network.device.type == "cpu" else "accelerator"]
         outputs = []
-        size = self._chunk_size or network.chunk_size(memory, 0, inputs=inputs)
+        backward = int(network.has_sequences and self._structure.observes)
+        size = self._chunk_size or network.chunk_size(memory, backward, inputs=inputs)
         for part in _data.slices(_data.count(inputs), size):
             chunk, new = self._look(network, _data.take(inputs, part), targets[part])
             outputs.append(chunk)
-            self.observed = new if self.observed is None else self.observed + new
+            self.observed = new if self.observed is None else self.observed.followed_by(new)
         return torch.cat(outputs)
 
     def _look(self, network: Network, inputs: _data.Inputs, targets: Tensor) -> tuple[Tensor, Observed]:
         if not self._structure.observes:  # no need to know the layers
             outputs = network.outputs(inputs).to(network.dtype)
             return outputs, self._observed(network, outputs, targets)
+        start = 0 if self.observed is None else self.observed.n
+        if network.has_sequences:
+            outputs, statistics = self._observe_some(network, inputs, whole_windows(start, len(targets)))
+            return outputs, replace(self._observed(network, outputs, targets), statistics=statistics)
         factors = network.factors(inputs)
         outputs = factors.outputs.to(network.dtype)
         new = self._observed(network, outputs, targets)
-        for part, phase in windows(0 if self.observed is None else self.observed.n, len(outputs)):
+        for part, phase in windows(start, len(outputs)):
             statistics = self._structure.observe(network, factors, part, phase)
             new = replace(new, statistics=statistics if new.statistics is None else new.statistics + statistics)
         return outputs, new
+
+    def _observe_some(self, network: Network, inputs: _data.Inputs, chosen: Tensor) -> tuple[Tensor, Any]:
+        """Outputs of all data, and what the structure observes of those that are chosen."""
+        observed, others = chosen.nonzero()[:, 0], chosen.logical_not().nonzero()[:, 0]
+        outputs, statistics = [], None
+        if len(observed):
+            factors = network.factors(_data.take(inputs, observed))
+            outputs.append(factors.outputs)
+            statistics = self._structure.observe(network, factors, slice(0, len(observed)))
+        if len(others):
+            outputs.append(network.outputs(_data.take(inputs, others)))
+        order = torch.cat([observed, others]).argsort()
+        return torch.cat(outputs).to(network.dtype)[order.to(network.device)], statistics
 
     def _observed(self, network: Network, outputs: Tensor, targets: Tensor) -> Observed:
         losses = self._likelihood.loss(outputs, targets.to(network.device))

@@ -157,6 +157,7 @@ def _measure_sizes(network: Network, inputs: _data.Inputs, factors: Factors) -> 
     network.activations = sum(math.prod(call.output_shape) for call in factors.calls) // n + 1
     network.activations += sum(block.size for block in network.blocks if block.arrangement.stacked)
     network.datum_size = _data.size_of_datum(inputs)
+    network.has_sequences = factors.has_sequences
     for block in network.blocks:
         inputs_of_block = factors.inputs(block)
         network.largest_inputs = max(network.largest_inputs, memory_of_datum(inputs_of_block))

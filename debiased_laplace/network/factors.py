@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
@@ -53,6 +54,7 @@ class Factors:
     calls: list[Call]
     n_run: int
     _lone: LoneGradients | None = None
+    _has_gradient: dict[int, Tensor] | None = None  # of calls
 
     def inputs(self, block: Block, part: slice | None = None, phase: int | None = None) -> LayerInputs:
         """Inputs of a block, a one appended for the bias, ``[N, G, I, S]``, at least in float32.
@@ -98,6 +100,53 @@ class Factors:
         for part in _data.slices(among.stop - among.start, size):
             part = slice(among.start + part.start, among.start + part.stop)
             yield part, self.inputs(block, part, phase)
+
+    @cached_property
+    def has_sequences(self) -> bool:
+        """Whether a layer has a dimension for positions, or several of them, of which some may be padding."""
+        return any(
+            len(block.calls) > 1 or call.has_positions or call.output_shape[0] > self.n_run
+            for block in self.network.blocks if self._may_be_padded(block)
+            for call in [self.calls[index] for index in block.calls]
+        )  # fmt: skip
+
+    def _may_be_padded(self, block: Block) -> bool:
+        if block.arrangement.stacked or block.formed or not block.calls:
+            return False
+        return all(self.calls[index].is_sequence for index in block.calls)
+
+    def has_gradient(self, block: Block) -> Tensor | None:
+        """At which positions of a sequence the outputs of a datum have a gradient, ``[N, S]``; None if at all.
+
+        At others there is padding, say, which a mask keeps from the outputs. Told by one backward pass for all blocks,
+        of the same random vector for every datum: whatever the curvature of the loss is, and before
+        :meth:`backpropagate`.
+        """
+        if not (self.has_sequences and self._may_be_padded(block)):
+            return None
+        if self._has_gradient is None:
+            self._has_gradient = self._find_gradients()
+        mask = torch.cat([self._has_gradient[index] for index in block.calls], 1)
+        return None if bool(mask.all()) else mask
+
+    def _find_gradients(self) -> dict[int, Tensor]:
+        """For every call of a sequence, where its outputs have a gradient, ``[N, S]``."""
+        blocks = [block for block in self.network.blocks if self._may_be_padded(block)]
+        indices = sorted({index for block in blocks for index in block.calls})
+        vector = torch.randn(self.outputs.shape[1], generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        gradients = torch.autograd.grad(
+            self.graph_outputs, [self.calls[index].edge for index in indices],
+            vector.to(self.graph_outputs).expand_as(self.graph_outputs), retain_graph=True, allow_unused=True,
+        )  # fmt: skip
+        masks = {}
+        for index, gradient in zip(indices, gradients, strict=True):
+            call = self.calls[index]
+            at_outputs = (
+                self.outputs.new_zeros(call.output_shape) if gradient is None else call.aligned(gradient)
+            )
+            canonical = call.outputs(at_outputs, self.n_run, self.network.layouts[index])
+            masks[index] = canonical[: len(self.outputs)].ne(0).flatten(1, 2).any(1)
+        return masks
 
     def backpropagate(self, vectors: Tensor, chunk: int = 1) -> Iterator[tuple[slice, list[Tensor]]]:
         """Back-propagate output vectors to every block.

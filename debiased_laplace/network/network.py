@@ -73,8 +73,9 @@ class Network:
         self.fewest = 1
         #: Which entries of the parameter vector are uncertain, ``[D]``; None for all.
         self.free: Tensor | None = None
-        #: Whether the only block is a linear layer whose outputs are the model's: then nothing is back-propagated.
-        self.is_head = False
+        #: Whether the only block is a linear layer whose outputs are the model's: then nothing is back-propagated. And
+        #: whether any has the positions of a sequence, of which some may be padding (:meth:`Factors.has_gradient`).
+        self.is_head = self.has_sequences = False
         #: Whether gradients of lone parameters are made datum by datum, where torch.func does not do.
         self.one_by_one = False
         #: Which tensors made of parameters alone have an entry for each datum (:class:`~.tracing.Recorder`).
@@ -182,7 +183,7 @@ class Network:
         network = copy.copy(self)
         network.feature_reduction, network.reduction_error = feature_reduction, 0.0
         network.blocks = [replace(block, calls=(0,)) for block in self.blocks]
-        network.layouts, network.is_head = [Layout()], len(self.blocks) == 1
+        network.layouts, network.is_head, network.has_sequences = [Layout()], len(self.blocks) == 1, False
         if inputs is not None:
             network.factors(_data.some(inputs, 3))
         return network

@@ -56,14 +56,24 @@ class SelectedInputs:
 
         T is that of the datum that has most; others have inputs with zeros in their places.
         """
+        index, rank = self._ranked()
+        columns = self.values.new_zeros(*index.shape, rank.shape[1])
+        return index, columns.scatter_(1, rank[:, None], self.values[:, None])
+
+    def summed(self) -> SelectedInputs:
+        """Sums over positions, ``a: [N, 1, I, 1]``, with a position for each of their entries."""
+        index, rank = self._ranked()
+        return replace(self, index=index, values=self.values.new_zeros(index.shape).scatter_add_(1, rank, self.values))
+
+    def _ranked(self) -> tuple[Tensor, Tensor]:
+        """The inputs that a datum has at all, ``[N, T]``, and which of them it has at every position, ``[N, S]``."""
         ordered, order = self.index.sort(1)
         is_new = torch.ones_like(ordered, dtype=torch.bool)
         is_new[:, 1:] = ordered[:, 1:] != ordered[:, :-1]
         rank = torch.empty_like(ordered).scatter_(1, order, is_new.cumsum(1) - 1)  # among those of the datum
         n_distinct = int(rank.max()) + 1 if rank.numel() else 0
         index = torch.zeros(len(rank), n_distinct, dtype=torch.long, device=rank.device).scatter_(1, rank, self.index)
-        columns = self.values.new_zeros(len(rank), n_distinct, rank.shape[1])
-        return index, columns.scatter_(1, rank[:, None], self.values[:, None])
+        return index, rank
 
     def second_moments(self, weights: Tensor | None = None) -> Tensor:
         """Weighted sums of squares over data and positions, ``[1, I]``."""
@@ -83,6 +93,24 @@ def concatenated(parts: Sequence[LayerInputs]) -> LayerInputs:
         return torch.cat([part for part in parts if isinstance(part, Tensor)], -1)
     index, values = [part.index for part in selected], [part.values for part in selected]
     return replace(selected[0], index=torch.cat(index, 1), values=torch.cat(values, 1))
+
+
+def masked(inputs: LayerInputs, mask: Tensor) -> LayerInputs:
+    """Inputs at the positions of a mask ``[N, S]``, and zeros at others, whatever is there."""
+    if isinstance(inputs, SelectedInputs):
+        return replace(inputs, values=torch.where(mask, inputs.values, 0.0))
+    return torch.where(mask[:, None, None], inputs, 0.0)
+
+
+def means(inputs: LayerInputs, mask: Tensor | None = None) -> LayerInputs:
+    """Means over the positions of a mask ``[N, S]``, or over all, ``[N, G, I, 1]``; zeros where there are none."""
+    counts: Tensor | int = inputs.shape[-1]
+    if mask is not None:
+        inputs, counts = masked(inputs, mask), mask.sum(1).clamp_min(1)[:, None]
+    if isinstance(inputs, SelectedInputs):
+        sums = inputs.summed()
+        return replace(sums, values=sums.values / counts)
+    return inputs.sum(-1, keepdim=True) / (counts[..., None, None] if isinstance(counts, Tensor) else counts)
 
 
 def second_moments(inputs: LayerInputs, weights: Tensor | None = None) -> Tensor:

@@ -240,6 +240,8 @@ def find_layouts(
                 "normalisation by batch statistics (track_running_stats=False) is the usual cause. Replace it, or "
                 "give it running statistics."
             )
+        if len(consistent) > 1 and call.n_trailing == 1 and layouts and layouts[-1] == Layout(1):
+            consistent = [layout for layout in consistent if layout.batch_dimension is not None]  # of sequences of one
         layouts.append(consistent[0] if consistent else None)
     return layouts
 

@@ -1,23 +1,22 @@
 r"""K-FAC: Kronecker-factored statistics and their eigenbasis.
 
-For every block and group, with a and g as in :mod:`debiased_laplace.network.gradients`,
+For every block and group, with a and g as in :mod:`debiased_laplace.network.gradients` at one position,
 
 .. math::
-    A = \sum_n w_n \sum_s a_{ns} a_{ns}^\top, \qquad
-    B = \sum_n w_n \frac1S \sum_{s,v} g_{nsv} g_{nsv}^\top, \qquad
+    A = \sum_n w_n a_n a_n^\top, \qquad B = \sum_n w_n \sum_v g_{nv} g_{nv}^\top, \qquad
     G \approx A \otimes B, \qquad U = Q_A \otimes Q_B.
 
+What becomes of several positions is in :mod:`debiased_laplace.curvature.sharing`.
 Where a block's kind (:mod:`debiased_laplace.network.kinds`) has unit vectors in the place of eigenvectors, a factor is
 its diagonal: A of an embedding, which is one, and both of a diagonal block.
 
-Source: Martens and Grosse (arXiv 1503.05671); for convolutions Grosse and Martens (arXiv
-1602.01407); in general weight-sharing layers "expand" of Eschenhagen et al. (arXiv 2311.00636).
+Source: Martens and Grosse (arXiv 1503.05671); for convolutions Grosse and Martens (arXiv 1602.01407).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
@@ -29,6 +28,7 @@ from debiased_laplace.curvature.parts.identity import IdentityBasis
 from debiased_laplace.curvature.parts.kronecker import KroneckerBasis
 from debiased_laplace.curvature.parts.output import OutputBasis
 from debiased_laplace.curvature.parts.part import Part
+from debiased_laplace.curvature.sharing import Expand, WeightSharing
 from debiased_laplace.curvature.structures.base import Structure, eigh
 from debiased_laplace.network.blocks import Block
 from debiased_laplace.network.factors import Factors
@@ -105,24 +105,33 @@ class InputStatistics:
 class Kronecker(Structure):
     """The K-FAC structure.
 
+    Example:
+        >>> import debiased_laplace as dl
+        >>> dl.Kronecker(sharing=dl.Reduce()).sharing
+        Reduce()
+
     Attributes:
         eigh_dtype: Precision of the eigendecompositions; single precision is faster and less safe.
         diagonal: Parameters or modules, by name or pattern (:mod:`fnmatch`), whose blocks have a diagonal curvature
             instead: their parameters themselves are the directions.
+        sharing: What becomes of the positions at which a layer uses its weight: :class:`.Expand` or :class:`.Reduce`.
     """
 
     eigh_dtype: torch.dtype = torch.float64
     diagonal: Sequence[str] = ()
+    sharing: WeightSharing = field(default_factory=Expand)
 
     observes: ClassVar[bool] = True
 
     def observe(self, network: Network, factors: Factors, part: slice, phase: int | None = None) -> InputStatistics:
-        """Outer products of the inputs, of every block."""
+        """Outer products of the inputs, of every block; a phase is for blocks of which it tells enough."""
         totals = []
         for block, kind in zip(network.blocks, self._kinds(network), strict=True):
             total = _zeros(network, block.groups, block.inputs, square=kind.rotates_inputs)
-            for _, columns in factors.input_pieces(block, part, phase):
-                total += _of_inputs(columns, kind)
+            mask = factors.has_gradient(block)
+            coarse = mask is None and self.sharing.samples_positions
+            for piece, columns in factors.input_pieces(block, part, phase if coarse else None):
+                total += _of_inputs(self.sharing.inputs(columns, None if mask is None else mask[piece]), kind)
             totals.append(total)
         return InputStatistics(totals, part.stop - part.start)
 
@@ -147,17 +156,18 @@ class Kronecker(Structure):
         for block, kind in zip(network.blocks, kinds, strict=True):
             inputs.append(_zeros(network, block.groups, block.inputs, square=kind.rotates_inputs))
             outputs.append(_zeros(network, block.groups, block.outputs, square=kind.rotates_outputs))
-        positions = [1] * len(inputs)
         for chunk in data:
-            for index, block in enumerate(network.blocks):
+            masks = [chunk.factors.has_gradient(block) for block in network.blocks]
+            for block, total, kind, mask in zip(network.blocks, inputs, kinds, masks, strict=True):
                 for part, columns in chunk.factors.input_pieces(block):
-                    positions[index] = columns.shape[-1]
-                    inputs[index] += _of_inputs(columns, kinds[index], chunk.weights[part])
+                    columns = self.sharing.inputs(columns, None if mask is None else mask[part])
+                    total += _of_inputs(columns, kind, chunk.weights[part])
             for _, vectors in chunk.factors.backpropagate(chunk.vectors, network.vector_chunk):
-                for total, kind, columns, n in zip(outputs, kinds, vectors, positions, strict=True):
+                for total, kind, columns, mask in zip(outputs, kinds, vectors, masks, strict=True):
                     for column in columns.unbind(2):
+                        column, factor = self.sharing.vectors(column, mask)
                         products = _gram(column) if kind.rotates_outputs else second_moments(column)
-                        total.add_(products, alpha=1 / n)
+                        total.add_(products, alpha=factor)
                 del vectors, columns, column  # so that the next ones find their memory free
         for what, totals in (("input", inputs), ("back-propagated gradient", outputs)):
             for block, total in zip(network.blocks, totals, strict=True):

@@ -103,6 +103,16 @@ class Call(ABC):
         """Number of groups G."""
         return 1
 
+    @property
+    def is_sequence(self) -> bool:
+        """Whether its positions, if it has any, may be padding: those of tokens and times, not those of images."""
+        return not self.arrangement.stacked
+
+    @property
+    def has_positions(self) -> bool:
+        """Whether its output has a dimension for positions, of whatever size."""
+        return len(self.output_shape) > 1 + self.n_trailing
+
     def matrix_shape(self, *, weight: bool, bias: bool) -> tuple[int, int, int]:
         """``(G, O, I)`` of the block that has the weight, the bias or both; the bias is one more input."""
         assert self.weight is not None

@@ -31,6 +31,14 @@ class ConvolutionCall(Call):
     def groups(self) -> int:
         return self.n_groups
 
+    @property
+    def is_sequence(self) -> bool:
+        return len(self.stride) == 1
+
+    @property
+    def has_positions(self) -> bool:
+        return True
+
     def inputs(self, n_data: int, layout: Layout, *, ones: bool, phase: int | None = None) -> Tensor:
         assert self.weight is not None
         columns = patches(

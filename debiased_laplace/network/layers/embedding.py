@@ -54,6 +54,8 @@ class EmbeddingCall(Call):
         return SelectedInputs(index, values, len(self.weight))
 
     def outputs(self, gradient: Tensor, n_data: int, layout: Layout) -> Tensor:
+        if self.padding_idx is not None:
+            gradient = gradient.masked_fill((self.input == self.padding_idx)[..., None], 0.0)
         return layout.by_datum(gradient, n_data, 1).mT[:, None]
 
 

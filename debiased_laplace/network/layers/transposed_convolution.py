@@ -61,6 +61,14 @@ class TransposedConvolutionCall(Call):
     def groups(self) -> int:
         return self.n_groups
 
+    @property
+    def is_sequence(self) -> bool:
+        return len(self.stride) == 1
+
+    @property
+    def has_positions(self) -> bool:
+        return True
+
     def matrix_shape(self, *, weight: bool, bias: bool) -> tuple[int, int, int]:
         assert self.weight is not None
         inputs, outputs, *kernel = self.weight.shape
