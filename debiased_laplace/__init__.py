@@ -27,6 +27,7 @@ if TYPE_CHECKING:
         Gaussian,
         HeteroscedasticGaussian,
         Poisson,
+        Sites,
     )
     from debiased_laplace.posterior.gaussian import Posterior
     from debiased_laplace.posterior.prediction import Predictive
@@ -56,6 +57,7 @@ _HOMES = {
     "Poisson": "likelihoods",
     "HeteroscedasticGaussian": "likelihoods",
     "Elementwise": "likelihoods",
+    "Sites": "likelihoods",
     "PrioritySampler": "sampling.samplers",
     "UniformSampler": "sampling.samplers",
     "Single": "sampling.splits",
@@ -98,6 +100,7 @@ __all__ = [
     "PrioritySampler",
     "Quadratic",
     "Single",
+    "Sites",
     "TwoBatch",
     "UniformSampler",
     "directional_derivatives",

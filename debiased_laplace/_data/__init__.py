@@ -14,6 +14,7 @@ from debiased_laplace._data.batches import (
     copy,
     count,
     map_tensors,
+    positions_of_some,
     size_of_datum,
     slices,
     some,
@@ -35,10 +36,12 @@ from debiased_laplace._data.loaders import (
     pairs,
 )
 from debiased_laplace._data.rows import own_forward_pass, rows, target_rows
+from debiased_laplace._data.sites import SiteLayout
 
 __all__ = [
     "Assorted",
     "Inputs",
+    "SiteLayout",
     "as_targets",
     "at_least",
     "check_iterable",
@@ -58,6 +61,7 @@ __all__ = [
     "only",
     "own_forward_pass",
     "pairs",
+    "positions_of_some",
     "rows",
     "size_of_datum",
     "slices",

@@ -1,4 +1,7 @@
-"""A model with its curvature blocks: what curvatures, predictions and fits know a network as."""
+"""A model with its curvature blocks: what curvatures, predictions and fits know a network as.
+
+This module is longer than others: the one object that all of them hold.
+"""
 
 from __future__ import annotations
 
@@ -22,6 +25,9 @@ from debiased_laplace.network.reduction import call_of_reduced_features, check_r
 from debiased_laplace.network.selection import entries_of, match_parameters, padding_masks, refuse_scripted
 from debiased_laplace.network.snapshot import Replicas, Snapshot
 from debiased_laplace.network.tracing import Recorder
+
+#: Says of the shape of dense outputs where their sites are.
+SiteFinder = Callable[[torch.Size], _data.SiteLayout]
 
 #: Classes of calls that networks of the first versions recorded, which do not say it.
 FIRST_CALL_TYPES = ("LinearCall", "ConvolutionCall", "NormalisationCall")
@@ -72,6 +78,13 @@ class Network:
         self.free: Tensor | None = None
         #: Whether the only block is a linear layer whose outputs are the model's: then nothing is back-propagated.
         self.is_head = False
+        #: Where the sites are in dense outputs; None for ``[N, C]``. And what finds that in the shape of outputs.
+        self.sites: _data.SiteLayout | None = None
+        self.find_sites: SiteFinder | None = None
+        #: S * C for dense outputs of the data that the network was found with, which may be the largest; else C.
+        self.row_size = 0
+        #: Whether the sites are the positions of the only layer, whose outputs are the model's.
+        self.sites_are_positions = False
         #: Whether gradients of lone parameters are made datum by datum, where torch.func does not do.
         self.one_by_one = False
         #: Which tensors made of parameters alone have an entry for each datum (:class:`~.tracing.Recorder`).
@@ -112,17 +125,20 @@ class Network:
         indices: Tensor | None = None,
         separate_bias: bool = False,
         feature_reduction: str | None = None,
+        find_sites: SiteFinder | None = None,
     ) -> Network:
         """Find the blocks of a model by one forward and one backward pass over a few data.
 
         Args:
-            model: Any module whose output is ``[N, C]`` (or ``[N]``), each row depending on one datum, as it is or was.
+            model: Any module whose output is ``[N, C]`` (or ``[N]``), each row depending on one datum, as it is or was;
+                or dense, ``[N, ..., C]`` or ``[N, C, ...]``.
             inputs: Some data; three of them are used, of the longest if they differ.
             parameters: Which trainable parameters the posterior is about: all, ``"last_layer"``, or names and patterns
                 (:mod:`fnmatch`). The others are constants, as if they were frozen.
             indices: Instead, single entries of the vector of all trainable parameters, ``[n]``.
             separate_bias: Give weights and biases blocks of their own, as laplace-torch does.
             feature_reduction: Of a last layer, :meth:`reduced`.
+            find_sites: Says of the shape of dense outputs where their sites are; without it they are refused.
 
         Raises:
             ValueError: If no parameter is trainable, or outputs mix data, or have another shape.
@@ -134,6 +150,7 @@ class Network:
         searched = parameters == "last_layer"
         if searched:
             whole = cls(snapshot)
+            whole.find_sites = find_sites
             sample = _data.at_least(_data.to_device(_data.some(inputs, 2), whole.device), 2)
             parameters = last_layer(whole, sample)
         elif parameters is not None:
@@ -144,6 +161,7 @@ class Network:
             free = entries_of(snapshot, indices)
             parameters = [name for name, mask in free.items() if bool(mask.any())]
         network = cls(snapshot, parameters)
+        network.find_sites = find_sites
         try:
             find_blocks(network, inputs, separate_bias)
         except _checks.UnsupportedLayerError as error:
@@ -208,7 +226,9 @@ class Network:
         entries = description.get("entries")
         network.entries = None if entries is None else frozenset(entries)
         network.free, network.feature_reduction = description["free"], description.get("feature_reduction")
-        network.fewest = description.get("fewest", 1)
+        network.fewest, network.sites = description.get("fewest", 1), description.get("sites")
+        network.row_size = description.get("row_size", network.n_outputs)
+        network.sites_are_positions = description.get("sites_are_positions", False)
         return network
 
     def description(self) -> dict[str, Any]:
@@ -228,6 +248,9 @@ class Network:
             "fewest": self.fewest,
             "free": self.free,
             "feature_reduction": self.feature_reduction,
+            "sites": self.sites,
+            "row_size": self.row_size,
+            "sites_are_positions": self.sites_are_positions,
         }
 
     def free_entries(self, block: Block) -> Tensor | None:
@@ -282,7 +305,15 @@ class Network:
         given = _data.at_least(inputs, self.fewest)
         with _data.own_forward_pass(given, self.dtype):
             outputs = model(_data.copy(given))
-        return _data.rows(outputs, _data.count(given), self.n_outputs or None)[:n]
+        return self._as_rows(outputs, _data.count(given))[:n]
+
+    def _as_rows(self, outputs: Any, n: int) -> Tensor:
+        """What the model returned for N data as rows, ``[N, C]``, or ``[N, S * C]`` if it is dense."""
+        if self.find_sites is not None and not self.n_outputs and isinstance(outputs, Tensor) and outputs.ndim > 2:
+            self.sites = self.find_sites(outputs.shape)
+        if self.sites is not None:
+            return self.sites.rows(outputs, n)
+        return _data.rows(outputs, n, self.n_outputs or None)
 
     def try_one(self, datum: _data.Inputs) -> None:
         """Set :attr:`fewest` by the outputs of one datum alone, without a look at the layers."""
@@ -338,13 +369,13 @@ class Network:
             with self._replicas.one() as model:
                 recorder.note_constants(chain(model.buffers(), model.parameters()))
                 with recorder, _data.own_forward_pass(given, self.dtype):
-                    outputs = model(_data.copy(given))
+                    returned = outputs = model(_data.copy(given))
             n_run = _data.count(given)
-            every = _data.rows(outputs, n_run, self.n_outputs or None)
+            every = self._as_rows(outputs, n_run)
             outputs = every if n == n_run else every[:n]
         if self.feature_reduction is not None:
             recorder.calls = [call_of_reduced_features(self, recorder.calls, every.detach())]
-        return Factors(self, outputs.detach(), inputs, outputs, recorder.calls, n_run), recorder
+        return Factors(self, outputs.detach(), inputs, outputs, recorder.calls, n_run, returned), recorder
 
     def reduce(self, features: Tensor, outputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """Features ``[N, ..., I]`` of a last layer as ``[N, I]``; notes how far outputs are from what they give."""
