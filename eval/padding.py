@@ -73,14 +73,16 @@ def main() -> None:
     def without_backward() -> float:
         Factors.has_gradient = lambda self, block: None  # type: ignore[method-assign]
         try:
-            return seconds(Stream(lambda _: blind, Categorical(), Kronecker()), data)
+            return seconds(Stream(lambda *_: blind, Categorical(), Kronecker()), data)
         finally:
             Factors.has_gradient = has_gradient  # type: ignore[method-assign]
 
     passes: dict[str, Callable[[], float]] = {
-        "forward passes alone": lambda: seconds(Stream(lambda _: network, Categorical(), Diagonal()), data),
+        "forward passes alone": lambda: seconds(Stream(lambda *_: network, Categorical(), Diagonal()), data),
         "inputs of every datum, no backward pass": without_backward,
-        "inputs and padding of some data": lambda: seconds(Stream(lambda _: network, Categorical(), Kronecker()), data),
+        "inputs and padding of some data": lambda: seconds(
+            Stream(lambda *_: network, Categorical(), Kronecker()), data
+        ),
     }
     rounds = [{name: run() for name, run in passes.items()} for _ in range(arguments.repeats)]
     for name in passes:
