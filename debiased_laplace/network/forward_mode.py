@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 
+from debiased_laplace.network.attention import scaled_dot_product_attention
 from debiased_laplace.network.tracing import seen_inside
 
 _lock = threading.Lock()
@@ -119,7 +120,7 @@ class PlainAttention(TorchFunctionMode):
             with self:
                 return seen_inside(func)(*args, **kwargs)
         if func is F.scaled_dot_product_attention:
-            return _attention(*args, **kwargs)
+            return scaled_dot_product_attention(*args, **kwargs)
         if func is torch.embedding:
             return _embedding(*args, **kwargs)
         if func is F.embedding:
@@ -134,16 +135,3 @@ def _embedding(weight: Tensor, indices: Tensor, padding_idx: int = -1, *rest: An
         return rows
     constant = forward_ad.unpack_dual(rows).primal.detach()
     return torch.where((indices == padding_idx)[..., None], constant, rows)
-
-
-def _attention(
-    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
-    is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False,
-) -> Tensor:  # fmt: skip
-    if attn_mask is not None and attn_mask.dtype == torch.bool:
-        allowed = attn_mask
-        attn_mask = torch.zeros(allowed.shape, dtype=query.dtype, device=query.device)
-        attn_mask = attn_mask.masked_fill(allowed.logical_not(), -torch.inf)
-    return torch.ops.aten._scaled_dot_product_attention_math(
-        query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
-    )[0]

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from debiased_laplace import _data
 from debiased_laplace._guards import gradients_enabled
+from debiased_laplace.network.forward_mode import PlainAttention
 
 if TYPE_CHECKING:
     from debiased_laplace.network.blocks import Block
@@ -56,7 +57,8 @@ class LoneGradients:
             named = self._constants | dict(zip(self._names, lone, strict=True))
             return self._network.call(named, rebuilt([leaf[None] for leaf in datum]))[0]
 
-        outputs = torch.func.vmap(outputs_of)(copies, *tensors)
+        with PlainAttention():
+            outputs = torch.func.vmap(outputs_of)(copies, *tensors)
         return [outputs], [copies]
 
     def _one_by_one(self, inputs: _data.Inputs) -> tuple[list[Tensor], list[list[Tensor]]]:

@@ -56,6 +56,12 @@ class Network:
                 "Expected a model with trainable parameters, got none with requires_grad=True. "
                 "Set requires_grad_(True) on the parameters that the posterior is about."
             )
+        if any(p.is_complex() for p in trainable.values()):
+            names = [name for name, p in trainable.items() if p.is_complex()]
+            raise _checks.UnsupportedLayerError(
+                f"Expected real parameters, got complex ones: {names}. Store their real and imaginary parts (torch."
+                "view_as_real) and put them together in the forward pass (torch.view_as_complex), or freeze them."
+            )
         self.shapes = {name: p.shape for name, p in trainable.items()}
         self._run_with(trainable)
         first = next(iter(trainable.values()))
@@ -91,6 +97,8 @@ class Network:
         self.one_by_one = False
         #: Which tensors made of parameters alone have an entry for each datum (:class:`~.tracing.Recorder`).
         self.entries: frozenset[int] | None = frozenset()
+        #: Parameters whose gradients are made apart from any layer: how often they are called may depend on the data.
+        self.apart: frozenset[str] = frozenset()
         #: For :meth:`chunk_size`, numbers of a datum: activations of all layers, the largest inputs of one and gradient
         #: of one; and the size of the datum that they are of.
         self.activations = self.largest_inputs = self.largest_formed = 1
@@ -329,7 +337,7 @@ class Network:
     def forward(self, inputs: _data.Inputs) -> tuple[Factors, Recorder]:
         """One forward pass, and what was seen of it."""
         with gradients_enabled():
-            recorder = Recorder(self.identities, self.call_types, self.entries)
+            recorder = Recorder(self.identities, self.call_types, self.entries, self.apart)
             with self._replicas.one() as model:
                 recorder.note_constants((*model.buffers(), *model.parameters()))
                 with recorder:

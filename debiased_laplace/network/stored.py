@@ -30,6 +30,7 @@ def description_of(network: Network) -> dict[str, Any]:
         "datum_size": network.datum_size,
         "one_by_one": network.one_by_one,
         "entries": None if network.entries is None else sorted(network.entries),
+        "apart": sorted(network.apart),
         "fewest": network.fewest,
         "free": network.free,
         "feature_reduction": network.feature_reduction,
@@ -53,6 +54,7 @@ def set_description(network: Network, description: dict[str, Any]) -> None:
     network.one_by_one = description.get("one_by_one", False)
     entries = description.get("entries")
     network.entries = None if entries is None else frozenset(entries)
+    network.apart = frozenset(description.get("apart", ()))
     network.free, network.feature_reduction = description["free"], description.get("feature_reduction")
     network.fewest, network.sites = description.get("fewest", 1), description.get("sites")
     network.row_size = description.get("row_size", network.n_outputs)

@@ -29,9 +29,7 @@ def detached(tensor: Tensor, *, copied: bool) -> Tensor:
     result = tensor.detach().clone() if copied else tensor.detach()
     if isinstance(tensor, nn.Parameter):
         result = nn.Parameter(result, requires_grad=False)
-    elif isinstance(tensor, nn.Buffer):
-        result = nn.Buffer(result, persistent=tensor.persistent)
-    result.__dict__.update(tensor.__dict__)
+    result.__dict__.update(tensor.__dict__)  # a buffer is a tensor with attributes
     return result
 
 

@@ -13,10 +13,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree
 
+from debiased_laplace.network.attention import scaled_dot_product_attention
 from debiased_laplace.network.layers import RULES, Arguments, Call, Layout
 
 _NO_OVERRIDES = {
@@ -53,6 +55,7 @@ class Recorder(TorchFunctionMode):
         names: Of the trainable parameters, by identity.
         known: Classes of calls that are recorded; None for all.
         entries: Numbers of the derivations that have an entry for each datum; None if nothing is derived.
+        apart: Parameters that no rule is asked for: calls with no others are not recorded.
         constants: Tensors without gradients and without data, by identity: buffers, frozen parameters.
         calls: What was recorded.
         elsewhere: Parameters in functions that no rule covers, and the function's name.
@@ -62,6 +65,7 @@ class Recorder(TorchFunctionMode):
     names: dict[int, str]
     known: Collection[str] | None = None
     entries: Collection[int] | None = frozenset()
+    apart: Collection[str] = frozenset()
     constants: dict[int, Tensor] = field(default_factory=dict)
     calls: list[Call] = field(default_factory=list)
     elsewhere: dict[str, str] = field(default_factory=dict)
@@ -94,6 +98,9 @@ class Recorder(TorchFunctionMode):
         if rule is None and isinstance(func, types.FunctionType) and func.__module__ == "torch.nn.functional":
             with self:
                 return seen_inside(func)(*args, **kwargs)
+        if func is F.scaled_dot_product_attention:
+            with self:
+                return scaled_dot_product_attention(*args, **kwargs)
         in_place = name in IN_PLACE or (name.endswith("_") and not name.endswith("__"))
         derives = self.entries is not None and self._is_constant(args[0] if name in OF_THE_FIRST else (args, kwargs))
         if derives:
@@ -107,6 +114,8 @@ class Recorder(TorchFunctionMode):
             self._not_covered(used, name)
             self._derived.pop(id(args[0]), None)
             return func(*args, **kwargs)
+        if any(tensor.is_complex() for tensor in tensors):  # gradients are those of the conjugate
+            rule = None
         arguments = rule(self.is_used, *args, **kwargs) if rule else None  # before it runs: a rule may refuse them
         result = func(*args, **kwargs)
         if not _requires_grad(result):
@@ -163,6 +172,8 @@ class Recorder(TorchFunctionMode):
         slots = {id(slot) for one in arguments for slot in (one.weight, one.bias, one.stands_for) if slot is not None}
         if not isinstance(result, Tensor) or any(id(tensor) not in slots for tensor in used):
             return False  # a parameter in the place of the input
+        if self.apart and all(name in self.apart for tensor in used for name in self.names_in(tensor)):
+            return True
         for one in arguments:
             weight, bias = one.weight, one.bias
             if not one.keeps_frozen_weight and not (self.is_used(weight) or one.stands_for is not None):
@@ -198,8 +209,9 @@ def leaves(tensor: Tensor) -> set[int]:
 
 
 def find_layouts(
-    outputs: Tensor, calls: Sequence[Call], names: Sequence[Sequence[str]], constant: Sequence[bool]
-) -> list[Layout | None]:
+    outputs: Tensor, calls: Sequence[Call], names: Sequence[Sequence[str]], constant: Sequence[bool],
+    independent: Callable[[], bool],
+) -> list[Layout | None]:  # fmt: skip
     """Find the data in every call's output: what the outputs of a datum depend on must belong to that datum.
 
     Every datum is looked at, since one alone can be ambiguous: of three data at three positions, the first
@@ -210,9 +222,11 @@ def find_layouts(
         calls: The calls of that forward pass.
         names: For every call, the names of its parameters.
         constant: For every call, whether its output is as large for fewer data: then it is the same for all of them.
+        independent: Whether the outputs of every datum are those that it has alone.
 
     Returns:
-        The layout of every call; None for one whose output has no dimension for the data.
+        The layout of every call; None for one whose output has no dimension for the data, or rows that are of several
+        data though these are independent (one entry of them is the same for all).
 
     Raises:
         ValueError: If the outputs of one datum depend on other data.
@@ -233,7 +247,7 @@ def find_layouts(
                 for datum, g in enumerate(of_data)
             )
         ]  # fmt: skip
-        if possible and not consistent:
+        if possible and not consistent and not independent():
             raise ValueError(
                 "The output for one datum depends on other data of its batch, after the layer of "
                 f"{pair[0]!r}. A posterior needs outputs that are independent given the weights; a "

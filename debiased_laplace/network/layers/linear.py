@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -28,3 +29,10 @@ class LinearCall(Call):
 @rule(F.linear)
 def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Arguments:
     return Arguments(LinearCall, input, weight, bias)
+
+
+@rule(F.bilinear, torch.bilinear)
+def _bilinear(input1: Tensor, input2: Tensor, weight: Tensor, bias: Tensor | None = None) -> Arguments:
+    """A linear layer on the products of the entries of two inputs."""
+    products = input1.detach()[..., :, None] * input2.detach()[..., None, :]
+    return Arguments(LinearCall, products.flatten(-2), weight, bias)

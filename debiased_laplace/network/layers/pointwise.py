@@ -33,11 +33,13 @@ class PointwiseCall(Call):
         kept: Dimensions of the output along which the parameter varies.
         factor: The function's derivative in it.
         rows: Of a large table, which rows the argument has, ``[T]``; the weight is then the table.
+        unfolded: Shape of the output in which what is repeated has a dimension apart from that along which it is.
     """
 
     kept: tuple[int, ...] = ()
     factor: Factor = lambda: 1.0
     rows: Tensor | None = None
+    unfolded: tuple[int, ...] | None = None
 
     @property
     def kind(self) -> Kind:  # type: ignore[override]
@@ -56,6 +58,8 @@ class PointwiseCall(Call):
         return len(self.kept)
 
     def aligned(self, gradient: Tensor) -> Tensor:
+        if self.unfolded is not None:
+            gradient = gradient.reshape(self.unfolded)
         others = (dim for dim in range(gradient.ndim) if dim not in self.kept)
         return gradient.permute(*others, *self.kept)
 
@@ -310,10 +314,24 @@ def _repetition(is_used: IsUsed, input: Tensor, *repeats: Any, **kwargs: Any) ->
     repeats = tuple(repeats[0]) if len(repeats) == 1 and not isinstance(repeats[0], int) else repeats
     shape = (1,) * (len(repeats) - input.ndim) + tuple(input.shape)
     repeats = (1,) * (len(shape) - len(repeats)) + tuple(repeats)
-    if any(n > 1 and size > 1 for n, size in zip(repeats, shape, strict=True)):
+    return _copies(input, [size for dim in range(len(shape)) for size in (1, shape[dim])],
+                   [size for dim in range(len(shape)) for size in (repeats[dim], shape[dim])])  # fmt: skip
+
+
+@rule_of_used(torch.repeat_interleave, Tensor.repeat_interleave)
+def _repetition_of_entries(is_used: IsUsed, input: Tensor, repeats: Any, dim: int | None = None, **kwargs: Any) -> Any:
+    if kwargs or not is_used(input) or not isinstance(repeats, int) or dim is None:
         return None
-    arguments = repeated(input, [n * size for n, size in zip(repeats, shape, strict=True)], lambda: 1.0)
-    return None if arguments is None else [arguments]
+    shape, place = list(input.shape), dim % input.ndim + 1
+    return _copies(input, [*shape[:place], 1, *shape[place:]], [*shape[:place], repeats, *shape[place:]])
+
+
+def _copies(input: Tensor, shape: list[int], unfolded: list[int]) -> Any:
+    """What is repeated, in a shape with a dimension of one for every dimension of copies."""
+    arguments = repeated(input.reshape(shape), unfolded, lambda: 1.0)
+    if arguments is None:
+        return None
+    return [replace(arguments, settings={**arguments.settings, "unfolded": tuple(unfolded)}, stands_for=input)]
 
 
 @rule_of_used(torch.prelu)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from debiased_laplace.network.arrangement import Arrangement, Permuted
 from debiased_laplace.network.layers.call import N_PHASES, Arguments, Call, IsUsed, Layout, rule_of_used
+from debiased_laplace.network.layers.pointwise import repeated
 
 
 @dataclass
@@ -165,6 +166,20 @@ def _addmm(
         return None
     arguments = product(mat1, mat2, (["m", "k"], ["k", "n"], ["m", "n"]), input)
     return None if arguments is None else [arguments]
+
+
+@rule_of_used(torch.baddbmm, Tensor.baddbmm)
+def _baddbmm(
+    is_used: IsUsed, input: Tensor, batch1: Tensor, batch2: Tensor, *, beta: float = 1, alpha: float = 1
+) -> Any:  # fmt: skip
+    if alpha != 1 or beta != 1 or (is_used(batch1) and is_used(batch2)):
+        return None
+    shape = (*batch1.shape[:2], batch2.shape[2])
+    added = repeated(input, shape, lambda: 1.0) if is_used(input) else None
+    if added is None and is_used(input):
+        return None
+    multiplied = _matmul(is_used, batch1, batch2) if is_used(batch1) or is_used(batch2) else []
+    return None if multiplied is None else [*multiplied, *([] if added is None else [added])]
 
 
 @rule_of_used(torch.inner, Tensor.inner)

@@ -1,0 +1,100 @@
+"""Networks as people have them: everything a fit promises, for every one of ``tests/architectures.py``.
+
+References are plain backward passes of the model itself, one for every output of every datum, and the posterior's own
+directions: what they share with what they check is the eigendecomposition alone.
+"""
+
+from __future__ import annotations
+
+import copy
+import random
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import debiased_laplace as dl
+from debiased_laplace import Kronecker, Single, UniformSampler
+from debiased_laplace.likelihoods import Categorical
+from tests.architectures import ARCHITECTURES, DIAGONAL_ONLY, Architecture
+from tests.tolerances import EXACT, assert_equal
+
+N = 3
+
+
+def products(model: nn.Module, x: Tensor, vectors: Tensor) -> Tensor:
+    """Vector-Jacobian products of every datum with ``[V, N, C]``, ``[N, V, D]``, by a backward pass for each."""
+    model = copy.deepcopy(model).eval()
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    outputs = model(x)
+    rows = []
+    for datum, output in enumerate(outputs):
+        for vector in vectors[:, datum]:
+            gradients = torch.autograd.grad(output, trainable, vector.to(output), True, materialize_grads=True)
+            rows.append(torch.cat([g.flatten() for g in gradients]).detach().double())
+    return torch.stack(rows).unflatten(0, (len(outputs), -1))
+
+
+def state(model: nn.Module) -> list[object]:
+    """What a fit must not change: weights and their flags, modes, hooks, attributes; and global random states."""
+    return [
+        {name: (value.detach().clone(), value._version) for name, value in model.state_dict(keep_vars=True).items()},
+        {name: (p.requires_grad, p.grad, id(p)) for name, p in model.named_parameters()},
+        [(module.training, sorted(module.__dict__), len(module._forward_hooks)) for module in model.modules()],
+        torch.get_rng_state(), random.getstate(), np.random.get_state()[1],
+    ]  # fmt: skip
+
+
+def same(one: object, other: object) -> bool:
+    if isinstance(one, Tensor):
+        return torch.equal(one, other)
+    if isinstance(one, np.ndarray):
+        return np.array_equal(one, other)
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(same(value, other[key]) for key, value in one.items())
+    if isinstance(one, (list, tuple)):
+        return len(one) == len(other) and all(map(same, one, other))
+    return one == other
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_a_fit_is_exact_and_leaves_the_model_alone(name, tmp_path):
+    case: Architecture = ARCHITECTURES[name]
+    torch.manual_seed(0)
+    model, x = case.model().train(), case.inputs(N)
+    y = torch.arange(N) % case.n_outputs
+    structure = Kronecker(diagonal=("*",)) if name in DIAGONAL_ONLY else Kronecker()
+    before = state(model)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".* have a diagonal curvature", category=UserWarning)
+        la = dl.fit(
+            model, [(x, y)], "classification", structure=structure, split=Single(), sampler=UniformSampler(None)
+        )
+    prediction = la.predict(x, covariance=True)
+    la.save(tmp_path / "posterior")
+    assert same(state(model), before)
+
+    posterior, basis = la.posterior, la.posterior.basis
+    jacobian = basis.project(products(model, x, torch.eye(case.n_outputs)[:, None].expand(-1, N, -1)))
+    precision = posterior.scale * posterior.curvatures + posterior.prior_precision
+    assert_equal(
+        prediction.outputs_covariance, torch.einsum("ncr,r,ndr->ncd", jacobian, 1 / precision, jacobian), EXACT
+    )
+
+    with torch.no_grad():
+        roots = Categorical().hessian_square_root(copy.deepcopy(model).eval()(x).double(), y)  # [V, N, C]
+    slopes = basis.project(products(model, x, roots))
+    assert_equal(posterior.curvatures, slopes.square().sum((0, 1)) / N, EXACT)
+
+    table = la.coverage()
+    assert all(parameter in table for parameter in dict(model.named_parameters()))
+    n_params = sum(p.numel() for p in model.parameters())
+    assert f"{n_params} of {n_params} trainable parameters covered" in table
+    of_factors = sum(block.size for block in la.network.blocks if block.kind.name == "kronecker")
+    assert of_factors >= case.kronecker * n_params, table
+
+    again = dl.load(tmp_path / "posterior", model).predict(x, covariance=True)
+    assert torch.equal(again.probabilities, prediction.probabilities)
+    assert torch.equal(again.outputs_covariance, prediction.outputs_covariance)
