@@ -14,19 +14,31 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.kinds import KINDS
+from debiased_laplace import Kronecker
+from tests.handwritten import HANDWRITTEN
 
 WIDTH, N_TOKENS = 16, 40
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """How to make a model and its inputs."""
+    """How to make a model and its inputs.
+
+    Attributes:
+        model: Makes the model, in double precision.
+        inputs: Makes those of some data.
+        kronecker: Share of its parameters with Kronecker factors, at least.
+        single: Whether a part of it computes in single precision, whatever its parameters have.
+        n_outputs: C.
+        structure: Of the fit.
+    """
 
     model: Callable[[], nn.Module]
     inputs: Callable[[int], Tensor]
     kronecker: float = 0.0
+    single: bool = False
     n_outputs: int = 3
+    structure: Kronecker | None = None
 
 
 def images(*shape: int) -> Callable[[int], Tensor]:
@@ -48,12 +60,10 @@ def of_timm(name: str) -> Architecture:
         except TypeError:  # any size
             return timm.create_model(name, num_classes=3).double()
 
-    side = {"test_vit": 64}.get(name, 64)
-    return Architecture(model, images(3, side, side), 0.0 if name in DIAGONAL_ONLY else 0.95)
+    if name == "test_nfnet":  # standardised weights, whose dense blocks would be large
+        return Architecture(model, images(3, 64, 64), structure=Kronecker(diagonal=("*",)))
+    return Architecture(model, images(3, 64, 64), 0.95, name == "test_efficientnet_evos")
 
-
-#: Standardised weights, whose dense blocks would be large.
-DIAGONAL_ONLY = ("test_nfnet",)
 
 try:
     import timm as _timm
@@ -118,9 +128,11 @@ def of_transformers(
         network = getattr(transformers, kind)(of_config(**values))
         return Logits(network, kind.endswith("Model")).double()
 
-    return Architecture(model, inputs, kronecker)
+    return Architecture(model, inputs, kronecker, kind.startswith(IN_SINGLE))
 
 
+#: Their normalisations, softmaxes or scans are in single precision.
+IN_SINGLE = ("Deberta", "Llama", "Qwen", "Gemma", "T5", "Mamba")
 OF_TEXT = "ForSequenceClassification"
 OF_IMAGES = "ForImageClassification"
 BUCKETS = {"relative_attention": True, "pos_att_type": ["c2p", "p2c"], "max_relative_positions": 8,
@@ -159,7 +171,7 @@ OF_TRANSFORMERS = {
         num_labels=3, pad_token_id=0, bos_token_id=1, eos_token_id=1,
     ),
     "gpt2-eager": of_transformers(
-        "GPT2" + OF_TEXT, tokens, 0.92, vocab_size=N_TOKENS, n_embd=WIDTH, n_layer=1, n_head=2, n_positions=24,
+        "GPT2" + OF_TEXT, tokens, 0.89, vocab_size=N_TOKENS, n_embd=WIDTH, n_layer=1, n_head=2, n_positions=24,
         num_labels=3, pad_token_id=0, bos_token_id=1, eos_token_id=1, attn_implementation="eager", use_cache=False,
     ),
     "gpt-neox": of_transformers("GPTNeoX" + OF_TEXT, tokens, 0.96, TEXT),
@@ -241,7 +253,7 @@ def _mvit(models: Any) -> nn.Module:
     setting = [block(1, 8, 8, [3, 3, 3], [1, 2, 2], [1, 1, 1], [3, 3, 3]),
                block(2, 8, 16, [3, 3, 3], [1, 1, 1], [1, 2, 2], [3, 3, 3])]  # fmt: skip
     return models.video.MViT(
-        (4, 16, 16), setting, residual_pool=True, residual_with_cls_embed=False, rel_pos_embed=True,
+        (16, 16), 4, setting, residual_pool=True, residual_with_cls_embed=False, rel_pos_embed=True,
         proj_after_attn=True, num_classes=3,
     )  # fmt: skip
 
@@ -257,15 +269,46 @@ OF_TORCHVISION = {
         lambda models: models.SwinTransformer([2, 2], 8, [2, 2], [1, 2], [4, 4], num_classes=3), SMALL, 0.93
     ),
     "maxvit": of_torchvision(
-        lambda models: models.MaxVit((16, 16), 8, 4, [8, 8], [1, 1], 4, num_classes=3), SMALL, 0.9
+        lambda models: models.MaxVit((32, 32), 8, 4, [8, 8], [1, 1], 4, 0.1, num_classes=3), LARGER, 0.9
     ),
-    "densenet": of_torchvision(lambda models: models.DenseNet(4, (2, 2), 8, num_classes=3), LARGER, 0.95),
+    "densenet": of_torchvision(lambda models: models.DenseNet(4, (2, 2), 8, num_classes=3), LARGER, 0.93),
     "convnext": of_torchvision(_convnext, LARGER, 0.95),
     "video-swin": of_torchvision(
         lambda models: models.video.SwinTransformer3d([2, 4, 4], 8, [1, 1], [1, 2], [2, 4, 4], num_classes=3),
-        images(3, 4, 16, 16), 0.9,
+        images(3, 4, 16, 16), 0.89,
     ),
     "video-mvit": of_torchvision(_mvit, images(3, 4, 16, 16), 0.8),
+}  # fmt: skip
+
+
+# -- torch_geometric -------------------------------------------------------------------------------
+
+
+class Graphs(nn.Module):
+    """A classifier of graphs, all of one shape, that are one large graph without edges between them."""
+
+    def __init__(self, layers: list[nn.Module]) -> None:
+        super().__init__()
+        self.layers, self.head = nn.ModuleList(layers), nn.Linear(8, 3)
+        ring = torch.arange(6)
+        self.register_buffer("edges", torch.stack([torch.cat([ring, ring]), torch.cat([ring.roll(1), ring.roll(2)])]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        edges = (self.edges[:, None] + 6 * torch.arange(len(x))[:, None]).flatten(1)
+        h = x.flatten(0, 1)
+        for layer in self.layers:
+            h = layer(h, edges).tanh()
+        return self.head(h.reshape(len(x), 6, 8).mean(1))
+
+
+def of_geometric(make: Callable[[Any], list[nn.Module]], share: float) -> Architecture:
+    return Architecture(lambda: Graphs(make(pytest.importorskip("torch_geometric.nn"))).double(), images(6, 8), share)
+
+
+OF_GEOMETRIC = {
+    "gcn": of_geometric(lambda g: [g.GCNConv(8, 8), g.SAGEConv(8, 8)], 0.9),
+    "gat": of_geometric(lambda g: [g.GATConv(8, 4, heads=2), g.GATv2Conv(8, 8)], 0.8),
+    "gin": of_geometric(lambda g: [g.GINConv(nn.Linear(8, 8), train_eps=True), g.TransformerConv(8, 8)], 0.9),
 }  # fmt: skip
 
 
@@ -273,5 +316,6 @@ ARCHITECTURES = (
     {f"timm-{name}": of_timm(name) for name in OF_TIMM}
     | {f"transformers-{name}": case for name, case in OF_TRANSFORMERS.items()}
     | {f"torchvision-{name}": case for name, case in OF_TORCHVISION.items()}
-    | {name: Architecture(kind.make, kind.inputs) for name, kind in KINDS.items()}
+    | {f"torch_geometric-{name}": case for name, case in OF_GEOMETRIC.items()}
+    | {name: Architecture(one.make, one.inputs) for name, one in HANDWRITTEN.items()}
 )

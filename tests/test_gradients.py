@@ -22,6 +22,7 @@ from debiased_laplace.network.layers import RULES, pointwise
 from debiased_laplace.network.network import Network
 from debiased_laplace.sampling.sample import WeightedData
 from debiased_laplace.testing import dense_jacobian
+from tests.handwritten import HANDWRITTEN
 from tests.networks import ZOO, Apply, Case, TiedEmbedding, VisionTransformer
 from tests.tolerances import EXACT, FLOAT32, assert_equal
 
@@ -484,3 +485,35 @@ def test_no_remarks_of_torch_on_batched_passes():
         warnings.simplefilter("error")
         inputs = torch.randn(N, 6).double()
         next(discover(model, inputs).factors(inputs).backpropagate(torch.ones(2, N, 2).double()))
+
+
+def test_complex_parameters_are_refused():
+    class Filter(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight, self.head = nn.Parameter(torch.randn(3, dtype=torch.cfloat)), nn.Linear(4, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.head(torch.fft.irfft(torch.fft.rfft(x) * self.weight, n=4))
+
+    with pytest.raises(UnsupportedLayerError, match=r"got the complex ones \['weight'\].*view_as_real"):
+        discover(Filter(), torch.randn(4, 4))
+
+
+@pytest.mark.parametrize("name", ["hard-experts", "hard-experts-of-tokens"])
+def test_experts_are_called_as_the_data_need_them(name):
+    """Their gradients are exact for other data than those that they were found with, however many go together."""
+    torch.manual_seed(4)
+    model, x = HANDWRITTEN[name].make().eval(), HANDWRITTEN[name].inputs(24)
+    network = discover(model, x)
+    assert {parameter.partition(".")[0] for parameter in network.apart} == {"experts"}
+    vectors = torch.ones(1, 24, 3, dtype=torch.float64)
+    for size in (1, 5, 24):
+        parts = [reconstructed(network, x[i : i + size], vectors[:, i : i + size]) for i in range(0, 24, size)]
+        assert_equal(torch.cat(parts, 1)[0], gradients(model, x), EXACT)
+
+
+def gradients(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """Of the sum of the outputs of every datum, ``[N, D]``."""
+    rows = [torch.autograd.grad(output.sum(), model.parameters(), retain_graph=True) for output in model(x)]
+    return torch.stack([torch.cat([g.flatten() for g in row]) for row in rows])

@@ -19,7 +19,7 @@ from debiased_laplace.network.factors import Factors
 from debiased_laplace.network.layers import Call, Layout
 from debiased_laplace.network.operations import Trace
 from debiased_laplace.network.selected import formed_size, gradients_of_data, memory_of_datum
-from debiased_laplace.network.selection import refuse_scripted
+from debiased_laplace.network.selection import refuse_complex, refuse_scripted
 from debiased_laplace.network.tracing import Recorder, find_layouts, leaves
 from debiased_laplace.network.uses import use_of
 
@@ -42,6 +42,7 @@ def find_blocks(network: Network, inputs: _data.Inputs, separate_bias: bool) -> 
         UnsupportedLayerError: If nothing covers a trainable parameter.
     """
     refuse_scripted(network.shapes, network.snapshot)
+    refuse_complex(network.leaves)
     if not _data.count(inputs):
         raise ValueError("Expected at least one datum to find the layers of the model with, got none.")
     _tell_how_it_is_called(network, inputs)
@@ -53,7 +54,9 @@ def find_blocks(network: Network, inputs: _data.Inputs, separate_bias: bool) -> 
     network.find_sites = None
     network.fewest = 1 if _takes_one(network, _data.take(inputs, slice(0, 1)), factors) else 2
     calls, elsewhere = factors.calls, dict(recorder.elsewhere)
-    elsewhere |= dict.fromkeys(_called_by_need(calls, fewer, recorder), "a layer that is not called for all data")
+    one, _ = network.forward(_data.at_least(_data.take(inputs, slice(0, 1)), 2))
+    needed = _called_by_need(network, recorder, calls, fewer, one.calls)
+    elsewhere |= dict.fromkeys(needed, "a layer that is not called for all data")
     pairs = [(call.weight, call.bias) for call in calls]
     made_of = [[[] if p is None else recorder.names_in(p) for p in pair] for pair in pairs]
     uses = [
@@ -134,15 +137,17 @@ def _tell_how_it_is_called(network: Network, inputs: _data.Inputs) -> None:
         )  # fmt: skip
 
 
-def _called_by_need(calls: Sequence[Call], fewer: Sequence[Call], recorder: Recorder) -> set[str]:
-    """Parameters that are in more calls for some data than for fewer of them, such as experts that data are sent to."""
-    if not fewer:
-        return set()
+def _called_by_need(network: Network, recorder: Recorder, *passes: Sequence[Call]) -> set[str]:
+    """Parameters that are in more calls for some data than for others, such as experts that data are sent to.
+
+    Where there are any, others without a call may be called for further data.
+    """
     counts = []
-    for each in (calls, fewer):
-        arguments = [p for call in each for p in (call.weight, call.bias) if p is not None]
+    for calls in passes:
+        arguments = [p for call in calls for p in (call.weight, call.bias) if p is not None]
         counts.append(Counter(name for p in arguments for name in recorder.names_in(p)))
-    return {name for name in counts[0] | counts[1] if counts[0][name] != counts[1][name]}
+    differ = {name for count in counts for name in count if any(other[name] != count[name] for other in counts)}
+    return differ | (network.shapes.keys() - counts[0].keys() if differ else set())
 
 
 def unreached(network: Network, inputs: _data.Inputs) -> tuple[list[int], list[str], list[int]]:

@@ -56,12 +56,6 @@ class Network:
                 "Expected a model with trainable parameters, got none with requires_grad=True. "
                 "Set requires_grad_(True) on the parameters that the posterior is about."
             )
-        if any(p.is_complex() for p in trainable.values()):
-            names = [name for name, p in trainable.items() if p.is_complex()]
-            raise _checks.UnsupportedLayerError(
-                f"Expected real parameters, got complex ones: {names}. Store their real and imaginary parts (torch."
-                "view_as_real) and put them together in the forward pass (torch.view_as_complex), or freeze them."
-            )
         self.shapes = {name: p.shape for name, p in trainable.items()}
         self._run_with(trainable)
         first = next(iter(trainable.values()))

@@ -101,6 +101,17 @@ def refuse_scripted(names: Iterable[str], snapshot: Snapshot) -> None:
         )
 
 
+def refuse_complex(parameters: Mapping[str, Tensor]) -> None:
+    """Raise an ``UnsupportedLayerError`` if any of some parameters is complex."""
+    names = [name for name, p in parameters.items() if p.is_complex()]
+    if names:
+        raise UnsupportedLayerError(
+            f"Expected real parameters, got the complex ones {names}. Store real and imaginary parts "
+            "(torch.view_as_real) and put them together in the forward pass (torch.view_as_complex), or freeze these "
+            "parameters with requires_grad_(False) to leave them out of the posterior."
+        )
+
+
 def _trainable_shapes(model: nn.Module | Snapshot) -> dict[str, torch.Size]:
     if isinstance(model, Snapshot):
         return {name: model.parameters[name].shape for name in model.trainable}

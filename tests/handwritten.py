@@ -16,14 +16,14 @@ from torch.utils.checkpoint import checkpoint
 
 
 @dataclass(frozen=True)
-class KindOfNetwork:
+class Handwritten:
     """How to make it and its inputs."""
 
     make: Callable[[], nn.Module]
     inputs: Callable[[int], Tensor]
 
 
-KINDS: dict[str, KindOfNetwork] = {}
+HANDWRITTEN: dict[str, Handwritten] = {}
 
 
 def features(n: int) -> Tensor:
@@ -39,7 +39,7 @@ def images(n: int) -> Tensor:
 
 
 def add(name: str, make: Callable[[], nn.Module], inputs: Callable[[int], Tensor] = features) -> None:
-    KINDS[name] = KindOfNetwork(lambda: make().double(), inputs)
+    HANDWRITTEN[name] = Handwritten(lambda: make().double(), inputs)
 
 
 class Net(nn.Module):
@@ -69,7 +69,7 @@ def network(name: str, inputs: Callable[[int], Tensor] = features, **parts: Call
 
 
 def parameter(*shape: int, scale: float = 1.0) -> Callable[[], nn.Parameter]:
-    return lambda: nn.Parameter(torch.randn(*shape) * scale)
+    return lambda: nn.Parameter(torch.randn(shape) * scale)
 
 
 def linear(inputs: int, outputs: int, **settings: Any) -> Callable[[], nn.Linear]:
@@ -168,6 +168,29 @@ def _experts(width: int) -> nn.ModuleList:
 def _(net, x):
     h = torch.einsum("ni,eio->neo", x, net.weight) + net.bias
     return net.head((net.gate(x).softmax(-1)[..., None] * h.tanh()).sum(1))
+
+
+@network("hard-experts", experts=lambda: _experts(5), gate=linear(5, 3), head=linear(5, 3))
+def _(net, x):
+    """Which of them are called depends on the data."""
+    gates = net.gate(x).softmax(-1)
+    h = torch.zeros_like(x)
+    for number, expert in enumerate(net.experts):
+        here = (gates.argmax(-1) == number).nonzero()[:, 0]
+        if len(here):
+            h = h.index_add(0, here, expert(x[here]) * gates[here, number, None])
+    return net.head(h)
+
+
+@network("hard-experts-of-tokens", sequences, experts=lambda: _experts(8), gate=linear(8, 3), head=linear(8, 3))
+def _(net, x):
+    tokens = x.flatten(0, 1)
+    gates = net.gate(tokens).softmax(-1)
+    h = torch.zeros_like(tokens)
+    for number, expert in enumerate(net.experts):
+        here = (gates.argmax(-1) == number).nonzero()[:, 0]
+        h[here] += expert(tokens[here]) * gates[here, number, None]
+    return net.head(h.reshape(x.shape).mean(1))
 
 
 @network("ensemble", weight=parameter(4, 6, 5), bias=parameter(4, 1, 6), last=parameter(4, 3, 6))
@@ -291,6 +314,15 @@ def _(net, x):
     return net.head(net.layer(h).tanh().mean(1))
 
 
+@network("token-in-rows-of-other-data", sequences, token=parameter(8), positions=parameter(4, 8), head=linear(8, 3))
+def _(net, x):
+    """Data are in rows with their frames, and the first rows have the class tokens of all data."""
+    frames = x.reshape(2 * len(x), 3, 8)
+    frames = torch.cat([net.token.expand(2 * len(x), 1, 8), frames], 1) + net.positions
+    tokens, rest = frames[: len(x), 0], frames[:, 1:].reshape(len(x), 6, 8)
+    return net.head((tokens[:, None] * rest).tanh().mean(1))
+
+
 # -- images ----------------------------------------------------------------------------------------
 
 
@@ -403,9 +435,11 @@ def _(net, x):
     return -torch.cdist(net.layer(x), net.prototypes)
 
 
-@network("quantised-codes", layer=linear(5, 4), codes=lambda: nn.Embedding(6, 4), head=linear(4, 3))
+@network("quantised-codes", layer=linear(5, 4), codes=lambda: nn.Embedding(6, 4), head=linear(4, 3),
+         n_calls=lambda: torch.tensor(0))  # fmt: skip
 def _(net, x):
-    h = net.layer(x)
+    """It counts its calls."""
+    h, net.n_calls = net.layer(x), net.n_calls + 1
     return net.head(h + 0.5 * net.codes(torch.cdist(h, net.codes.weight).argmin(1)))
 
 
