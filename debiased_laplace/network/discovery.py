@@ -78,7 +78,8 @@ def find_blocks(network: Network, inputs: _data.Inputs, separate_bias: bool) -> 
     while True:
         network.apart = frozenset(elsewhere)
         kept = [i for i, names in enumerate(of_calls) if not names or not network.apart.issuperset(names)]
-        calls, uses, of_calls, layouts = ([each[i] for i in kept] for each in (calls, uses, of_calls, layouts))
+        calls, uses = [calls[i] for i in kept], [uses[i] for i in kept]
+        of_calls, layouts = [of_calls[i] for i in kept], [layouts[i] for i in kept]
         factors.calls, network.layouts = calls, [layout or Layout() for layout in layouts]
         network.blocks = group_parameters(network.shapes, calls, uses, elsewhere, separate_bias=separate_bias)
         network.is_head = (

@@ -155,7 +155,7 @@ def repeated(argument: Tensor, shape: Sequence[int], factor: Factor, first: int 
             collapsed = collapsed.narrow(dim, 0, 1)
     first = len(shape) - argument.ndim if first is None else first
     kept = tuple(first + dim for dim, size in enumerate(collapsed.shape) if size > 1)
-    if first < 0 or all(dim in kept or size == 1 for dim, size in enumerate(shape)):
+    if first < 0 or len(kept) == len(shape):
         return None
     one = Arguments(
         PointwiseCall, collapsed.detach(), collapsed, None, {"kept": kept, "factor": factor}, stands_for=argument
