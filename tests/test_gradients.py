@@ -73,8 +73,9 @@ def test_factors_do_not_depend_on_how_many_data_go_together(name, n):
 @pytest.mark.parametrize("name", ZOO)
 def test_factors_are_exact_where_nothing_is_small(name, monkeypatch):
     """Blocks that are dense because they are small are diagonal, or those of a table, as large ones are."""
-    for module in (blocks, pointwise):
-        monkeypatch.setattr(module, "MAX_DENSE", 2)
+    monkeypatch.setattr(blocks, "MAX_DENSE", 2)
+    monkeypatch.setattr(pointwise, "MIN_TABLE", 2)
+    monkeypatch.setattr(pointwise, "MAX_DENSE", 3)  # of the factor of its outputs
     case: Case = ZOO[name]
     model, inputs = case.model(), case.inputs(N)
     network = Network.discover(model, inputs)

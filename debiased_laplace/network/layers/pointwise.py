@@ -21,6 +21,9 @@ from debiased_laplace.network.layers.call import N_PHASES, Arguments, Call, IsUs
 from debiased_laplace.network.layers.embedding import RowsAsInputs
 from debiased_laplace.network.selected import SelectedInputs
 
+#: Numbers above which a table has factors, as an embedding has, and no dense block: its decomposition takes seconds.
+MIN_TABLE = 512
+
 #: Derivative of the function in the parameter, entry by entry, of the shape of the output or one that broadcasts to it.
 Factor = Callable[[], Tensor | float]
 
@@ -162,7 +165,7 @@ def repeated(argument: Tensor, shape: Sequence[int], factor: Factor, first: int 
     )
     if (found := table_rows(collapsed)) is not None:
         table, rows = found
-        if table.numel() > MAX_DENSE and 1 < len(rows) and 1 < table.shape[-1] <= MAX_DENSE and table.requires_grad:
+        if table.numel() > MIN_TABLE and 1 < len(rows) and 1 < table.shape[-1] <= MAX_DENSE and table.requires_grad:
             return replace(one, weight=table, settings={**one.settings, "rows": rows})
     return one
 
