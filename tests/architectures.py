@@ -269,7 +269,7 @@ OF_TORCHVISION = {
         lambda models: models.SwinTransformer([2, 2], 8, [2, 2], [1, 2], [4, 4], num_classes=3), SMALL, 0.93
     ),
     "maxvit": of_torchvision(
-        lambda models: models.MaxVit((32, 32), 8, 4, [8, 8], [1, 1], 4, 0.1, num_classes=3), LARGER, 0.9
+        lambda models: models.MaxVit((32, 32), 8, 4, [8, 8], [1, 1], 4, 0.1, num_classes=3), LARGER, 0.88
     ),
     "densenet": of_torchvision(lambda models: models.DenseNet(4, (2, 2), 8, num_classes=3), LARGER, 0.93),
     "convnext": of_torchvision(_convnext, LARGER, 0.95),

@@ -285,11 +285,18 @@ def _check_factors(network: Network, inputs: _data.Inputs) -> str | None:
     }
     largest = max(float(g.abs().max()) for g in expected.values() if g.numel())
     lone = {name for block in network.lone_blocks for name in block.parameters}
-    wrong = _misread(network, factors, vectors, expected, largest)
-    if wrong in lone and not network.one_by_one:  # batched derivatives of some operations are wrong in torch
+    formed = {name for block in network.blocks if block.formed for name in block.parameters}
+    try:
+        wrong = _misread(network, factors, vectors, expected, largest)
+    except RuntimeError:  # an operation without batched derivatives
+        if network.one_by_one or not formed:
+            raise
+        wrong = min(formed)
+    if wrong in lone | formed and not network.one_by_one:  # batched derivatives of some operations are wrong in torch
         network.one_by_one = True
         factors, _ = network.forward(inputs)
         wrong = _misread(network, factors, vectors, expected, largest)
+        network.one_by_one = wrong is None or wrong in lone
     if wrong in lone:
         raise _checks.UnsupportedLayerError(
             f"The gradient of {wrong!r} could not be reconstructed by differentiating the model datum by datum. "

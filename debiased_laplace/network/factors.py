@@ -228,7 +228,7 @@ class Factors:
                 )
                 for i in block.calls
             ]
-            formed = formed_gradients(self.network.leaves[name], calls, n, len(vector), dtype)
+            formed = formed_gradients(self.network.leaves[name], calls, n, len(vector), dtype, self.network.one_by_one)
             return gradients_of_block(block, {name: formed[: len(self.outputs)]})
         parts = []
         for index in block.calls:

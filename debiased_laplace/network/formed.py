@@ -8,17 +8,20 @@ was made.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from debiased_laplace.network.layers import Call, Layout
 
+#: Numbers of an argument's gradients that are pulled back together.
+TOGETHER = 2**20
+
 
 def formed_gradients(
     leaf: Tensor, calls: Sequence[tuple[Call, Layout, Sequence[Tensor] | None]], n_data: int, n_vectors: int,
-    dtype: torch.dtype,
+    dtype: torch.dtype, one_by_one: bool = False,
 ) -> Tensor:  # fmt: skip
     """Gradients of every datum in a parameter, ``[N, v, *shape]``.
 
@@ -28,6 +31,7 @@ def formed_gradients(
         n_data: N.
         n_vectors: v.
         dtype: Of what is summed.
+        one_by_one: Pull gradients back datum by datum, where torch's batched derivatives do not do.
     """
     total = leaf.new_zeros(n_data, n_vectors, *leaf.shape, dtype=dtype)
     for call, layout, vectors in calls:
@@ -37,21 +41,27 @@ def formed_gradients(
             of_arguments = call.gradients(call.aligned(vector).to(dtype), n_data, layout)
             for argument, gradient in zip((call.weight, call.bias), of_arguments, strict=True):
                 if argument is not None and gradient is not None:
-                    total[:, number] += pulled_back(argument, leaf, gradient)
+                    total[:, number] += pulled_back(argument, leaf, gradient, one_by_one)
     return total
 
 
-def pulled_back(argument: Tensor, leaf: Tensor, gradients: Tensor) -> Tensor:
+def pulled_back(argument: Tensor, leaf: Tensor, gradients: Tensor, one_by_one: bool) -> Tensor:
     """Gradients ``[N, *]`` in an argument as gradients in the parameter that it was made of, ``[N, *shape]``."""
     if argument is leaf:
         return gradients
     gradients = gradients.to(argument.dtype)
     if not argument.requires_grad:
         return leaf.new_zeros(len(gradients), *leaf.shape)
-    return torch.stack(list(_one_by_one(argument, leaf, gradients)))
+    size = 1 if one_by_one else max(1, TOGETHER // max(1, argument.numel()))
+    return torch.cat([_of_several(argument, leaf, part) for part in gradients.split(size)])
 
 
-def _one_by_one(argument: Tensor, leaf: Tensor, gradients: Tensor) -> Iterator[Tensor]:
-    for gradient in gradients:
-        (of_leaf,) = torch.autograd.grad(argument, leaf, gradient, retain_graph=True, allow_unused=True)
-        yield torch.zeros_like(leaf) if of_leaf is None else of_leaf
+def _of_several(argument: Tensor, leaf: Tensor, gradients: Tensor) -> Tensor:
+    batched = len(gradients) > 1
+    (of_leaf,) = torch.autograd.grad(
+        argument, leaf, gradients if batched else gradients[0], retain_graph=True, allow_unused=True,
+        is_grads_batched=batched,
+    )  # fmt: skip
+    if of_leaf is None:
+        return leaf.new_zeros(len(gradients), *leaf.shape)
+    return of_leaf if batched else of_leaf[None]
