@@ -312,10 +312,19 @@ OF_GEOMETRIC = {
 }  # fmt: skip
 
 
+#: Where factors are meant to be.
+SHARES = (
+    dict.fromkeys(["hypernetwork", "conditional-convolution", "film", "squeeze-and-excite", "u-net", "bilinear",
+                   "graph-convolution", "checkpoint", "unrolled", "buffer-of-the-forward-pass"], 1.0)
+    | dict.fromkeys(["relative-positions", "relative-positions-and-mask", "relative-positions-of-every-datum",
+                     "slopes-of-distances", "latent-queries", "decoder-of-queries", "prelu", "graph-attention"], 0.9)
+    | dict.fromkeys(["soft-experts", "ensemble", "queries-in-a-kernel", "state-space"], 0.8)
+)  # fmt: skip
+
 ARCHITECTURES = (
     {f"timm-{name}": of_timm(name) for name in OF_TIMM}
     | {f"transformers-{name}": case for name, case in OF_TRANSFORMERS.items()}
     | {f"torchvision-{name}": case for name, case in OF_TORCHVISION.items()}
     | {f"torch_geometric-{name}": case for name, case in OF_GEOMETRIC.items()}
-    | {name: Architecture(one.make, one.inputs) for name, one in HANDWRITTEN.items()}
+    | {name: Architecture(one.make, one.inputs, SHARES.get(name, 0.0)) for name, one in HANDWRITTEN.items()}
 )
