@@ -64,9 +64,7 @@ def dense_hessian(model, batch, likelihood, l2=0.0):
         # Forward over reverse: two reverse passes nested in torch.func are wrong for layer normalisation.
         try:
             rows = torch.func.jacfwd(torch.func.grad(loss))(parameters)
-        except (
-            NotImplementedError
-        ):  # bags and packed sequences have first derivatives alone, those of what is written out
+        except NotImplementedError:  # of bags and packed sequences torch has first derivatives alone
             with WrittenOut():
                 rows = torch.func.jacfwd(torch.func.grad(loss))(parameters)
     matrix = torch.cat([torch.cat([rows[a][b].reshape(sizes[a], sizes[b]) for b in sizes], 1) for a in sizes])

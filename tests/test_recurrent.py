@@ -284,8 +284,7 @@ def test_a_datum_counts_the_positions_that_it_has():
     alone = each[0] + each[1] + each[2] + each[3]
     for one, other in zip(together.inputs + together.outputs, alone.inputs + alone.outputs, strict=True):
         assert_equal(one, other)
-    ones = network.factors(inputs).inputs(network.blocks[1])[:, 0, -1]  # of the bias
-    assert ones.sum(1).tolist() == [2, 4, 1, 3]
+    assert network.factors(inputs).has_gradient(network.blocks[1]).sum(1).tolist() == [2, 4, 1, 3]
 
 
 # -- posteriors ----------------------------------------------------------------------------------
