@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 
 def perturb(model: nn.Module) -> nn.Module:
@@ -328,6 +330,68 @@ def by_entries(x: Tensor, base: Tensor, exponent: Tensor, floor: Tensor) -> Tens
     return torch.where(x > 0, y, floor.sin())[..., :2] - floor[0]
 
 
+class Recurrent(nn.Module):
+    """A recurrent layer on three times, all of whose outputs are read."""
+
+    def __init__(self, layer: nn.Module, width: int) -> None:
+        super().__init__()
+        self.layer, self.head = layer, nn.Linear(width, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        sequences = x.unflatten(1, (3, 2))
+        first = self.layer.batch_first
+        outputs, _ = self.layer(sequences if first else sequences.transpose(0, 1))
+        return self.head(outputs.square().mean(1 if first else 0))
+
+
+class Cells(nn.Module):
+    """A layer of an LSTM, and one of a GRU upon it, cell by cell; the initial states are trainable."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm, self.gru, self.head = nn.LSTMCell(2, 3), nn.GRUCell(3, 2), nn.Linear(2, 2)
+        self.initial = nn.Parameter(torch.randn(1, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        state, hidden = None, self.initial.expand(len(x), -1)
+        for step in x.unflatten(1, (3, 2)).unbind(1):
+            state = self.lstm(step, state)
+            hidden = self.gru(state[0], hidden)
+        return self.head(hidden)
+
+
+class Packed(nn.Module):
+    """Sequences of tokens up to the first zero, packed; they are sorted by torch, or by hand with all their tensors."""
+
+    def __init__(self, layer: nn.Module, by_hand: bool = False) -> None:
+        super().__init__()
+        self.embedding, self.layer, self.by_hand = nn.Embedding(5, 2, padding_idx=0), layer, by_hand
+        width = (layer.proj_size or layer.hidden_size) * (2 if layer.bidirectional else 1)
+        self.hidden, self.head = nn.Linear(width, 2), nn.Linear(2, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        lengths = (x != 0).cumprod(1).sum(1).clamp_min(1)
+        order = lengths.argsort(descending=True) if self.by_hand else torch.arange(len(x))
+        tokens, lengths = x[order], lengths[order]
+        tokens = torch.where(torch.arange(x.shape[1]) < lengths[:, None], tokens, 0)
+        packed = pack_padded_sequence(self.embedding(tokens), lengths, batch_first=True, enforce_sorted=self.by_hand)
+        outputs, _ = self.layer(packed)
+        outputs = outputs._replace(data=torch.tanh(self.hidden(outputs.data)))
+        padded, _ = pad_packed_sequence(outputs, batch_first=True)
+        return self.head(padded.sum(1))[order.argsort()]
+
+
+class Bags(nn.Module):
+    """Tokens of a datum as one bag."""
+
+    def __init__(self, mode: str, **options: Any) -> None:
+        super().__init__()
+        self.bag, self.head = nn.EmbeddingBag(5, 3, mode=mode, **options), nn.Linear(3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.bag(x)))
+
+
 class Upsampling(nn.Module):
     """Transposed convolutions."""
 
@@ -464,6 +528,14 @@ ZOO: dict[str, Case] = {
     "embedding-padding": Case(lambda: Embedded(padding_idx=-2), (2, 3), integer=5),
     "embedding-twice": Case(EmbeddedTwice, (5,), integer=5),
     "embedding-tied": Case(TiedEmbedding, (4,), n_outputs=3, integer=3),
+    "rnn": Case(lambda: Recurrent(nn.RNN(2, 3), 3), (6,)),
+    "lstm-projected": Case(lambda: Recurrent(nn.LSTM(2, 3, proj_size=2, batch_first=True), 2), (6,)),
+    "gru-bidirectional": Case(lambda: Recurrent(nn.GRU(2, 2, 2, bidirectional=True), 4), (6,)),
+    "recurrent-cells": Case(Cells, (6,)),
+    "packed": Case(lambda: Packed(nn.LSTM(2, 2, bidirectional=True)), (4,), integer=5),
+    "packed-by-hand": Case(lambda: Packed(nn.GRU(2, 2, bias=False), by_hand=True), (4,), integer=5),
+    **{f"bag-{mode}": Case(lambda mode=mode: Bags(mode, padding_idx=0), (4,), integer=5)
+       for mode in ("sum", "mean", "max")},
     "transposed-1d": Case(
         lambda: Upsampling(nn.ConvTranspose1d(2, 4, 3, stride=3, padding=3, output_padding=2, groups=2),
                            nn.Tanh(), nn.ConvTranspose1d(4, 2, 2, dilation=2, bias=False)), (2, 3),

@@ -250,25 +250,6 @@ def dense_jacobian_of_sum(model: nn.Module, inputs: torch.Tensor) -> torch.Tenso
     return torch.stack([torch.cat([g.flatten() for g in row]) for row in rows])
 
 
-def test_a_recurrent_network_is_covered_or_named():
-    class Recurrent(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.rnn, self.head = nn.GRU(3, 2, batch_first=True), nn.Linear(2, 2)
-
-        def forward(self, x):
-            return self.head(self.rnn(x)[0][:, -1])
-
-    model, inputs = Recurrent().double(), torch.randn(N, 4, 3).double()
-    try:
-        network = discover(model, inputs)
-        found = reconstructed(network, inputs, torch.ones(1, N, 2).double())
-    except UnsupportedLayerError as error:
-        assert "rnn.weight_ih_l0" in str(error)
-    else:
-        assert_equal(found, dense_jacobian(model, inputs).sum(1)[None])
-
-
 def test_an_unused_parameter_has_its_prior_alone():
     model = nn.Sequential(nn.Linear(3, 2))
     model.extra = nn.Linear(2, 2)

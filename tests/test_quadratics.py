@@ -17,6 +17,7 @@ from debiased_laplace._checks import NonFiniteError
 from debiased_laplace.curvature.structures import lanczos
 from debiased_laplace.likelihoods import Bernoulli, Categorical, Gaussian
 from debiased_laplace.network.network import Network
+from debiased_laplace.network.tracing import WrittenOut
 from debiased_laplace.quadratic import quadratic as module
 from debiased_laplace.quadratic.spectrum import GGN
 from tests.datasets import LIKELIHOODS, targets, valid
@@ -61,7 +62,11 @@ def dense_hessian(model, batch, likelihood, l2=0.0):
     sizes = {name: p.numel() for name, p in parameters.items()}
     with sdpa_kernel(SDPBackend.MATH):
         # Forward over reverse: two reverse passes nested in torch.func are wrong for layer normalisation.
-        rows = torch.func.jacfwd(torch.func.grad(loss))(parameters)
+        try:
+            rows = torch.func.jacfwd(torch.func.grad(loss))(parameters)
+        except NotImplementedError:  # of bags and packed sequences torch has first derivatives alone
+            with WrittenOut():
+                rows = torch.func.jacfwd(torch.func.grad(loss))(parameters)
     matrix = torch.cat([torch.cat([rows[a][b].reshape(sizes[a], sizes[b]) for b in sizes], 1) for a in sizes])
     # Forward mode does not know that the row of a padding index has no gradient: its columns are zero as its rows are.
     return matrix * matrix.abs().sum(1).bool() + l2 * torch.eye(len(matrix), dtype=torch.float64)

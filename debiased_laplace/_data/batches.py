@@ -100,7 +100,10 @@ def count(inputs: Inputs) -> int:
     if len(lengths) != 1:
         raise ValueError(
             "Expected all tensors of an input to have the data along their first dimension, got shapes "
-            f"{[tuple(leaf.shape) for leaf in all_tensors]}. Put the batch dimension first everywhere."
+            f"{[tuple(leaf.shape) for leaf in all_tensors]}. Put the batch dimension first everywhere. Sequences in "
+            "one flat tensor with offsets (for nn.EmbeddingBag, say) have no rows that could be drawn: let the collate "
+            "function pad them to [N, T] and give their lengths [N], and wrap the model in a module whose forward "
+            "makes the flat tensor of both."
         )
     return lengths.pop()
 

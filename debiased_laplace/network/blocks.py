@@ -7,8 +7,9 @@ rule covers) has I = 1, so that its only factor of size above one is the dense b
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -163,7 +164,11 @@ def group_parameters(
             calls=tuple(members[name]) if is_formed else (), formed=is_formed,
         )  # fmt: skip
     order = {name: position for position, name in enumerate(shapes)}
-    return sorted(blocks.values(), key=lambda block: order[block.parameters[0]])
+    labels = Counter(block.name for block in blocks.values())  # a recurrent layer has several
+    named = [
+        block if labels[block.name] == 1 else replace(block, name=block.parameters[0]) for block in blocks.values()
+    ]
+    return sorted(named, key=lambda block: order[block.parameters[0]])
 
 
 def _in_several_ways(calls: Sequence[Call], uses: Sequence[tuple[Use | None, Use | None]]) -> set[str]:

@@ -68,9 +68,10 @@ def find_blocks(network: Network, inputs: _data.Inputs, separate_bias: bool) -> 
     for name in {network.identities[leaf] for leaf in used}.difference(*of_calls):  # inside torch.func.vmap, say
         elsewhere.setdefault(name, "a function that cannot be looked into")
     constant = [len(fewer) == len(calls) and fewer[i].output_shape == call.output_shape for i, call in enumerate(calls)]
-    layouts = find_layouts(
+    layouts, by_rows = find_layouts(
         factors.graph_outputs, calls, of_calls, constant, lambda: _are_independent(network, inputs, factors.outputs)
     )
+    network.by_rows = by_rows or recorder.packs
     for call, names, layout in zip(calls, of_calls, layouts, strict=True):
         if layout is None:
             elsewhere.update(dict.fromkeys(names, f"{type(call).__name__} without a dimension for the data"))

@@ -22,8 +22,9 @@ from torch import Tensor
 from debiased_laplace import _data
 from debiased_laplace.network.blocks import Block
 from debiased_laplace.network.formed import formed_gradients
-from debiased_laplace.network.layers import Call
+from debiased_laplace.network.layers import Call, Layout
 from debiased_laplace.network.lone import LoneGradients, gradients_of_block
+from debiased_laplace.network.rows import RowLayout, find_rows
 from debiased_laplace.network.selected import LayerInputs, concatenated
 from debiased_laplace.network.uses import first_row
 
@@ -57,6 +58,15 @@ class Factors:
     returned: Any = None
     _lone: LoneGradients | None = None
     _has_gradient: dict[int, Tensor] | None = None  # of calls
+    _rows: list[RowLayout] | None = None  # likewise
+
+    def layout(self, index: int) -> Layout:
+        """Where the data are in the tensors of a call."""
+        if not self.network.by_rows:
+            return self.network.layouts[index]
+        if self._rows is None or len(self._rows) != len(self.calls):
+            self._rows = find_rows(self.graph_outputs, self.calls, self.n_run)
+        return self._rows[index]
 
     def inputs(self, block: Block, part: slice | None = None, phase: int | None = None) -> LayerInputs:
         """Inputs of a block, a one appended for the bias, ``[N, G, I, S]``, at least in float32.
@@ -77,8 +87,11 @@ class Factors:
             return self.outputs.new_ones((size, 1, 1, 1), dtype=dtype)
         parts: list[LayerInputs] = []
         for index in block.calls:
-            call, layout = self.calls[index], self.network.layouts[index]
-            if not block.weight:
+            call, layout = self.calls[index], self.layout(index)
+            if not block.weight and not layout.is_regular:
+                ones = self.outputs.new_ones(call.output_shape, dtype=dtype)
+                parts.append(call.outputs(ones, n, layout)[part, :, :1])
+            elif not block.weight:
                 assert call.bias is not None
                 positions = math.prod(call.output_shape) // (n * call.bias.numel())
                 parts.append(self.outputs.new_ones((size, block.groups, 1, positions), dtype=dtype))
@@ -144,7 +157,7 @@ class Factors:
         for index, gradient in zip(indices, gradients, strict=True):
             call = self.calls[index]
             at_outputs = self.outputs.new_zeros(call.output_shape) if gradient is None else call.aligned(gradient)
-            canonical = call.outputs(at_outputs, self.n_run, self.network.layouts[index])
+            canonical = call.outputs(at_outputs, self.n_run, self.layout(index))
             masks[index] = canonical[: len(self.outputs)].ne(0).flatten(1, 2).any(1)
         return masks
 
@@ -168,6 +181,8 @@ class Factors:
             return
         # Blocks of lone parameters get their gradients another way, and need no call.
         edges = [call.edge for call in self.calls]
+        if edges:
+            self.layout(0)  # as long as there is a graph
         for part in _data.slices(len(vectors), chunk):
             vector = vectors[part].to(self.graph_outputs)
             keep = again or part.stop < len(vectors)
@@ -223,7 +238,7 @@ class Factors:
             calls = [
                 (
                     self.calls[i],
-                    self.network.layouts[i],
+                    self.layout(i),
                     None if (g := gradients[i]) is None else [v.to(dtype) for v in g],
                 )
                 for i in block.calls
@@ -232,7 +247,7 @@ class Factors:
             return gradients_of_block(block, {name: formed[: len(self.outputs)]})
         parts = []
         for index in block.calls:
-            call, layout, each = self.calls[index], self.network.layouts[index], gradients[index]
+            call, layout, each = self.calls[index], self.layout(index), gradients[index]
             if each is None:  # a layer without influence on the outputs
                 zeros = vector.new_zeros((len(vector), *call.output_shape), dtype=dtype).unbind()
                 canonical = [call.outputs(g, n, layout) for g in zeros]

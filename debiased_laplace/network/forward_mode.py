@@ -17,10 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.overrides import TorchFunctionMode
 
 from debiased_laplace.network.attention import scaled_dot_product_attention
-from debiased_laplace.network.tracing import seen_inside
+from debiased_laplace.network.tracing import WrittenOut, seen_inside
 
 _lock = threading.Lock()
 _users = 0
@@ -105,15 +104,17 @@ def _double_backward(
     return (value, tangent) if wanted else (value.detach(), tangent)
 
 
-class PlainAttention(TorchFunctionMode):
+class PlainAttention(WrittenOut):
     """Writes attention out in plain operations: the fused kernels have neither forward-mode nor second derivatives.
+
+    So it does with recurrent layers and whatever else is a :class:`composite <.WrittenOut>`.
 
     Any such mode also turns off the fused layers of Transformers. The row of ``padding_idx`` of an embedding is
     a constant for every derivative, as torch has it for the first backward one alone.
     """
 
     def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        self, func: Callable[..., Any], types_: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
         if func is F.multi_head_attention_forward:
@@ -123,10 +124,7 @@ class PlainAttention(TorchFunctionMode):
             return scaled_dot_product_attention(*args, **kwargs)
         if func is torch.embedding:
             return _embedding(*args, **kwargs)
-        if func is F.embedding:
-            with self:
-                return seen_inside(func)(*args, **kwargs)
-        return func(*args, **kwargs)
+        return super().__torch_function__(func, types_, args, kwargs)
 
 
 def _embedding(weight: Tensor, indices: Tensor, padding_idx: int = -1, *rest: Any) -> Tensor:

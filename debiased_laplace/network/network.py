@@ -24,7 +24,7 @@ from debiased_laplace.network.reduction import call_of_reduced_features, check_r
 from debiased_laplace.network.selection import entries_of, match_parameters, padding_masks, refuse_scripted
 from debiased_laplace.network.snapshot import Replicas, Snapshot
 from debiased_laplace.network.stored import description_of, set_description
-from debiased_laplace.network.tracing import Recorder
+from debiased_laplace.network.tracing import Recorder, with_derivatives
 
 #: Says of the shape of dense outputs where their sites are.
 SiteFinder = Callable[[torch.Size], _data.SiteLayout]
@@ -87,8 +87,9 @@ class Network:
         self.row_size = 0
         #: Whether the sites are the positions of the only layer, whose outputs are the model's.
         self.sites_are_positions = False
-        #: Whether gradients of lone parameters are made datum by datum, where torch.func does not do.
-        self.one_by_one = False
+        #: Whether gradients of lone parameters are made datum by datum, where torch.func does not do; and whether the
+        #: data in the rows of calls are found anew in every forward pass (:mod:`.rows`).
+        self.one_by_one = self.by_rows = False
         #: Which tensors made of parameters alone have an entry for each datum (:class:`~.tracing.Recorder`).
         self.entries: frozenset[int] | None = frozenset()
         #: Parameters whose gradients are made apart from any layer: how often they are called may depend on the data.
@@ -201,7 +202,8 @@ class Network:
         network = copy.copy(self)
         network.feature_reduction, network.reduction_error = feature_reduction, 0.0
         network.blocks = [replace(block, calls=(0,)) for block in self.blocks]
-        network.layouts, network.is_head, network.has_sequences = [Layout()], len(self.blocks) == 1, False
+        network.layouts, network.is_head = [Layout()], len(self.blocks) == 1
+        network.has_sequences = network.by_rows = False
         if inputs is not None:
             network.factors(_data.some(inputs, 3))
         return network
@@ -243,9 +245,8 @@ class Network:
     def same_blocks(self, other: Network) -> bool:
         """Whether backward passes of the one are those of the other: the same model, seen in the same blocks."""
         return (
-            self.shapes == other.shapes
-            and self.blocks == other.blocks
-            and self.layouts == other.layouts
+            (self.shapes, self.blocks) == (other.shapes, other.blocks)
+            and (self.layouts, self.by_rows) == (other.layouts, other.by_rows)
             and self.snapshot.alike(other.snapshot)
         )
 
@@ -267,7 +268,7 @@ class Network:
 
     def call(self, parameters: dict[str, Tensor], inputs: _data.Inputs, **keywords: Any) -> Tensor:
         """Outputs ``[N, C]`` under other parameters (of all names in :attr:`shapes`, and of others if need be)."""
-        with self._replicas.one() as model:
+        with self._replicas.one() as model, with_derivatives():
             return self._rows(model, inputs, parameters=parameters, keywords=keywords)
 
     def _rows(self, model: nn.Module, inputs: _data.Inputs, **how: Any) -> Tensor:

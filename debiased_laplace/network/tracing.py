@@ -1,14 +1,16 @@
 """Seeing a forward pass: which layer functions were called with trainable parameters, and where the data are.
 
 A :class:`~torch.overrides.TorchFunctionMode` sees every call of a function whose weight *is* a trainable
-parameter: modules, functional calls, tied weights and, by entering the bodies of composite functions,
-multi-head attention. Gradient edges point at the value before an in-place activation.
+parameter: modules, functional calls, tied weights and, by entering the bodies of composite functions or writing them
+out, multi-head attention and recurrent layers. Gradient edges point at the value before an in-place activation.
 """
 
 from __future__ import annotations
 
+import math
 import types
 from collections.abc import Callable, Collection, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,7 +21,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree
 
 from debiased_laplace.network.attention import scaled_dot_product_attention
-from debiased_laplace.network.layers import RULES, Arguments, Call, Layout
+from debiased_laplace.network.layers import COMPOSITES, RULES, Arguments, Call, Layout
+from debiased_laplace.network.layers.recurrent import is_of_packed_sequences
 
 _NO_OVERRIDES = {
     name: lambda *_: False for name in ("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic")
@@ -60,6 +63,7 @@ class Recorder(TorchFunctionMode):
         calls: What was recorded.
         elsewhere: Parameters in functions that no rule covers, and the function's name.
         derivations: Shapes of what was derived, in the order of the forward pass.
+        packs: Whether there were packed sequences.
     """
 
     names: dict[int, str]
@@ -70,6 +74,7 @@ class Recorder(TorchFunctionMode):
     calls: list[Call] = field(default_factory=list)
     elsewhere: dict[str, str] = field(default_factory=dict)
     derivations: list[tuple[torch.Size, ...]] = field(default_factory=list)
+    packs: bool = False
     _derived: dict[int, Tensor] = field(default_factory=dict)  # kept, so that no other tensor gets their identities
 
     def __post_init__(self) -> None:
@@ -90,6 +95,11 @@ class Recorder(TorchFunctionMode):
         kwargs = kwargs or {}
         tensors = [leaf for leaf in _pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         used = [tensor for tensor in tensors if self.is_used(tensor)]
+        self.packs |= is_of_packed_sequences(func, args)
+        if func in COMPOSITES and (used or any(tensor.requires_grad for tensor in tensors)):
+            result = COMPOSITES[func](self._see, *args, **kwargs)
+            if result is not NotImplemented:
+                return result
         if not used:
             result = func(*args, **kwargs)
             self._note_constants(func, args, tensors, result)
@@ -129,6 +139,9 @@ class Recorder(TorchFunctionMode):
         if arguments is None or not self._record(arguments, used, result):
             self._not_covered(used, name)
         return result
+
+    def _see(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        return self.__torch_function__(function, (), arguments)
 
     def _not_covered(self, used: Sequence[Tensor], function: str) -> None:
         for tensor in used:
@@ -208,10 +221,31 @@ def leaves(tensor: Tensor) -> set[int]:
     return identities | ({id(tensor)} if tensor.is_leaf else set())
 
 
+class WrittenOut(TorchFunctionMode):
+    """Calls composite functions written out: fused ones have no derivatives of one kind or another."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types_: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func in COMPOSITES:
+            result = COMPOSITES[func](self._see, *args, **(kwargs or {}))
+            if result is not NotImplemented:
+                return result
+        return func(*args, **(kwargs or {}))
+
+    def _see(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        return self.__torch_function__(function, (), arguments)
+
+
+def with_derivatives() -> AbstractContextManager[Any]:
+    """Lets functions be written out where a graph is recorded; without one, fused ones are faster."""
+    return WrittenOut() if torch.is_grad_enabled() else nullcontext()
+
+
 def find_layouts(
     outputs: Tensor, calls: Sequence[Call], names: Sequence[Sequence[str]], constant: Sequence[bool],
     independent: Callable[[], bool],
-) -> list[Layout | None]:  # fmt: skip
+) -> tuple[list[Layout | None], bool]:  # fmt: skip
     """Find the data in every call's output: what the outputs of a datum depend on must belong to that datum.
 
     Every datum is looked at, since one alone can be ambiguous: of three data at three positions, the first
@@ -226,18 +260,20 @@ def find_layouts(
 
     Returns:
         The layout of every call; None for one whose output has no dimension for the data, or rows that are of several
-        data though these are independent (one entry of them is the same for all).
+        data though these are independent (one entry of them is the same for all). And whether layouts are found anew,
+        row by row, in every forward pass (:mod:`~debiased_laplace.network.rows`).
 
     Raises:
         ValueError: If the outputs of one datum depend on other data.
     """
     if not calls:
-        return []
+        return [], False
     n = len(outputs)
     vectors = torch.linspace(1, 2, outputs.shape[1]).to(outputs) * torch.eye(n).to(outputs)[:, :, None]
     edges = [call.edge for call in calls]
     gradients = [torch.autograd.grad(outputs, edges, v, retain_graph=True, allow_unused=True) for v in vectors]
     layouts: list[Layout | None] = []
+    by_rows = False
     for call, pair, of_data, is_constant in zip(calls, names, zip(*gradients, strict=True), constant, strict=True):
         possible = [] if is_constant else Layout.candidates(call.output_shape, n, call.n_trailing)
         consistent = [
@@ -247,6 +283,10 @@ def find_layouts(
                 for datum, g in enumerate(of_data)
             )
         ]  # fmt: skip
+        if not consistent and not is_constant and _are_of_one_each(call, of_data):
+            layouts.append(Layout())
+            by_rows = True
+            continue
         if possible and not consistent and not independent():
             raise ValueError(
                 "The output for one datum depends on other data of its batch, after the layer of "
@@ -257,7 +297,14 @@ def find_layouts(
         if len(consistent) > 1 and call.n_trailing == 1 and layouts and layouts[-1] == Layout(1):
             consistent = [layout for layout in consistent if layout.batch_dimension is not None]  # of sequences of one
         layouts.append(consistent[0] if consistent else None)
-    return layouts
+    return layouts, by_rows
+
+
+def _are_of_one_each(call: Call, gradients: Sequence[Tensor | None]) -> bool:
+    """Whether every row that has gradients has those of the outputs of one datum alone."""
+    trailing = math.prod(call.output_shape[len(call.output_shape) - call.n_trailing :])
+    there = [call.aligned(g).reshape(-1, trailing).any(1) for g in gradients if g is not None]
+    return bool(there) and int(torch.stack(there).sum(0).max()) == 1
 
 
 def _is_of(datum: int, gradient: Tensor) -> bool:

@@ -1,6 +1,7 @@
 r"""The dense reference: matrices by automatic differentiation, which share no formula with what they check.
 
-They know nothing of layers, factors or blocks: Jacobians come from :func:`torch.func.jacrev`, and the Hessian of the
+They know nothing of layers, factors or blocks: Jacobians come from :func:`torch.func.jacrev`, or from ordinary backward
+passes where a model has operations that it does not know (packed sequences), and the Hessian of the
 loss from :func:`torch.func.hessian`. They need ``N * C * D`` numbers for Jacobians and ``D * D`` for matrices: tiny
 networks only. Parameter vectors are in the order of ``model.named_parameters()``, trainable ones only, as everywhere.
 """
@@ -8,7 +9,7 @@ networks only. Parameter vectors are in the order of ``model.named_parameters()`
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -52,8 +53,27 @@ def dense_jacobian(model: nn.Module, inputs: Any) -> Tensor:
 
     module = in_evaluation_mode(model)
     with torch.inference_mode(False), torch.enable_grad():
-        jacobians = torch.func.jacrev(outputs)(parameters)
+        try:
+            jacobians = torch.func.jacrev(outputs)(parameters)
+        except RuntimeError:  # an operation that torch.func does not know
+            jacobians = _by_backward_passes(outputs, parameters)
     return torch.cat([jacobians[name].reshape(n, jacobians[name].shape[1], -1) for name in parameters], -1).detach()
+
+
+def _by_backward_passes(
+    function: Callable[[dict[str, Tensor]], Tensor], parameters: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    """Jacobians ``[N, C, *shape]`` of a function with values ``[N, C]``, one entry after the other."""
+    leaves = {name: p.detach().requires_grad_() for name, p in parameters.items()}
+    values = function(leaves)
+    rows = [
+        torch.autograd.grad(value, list(leaves.values()), retain_graph=True, materialize_grads=True)
+        for value in values.flatten()
+    ]
+    return {
+        name: torch.stack([g.to_dense() for g in of_entries]).unflatten(0, values.shape)
+        for name, of_entries in zip(leaves, zip(*rows, strict=True), strict=True)
+    }
 
 
 def dense_loss_hessian(likelihood: Likelihood, outputs: Tensor, targets: Tensor | None = None) -> Tensor:

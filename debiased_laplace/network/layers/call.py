@@ -44,6 +44,9 @@ class Layout:
 
     batch_dimension: int | None = None
 
+    #: Whether all data have the same number of positions (:class:`~debiased_laplace.network.rows.RowLayout`).
+    is_regular: ClassVar[bool] = True
+
     def by_datum(self, tensor: Tensor, n_data: int, n_trailing: int) -> Tensor:
         """``[leading..., trailing...] -> [N, S, trailing...]``."""
         trailing = tensor.shape[tensor.ndim - n_trailing :]
@@ -124,7 +127,7 @@ class Call(ABC):
 
     def narrow(self, part: slice, n_data: int, layout: Layout) -> Call | None:
         """The same call for some of the data alone; None if the data do not come first in its tensors."""
-        if layout.batch_dimension is not None:
+        if layout.batch_dimension is not None or not layout.is_regular:
             return None
         copies = self.output_shape[0] // n_data
         rows = slice(part.start * copies, part.stop * copies)
@@ -212,5 +215,26 @@ def rule_of_used(*functions: Callable[..., Any]) -> Callable[[Rule], Rule]:
     def register(reads: Rule) -> Rule:
         RULES.update(dict.fromkeys(functions, reads))
         return reads
+
+    return register
+
+
+#: ``see(function, *arguments)`` calls a function such that rules are applied to it.
+See = Callable[..., Any]
+
+#: A function of torch written out: it is given ``see`` and the function's arguments. Nothing looks at what it calls
+#: otherwise.
+Composite = Callable[..., Any]
+
+#: Functions that layers call which are made of others. ``NotImplemented`` says that the function itself is called.
+COMPOSITES: dict[Callable[..., Any], Composite] = {}
+
+
+def composite(*functions: Callable[..., Any]) -> Callable[[Composite], Composite]:
+    """Makes what it decorates the way in which functions of torch are written out."""
+
+    def register(written_out: Composite) -> Composite:
+        COMPOSITES.update(dict.fromkeys(functions, written_out))
+        return written_out
 
     return register

@@ -103,7 +103,7 @@ def patches(
 
 def merge_images(columns: Tensor, n_data: int, layout: Layout) -> Tensor:
     """``[batch, G, P, S] -> [N, G, P, S']``: a batch may hold several images for each datum."""
-    if len(columns) == n_data:
+    if len(columns) == n_data and layout.is_regular:
         return columns
     return layout.by_datum(columns, n_data, 3).permute(0, 2, 3, 1, 4).flatten(3)
 

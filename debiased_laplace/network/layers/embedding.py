@@ -12,7 +12,7 @@ from torch import Tensor
 from debiased_laplace._checks import UnsupportedLayerError
 from debiased_laplace.network.arrangement import Arrangement, leading
 from debiased_laplace.network.kinds import DIAGONAL_INPUTS, Kind
-from debiased_laplace.network.layers.call import N_PHASES, Arguments, Call, Layout, rule
+from debiased_laplace.network.layers.call import N_PHASES, Arguments, Call, Layout, See, composite, rule
 from debiased_laplace.network.selected import SelectedInputs
 
 
@@ -59,34 +59,34 @@ class EmbeddingCall(Call):
         return layout.by_datum(gradient, n_data, 1).mT[:, None]
 
 
-@rule(F.embedding)
+@composite(F.embedding)
 def _embedding(
-    input: Tensor, weight: Tensor, padding_idx: int | None = None, max_norm: float | None = None,
+    see: See, input: Tensor, weight: Tensor, padding_idx: int | None = None, max_norm: float | None = None,
     norm_type: float = 2.0, scale_grad_by_freq: bool = False, sparse: bool = False,
-) -> Arguments:  # fmt: skip
-    wanted = {
-        "max_norm": (max_norm is not None, "it rescales the weights in every forward pass. Rescale them once, and set "
-                                           "max_norm to None"),
-        "scale_grad_by_freq": (scale_grad_by_freq, "its gradients are no derivatives. Set it to False; outputs do not "
-                                                   "change"),
-        "sparse": (sparse, "gradients here are dense. Set it to False; outputs do not change"),
-    }  # fmt: skip
-    for name, (is_set, why) in wanted.items():
-        if is_set:
-            size = f"{weight.shape[0]} x {weight.shape[1]}"
-            raise UnsupportedLayerError(f"Expected an embedding without {name}, got one of {size} with it: {why}.")
+) -> Any:  # fmt: skip
+    if max_norm is not None:
+        return NotImplemented
     if padding_idx is not None and padding_idx < 0:
         padding_idx += len(weight)
-    return Arguments(EmbeddingCall, input, weight, None, {"padding_idx": padding_idx})
+    # Without scale_grad_by_freq and sparse: outputs do not depend on them, gradients are to be derivatives.
+    return see(torch.embedding, weight, input, -1 if padding_idx is None else padding_idx)
+
+
+@rule(F.embedding, F.embedding_bag)
+def _refuse_renormalised(input: Tensor, weight: Tensor, *rest: Any, **further: Any) -> Arguments:
+    """What is not written out: with ``max_norm``."""
+    raise UnsupportedLayerError(
+        f"Expected an embedding without max_norm, got one of {weight.shape[0]} x {weight.shape[1]} with it: it "
+        "rescales the weights in every forward pass. Rescale them once, and set max_norm to None."
+    )
 
 
 @rule(torch.embedding)
 def _look_up(
     weight: Tensor, indices: Tensor, padding_idx: int = -1, scale_grad_by_freq: bool = False, sparse: bool = False
-) -> Arguments | None:
+) -> Arguments:
     # Of this function minus one is no index from the end: it stands for none.
-    padding = None if padding_idx < 0 else padding_idx
-    return _embedding(indices, weight, padding, None, 2.0, scale_grad_by_freq, sparse)
+    return Arguments(EmbeddingCall, indices, weight, None, {"padding_idx": None if padding_idx < 0 else padding_idx})
 
 
 @rule(Tensor.__getitem__)
