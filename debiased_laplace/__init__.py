@@ -28,6 +28,7 @@ if TYPE_CHECKING:
         Gaussian,
         HeteroscedasticGaussian,
         Poisson,
+        Sites,
     )
     from debiased_laplace.posterior.gaussian import Posterior
     from debiased_laplace.posterior.prediction import Predictive
@@ -57,6 +58,7 @@ _HOMES = {
     "Poisson": "likelihoods",
     "HeteroscedasticGaussian": "likelihoods",
     "Elementwise": "likelihoods",
+    "Sites": "likelihoods",
     "PrioritySampler": "sampling.samplers",
     "UniformSampler": "sampling.samplers",
     "Single": "sampling.splits",
@@ -103,6 +105,7 @@ __all__ = [
     "Quadratic",
     "Reduce",
     "Single",
+    "Sites",
     "TwoBatch",
     "UniformSampler",
     "directional_derivatives",

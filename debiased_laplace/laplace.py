@@ -20,9 +20,10 @@ from debiased_laplace.curvature.structures import Structure
 from debiased_laplace.fitting.coverage import coverage
 from debiased_laplace.fitting.fit import fit as fit_posterior
 from debiased_laplace.fitting.fitted import Fit
-from debiased_laplace.likelihoods import LIKELIHOODS, Likelihood, resolve_likelihood
+from debiased_laplace.likelihoods import LIKELIHOODS, Likelihood, of_outputs, resolve_likelihood
 from debiased_laplace.network.network import Network
 from debiased_laplace.posterior.certainty import Certainty, certainty_on
+from debiased_laplace.posterior.dense import predict_sites
 from debiased_laplace.posterior.evidence import maximise_marginal_likelihood, maximise_with_noise
 from debiased_laplace.posterior.gaussian import Posterior
 from debiased_laplace.posterior.prediction import Predictive, predict
@@ -67,12 +68,14 @@ def fit(
     """Fit a Laplace posterior around a trained model, in one pass over its training data.
 
     Args:
-        model: The trained model, whose outputs are ``[N, C]``; left exactly as it was.
+        model: The trained model, whose outputs are ``[N, C]``, or dense, ``[N, C, ...]`` or ``[N, ..., C]``; left
+            exactly as it was.
         train_loader: Any iterable of batches ``(inputs, targets)``, ``(input, ..., input, targets)`` or dictionaries,
             read once. Several inputs become positional arguments and entries of a dictionary keywords of the model's
             ``forward``, if it takes them, and are one argument otherwise (``docs/batches.md``).
         likelihood: What the outputs mean: ``"classification"``, ``"regression"``, ``"bernoulli"``, another name of
-            :func:`~debiased_laplace.likelihoods.resolve_likelihood`, or an object such as ``Poisson()``.
+            :func:`~debiased_laplace.likelihoods.resolve_likelihood`, or an object such as ``Poisson()``. Of dense
+            outputs, that of every site, and ``"next_token"`` for a language model; ``Sites`` has the choices.
         structure: Directions of the curvature: ``Kronecker()`` by default, ``LowRank(rank=50)``, ``Diagonal()``,
             ``Full()``, or ``Isotropic()``.
         parameters: Which trainable parameters are uncertain: all, ``"last_layer"``, or names and patterns of
@@ -88,7 +91,7 @@ def fit(
         curvature: ``"ggn"``, or ``"empirical_fisher"``.
         estimator: ``"projected"`` (equation 2), or ``"factored"`` (classical K-FAC).
         mc_samples: Random vectors for each datum in the place of the exact loss Hessian, which is None; ``"auto"`` is
-            exact up to 32 outputs and one vector above.
+            exact up to 32 outputs (of all sites together, if they are dense) and one vector above.
         separate_bias: Give biases blocks of their own.
         targets_key: Where dictionary-like batches have their targets.
         inputs_of: A function of a batch that gives what the model is given, if the batch does not say it: a tensor, a
@@ -132,7 +135,8 @@ def fit(
         chunk_size=chunk_size, max_batches=max_batches, generator=seed,
         previous=None if previous is None else previous.fitted, checkpoint=checkpoint, progress_bar=progress_bar,
     )  # fmt: skip
-    return Laplace(fitted, resolved, fitted.posterior, seed=seed, targets_key=targets_key, adapters=adapters)
+    of_network = of_outputs(resolved, fitted.network.sites)
+    return Laplace(fitted, of_network, fitted.posterior, seed=seed, targets_key=targets_key, adapters=adapters)
 
 
 @dataclass(frozen=True, repr=False)
@@ -260,7 +264,10 @@ class Laplace:
         warn_of_no_evidence(self.posterior.temperature)
         if self.likelihood.has_noise and noise is not False:
             prior, noise_variance = maximise_with_noise(
-                self.posterior, self.fitted.mean_loss, self.network.n_outputs, per_block=layerwise
+                self.posterior,
+                self.fitted.mean_loss,
+                self.fitted.n_observed or self.network.n_outputs,
+                per_block=layerwise,
             )
             posterior = replace(self.posterior, prior_precision=prior, noise_variance=noise_variance)
         else:
@@ -279,7 +286,7 @@ class Laplace:
         x: Any,
         *,
         link: str | None = None,
-        method: str = "glm",
+        method: str | None = None,
         n_samples: int = 100,
         covariance: bool = False,
         generator: torch.Generator | None = None,
@@ -292,9 +299,10 @@ class Laplace:
             link: How to integrate over Gaussian outputs, one of ``likelihood.links``; by default the one that was tuned
                 with, or the likelihood's default. ``"mc"`` draws outputs.
             method: ``"glm"``, the linearised network, without drawing weights; ``"linearized"``, samples of it (for
-                many outputs: the cost does not depend on their number); ``"nn"``, the network at sampled weights.
+                many outputs: the cost does not depend on their number); ``"nn"``, the network at sampled weights. By
+                default ``"glm"``, and for dense outputs ``"linearized"`` unless a last layer makes ``"glm"`` cheap.
             n_samples: Draws for ``link="mc"`` and of the methods that sample.
-            covariance: Also the covariance between the outputs of a datum.
+            covariance: Also the covariance between the outputs of a datum, or of a site of dense outputs.
             generator: Source of the draws; by default the same draws in every call.
 
         Returns:
@@ -308,11 +316,14 @@ class Laplace:
         if generator is None:
             generator = torch.Generator().manual_seed(self.seed)
         with torch.inference_mode(False), torch.no_grad():
-            return predict(
-                self.network, self.posterior, self.likelihood, x, method=method,
-                link=link or self.link or self.default_link, n_samples=n_samples,
-                output_temperature=self.output_temperature, covariance=covariance, generator=generator,
-            )  # fmt: skip
+            settings: dict[str, Any] = {
+                "link": link or self.link or self.default_link, "n_samples": n_samples, "covariance": covariance,
+                "output_temperature": self.output_temperature, "generator": generator,
+            }  # fmt: skip
+            about = self.network, self.posterior, self.likelihood, x
+            if self.network.sites is not None:
+                return predict_sites(*about, method=method, **settings)
+            return predict(*about, method=method or "glm", **settings)
 
     def sample(self, n_samples: int = 100, generator: torch.Generator | None = None) -> Tensor:
         """Samples of the parameters, ``[n_samples, D]``, in the order of ``model.named_parameters()``."""
@@ -329,8 +340,9 @@ class Laplace:
         value = torch.as_tensor(-self.fitted.mean_loss * posterior.scale, dtype=torch.float64)
         if self.likelihood.has_noise:
             zeros = torch.zeros(1, self.network.n_outputs, dtype=torch.float64)
-            constant = self.likelihood.negative_log_likelihood(zeros, zeros, posterior.noise_variance)
-            value = value - posterior.n_data * constant[0]
+            constant = self.likelihood.site.negative_log_likelihood(zeros, zeros, posterior.noise_variance)
+            n_sites = 1 if self.fitted.n_observed is None else self.fitted.n_observed / self.network.n_outputs
+            value = value - posterior.n_data * n_sites * constant[0]
         return value
 
     def certainty(self, *, link: str | None = None, noise_variance: float | Tensor | None = None) -> Certainty | None:
@@ -368,7 +380,8 @@ class Laplace:
         total = sum(p.numel() for p in self.network.snapshot.parameters.values())
         lines = [
             f"Laplace posterior of {n_certain:,} of {total:,} parameters",
-            f"  likelihood       {self.likelihood!r}, {self.network.n_outputs} outputs",
+            f"  likelihood       {self.likelihood!r}, {self.network.n_outputs} outputs"
+            + (" at every site" if self.network.sites is not None else ""),
             f"  training data    {posterior.n_data:,}, of which {n_drawn:,} gave the curvature",
             f"  curvature        {settings['structure']}, {settings['split']}",
             f"  covers           {_kinds(fitted)}",
@@ -400,7 +413,7 @@ class Laplace:
         posterior = self.posterior
         state = {name: getattr(posterior, name) for name in _OF_POSTERIOR}
         state |= {name: getattr(self, name) for name in _OF_PREDICTIONS}
-        name = type(self.likelihood).__name__
+        name = self.likelihood.name
         state["likelihood"] = self.likelihood.settings() if name in LIKELIHOODS else {}
         functions = vars(self.adapters) | {"outputs_of": self.network.convention.outputs_of}
         header = self.fitted.header() | {
@@ -458,6 +471,7 @@ def load(
         if likelihood is None:
             likelihood = LIKELIHOODS[header["likelihood"]](**state["likelihood"])
         fitted = Fit.restore(model, state["fit"], outputs_of)
+        likelihood = of_outputs(likelihood, fitted.network.sites)
         settings = {name: _on(state[name], fitted.network.device) for name in _OF_POSTERIOR}
         posterior = replace(fitted.posterior, **settings)
         kept = {name: state[name] for name in _OF_PREDICTIONS}

@@ -254,7 +254,7 @@ class Bench:
         inputs, labels = self.problem.pool
         self.batches = list(zip(inputs.split(250), labels.split(250), strict=True))
         self.network = Network.discover(self.problem.model, inputs)
-        self.stream = Stream(lambda _: self.network, LIKELIHOOD, self.structure)
+        self.stream = Stream(lambda *_: self.network, LIKELIHOOD, self.structure)
         start = time.perf_counter()
         self.outputs = {id(x): self.stream(x, y) for x, y in self.batches}
         self.pass_seconds = time.perf_counter() - start

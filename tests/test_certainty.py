@@ -120,7 +120,7 @@ def test_the_draw_depends_on_the_seed_and_the_positions_alone_and_is_not_the_fit
 
 
 def reading(batches):
-    stream = Stream(lambda inputs: None, Categorical(), Kronecker())
+    stream = Stream(lambda *_: None, Categorical(), Kronecker())
     return Reading(batches, Checkpoint(None, {}), torch.Generator(), stream, budget=4, seed=0)
 
 

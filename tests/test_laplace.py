@@ -336,7 +336,7 @@ def test_the_page_about_the_posterior_runs_as_it_stands(tmp_path, monkeypatch, c
     monkeypatch.chdir(tmp_path)
     text = (Path(dl.__file__).parents[1] / "docs" / "posterior.md").read_text()
     blocks = re.findall(r"^```python\n(.*?)^```$", text, flags=re.DOTALL | re.MULTILINE)
-    assert len(blocks) == 5
+    assert len(blocks) == 6
     names: dict[str, Any] = {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -776,7 +776,7 @@ def test_bad_targets(likelihood, bad, c, error, match):
 
 
 def test_unknown_names():
-    with pytest.raises(ValueError, match=r"'poisson', 'heteroscedastic'\], or a Likelihood, got 'gamma'"):
+    with pytest.raises(ValueError, match=r"'heteroscedastic', 'next_token'\], or a Likelihood, got 'gamma'"):
         resolve_likelihood("gamma")
     for likelihood, link in ((Categorical(), "laplace"), (Bernoulli(), "bridge")):
         with pytest.raises(ValueError, match=f"Expected a link_approx out of .* got '{link}'"):

@@ -386,7 +386,7 @@ def test_a_stream_observes_some_windows_whole(size, sharing, short_windows):
     structure, data = Kronecker(sharing=sharing), padded(5.0, first_full=10)
     model = model_of("encoder")
     network = Network.discover(model, padded(first_full=3)[0])
-    stream = Stream(lambda _: network, Categorical(), structure)
+    stream = Stream(lambda *_: network, Categorical(), structure)
     outputs = torch.cat([stream(x, y) for x, y in cut(data, size)])
     assert_equal(outputs, model(data[0]))
     chosen = torch.tensor([is_observed(position) for position in range(N)])
@@ -427,7 +427,7 @@ def test_an_interrupted_pass_goes_on_in_the_same_windows(short_windows, tmp_path
 def test_networks_without_sequences_have_no_backward_pass_in_the_stream(name, passes, monkeypatch):
     case, labels = ZOO[name], torch.arange(12) % 2
     network = Network.discover(case.model(), case.inputs(3))
-    stream, calls, grad = Stream(lambda _: network, Categorical(), Kronecker()), [], torch.autograd.grad
+    stream, calls, grad = Stream(lambda *_: network, Categorical(), Kronecker()), [], torch.autograd.grad
     monkeypatch.setattr(torch.autograd, "grad", lambda *a, **k: calls.append(1) or grad(*a, **k))
     stream(case.inputs(12), labels)
     assert len(calls) == passes

@@ -74,7 +74,7 @@ def test_the_sums_of_a_stream(size, monkeypatch):
     model, n = CASE.model(), 30
     inputs, labels = CASE.inputs(n), targets(Categorical(), n, 2)
     network = Network.discover(model, inputs)
-    stream = Stream(lambda _: network, Categorical(), Kronecker())
+    stream = Stream(lambda *_: network, Categorical(), Kronecker())
     outputs = [stream(x, y) for x, y in zip(inputs.split(size), labels.split(size), strict=True)]
     assert_equal(torch.cat(outputs), model(inputs))
     observed = stream.observed
@@ -98,14 +98,14 @@ def test_the_chunk_size_is_the_users(structure):
     model.register_forward_hook(lambda module, inputs, output: calls.append(len(output)))
     network = Network.discover(model, CASE.inputs(3))
     calls.clear()
-    stream = Stream(lambda _: network, Categorical(), structure, chunk_size=4)
+    stream = Stream(lambda *_: network, Categorical(), structure, chunk_size=4)
     stream(CASE.inputs(10), targets(Categorical(), 10, 2))
     assert calls == [4, 4, 2]
 
 
 def test_nothing_to_observe():
     model = CASE.model()
-    stream = Stream(lambda x: Network.discover(model, x), Categorical(), Diagonal())
+    stream = Stream(lambda x, _: Network.discover(model, x), Categorical(), Diagonal())
     stream(CASE.inputs(5), targets(Categorical(), 5, 2))
     assert stream.observed is not None
     assert stream.observed.statistics is None
@@ -117,7 +117,7 @@ def test_half_of_the_data_are_not_all_of_them():
     network = Network.discover(model, CASE.inputs(3))
     both = []
     for structure in (Kronecker(), Diagonal()):
-        stream = Stream(lambda _: network, Categorical(), structure)
+        stream = Stream(lambda *_: network, Categorical(), structure)
         stream(CASE.inputs(5), targets(Categorical(), 5, 2))
         both.append(stream.observed)
     assert (both[0] + both[1]).statistics is None

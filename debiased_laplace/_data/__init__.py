@@ -15,6 +15,7 @@ from debiased_laplace._data.batches import (
     copy,
     count,
     map_tensors,
+    positions_of_some,
     size_of_datum,
     slices,
     some,
@@ -37,6 +38,7 @@ from debiased_laplace._data.loaders import (
     pairs,
 )
 from debiased_laplace._data.rows import rows, target_rows
+from debiased_laplace._data.sites import SiteLayout
 
 __all__ = [
     "USUAL",
@@ -44,6 +46,7 @@ __all__ = [
     "Assorted",
     "CallingConvention",
     "Inputs",
+    "SiteLayout",
     "as_targets",
     "at_least",
     "check_iterable",
@@ -62,6 +65,7 @@ __all__ = [
     "one_or_several",
     "only",
     "pairs",
+    "positions_of_some",
     "rows",
     "size_of_datum",
     "slices",

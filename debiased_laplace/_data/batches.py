@@ -255,9 +255,15 @@ def chunks(inputs: Inputs, size: int) -> Iterator[slice | Tensor]:
 
 def some(inputs: Inputs, n: int) -> Inputs:
     """At most n data that are alike; of assorted ones the first of those with most numbers."""
+    return take(inputs, positions_of_some(inputs, n))
+
+
+def positions_of_some(inputs: Inputs, n: int) -> slice | Tensor:
+    """Where the data of :func:`some` are among all."""
     if isinstance(inputs, Assorted):
-        inputs = max(inputs.parts, key=size_of_datum)
-    return take(inputs, slice(0, n))
+        number = max(range(len(inputs.parts)), key=lambda number: size_of_datum(inputs.parts[number]))
+        return _in_rows(inputs, number)[:n]
+    return slice(0, n)
 
 
 def at_least(inputs: Inputs, n: int) -> Inputs:

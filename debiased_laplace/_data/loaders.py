@@ -7,6 +7,7 @@ has the table of what comes and what is done.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from debiased_laplace import _checks
-from debiased_laplace._data.batches import Inputs, count, map_tensors, take, tensors
+from debiased_laplace._data.batches import Assorted, Inputs, concatenate, count, map_tensors, take, tensors
 
 
 def check_iterable(batches: Any) -> None:
@@ -228,13 +229,21 @@ def as_targets(targets: Any, n: int, inputs: Inputs = None) -> Tensor:
     return rows
 
 
-def joined_targets(parts: Sequence[Tensor]) -> Tensor:
+def joined_targets(parts: Sequence[Inputs]) -> Inputs:
     """Targets of several batches, in the shape of the first: ``[n]`` and ``[n, 1]`` go together.
+
+    Those of dense outputs, ``[n, S, ...]`` with other numbers of sites in some batches than in others, are assorted.
 
     Raises:
         ValueError: If a datum has other numbers of targets in some batches than in others.
     """
-    parts = [part for part in parts if len(part)] or parts[:1]  # those of no data may have any shape
+    parts = [part for part in parts if count(part)] or parts[:1]  # those of no data may have any shape
+    each = [tensor for part in parts for tensor in tensors(part)]
+    shapes = {tuple(tensor.shape[1:]) for tensor in each}
+    if len({len(shape) for shape in shapes}) == 1 < len({math.prod(shape) for shape in shapes}):
+        return concatenate(parts)
+    if any(isinstance(part, Assorted) for part in parts):
+        return concatenate(parts)
     first = parts[0].shape[1:]
     if any(part.shape[1:].numel() != first.numel() for part in parts):
         raise ValueError(

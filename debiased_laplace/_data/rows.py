@@ -26,9 +26,11 @@ def rows(outputs: Tensor, n: int, n_outputs: int | None = None) -> Tensor:
     elif matrix.ndim == 1:
         matrix = matrix[:, None]
     if matrix.ndim != 2 or len(matrix) != n:
+        dense = " Outputs for every pixel or token are for debiased_laplace.fit." if matrix.ndim > 2 else ""
         raise ValueError(
             f"Expected outputs of shape [{n}, C], one row for each datum, got {tuple(outputs.shape)}. "
             "Wrap the model in one that pools or flattens its outputs, or pass outputs_of= to debiased_laplace.fit."
+            f"{dense}"
         )
     if n_outputs is not None and n and outputs.ndim != 2 and matrix.shape[1] != n_outputs:
         raise ValueError(

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -23,9 +23,9 @@ from debiased_laplace.fitting.measurement import Measurement
 from debiased_laplace.fitting.probe import Probe
 from debiased_laplace.fitting.reading import Reading, Seen
 from debiased_laplace.fitting.settings import FitSettings
-from debiased_laplace.fitting.stream import Observed, Stream, mean_loss
+from debiased_laplace.fitting.stream import LikelihoodOfStream, Observed, Stream, mean_loss
 from debiased_laplace.fitting.update import updated_curvature
-from debiased_laplace.likelihoods import Likelihood
+from debiased_laplace.likelihoods import Likelihood, of_outputs
 from debiased_laplace.network.discovery import unreached
 from debiased_laplace.network.gradients import CurvatureData
 from debiased_laplace.network.kinds import NO_CURVATURE
@@ -111,8 +111,10 @@ def fit(
     identity = {} if checkpoint is None else chosen.identity(likelihood, generator, previous, snapshot)
     words = chosen.in_words(likelihood, generator.initial_seed(), previous)
     progress = Checkpoint(checkpoint, identity)
+    if previous is not None and previous.network.sites is not None:
+        likelihood = of_outputs(likelihood, previous.network.sites)  # where sites are need not be found again
     with torch.inference_mode(False), global_random_state():
-        discover = partial(chosen.discover, snapshot)
+        discover = partial(chosen.discover, snapshot, likelihood=likelihood)
         stream = Stream(discover, likelihood, chosen.structure, chosen.chunk_size)
         reading = _reading(batches, progress, generator, stream, chosen, previous)
         if progress.completed is not None:
@@ -120,7 +122,7 @@ def fit(
             logger.warning("The fit is the complete one in %s, which was made from the same data.", checkpoint)
             return Fit.restore(snapshot, progress.completed["fit"], chosen.outputs_of)
         is_kept = progress.kept("drawn") is not None
-        draw = partial(_draw, reading, stream, likelihood, generator, chosen, previous, progress_bar)
+        draw = partial(_draw, reading, stream, generator, chosen, previous, progress_bar)
         drawn = progress.once("drawn", draw)
         if is_kept:
             reading.check(drawn.seen)
@@ -129,8 +131,9 @@ def fit(
         if is_kept:
             network = Network.restore(snapshot, drawn.network, chosen.outputs_of)
         else:
-            network = stream.network(drawn.sample.data.inputs)
-        fitted = _measured(network, drawn, likelihood, generator, chosen, previous, progress, words, progress_bar)
+            network = stream.network(drawn.sample.data.inputs, drawn.sample.data.targets)
+        of_network = of_outputs(likelihood, network.sites)
+        fitted = _measured(network, drawn, of_network, generator, chosen, previous, progress, words, progress_bar)
     if checkpoint is not None:
         progress.complete({"fit": fitted.state(), "seen": drawn.seen})
     return fitted
@@ -149,21 +152,26 @@ def _reading(
 
 
 def _draw(
-    reading: Reading, stream: Stream, likelihood: Likelihood, generator: torch.Generator, settings: FitSettings,
-    previous: Fit | None, progress_bar: bool,
+    reading: Reading, stream: Stream, generator: torch.Generator, settings: FitSettings, previous: Fit | None,
+    progress_bar: bool,
 ) -> Drawn:  # fmt: skip
     """One pass over the stream."""
     assert settings.sampler is not None and settings.split is not None
     try:
         sample = settings.sampler.draw(
-            reading, settings.split.folds, generator, likelihood=likelihood, observe=stream,
-            targets_key=settings.targets_key, progress_bar=progress_bar,
+            reading, settings.split.folds, generator, observe=stream,
+            likelihood=cast(Likelihood, LikelihoodOfStream(stream)), targets_key=settings.targets_key,
+            progress_bar=progress_bar,
         )  # fmt: skip
     except BaseException:
         reading.save()
         raise
     sample = sample.part_of(settings.n_data, generator)
-    network, observed, uniform = stream.network(sample.data.inputs), stream.observed, reading.sample
+    network, observed, uniform = (
+        stream.network(sample.data.inputs, sample.data.targets),
+        stream.observed,
+        reading.sample,
+    )
     if previous is not None and previous.sample is not None:
         # Sums over earlier data were made with the earlier parameters.
         same = previous.network.shapes == network.shapes and torch.equal(previous.posterior.mean, network.mean())
@@ -188,7 +196,8 @@ def _measured(
     _tell_of_coverage(network, settings.structure)
     sample = _with_targets(drawn.sample, likelihood, network)
     uniform = None if drawn.uniform is None else _with_targets(drawn.uniform, likelihood, network)
-    mc_samples = _resolve_mc_samples(settings.mc_samples, network.n_outputs)
+    n_observed = None if network.sites is None else _mean_observed(sample, likelihood, network)
+    mc_samples = _resolve_mc_samples(settings.mc_samples, network)
     with tqdm(desc="Curvature", unit="datum", disable=not progress_bar, leave=False) as bar:
         data = CurvatureData(
             network, sample.data, likelihood, mc_samples=mc_samples, curvature=settings.curvature, generator=generator,
@@ -225,6 +234,7 @@ def _measured(
         uniform=uniform,
         curvature_errors=errors,
         probe=Probe.of(network, sample.data.inputs),
+        n_observed=n_observed,
     )
     return fitted if previous is None or previous.sample is not None else _joined(previous, fitted)
 
@@ -280,8 +290,24 @@ def _warn_of_unreached(network: Network, inputs: _data.Inputs) -> None:
 
 def _with_targets(sample: Sample, likelihood: Likelihood, network: Network) -> Sample:
     """The sample with targets as the likelihood takes them; raises what is wrong with them."""
-    targets = likelihood.prepare_targets(sample.data.targets, network.n_outputs)
+    targets = _data.map_tensors(
+        lambda part: likelihood.prepare_targets(part, network.n_outputs), sample.data.targets
+    )  # fmt: skip
     return replace(sample, data=replace(sample.data, targets=targets))
+
+
+def _mean_observed(sample: Sample, likelihood: Likelihood, network: Network) -> float:
+    """How many outputs of a datum have a target, on average; raises a ``ValueError`` if none has."""
+    total = 0.0
+    for part in _data.chunks(sample.data.targets, len(sample.data)):
+        counts = likelihood.n_observed(_data.take(sample.data.targets, part), network.n_outputs)
+        total += float(sample.data.weights[part] @ counts.double().cpu())
+    if not total > 0:
+        raise ValueError(
+            f"Expected at least one site with a target in the {len(sample.data)} data that were drawn for the "
+            f"curvature, got none: all are left out by {likelihood}. Look at the labels that the loader gives."
+        )
+    return total
 
 
 def make_generator(generator: torch.Generator | int) -> torch.Generator:
@@ -296,13 +322,20 @@ def make_generator(generator: torch.Generator | int) -> torch.Generator:
     return torch.Generator().manual_seed(int(generator))
 
 
-def _resolve_mc_samples(mc_samples: int | str | None, n_outputs: int) -> int | None:
+def _resolve_mc_samples(mc_samples: int | str | None, network: Network) -> int | None:
     if mc_samples != "auto":
         assert not isinstance(mc_samples, str)
         return mc_samples
+    n_outputs = network.row_size
     if n_outputs <= MAX_EXACT_OUTPUTS:
         logger.info("The model has %d outputs: the loss Hessian is exact.", n_outputs)
         return None
+    if network.sites is not None:
+        logger.info(
+            "The model has %d outputs at each of %d sites of a datum: one vector with random signs at every site "
+            "stands for the loss Hessian.", network.n_outputs, n_outputs // network.n_outputs,
+        )  # fmt: skip
+        return 1
     logger.warning(
         "The model has %d outputs, more than %d: one random vector for each datum stands for the loss Hessian. "
         "Set mc_samples=None for the exact one, or a larger number.", n_outputs, MAX_EXACT_OUTPUTS,

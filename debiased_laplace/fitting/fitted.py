@@ -41,6 +41,7 @@ class Fit:
             fewer than two. They say how convexity biases what is no mean (:meth:`convexity`).
         uniform: A few data of the stream, drawn uniformly and apart from ``sample``, that stand for its ordinary data;
             None for a fit that was loaded.
+        n_observed: Of dense outputs, how many outputs of a datum have a target, on average over the data; else None.
         probe: What the network gives for a few made-up inputs, by which it is known again when a fit is loaded.
     """
 
@@ -57,6 +58,7 @@ class Fit:
     uniform: Sample | None = None
     curvature_errors: Tensor | None = None
     probe: Probe | None = None
+    n_observed: float | None = None
 
     def convexity(self, posterior: Posterior | None = None) -> tuple[float, float] | None:
         r"""What errors of the curvatures add to variances and take from the log-determinant, to second order.

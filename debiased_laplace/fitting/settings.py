@@ -12,6 +12,7 @@ from torch import Tensor
 from debiased_laplace import _checks, _data, _store
 from debiased_laplace.curvature.structures import Kronecker, Structure
 from debiased_laplace.fitting.fitted import Fit
+from debiased_laplace.likelihoods import Likelihood, site_layout
 from debiased_laplace.network.gradients import CURVATURE_VECTORS
 from debiased_laplace.network.network import Network
 from debiased_laplace.network.selection import match_parameters
@@ -32,6 +33,7 @@ class FitSettings:
     Attributes:
         structure: Gives the directions; K-FAC by default.
         parameters: Which trainable parameters the posterior is about: all, ``"last_layer"``, or names and patterns.
+        dense: Whether outputs may be dense, ``[N, ..., C]`` or ``[N, C, ...]``.
         indices: Instead, single entries of the vector of all trainable parameters, ``[n]`` (not for K-FAC).
         sampler: Which data to keep of the stream; 1,024 by default, by importance (for ``"ggn"``: what a datum adds to
             another curvature does not follow from the outputs alone, and the draw is uniform).
@@ -64,6 +66,7 @@ class FitSettings:
 
     structure: Structure = field(default_factory=Kronecker)
     parameters: str | Sequence[str] | None = None
+    dense: bool = True
     indices: Tensor | None = None
     sampler: Sampler | None = None
     split: Split | None = None
@@ -123,11 +126,18 @@ class FitSettings:
         if self.parameters is not None and self.parameters != "last_layer":
             match_parameters(model, self.parameters)
 
-    def discover(self, model: Snapshot, inputs: _data.Inputs) -> Network:
-        """The network of the model, from some data."""
+    def discover(
+        self, model: Snapshot, inputs: _data.Inputs, targets: _data.Inputs, likelihood: Likelihood
+    ) -> Network:  # fmt: skip
+        """The network of the model, from some data; their targets and the likelihood tell sites of dense outputs."""
+
+        def sites(outputs: torch.Size) -> _data.SiteLayout:
+            of_one = _data.take(targets, _data.positions_of_some(inputs, 1))
+            return site_layout(likelihood, outputs, (outputs[0], *of_one.shape[1:]))
+
         return Network.discover(
             model, inputs, parameters=self.parameters, indices=self.indices, separate_bias=self.separate_bias,
-            feature_reduction=self.feature_reduction,
+            feature_reduction=self.feature_reduction, find_sites=sites if self.dense else None,
             convention=_data.CallingConvention(self.targets_key, self.outputs_of),
         )  # fmt: skip
 

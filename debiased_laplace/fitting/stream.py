@@ -11,7 +11,7 @@ from torch import Tensor
 
 from debiased_laplace import _data
 from debiased_laplace.curvature.structures import Structure
-from debiased_laplace.likelihoods import Likelihood
+from debiased_laplace.likelihoods import Likelihood, of_outputs
 from debiased_laplace.network.network import Network
 from debiased_laplace.sampling.sample import Sample
 
@@ -79,32 +79,45 @@ def whole_windows(start: int, n: int) -> Tensor:
     return chosen
 
 
+class LikelihoodOfStream:
+    """What the outputs of a stream mean, as it is known when it is asked: of sites, once they are seen to be dense."""
+
+    def __init__(self, stream: Stream) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream.likelihood, name)
+
+
 class Stream:
     """Gives a sampler the outputs of every batch, and sums on the way what needs no more than the forward pass."""
 
     def __init__(
         self,
-        discover: Callable[[_data.Inputs], Network],
+        discover: Callable[[_data.Inputs, _data.Inputs], Network],
         likelihood: Likelihood,
         structure: Structure,
         chunk_size: int | None = None,
     ) -> None:
-        self._discover, self._likelihood, self._structure = discover, likelihood, structure
+        self._discover, self._structure = discover, structure
+        #: What the outputs mean; of every site once the network is known to have dense ones.
+        self.likelihood = likelihood
         self._chunk_size = chunk_size
         self._network: Network | None = None
         #: None until a sampler asks for outputs.
         self.observed: Observed | None = None
 
-    def network(self, inputs: _data.Inputs) -> Network:
+    def network(self, inputs: _data.Inputs, targets: _data.Inputs) -> Network:
         """The network, found with these data unless it was found before."""
         if self._network is None:
-            self._network = self._discover(inputs)
+            self._network = self._discover(inputs, targets)
+            self.likelihood = of_outputs(self.likelihood, self._network.sites)
         return self._network
 
     def __call__(self, inputs: _data.Inputs, targets: Tensor) -> Tensor:
         """Outputs ``[n, C]``, in chunks of activations that fit :data:`STREAM_MEMORY`."""
-        network = self.network(inputs)
-        targets = self._likelihood.prepare_targets(targets, network.n_outputs)
+        network = self.network(inputs, targets)
+        targets = self.likelihood.prepare_targets(targets, network.n_outputs)
         memory = STREAM_MEMORY["cpu" if network.device.type == "cpu" else "accelerator"]
         outputs = []
         backward = int(network.has_sequences and self._structure.observes)
@@ -145,7 +158,7 @@ class Stream:
         return torch.cat(outputs).to(network.dtype)[order.to(network.device)], statistics
 
     def _observed(self, network: Network, outputs: Tensor, targets: Tensor) -> Observed:
-        losses = self._likelihood.loss(outputs, targets.to(network.device))
+        losses = self.likelihood.loss(outputs, targets.to(network.device))
         return Observed(len(losses), float(losses.double().sum()), None)
 
 
@@ -153,8 +166,9 @@ def mean_loss(network: Network, likelihood: Likelihood, sample: Sample) -> float
     """Mean loss of the stream, estimated from a sample, in nats."""
     data = sample.data
     total = torch.zeros((), dtype=torch.float64, device=network.device)
-    for part in _data.chunks(data.inputs, 512):
+    size = 512 if network.sites is None else network.chunk_size(STREAM_MEMORY["cpu"], 0, inputs=data.inputs)
+    for part in _data.chunks(data.inputs, size):
         outputs = network.outputs(_data.take(data.inputs, part))
-        losses = likelihood.loss(outputs.to(network.dtype), data.targets[part].to(network.device))
+        losses = likelihood.loss(outputs.to(network.dtype), _data.take(data.targets, part).to(network.device))
         total += data.weights[part].to(network.device) @ losses.double()
     return float(total)

@@ -418,7 +418,7 @@ class DebiasedLaplace(ParametricLaplace):
             mc_samples=mc_samples, curvature=curvature, separate_bias=self._separates_bias, feature_reduction=reduction,
             generator=self.seed if generator is None else generator, chunk_size=chunk_size,
             targets_key=self.dict_key_y, progress_bar=progress_bar, previous=previous, checkpoint=checkpoint,
-            max_batches=max_batches, n_data=n_data,
+            max_batches=max_batches, n_data=n_data, dense=False,
         )  # fmt: skip
         if self.feature_reduction is not None and reduction is None:
             few = None if fitted.sample is None else fitted.sample.data.inputs

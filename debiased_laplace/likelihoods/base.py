@@ -1,5 +1,7 @@
 r"""What a likelihood has to provide. Everything else in the package is the same for all of them.
 
+This module is longer than others, since every method of the contract is documented here, and in no subclass.
+
 Outputs of the network are ``f: [N, C]``. The loss of a datum is :math:`\ell_n = -\log p(y_n \mid f_n)`, and its
 Hessian in the outputs has a square root, :math:`\nabla^2_f \ell_n = S_n S_n^\top`, with ``S: [V, N, C]``
 (V vectors for each datum, at most C). Predictions are means of the target under Gaussian outputs, ``[..., N, K]``:
@@ -16,7 +18,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -48,16 +50,26 @@ class Likelihood(ABC):
     """Loss, curvature, links and predictions of one kind of target."""
 
     #: Ways to average over Gaussian outputs; the first is the default.
-    links: ClassVar[tuple[str, ...]] = ("mc",)
+    links: tuple[str, ...] = ("mc",)
     #: What laplace-torch calls it: ``"regression"`` where a prediction is mean and covariance of the outputs, and
     #: ``"classification"`` where a link leads from the outputs to what is predicted.
-    laplace_torch_name: ClassVar[str] = "classification"
+    laplace_torch_name: str = "classification"
     #: Whether there is a noise variance beside the outputs, which can be tuned.
-    has_noise: ClassVar[bool] = False
+    has_noise: bool = False
     #: The beginning of the error for an output temperature where that has no meaning; None where it has.
-    no_temperature: ClassVar[str | None] = None
+    no_temperature: str | None = None
     #: Whether predictions are probabilities of answers: :meth:`correctness` and :meth:`confidence` are there.
-    has_answers: ClassVar[bool] = False
+    has_answers: bool = False
+
+    @property
+    def name(self) -> str:
+        """What files call it."""
+        return type(self).__name__
+
+    @property
+    def site(self) -> Likelihood:
+        """That of one site of dense outputs: itself unless it is a sum over sites."""
+        return self
 
     @property
     def has_variance(self) -> bool:
@@ -154,6 +166,14 @@ class Likelihood(ABC):
         root = self.hessian_square_root(outputs, targets)
         signs = _numerics.random_signs(uniforms[..., : len(root)], outputs)
         return torch.einsum("vnc,nmv->mnc", root, signs) / math.sqrt(uniforms.shape[1])
+
+    def sites(self, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Of dense outputs the targets of every site, ``[N, S, ...]``, and which sites have one, ``[N, S]``."""
+        raise TypeError(f"{type(self).__name__} is no likelihood of sites.")
+
+    def n_observed(self, targets: Tensor, n_outputs: int) -> Tensor:
+        """How many of the C outputs of every datum have a target, ``[N]``."""
+        return torch.full((len(targets),), n_outputs)
 
     def target_shares(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Which outputs the target is about, ``[N, C]``: all of them, unless they are alternatives."""

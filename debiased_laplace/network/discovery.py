@@ -46,7 +46,9 @@ def find_blocks(network: Network, inputs: _data.Inputs, separate_bias: bool) -> 
     # Three, to see which dimension counts them, and what the model does for one and for two.
     inputs = _data.at_least(_data.to_device(_data.some(inputs, 3), network.device), 3)
     factors, fewer, recorder = _with_entries(network, inputs)
-    network.n_outputs = factors.outputs.shape[1]
+    network.row_size = factors.outputs.shape[1]
+    network.n_outputs = network.row_size if network.sites is None else network.sites.n_outputs
+    network.find_sites = None
     network.fewest = 1 if _takes_one(network, _data.take(inputs, slice(0, 1)), factors) else 2
     calls, elsewhere = factors.calls, dict(recorder.elsewhere)
     pairs = [(call.weight, call.bias) for call in calls]
@@ -78,6 +80,7 @@ def find_blocks(network: Network, inputs: _data.Inputs, separate_bias: bool) -> 
         _measure_sizes(network, inputs, factors)
         misread = _check_factors(network, inputs)
         if misread is None:
+            network.sites_are_positions = network.sites is not None and _sites_are_positions(network, factors)
             return
         # What no rule reads rightly is differentiated as it is.
         logger.debug("The gradient of %r is not that of its layers: it is made apart.", misread)
@@ -133,10 +136,19 @@ def unreached(network: Network, inputs: _data.Inputs) -> tuple[list[int], list[s
     copies |= {name: p.detach().requires_grad_() for name, p in network.leaves.items()}
     free = {} if network.free is None else unflatten(network.free, network.shapes)
     with gradients_enabled():
-        return reach.unreached(
+        silent, others, constant = reach.unreached(
             lambda parameters: network.call(parameters, inputs), copies,
             {name: free.get(name) for name in network.shapes},
         )  # fmt: skip
+    return _of_all_sites(network, silent), others, _of_all_sites(network, constant)
+
+
+def _of_all_sites(network: Network, entries: list[int]) -> list[int]:
+    """Outputs of which all sites are among some entries of a row."""
+    if network.sites is None or not entries:
+        return entries
+    counts = torch.tensor(entries).remainder(network.n_outputs).bincount(minlength=network.n_outputs)
+    return (counts == network.row_size // network.n_outputs).nonzero()[:, 0].tolist()
 
 
 def last_layer(network: Network, inputs: _data.Inputs) -> list[str]:
@@ -149,6 +161,20 @@ def last_layer(network: Network, inputs: _data.Inputs) -> list[str]:
 def close(first: Tensor, second: Tensor, among: Tensor) -> bool:
     """Equal but for rounding, which differs between batches of different sizes."""
     return torch.allclose(first, second, rtol=0.01, atol=0.01 * float(among.abs().max()))
+
+
+def _sites_are_positions(network: Network, factors: Factors) -> bool:
+    """Whether the outputs at every site are those of the only layer at the position of the same number."""
+    if len(factors.calls) != 1 or len(network.blocks) != 1 or not network.blocks[0].calls or network.sites is None:
+        return False
+    (call,), (block,), returned = factors.calls, network.blocks, factors.returned
+    if block.arrangement.stacked or block.groups != 1 or call.edge.node is not returned.grad_fn:
+        return False
+    numbers = torch.arange(returned.numel(), dtype=torch.float64, device=returned.device).reshape(returned.shape)
+    of_layer = call.outputs(numbers, factors.n_run, network.layouts[0])[:, 0]  # [N, O, S]
+    by_site = network.sites.by_site(numbers).mT
+    same = of_layer.shape == by_site.shape and torch.equal(of_layer, by_site)
+    return same and factors.inputs(block).shape[-1] == by_site.shape[-1]
 
 
 def _measure_sizes(network: Network, inputs: _data.Inputs, factors: Factors) -> None:
@@ -216,7 +242,7 @@ def _check_factors(network: Network, inputs: _data.Inputs) -> str | None:
     factors, _ = network.forward(inputs)
     with gradients_enabled():
         outputs = network.call(copies, inputs)
-    vectors = torch.linspace(1, 2, network.n_outputs) * torch.eye(len(outputs))[:, :, None]
+    vectors = torch.linspace(1, 2, outputs.shape[1]) * torch.eye(len(outputs))[:, :, None]
     vectors = vectors.to(network.device, network.dtype)
     by_datum = [
         torch.autograd.grad(outputs, list(copies.values()), v.to(outputs), retain_graph=True, materialize_grads=True)

@@ -45,6 +45,7 @@ class Factors:
         graph_outputs: The outputs with their graph.
         calls: The recorded calls, in the order of the forward pass.
         n_run: Data that the model was given: two for one that it must not have alone (``Network.fewest``).
+        returned: What the model returned for them.
     """
 
     network: Network
@@ -53,6 +54,7 @@ class Factors:
     graph_outputs: Tensor
     calls: list[Call]
     n_run: int
+    returned: Tensor
     _lone: LoneGradients | None = None
     _has_gradient: dict[int, Tensor] | None = None  # of calls
 
@@ -141,19 +143,20 @@ class Factors:
         masks = {}
         for index, gradient in zip(indices, gradients, strict=True):
             call = self.calls[index]
-            at_outputs = (
-                self.outputs.new_zeros(call.output_shape) if gradient is None else call.aligned(gradient)
-            )
+            at_outputs = self.outputs.new_zeros(call.output_shape) if gradient is None else call.aligned(gradient)
             canonical = call.outputs(at_outputs, self.n_run, self.network.layouts[index])
             masks[index] = canonical[: len(self.outputs)].ne(0).flatten(1, 2).any(1)
         return masks
 
-    def backpropagate(self, vectors: Tensor, chunk: int = 1) -> Iterator[tuple[slice, list[Tensor]]]:
+    def backpropagate(
+        self, vectors: Tensor, chunk: int = 1, *, again: bool = False
+    ) -> Iterator[tuple[slice, list[Tensor]]]:
         """Back-propagate output vectors to every block.
 
         Args:
             vectors: ``[V, N, C]``.
             chunk: Vectors at a time; above one they go through autograd's batched backward pass.
+            again: Whether others will be back-propagated afterwards.
 
         Yields:
             The slice of vectors, and ``g: [N, G, v, O, S]`` for every block of the network.
@@ -167,7 +170,7 @@ class Factors:
         edges = [call.edge for call in self.calls]
         for part in _data.slices(len(vectors), chunk):
             vector = vectors[part].to(self.graph_outputs)
-            keep = part.stop < len(vectors)
+            keep = again or part.stop < len(vectors)
             at_edges: tuple[Tensor | None, ...] = ()
             if not edges:
                 gradients: list[tuple[Tensor, ...] | None] = []
@@ -189,7 +192,7 @@ class Factors:
             yield part, factors
             factors = []  # the memory is used again for the next vectors
 
-    def backpropagate_all(self, vectors: Tensor) -> list[Tensor]:
+    def backpropagate_all(self, vectors: Tensor, *, again: bool = False) -> list[Tensor]:
         """Back-propagated vectors of every block, all of them together, ``[N, G, V, O, S]``.
 
         Where the outputs are those of the only call (``Network.is_head``) and all data have the same
@@ -198,7 +201,7 @@ class Factors:
         if self.network.is_head and vectors.stride(1) == 0:
             return [vectors[:, 0].to(self.network.dtype)[None, None, :, :, None]]
         gathered: list[list[Tensor]] = [[] for _ in self.network.blocks]
-        for _, of_blocks in self.backpropagate(vectors, self.network.vector_chunk):
+        for _, of_blocks in self.backpropagate(vectors, self.network.vector_chunk, again=again):
             for chunks, g in zip(gathered, of_blocks, strict=True):
                 chunks.append(g)
         joined = []

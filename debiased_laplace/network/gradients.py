@@ -44,7 +44,8 @@ class WeightedFactors:
 class CurvatureData:
     """Weighted data as a re-iterable sequence of :class:`WeightedFactors`.
 
-    Random vectors are drawn once for all data, so that every pass and every chunk size sees the same.
+    Random vectors are drawn once for all data, so that every pass and every chunk size sees the same; those of dense
+    outputs, which would not fit, again whenever they are needed, from a seed of every datum.
 
     Args:
         network: The model with its blocks.
@@ -77,11 +78,21 @@ class CurvatureData:
         _checks.chunk_size(chunk_size)
         self._chosen = chunk_size
         self.chunk_size = chunk_size or network.chunk_size(CHUNK_MEMORY, network.vector_chunk, inputs=data.inputs)
+        self.mc_samples = mc_samples if curvature == "ggn" else None
         self.uniforms: Tensor | None = None
-        if mc_samples is not None and curvature == "ggn":
-            shape = (len(data), mc_samples, network.n_outputs)
+        self.seeds: Tensor | None = None
+        if self.mc_samples is not None and network.sites is not None:
+            base = torch.randint(2**62, (1,), generator=generator)
+            self.seeds = base + torch.arange(len(data))
+        elif self.mc_samples is not None:
+            shape = (len(data), self.mc_samples, network.n_outputs)
             # Open interval: the inverse normal distribution is infinite at zero.
             self.uniforms = torch.rand(shape, generator=generator, dtype=torch.float64).clamp_min_(1e-12)
+
+        #: Vectors that every datum gets, zeros after its own: exact ones of dense outputs are as many as its sites.
+        self._n_vectors: int | None = None
+        if self.mc_samples is None and network.sites is not None and isinstance(data.inputs, _data.Assorted):
+            self._n_vectors = max(network.outputs(_data.some(part, 1)).shape[1] for part in data.inputs.parts)
 
     def slices(self, chunks: int = 1) -> list[slice | Tensor]:
         """The data, so many chunks of data that are alike at a time."""
@@ -92,14 +103,13 @@ class CurvatureData:
         taken = copy.copy(self)
         taken.data = self.data.take(part)
         taken.uniforms = None if self.uniforms is None else self.uniforms[part]
+        taken.seeds = None if self.seeds is None else self.seeds[part]
         return taken
 
     def for_all_vectors(self) -> CurvatureData:
         """The same data in chunks so small that the back-propagated vectors of all blocks fit :data:`CHUNK_MEMORY`."""
         taken = copy.copy(self)
-        n_vectors = 1 if self.curvature == "empirical_fisher" else self.network.n_outputs
-        if self.uniforms is not None:
-            n_vectors = self.uniforms.shape[1]
+        n_vectors = 1 if self.curvature == "empirical_fisher" else self.mc_samples or self.network.row_size
         inputs = self.data.inputs
         taken.chunk_size = self._chosen or self.network.chunk_size(CHUNK_MEMORY, n_vectors, inputs=inputs)
         return taken
@@ -117,11 +127,29 @@ class CurvatureData:
             if self.progress is not None:
                 self.progress(len(data))
 
-    def _vectors(self, outputs: Tensor, targets: Tensor, part: slice | Tensor) -> Tensor:
+    def _vectors(self, outputs: Tensor, targets: _data.Inputs, part: slice | Tensor) -> Tensor:
         """The vectors of a chunk before they are weighted, ``[V, N, C]``."""
+        if isinstance(targets, _data.Assorted):
+            shapes = [tuple(part.shape[1:]) for part in targets.parts]
+            raise ValueError(
+                f"Expected targets of one shape for inputs that are alike, got some of shapes {shapes}. Give every "
+                "datum a target for each site of its outputs."
+            )
         targets = targets.to(outputs.device)
         if self.curvature == "empirical_fisher":
             return self.likelihood.gradient(outputs, targets)[None]
-        if self.uniforms is None:
-            return self.likelihood.hessian_square_root(outputs, targets)
-        return self.likelihood.sampled_square_root(outputs, targets, self.uniforms[part].to(outputs.device))
+        if self.mc_samples is None:
+            root = self.likelihood.hessian_square_root(outputs, targets)
+            missing = 0 if self._n_vectors is None else self._n_vectors - len(root)
+            return torch.cat([root, root.new_zeros(missing, *root.shape[1:])]) if missing else root
+        uniforms = self._drawn(part, outputs.shape[1]) if self.uniforms is None else self.uniforms[part]
+        return self.likelihood.sampled_square_root(outputs, targets, uniforms.to(outputs.device))
+
+    def _drawn(self, part: slice | Tensor, n_entries: int) -> Tensor:
+        """Random numbers of dense outputs, ``[n, M, S * C]``, from the seeds of the data."""
+        assert self.seeds is not None and self.mc_samples is not None
+        drawn = [
+            torch.rand(self.mc_samples, n_entries, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+            for seed in self.seeds[part].tolist()
+        ]
+        return torch.stack(drawn).clamp_min_(1e-12)

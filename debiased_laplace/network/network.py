@@ -1,9 +1,12 @@
-"""A model with its curvature blocks: what curvatures, predictions and fits know a network as."""
+"""A model with its curvature blocks: what curvatures, predictions and fits know a network as.
+
+This module is longer than others: the one object that all of them hold.
+"""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
@@ -21,6 +24,9 @@ from debiased_laplace.network.reduction import call_of_reduced_features, check_r
 from debiased_laplace.network.selection import entries_of, match_parameters, padding_masks, refuse_scripted
 from debiased_laplace.network.snapshot import Replicas, Snapshot
 from debiased_laplace.network.tracing import Recorder
+
+#: Says of the shape of dense outputs where their sites are.
+SiteFinder = Callable[[torch.Size], _data.SiteLayout]
 
 #: Classes of calls that networks of the first versions recorded, which do not say it.
 FIRST_CALL_TYPES = ("LinearCall", "ConvolutionCall", "NormalisationCall")
@@ -76,6 +82,13 @@ class Network:
         #: Whether the only block is a linear layer whose outputs are the model's: then nothing is back-propagated. And
         #: whether any has the positions of a sequence, of which some may be padding (:meth:`Factors.has_gradient`).
         self.is_head = self.has_sequences = False
+        #: Where the sites are in dense outputs; None for ``[N, C]``. And what finds that in the shape of outputs.
+        self.sites: _data.SiteLayout | None = None
+        self.find_sites: SiteFinder | None = None
+        #: S * C for dense outputs of the data that the network was found with, which may be the largest; else C.
+        self.row_size = 0
+        #: Whether the sites are the positions of the only layer, whose outputs are the model's.
+        self.sites_are_positions = False
         #: Whether gradients of lone parameters are made datum by datum, where torch.func does not do.
         self.one_by_one = False
         #: Which tensors made of parameters alone have an entry for each datum (:class:`~.tracing.Recorder`).
@@ -117,11 +130,13 @@ class Network:
         separate_bias: bool = False,
         feature_reduction: str | None = None,
         convention: _data.CallingConvention = _data.USUAL,
+        find_sites: SiteFinder | None = None,
     ) -> Network:
         """Find the blocks of a model by one forward and one backward pass over a few data.
 
         Args:
-            model: Any module whose output is ``[N, C]`` (or ``[N]``), each row depending on one datum, as it is or was.
+            model: Any module whose output is ``[N, C]`` (or ``[N]``), each row depending on one datum, as it is or was;
+                or dense, ``[N, ..., C]`` or ``[N, C, ...]``.
             inputs: Some data; three of them are used, of the longest if they differ.
             parameters: Which trainable parameters the posterior is about: all, ``"last_layer"``, or names and patterns
                 (:mod:`fnmatch`). The others are constants, as if they were frozen.
@@ -129,6 +144,7 @@ class Network:
             separate_bias: Give weights and biases blocks of their own, as laplace-torch does.
             feature_reduction: Of a last layer, :meth:`reduced`.
             convention: How the model is called.
+            find_sites: Says of the shape of dense outputs where their sites are; without it they are refused.
 
         Raises:
             ValueError: If no parameter is trainable, or outputs mix data, or have another shape.
@@ -140,6 +156,7 @@ class Network:
         searched = parameters == "last_layer"
         if searched:
             whole = cls(snapshot, convention=convention)
+            whole.find_sites = find_sites
             sample = _data.at_least(_data.to_device(_data.some(inputs, 2), whole.device), 2)
             parameters = last_layer(whole, sample)
         elif parameters is not None:
@@ -150,6 +167,7 @@ class Network:
             free = entries_of(snapshot, indices)
             parameters = [name for name, mask in free.items() if bool(mask.any())]
         network = cls(snapshot, parameters, convention)
+        network.find_sites = find_sites
         try:
             find_blocks(network, inputs, separate_bias)
         except _checks.UnsupportedLayerError as error:
@@ -215,7 +233,9 @@ class Network:
         entries = description.get("entries")
         network.entries = None if entries is None else frozenset(entries)
         network.free, network.feature_reduction = description["free"], description.get("feature_reduction")
-        network.fewest = description.get("fewest", 1)
+        network.fewest, network.sites = description.get("fewest", 1), description.get("sites")
+        network.row_size = description.get("row_size", network.n_outputs)
+        network.sites_are_positions = description.get("sites_are_positions", False)
         return network
 
     def description(self) -> dict[str, Any]:
@@ -236,6 +256,9 @@ class Network:
             "free": self.free,
             "feature_reduction": self.feature_reduction,
             "convention": self.convention.description(),
+            "sites": self.sites,
+            "row_size": self.row_size,
+            "sites_are_positions": self.sites_are_positions,
         }
 
     def free_entries(self, block: Block) -> Tensor | None:
@@ -285,13 +308,21 @@ class Network:
         n = _data.count(inputs)
         if not n and self.n_outputs:
             return torch.zeros(0, self.n_outputs, dtype=self.dtype, device=self.device)
-        return self._run(model, inputs, **how)[:n]
+        return self._run(model, inputs, **how)[1][:n]
 
-    def _run(self, model: nn.Module, inputs: _data.Inputs, **how: Any) -> Tensor:
-        """The same for at least :attr:`fewest` data."""
+    def _as_rows(self, outputs: Tensor, n: int) -> Tensor:
+        """What the model returned for N data as rows, ``[N, C]``, or ``[N, S * C]`` if it is dense."""
+        if self.find_sites is not None and not self.n_outputs and outputs.ndim > 2:
+            self.sites = self.find_sites(outputs.shape)
+        if self.sites is not None:
+            return self.sites.rows(outputs, n)
+        return _data.rows(outputs, n, self.n_outputs or None)
+
+    def _run(self, model: nn.Module, inputs: _data.Inputs, **how: Any) -> tuple[Tensor, Tensor]:
+        """What the model returns, and the same as rows, for at least :attr:`fewest` data."""
         given = _data.at_least(inputs, self.fewest)
-        outputs = self.convention(model, _data.copy(given), dtype=self.dtype, **how)
-        return _data.rows(outputs, _data.count(given), self.n_outputs or None)
+        returned = self.convention(model, _data.copy(given), dtype=self.dtype, **how)
+        return returned, self._as_rows(returned, _data.count(given))
 
     def mean(self) -> Tensor:
         """The trainable parameters as one vector ``[D]`` (a copy)."""
@@ -337,12 +368,12 @@ class Network:
             with self._replicas.one() as model:
                 recorder.note_constants((*model.buffers(), *model.parameters()))
                 with recorder:
-                    every = self._run(model, inputs)
+                    returned, every = self._run(model, inputs)
             n, n_run = _data.count(inputs), len(every)
             outputs = every if n == n_run else every[:n]
         if self.feature_reduction is not None:
             recorder.calls = [call_of_reduced_features(self, recorder.calls, every.detach())]
-        return Factors(self, outputs.detach(), inputs, outputs, recorder.calls, n_run), recorder
+        return Factors(self, outputs.detach(), inputs, outputs, recorder.calls, n_run, returned), recorder
 
     def reduce(self, features: Tensor, outputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """Features ``[N, ..., I]`` of a last layer as ``[N, I]``; notes how far outputs are from what they give."""

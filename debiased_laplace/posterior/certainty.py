@@ -120,10 +120,10 @@ def certainty_on(
         **settings: Of the predictions, for :func:`compare`.
 
     Returns:
-        The numbers; None for a likelihood that has neither classes nor errors, and for more than 128 outputs, which
-        would take as long as the fit.
+        The numbers; None for a likelihood that has neither classes nor errors, for more than 128 outputs, which would
+        take as long as the fit, and for dense outputs, whose sites cannot be left out one by one.
     """
-    if not (likelihood.has_noise or likelihood.has_answers):
+    if network.sites is not None or not (likelihood.has_noise or likelihood.has_answers):
         return None
     n = MAX_OUTPUTS // network.n_outputs
     if n < FEWEST:

@@ -51,7 +51,7 @@ def maximise_marginal_likelihood(posterior: Posterior, *, per_block: bool = Fals
 
 
 def maximise_with_noise(
-    posterior: Posterior, mean_loss: float, n_outputs: int, *, per_block: bool = False
+    posterior: Posterior, mean_loss: float, n_outputs: float, *, per_block: bool = False
 ) -> tuple[Tensor, float]:
     r"""Prior precision(s) and noise variance of a regression that maximise the Laplace marginal likelihood together.
 
@@ -66,7 +66,7 @@ def maximise_with_noise(
     Args:
         posterior: Its prior precision and noise variance have no effect.
         mean_loss: Of the training data, half the squared error of a datum.
-        n_outputs: C.
+        n_outputs: C; of dense outputs the mean number of those of a datum that have a target.
         per_block: One prior precision for each block.
 
     Returns:

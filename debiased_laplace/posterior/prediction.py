@@ -20,6 +20,9 @@ PREDICTION_METHODS = ("glm", "linearized", "nn")
 class Predictive:
     """Predictive distribution of the targets of N data, by its first two moments.
 
+    Of dense outputs, ``[N, C, ...]`` or ``[N, ..., C]`` as the model has them in the place of ``[N, C]``, for every
+    site by itself.
+
     Attributes:
         mean: Expected targets, ``[N, C]``: class probabilities, rates, or means of a regression, in their units.
         epistemic_variance: What uncertain weights add to the variance of the targets, ``[N, C]``, in their squared
@@ -27,7 +30,8 @@ class Predictive:
         noise_variance: Variance that targets have for certain weights, ``[N, C]``, likewise.
         outputs_mean: Mean of the network's outputs, ``[N, C]``, before temperature and link.
         outputs_variance: Their variance, ``[N, C]``, in squared units of the outputs.
-        outputs_covariance: Their covariance, ``[N, C, C]``, if it was asked for or the link needs it.
+        outputs_covariance: Their covariance, ``[N, C, C]``, if it was asked for or the link needs it; of dense outputs
+            that of every site, ``[N, S, C, C]``, if it was asked for.
         has_probabilities: Whether the mean is one of probabilities.
     """
 
@@ -141,10 +145,14 @@ def _noise_of_samples(likelihood: Likelihood, samples: Tensor, noise_variance: f
     """Mean over outputs ``[S, N, C]`` of the variance that targets have for certain outputs, ``[N, K]``."""
     if not likelihood.has_variance:
         return None
+    return torch.stack([noise_of_certain_outputs(likelihood, f, noise_variance) for f in samples]).mean(0)
+
+
+def noise_of_certain_outputs(likelihood: Likelihood, outputs: Tensor, noise_variance: float | Tensor) -> Tensor:
+    """Variance that targets have for certain outputs, ``[N, C] -> [N, K]``, of a likelihood that has one."""
     link = likelihood.links[0]
-    certain = torch.zeros_like(samples[0])
+    certain = torch.zeros_like(outputs)
     if likelihood.needs_covariance(link):
         certain = torch.diag_embed(certain)
-    normals = samples.new_zeros(1, samples.shape[-1]) if link == "mc" else None
-    each = [likelihood.predictive_moments(f, certain, link, normals, noise_variance).noise_variance for f in samples]
-    return torch.stack(each).mean(0)
+    normals = outputs.new_zeros(1, outputs.shape[-1]) if link == "mc" else None
+    return likelihood.predictive_moments(outputs, certain, link, normals, noise_variance).noise_variance

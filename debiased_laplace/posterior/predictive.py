@@ -13,8 +13,8 @@ allows, plus ``PROJECTION_MEMORY`` for the projections of one block. Never a Jac
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -24,10 +24,11 @@ from debiased_laplace.curvature.basis import Basis
 from debiased_laplace.curvature.block_gradients import BlockGradients
 from debiased_laplace.curvature.parts.part import Projected
 from debiased_laplace.likelihoods import unit_vectors
-from debiased_laplace.network.blocks import unflatten
+from debiased_laplace.network.blocks import Block, unflatten
 from debiased_laplace.network.forward_mode import PlainAttention, jvp
 from debiased_laplace.network.gradients import CHUNK_MEMORY
 from debiased_laplace.network.network import Network
+from debiased_laplace.network.selected import LayerInputs
 from debiased_laplace.posterior.gaussian import Posterior
 
 
@@ -62,26 +63,42 @@ def functional_moments(
         every = [torch.cat([of_part[index] for of_part in moments], index * dim) for index in (0, 1)]
         return inputs.in_order(every[0]), inputs.in_order(every[1], dim)
     several = not isinstance(posteriors, Posterior)
+    grid = [posteriors] if isinstance(posteriors, Posterior) else posteriors
     if not _data.count(inputs):
         none = torch.zeros(0, network.n_outputs, dtype=network.dtype, device=network.device)
         nothing = torch.diag_embed(none) if covariance else none
         return none, nothing.expand(len(posteriors), *nothing.shape) if isinstance(posteriors, Sequence) else nothing
-    grid = [p.normal_form for p in ([posteriors] if isinstance(posteriors, Posterior) else posteriors)]
+    means, chunks = zip(
+        *moments_of_gradients(
+            network, grid, lambda dense: _unit_gradients(network, inputs, chunk_size, dense, covariance),
+            covariance=covariance,
+        ), strict=True,
+    )  # fmt: skip
+    covariances = torch.cat(chunks, 1)
+    return torch.cat(means), covariances if several else covariances[0]
+
+
+def moments_of_gradients(
+    network: Network, posteriors: Sequence[Posterior], gradients: GradientSource, *, covariance: bool = True
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Chunk after chunk the outputs ``[n, C]`` and their (co)variances, ``[R, n, C, C]`` or ``[R, n, C]``.
+
+    Args:
+        network: The model with its blocks.
+        posteriors: R of the same parameters.
+        gradients: Of the outputs that are wanted, in chunks; called with whether gradients are formed.
+        covariance: The covariance between outputs, or their variances alone.
+    """
+    grid = [p.normal_form for p in posteriors]
     groups: dict[int, list[int]] = {}
     for index, posterior in enumerate(grid):
         groups.setdefault(id(posterior.gradient_basis), []).append(index)
     order = torch.tensor([index for group in groups.values() for index in group]).argsort()
-    means, chunks = [], []
     for mean, of_bases in _part_moments(
-        network, [[grid[index] for index in group] for group in groups.values()], inputs, covariance=covariance,
-        chunk_size=chunk_size,
-    ):  # fmt: skip
-        means.append(mean)
-        chunks.append(
-            torch.cat([sum(parts, torch.zeros((), device=mean.device)).to(network.dtype) for parts in of_bases])[order]
-        )
-    covariances = torch.cat(chunks, 1)
-    return torch.cat(means), covariances if several else covariances[0]
+        network, [[grid[index] for index in group] for group in groups.values()], gradients, covariance=covariance
+    ):
+        parts = [sum(parts, torch.zeros((), device=mean.device)).to(network.dtype) for parts in of_bases]
+        yield mean, torch.cat(parts)[order]
 
 
 def part_variances(
@@ -106,28 +123,75 @@ def part_variances(
     Returns:
         ``f: [N, C]`` and ``[R, n_parts, N, C]``, in squared units of the outputs; projections are computed once.
     """
-    grid = [replace(posterior, prior_precision=p.reshape(1)) for p in _checks.prior_precisions(prior_precisions)]
-    means, variances = [], []
-    for mean, (parts,) in _part_moments(
-        network, [[p.normal_form for p in grid]], inputs, covariance=False, chunk_size=chunk_size
-    ):
-        means.append(mean)
-        variances.append(torch.stack([part.to(network.dtype) for part in parts], 1))
+    means, variances = zip(
+        *part_variances_of_gradients(
+            network, posterior, lambda dense: _unit_gradients(network, inputs, chunk_size, dense, False),
+            prior_precisions,
+        ), strict=True,
+    )  # fmt: skip
     return torch.cat(means), torch.cat(variances, 2)
 
 
+def part_variances_of_gradients(
+    network: Network, posterior: Posterior, gradients: GradientSource, prior_precisions: Tensor
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Chunk after chunk the outputs ``[n, C]`` and what :func:`part_variances` returns."""
+    grid = [replace(posterior, prior_precision=p.reshape(1)) for p in _checks.prior_precisions(prior_precisions)]
+    for mean, (parts,) in _part_moments(network, [[p.normal_form for p in grid]], gradients, covariance=False):
+        yield mean, torch.stack([part.to(network.dtype) for part in parts], 1)
+
+
+@dataclass(frozen=True)
+class UnitGradients:
+    """Factors of the gradients of some outputs.
+
+    Attributes:
+        outputs: ``[n, C]``.
+        inputs: Those of a block, ``a: [n, G, I, S]``.
+        vectors: Unit vectors, back-propagated to every block, ``g: [n, G, C, O, S]`` or ``[1, G, C, O, 1]``; emptied
+            when they have been used.
+        unit: Whether they are still unit vectors there.
+    """
+
+    outputs: Tensor
+    inputs: Callable[[Block], LayerInputs]
+    vectors: list[Tensor]
+    unit: bool
+
+
+#: Gradients in chunks, given whether any part forms gradients with several positions.
+GradientSource = Callable[[bool], Iterable[UnitGradients]]
+
+
+def _unit_gradients(
+    network: Network, inputs: _data.Inputs, chunk_size: int | None, dense: bool, covariance: bool
+) -> Iterator[UnitGradients]:
+    """Those of all outputs of the data."""
+    _checks.chunk_size(chunk_size)
+    if chunk_size is None:
+        shared = network.is_head and not covariance  # its unit vectors are the same for all data
+        chunk_size = network.chunk_size(CHUNK_MEMORY, 0 if shared else network.row_size, formed=dense, inputs=inputs)
+    for chunk in _data.slices(_data.count(inputs), chunk_size):
+        yield gradients_of(network, _data.take(inputs, chunk))
+
+
+def gradients_of(network: Network, inputs: _data.Inputs) -> UnitGradients:
+    """Gradients of all outputs of some data, by one forward pass and one set of backward passes."""
+    factors = network.factors(inputs)
+    vectors = factors.backpropagate_all(unit_vectors(factors.outputs))
+    return UnitGradients(factors.outputs.to(network.dtype), factors.inputs, vectors, network.is_head)
+
+
 def _part_moments(
-    network: Network, grids: Sequence[Sequence[Posterior]], inputs: _data.Inputs, *, covariance: bool,
-    chunk_size: int | None,
-) -> Iterator[tuple[Tensor, Iterator[Iterator[Tensor]]]]:  # fmt: skip
+    network: Network, grids: Sequence[Sequence[Posterior]], gradients: GradientSource, *, covariance: bool
+) -> Iterator[tuple[Tensor, Iterator[Iterator[Tensor]]]]:
     """Chunk after chunk the outputs ``[n, C]``, and for every basis part after part its (co)variances.
 
     Args:
         network: The model with its blocks.
         grids: For every basis R posteriors in their normal forms.
-        inputs: Data.
+        gradients: Of the outputs, in chunks.
         covariance: The covariance between outputs, ``[R, n, C, C]``, or their variances alone, ``[R, n, C]``.
-        chunk_size: Data at a time.
     """
     bases = [grid[0].gradient_basis for grid in grids]
     scales = [
@@ -135,11 +199,6 @@ def _part_moments(
         for basis, grid in zip(bases, grids, strict=True)
     ]
     priors = [None if basis.complete else _prior_variances(grid) for basis, grid in zip(bases, grids, strict=True)]
-    _checks.chunk_size(chunk_size)
-    if chunk_size is None:
-        shared = network.is_head and not covariance  # its unit vectors are the same for all data
-        dense = any(part.forms_gradients for basis in bases for part in basis.parts)
-        chunk_size = network.chunk_size(CHUNK_MEMORY, 0 if shared else network.n_outputs, formed=dense, inputs=inputs)
 
     def contracted(which: int, projections: Iterator[tuple[Projected, list[BlockGradients]]]) -> Iterator[Tensor]:
         for index, (projected, raw) in enumerate(projections):
@@ -154,9 +213,9 @@ def _part_moments(
                 total = total + (factors.covariances if covariance else factors.variances)(variance)
             yield total
 
-    for chunk in _data.slices(_data.count(inputs), chunk_size):
-        mean, projections = _project(network, bases, _data.take(inputs, chunk))
-        yield mean, (contracted(which, of_basis) for which, of_basis in enumerate(projections))
+    for chunk in gradients(any(part.forms_gradients for basis in bases for part in basis.parts)):
+        projections = _project(network, bases, chunk)
+        yield chunk.outputs, (contracted(which, of_basis) for which, of_basis in enumerate(projections))
 
 
 def _prior_variances(grid: Sequence[Posterior]) -> list[tuple[Tensor, list[Tensor]]]:
@@ -180,7 +239,8 @@ def joint_covariance(network: Network, posterior: Posterior, inputs: _data.Input
     basis = posterior.gradient_basis
     scales = posterior.precisions.reciprocal().split(basis.sizes)
     priors = None if basis.complete else _prior_variances([posterior])
-    mean, (projections,) = _project(network, [basis], inputs)
+    gradients = gradients_of(network, inputs)
+    mean, (projections,) = gradients.outputs, _project(network, [basis], gradients)
     covariance = torch.zeros(mean.numel(), mean.numel(), device=mean.device, dtype=torch.float64)
     for index, (projected, raw) in enumerate(projections):
         weights = scales[index]
@@ -211,13 +271,18 @@ def linearized_samples(network: Network, mean: Tensor, deviations: Tensor, input
     Returns:
         ``[M, N, C]``.
     """
+    return torch.stack([f + change for f, change in linearized_changes(network, mean, deviations, inputs)])
+
+
+def linearized_changes(
+    network: Network, mean: Tensor, deviations: Iterable[Tensor], inputs: _data.Inputs
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """For every deviation the outputs at the mean and their linear change, ``[N, C]``."""
     inputs = _data.to_device(inputs, network.device)
-    parameters, samples = network.from_vector(mean), []
-    with torch.inference_mode(False), torch.no_grad(), PlainAttention():
-        for deviation in deviations:
-            value, change = jvp(lambda p: network.call(p, inputs), parameters, network.from_vector(deviation))
-            samples.append(value + change)
-    return torch.stack(samples)
+    parameters = network.from_vector(mean)
+    for deviation in deviations:
+        with torch.inference_mode(False), torch.no_grad(), PlainAttention():
+            yield jvp(lambda p: network.call(p, inputs), parameters, network.from_vector(deviation))
 
 
 def weight_samples(network: Network, mean: Tensor, deviations: Tensor, inputs: _data.Inputs) -> Tensor:
@@ -229,22 +294,21 @@ def weight_samples(network: Network, mean: Tensor, deviations: Tensor, inputs: _
 
 
 def _project(
-    network: Network, bases: Sequence[Basis], inputs: _data.Inputs
-) -> tuple[Tensor, Iterator[Iterator[tuple[Projected, list[BlockGradients]]]]]:
-    """Outputs, and for every basis part after part the projected unit vectors.
+    network: Network, bases: Sequence[Basis], gradients: UnitGradients
+) -> Iterator[Iterator[tuple[Projected, list[BlockGradients]]]]:
+    """For every basis part after part the projected unit vectors.
 
-    With them come the raw ones of its blocks where a part is incomplete. One forward pass and one set of backward
-    passes serve all bases; the projections have to be used in their order.
+    With them come the raw ones of its blocks where a part is incomplete. The same gradients serve all bases; the
+    projections have to be used in their order.
     """
-    factors = network.factors(inputs)
-    vectors = factors.backpropagate_all(unit_vectors(factors.outputs))
+    vectors = gradients.vectors
 
     def parts(basis: Basis, last: bool) -> Iterator[tuple[Projected, list[BlockGradients]]]:
         for part, members in zip(basis.parts, basis.members, strict=True):
-            a, g = [factors.inputs(network.blocks[i]) for i in members], [vectors[i] for i in members]
+            a, g = [gradients.inputs(network.blocks[i]) for i in members], [vectors[i] for i in members]
             for i in members if last else ():
                 vectors[i] = vectors[i].new_empty(0)
-            projected = part.project_gradients(part.prepare_inputs(a, g[0].shape[2]), g, unit=network.is_head)
+            projected = part.project_gradients(part.prepare_inputs(a, g[0].shape[2]), g, unit=gradients.unit)
             yield projected, part.unprojected(projected, a, g)
 
-    return factors.outputs.to(network.dtype), (parts(basis, basis is bases[-1]) for basis in bases)
+    return (parts(basis, basis is bases[-1]) for basis in bases)

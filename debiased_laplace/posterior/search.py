@@ -26,6 +26,7 @@ class ValidationLoss:
         noise_variance: Of the observations.
         mean: ``[N, C]``, float64.
         targets: Of the data, as the likelihood takes them.
+        datum: ``[N]``, where these are sites of dense outputs, the number of the datum that each is of.
     """
 
     likelihood: Likelihood
@@ -34,13 +35,19 @@ class ValidationLoss:
     noise_variance: float | Tensor
     mean: Tensor
     targets: Tensor
+    datum: Tensor | None = None
 
     def __call__(self, covariance: Tensor, temperature: float | Tensor) -> Tensor:
         """Of all data, in nats."""
-        return self.of_data(covariance, temperature).mean()
+        return self.of_targets(covariance, temperature).mean()
 
     def of_data(self, covariance: Tensor, temperature: float | Tensor) -> Tensor:
-        """Of every datum, ``[N]``."""
+        """Of every datum, ``[N]``; of its sites the mean."""
+        losses = self.of_targets(covariance, temperature)
+        return losses if self.datum is None else mean_by_datum(losses, self.datum)
+
+    def of_targets(self, covariance: Tensor, temperature: float | Tensor) -> Tensor:
+        """Of every target, ``[N]``."""
         return self.likelihood.negative_log_predictive(
             self.mean / temperature, covariance / temperature**2, self.targets, self.link, self.normals,
             self.noise_variance,
@@ -50,6 +57,13 @@ class ValidationLoss:
         """The mean with certain outputs."""
         outputs = self.mean / temperature
         return self.likelihood.negative_log_likelihood(outputs, self.targets, self.noise_variance).mean()
+
+
+def mean_by_datum(values: Tensor, datum: Tensor) -> Tensor:
+    """Means ``[n]`` over the values ``[N]`` of every datum."""
+    numbers, counts = datum.unique(return_counts=True)
+    place = torch.searchsorted(numbers, datum)
+    return values.new_zeros(len(numbers)).index_add_(0, place, values) / counts
 
 
 class Search:

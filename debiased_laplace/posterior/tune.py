@@ -29,9 +29,9 @@ from debiased_laplace import _checks
 from debiased_laplace.likelihoods import Likelihood
 from debiased_laplace.network.network import Network
 from debiased_laplace.posterior.curve import EMPTY, PriorCurve, check_losses, warn_of_the_edge
+from debiased_laplace.posterior.dense_validation import N_SAMPLES, SiteValidation, coarse
 from debiased_laplace.posterior.gaussian import Posterior
 from debiased_laplace.posterior.noise import ALL_ERRORS_ZERO, best_noise, nothing_left
-from debiased_laplace.posterior.predictive import functional_moments
 from debiased_laplace.posterior.search import Search
 from debiased_laplace.posterior.temperature import AS_GOOD, temperature_scaling, unit_of, warn_undetermined
 from debiased_laplace.posterior.validation import Validation, exact_loss, losses_on_the_grid, tabulate
@@ -88,6 +88,8 @@ def tune(
 ) -> Tuned:
     """Choose the prior precision, and the temperature of the outputs or the noise of the observations with it.
 
+    Of dense outputs, on some sites of every datum (:mod:`debiased_laplace.posterior.dense_validation`).
+
     Memory: ``R * n_parts * N * C`` numbers of the network's precision, or ``R * N * C**2`` for a link of covariances
     (twice that while they are joined), and some ten times ``n_parts * N * C`` in double precision; for one prior
     precision and nothing beside it a batch at a time.
@@ -126,11 +128,16 @@ def tune(
     fixed = _checked(likelihood, link, temperature, noise, per_part, selection, output_temperature)
     precisions = _checks.prior_precisions(grid)
     joint = temperature or per_part or selection != "best"
-    if (noise or (joint and not likelihood.needs_covariance(link))) and isinstance(batches, Iterator):
+    again = noise or network.sites is not None or (joint and not likelihood.needs_covariance(link))
+    if again and isinstance(batches, Iterator):
         batches = list(batches)  # which are read twice
-    data = Validation(
-        network, posterior, likelihood, batches, link, n_samples, seed, targets_key, progress_bar
-    )  # fmt: skip
+    settings = batches, link, n_samples, seed, targets_key, progress_bar
+    if network.sites is None:
+        data = Validation(network, posterior, likelihood, *settings)
+    else:
+        data = SiteValidation(network, posterior, likelihood.site, *settings, whole=likelihood)
+        if data.is_sampled:
+            return _by_samples(data, coarse(precisions), temperature, selection, fixed)
     if noise:
         return _with_noise(data, precisions)
     if joint:
@@ -178,6 +185,41 @@ def _checked(
     return fixed
 
 
+# -- by samples, of dense outputs with many outputs of a site -----------------------------------------
+
+
+def _by_samples(data: SiteValidation, precisions: Tensor, temperature: bool, selection: str, fixed: float) -> Tuned:
+    """One prior precision, at the temperature of the network alone, by linearised samples that all candidates share."""
+    undetermined = []
+    pairs = list(data.with_outputs())
+    if not pairs:
+        raise ValueError(EMPTY)
+    outputs, targets = torch.cat([f for f, _ in pairs]), torch.cat([y for _, y in pairs])
+    if temperature:
+        scaling = temperature_scaling(data.likelihood, outputs, targets)
+        fixed, alone = scaling.value, scaling.loss
+        if scaling.undetermined:
+            warn_undetermined("temperature", scaling.undetermined)
+            undetermined.append("temperature")
+    else:
+        alone = float(data.likelihood.negative_log_likelihood(outputs.double() / fixed, targets).mean())
+    losses = data.losses_of_samples(precisions, fixed, min(data.n_samples, N_SAMPLES))
+    mean = losses.mean(1)
+    check_losses(mean)
+    curve = PriorCurve(precisions, mean, data.link)
+    index = curve.best_index
+    if selection == "one_standard_error":
+        differences = losses - losses[index]
+        as_good = differences.mean(1) <= differences.std(1) / losses.shape[1] ** 0.5
+        as_good[index] = True
+        index = int(as_good.nonzero()[0, 0])
+    else:
+        curve.warn()
+    undetermined += ["prior precision"] if curve.is_flat else []
+    best = precisions[index].reshape(1)
+    return Tuned(best, fixed, float(mean[index]), curve, None, (fixed, alone), tuple(undetermined))
+
+
 # -- with the noise of the observations ------------------------------------------------------------
 
 
@@ -191,7 +233,7 @@ def _with_noise(data: Validation, precisions: Tensor) -> Tuned:
     squared error on these data: one pass for that, and one for the whole grid.
     """
     network, likelihood = data.network, data.likelihood
-    pairs = [(network.outputs(inputs).double(), targets) for inputs, targets in data]
+    pairs = [(outputs.double(), targets) for outputs, targets in data.with_outputs()]
     if not pairs:
         raise ValueError(EMPTY)
     outputs, targets = torch.cat([f for f, _ in pairs]), torch.cat([y.to(f) for f, y in pairs])
@@ -203,7 +245,7 @@ def _with_noise(data: Validation, precisions: Tensor) -> Tuned:
     _checks.finite(unit, "the errors on the validation data", "Look for NaN in the validation data, or in the model.")
     at_unit_noise = precisions.to(unit) * unit
     candidates = data.at(at_unit_noise, noise_variance=1.0)
-    moments = [functional_moments(network, candidates, inputs, covariance=False) for inputs, _ in data]
+    moments = [(f, v) for f, v, _ in data.with_moments(candidates, covariance=False)]
     mean = torch.cat([f for f, _ in moments]).double()
     variances = torch.cat([v for _, v in moments], 1).double()
     if none_left:

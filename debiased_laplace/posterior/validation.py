@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -45,18 +45,45 @@ class Validation:
     targets_key: str = "labels"
     progress_bar: bool = False
 
+    @property
+    def of_targets(self) -> Likelihood:
+        """What knows the targets as the data have them."""
+        return self.likelihood
+
     def __iter__(self) -> Iterator[tuple[_data.Inputs, Tensor]]:
         """Inputs and prepared targets, batch after batch."""
         stream = _data.labelled(self.batches, self.targets_key)
         for inputs, targets, _ in tqdm(
             stream, desc="Validation", unit="batch", disable=not self.progress_bar, leave=False
         ):  # fmt: skip
-            targets = self.likelihood.prepare_targets(targets, self.network.n_outputs)
+            targets = self.of_targets.prepare_targets(targets, self.network.n_outputs)
             yield inputs, targets.to(self.network.device)
 
     def at(self, prior_precisions: Tensor, **changes: Any) -> list[Posterior]:
         """The posterior with every prior precision ``[R]`` for all parameters."""
         return [replace(self.posterior, prior_precision=p.reshape(1), **changes) for p in prior_precisions]
+
+    def with_outputs(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Outputs ``[n, C]`` of the network and targets, batch after batch."""
+        for inputs, targets in self:
+            yield self.network.outputs(inputs), targets
+
+    def with_moments(
+        self, posteriors: Sequence[Posterior], *, covariance: bool
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Outputs, their (co)variances under R posteriors ``[R, n, ...]``, and targets, batch after batch."""
+        for inputs, targets in self:
+            yield *functional_moments(self.network, posteriors, inputs, covariance=covariance), targets
+
+    def with_part_variances(self, precisions: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Outputs, variances ``[R, n_parts, n, C]`` by part, and targets, batch after batch."""
+        for inputs, targets in self:
+            yield *part_variances(self.network, self.posterior, inputs, precisions), targets
+
+    @property
+    def datum(self) -> Tensor | None:
+        """Number of the datum that every target is of, if it has several, of all batches together."""
+        return None
 
     def normals(self) -> Tensor | None:
         """Draws ``[M, C]`` for ``"mc"``, the same for all candidates and data."""
@@ -72,8 +99,7 @@ def losses_on_the_grid(data: Validation, precisions: Tensor, temperature: float)
     covariance, noise_variance = likelihood.needs_covariance(data.link), data.posterior.noise_variance
     total, n = torch.zeros(len(candidates), dtype=torch.float64, device=data.network.device), 0
     alone = 0.0
-    for inputs, targets in data:
-        mean, covariances = functional_moments(data.network, candidates, inputs, covariance=covariance)
+    for mean, covariances, targets in data.with_moments(candidates, covariance=covariance):
         losses = likelihood.negative_log_predictive(
             mean / temperature, covariances / temperature**2, targets, data.link, normals, noise_variance
         )
@@ -94,20 +120,18 @@ def tabulate(data: Validation, precisions: Tensor, per_part: bool) -> tuple[Vali
     candidates, covariance = data.at(precisions), data.likelihood.needs_covariance(data.link)
     means, tables, targets = [], [], []
     with torch.inference_mode(False), torch.no_grad():  # the table is differentiated, with respect to where it is read
-        for inputs, of_batch in data:
-            if per_part:
-                mean, table = part_variances(data.network, data.posterior, inputs, precisions)
-            else:
-                mean, table = functional_moments(data.network, candidates, inputs, covariance=covariance)
-                table = table[:, None]
+        by_part = data.with_part_variances(precisions) if per_part else None
+        for mean, table, of_batch in by_part or data.with_moments(candidates, covariance=covariance):
             means.append(mean)
-            tables.append(table)
+            tables.append(table if per_part else table[:, None])
             targets.append(of_batch)
         if not means:
             raise ValueError(EMPTY)
         noise_variance = data.posterior.noise_variance
         mean = torch.cat(means).double()
-        loss = ValidationLoss(data.likelihood, data.link, data.normals(), noise_variance, mean, torch.cat(targets))
+        loss = ValidationLoss(
+            data.likelihood, data.link, data.normals(), noise_variance, mean, torch.cat(targets), data.datum
+        )  # fmt: skip
         return loss, torch.cat(tables, 2)
 
 
@@ -115,8 +139,7 @@ def exact_loss(data: Validation, loss: ValidationLoss, priors: Tensor, temperatu
     """Without interpolation, from another pass over the data."""
     posterior = replace(data.posterior, prior_precision=priors)
     means, variances, targets = [], [], []
-    for inputs, of_batch in data:
-        mean, variance = functional_moments(data.network, posterior, inputs, covariance=False)
+    for mean, (variance,), of_batch in data.with_moments([posterior], covariance=False):
         means.append(mean)
         variances.append(variance)
         targets.append(of_batch)

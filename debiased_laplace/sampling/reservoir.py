@@ -39,7 +39,7 @@ class Reservoir:
         self.scores = torch.empty(0, dtype=torch.float64)
         self.indices = torch.empty(0, dtype=torch.int64)
         self._inputs: list[_data.Inputs] = []
-        self._targets: list[Tensor] = []
+        self._targets: list[_data.Inputs] = []
 
     def offer(self, inputs: _data.Inputs, targets: Tensor, keys: Tensor, scores: Tensor) -> None:
         """Look at the next batch of the stream, and keep what belongs to the smallest keys so far."""
@@ -53,7 +53,7 @@ class Reservoir:
             keys, scores, position = keys[where], scores[where], position[where]
             inputs, targets = _data.take(inputs, where), _data.take(targets, where)
         else:  # a loader may use the memory of a batch again
-            inputs, targets = _data.copy(inputs), targets.clone()
+            inputs, targets = _data.copy(inputs), _data.copy(targets)
         self._keep(inputs, targets, keys, scores, position)
 
     def _keep(self, inputs: _data.Inputs, targets: Tensor, keys: Tensor, scores: Tensor, indices: Tensor) -> None:
@@ -83,7 +83,11 @@ class Reservoir:
         taken.n_seen, taken.total = self.n_seen, self.total
         inputs, targets = self.content()
         taken._keep(
-            _data.take(inputs, index), targets[index], self.keys[index], self.scores[index], self.indices[index]
+            _data.take(inputs, index),
+            _data.take(targets, index),
+            self.keys[index],
+            self.scores[index],
+            self.indices[index],
         )
         return taken
 
@@ -108,6 +112,6 @@ class Reservoir:
             made._keep(inputs, targets, state["keys"], state["scores"], state["indices"])
         return made
 
-    def content(self) -> tuple[_data.Inputs, Tensor]:
+    def content(self) -> tuple[_data.Inputs, _data.Inputs]:
         """Inputs and targets of what is kept."""
         return _data.concatenate(self._inputs), _data.joined_targets(self._targets)

@@ -20,14 +20,14 @@ class WeightedData:
 
     Attributes:
         inputs: As the model takes them, ``n`` data.
-        targets: ``[n, ...]``.
+        targets: ``[n, ...]``; assorted, of dense outputs with other numbers of sites for some data than for others.
         weights: ``[n]``, float64; ``sum_n w_n g_n`` estimates the mean of ``g`` over the stream, without bias or, for
             calibrated weights, with one that vanishes with their number.
         indices: ``[n]``, positions in the stream.
     """
 
     inputs: _data.Inputs
-    targets: Tensor
+    targets: _data.Inputs
     weights: Tensor
     indices: Tensor
 
@@ -37,7 +37,7 @@ class WeightedData:
     def take(self, index: Tensor | slice) -> WeightedData:
         """Some of the data, with their weights as they are."""
         return WeightedData(
-            _data.take(self.inputs, index), self.targets[index], self.weights[index], self.indices[index]
+            _data.take(self.inputs, index), _data.take(self.targets, index), self.weights[index], self.indices[index]
         )
 
 
