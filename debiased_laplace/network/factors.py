@@ -141,9 +141,7 @@ class Factors:
         masks = {}
         for index, gradient in zip(indices, gradients, strict=True):
             call = self.calls[index]
-            at_outputs = (
-                self.outputs.new_zeros(call.output_shape) if gradient is None else call.aligned(gradient)
-            )
+            at_outputs = self.outputs.new_zeros(call.output_shape) if gradient is None else call.aligned(gradient)
             canonical = call.outputs(at_outputs, self.n_run, self.network.layouts[index])
             masks[index] = canonical[: len(self.outputs)].ne(0).flatten(1, 2).any(1)
         return masks
