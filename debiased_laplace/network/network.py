@@ -73,8 +73,7 @@ class Network:
         self.fewest = 1
         #: Which entries of the parameter vector are uncertain, ``[D]``; None for all.
         self.free: Tensor | None = None
-        #: Whether the only block is a linear layer whose outputs are the model's: then nothing is back-propagated. And
-        #: whether any has the positions of a sequence, of which some may be padding (:meth:`Factors.has_gradient`).
+        #: Whether the only block is a linear layer that makes the outputs, and whether any has positions of sequences.
         self.is_head = self.has_sequences = False
         #: Whether gradients of lone parameters are made datum by datum, where torch.func does not do.
         self.one_by_one = False
