@@ -330,6 +330,19 @@ def test_positions_that_nobody_reads_are_none():
         assert masks[name] is None
 
 
+@pytest.mark.parametrize("name", ["encoder", "encoder-sequence-first", "attention"])
+def test_the_first_sequences_may_have_one_position(name):
+    """Which dimension counts the data cannot be seen then, of layers whose positions and data are merged."""
+    (datum, _), longer = unpadded(padded())[0], padded(first_full=6, n=6)[0]
+    assert datum["mask"].shape == (1, 1)
+    network, other = (Network.discover(model_of(name), inputs) for inputs in (datum, longer))
+    assert network.has_sequences
+    vectors = torch.eye(2).double()[:, None].expand(2, 6, 2)
+    for found, expected in zip(*(one.factors(longer).backpropagate_all(vectors) for one in (network, other)),
+                               strict=True):  # fmt: skip
+        assert_equal(found, expected)
+
+
 def test_pixels_are_no_padding():
     """A rectifier silences pixels; they stay in the sums of convolutions over images."""
     torch.manual_seed(0)

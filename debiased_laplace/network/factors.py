@@ -14,7 +14,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -55,7 +55,7 @@ class Factors:
     graph_outputs: Tensor
     calls: list[Call]
     n_run: int
-    returned: Any = None
+    returned: Tensor
     _lone: LoneGradients | None = None
     _has_gradient: dict[int, Tensor] | None = None  # of calls
     _rows: list[RowLayout] | None = None  # likewise

@@ -77,8 +77,7 @@ class Network:
         self.fewest = 1
         #: Which entries of the parameter vector are uncertain, ``[D]``; None for all.
         self.free: Tensor | None = None
-        #: Whether the only block is a linear layer whose outputs are the model's: then nothing is back-propagated. And
-        #: whether any has the positions of a sequence, of which some may be padding (:meth:`Factors.has_gradient`).
+        #: Whether the only block is a linear layer that makes the outputs, and whether any has positions of sequences.
         self.is_head = self.has_sequences = False
         #: Where the sites are in dense outputs; None for ``[N, C]``. And what finds that in the shape of outputs.
         self.sites: _data.SiteLayout | None = None
