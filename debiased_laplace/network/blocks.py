@@ -165,10 +165,10 @@ def group_parameters(
         )  # fmt: skip
     order = {name: position for position, name in enumerate(shapes)}
     labels = Counter(block.name for block in blocks.values())  # a recurrent layer has several
-    named = [
+    labelled = [
         block if labels[block.name] == 1 else replace(block, name=block.parameters[0]) for block in blocks.values()
     ]
-    return sorted(named, key=lambda block: order[block.parameters[0]])
+    return sorted(labelled, key=lambda block: order[block.parameters[0]])
 
 
 def _in_several_ways(calls: Sequence[Call], uses: Sequence[tuple[Use | None, Use | None]]) -> set[str]:
