@@ -488,7 +488,7 @@ def test_experts_are_called_as_the_data_need_them(name):
     torch.manual_seed(4)
     model, x = HANDWRITTEN[name].make().eval(), HANDWRITTEN[name].inputs(24)
     network = discover(model, x)
-    assert {parameter.partition(".")[0] for parameter in network.apart} == {"experts"}
+    assert network.apart if name == "hard-experts" else network.by_rows
     vectors = torch.ones(1, 24, 3, dtype=torch.float64)
     for size in (1, 5, 24):
         parts = [reconstructed(network, x[i : i + size], vectors[:, i : i + size]) for i in range(0, 24, size)]
@@ -499,3 +499,28 @@ def gradients(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
     """Of the sum of the outputs of every datum, ``[N, D]``."""
     rows = [torch.autograd.grad(output.sum(), model.parameters(), retain_graph=True) for output in model(x)]
     return torch.stack([torch.cat([g.flatten() for g in row]) for row in rows])
+
+
+def test_a_model_that_is_random_is_told_from_one_that_mixes_data():
+    class Dropped(nn.Sequential):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(nn.functional.dropout(x, 0.5, training=True))
+
+    with pytest.raises(ValueError, match=r"differ from one forward pass to the next.*training=True"):
+        discover(Dropped(nn.Linear(20, 8), nn.Tanh(), nn.Linear(8, 2)), torch.randn(4, 20))
+
+
+def test_as_many_steps_as_the_batch_needs_are_data_that_mix():
+    class Steps(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.head = nn.Linear(3, 3), nn.Linear(3, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            for _ in range(int(x.max())):
+                x = x + 0.001 * self.layer(x).tanh()
+            return self.head(x)
+
+    x = torch.tensor([[1.0, 0.0, 1.0], [5.0, 0.0, 1.0], [2.0, 1.0, 1.0]], dtype=torch.float64)
+    with pytest.raises(ValueError, match=r"depends on other data of its batch, after the layer of 'layer.weight'"):
+        discover(Steps().double(), x)

@@ -69,8 +69,9 @@ def find_blocks(network: Network, inputs: _data.Inputs, separate_bias: bool) -> 
         elsewhere.setdefault(name, "a function that cannot be looked into")
     constant = [len(fewer) == len(calls) and fewer[i].output_shape == call.output_shape for i, call in enumerate(calls)]
     layouts, by_rows = find_layouts(
-        factors.graph_outputs, calls, of_calls, constant, lambda: _are_independent(network, inputs, factors.outputs)
-    )
+        factors.graph_outputs, calls, of_calls, constant,
+        lambda name: _check_every_datum(network, inputs, factors.outputs, name),
+    )  # fmt: skip
     network.by_rows = by_rows or recorder.packs
     for call, names, layout in zip(calls, of_calls, layouts, strict=True):
         if layout is None:
@@ -106,7 +107,6 @@ def _with_entries(network: Network, inputs: _data.Inputs) -> tuple[Factors, list
     What was made of parameters alone and has another shape for fewer data has an entry for each of them. One after the
     other, since what follows from an entry depends on the data.
     """
-    fewer_inputs = _data.take(inputs, slice(0, _data.count(inputs) - 1))
     while True:
         factors, recorder = network.forward(inputs)
         _checks.finite(
@@ -118,7 +118,7 @@ def _with_entries(network: Network, inputs: _data.Inputs) -> tuple[Factors, list
                 "depends. Choose those that do (a head whose outputs are not returned does not), and do not detach the "
                 "outputs or compute them under no_grad."
             )
-        fewer = _check_independence(network, fewer_inputs, factors.outputs)
+        fewer = _check_independence(network, inputs, factors.outputs)
         shapes = recorder.derivations, [] if fewer is None else fewer.derivations
         differ = [number for number, pair in enumerate(zip(*shapes, strict=False)) if pair[0] != pair[1]]
         if not differ or network.entries is None or differ[0] in network.entries:
@@ -216,8 +216,9 @@ def _measure_sizes(network: Network, inputs: _data.Inputs, factors: Factors) -> 
         network.largest_formed = max(network.largest_formed, formed_size(inputs_of_block, block.outputs))
 
 
-def _check_independence(network: Network, fewer_inputs: _data.Inputs, outputs: Tensor) -> Recorder | None:
+def _check_independence(network: Network, inputs: _data.Inputs, outputs: Tensor) -> Recorder | None:
     """The outputs of the first data must not change when the last one is left out; what is seen without it."""
+    fewer_inputs = _data.take(inputs, slice(0, len(outputs) - 1))
     cause: ValueError | None = None
     recorder: Recorder | None = None
     try:
@@ -226,18 +227,34 @@ def _check_independence(network: Network, fewer_inputs: _data.Inputs, outputs: T
     except ValueError as error:  # a normalisation by the statistics of one datum
         fewer, cause = torch.full_like(outputs[:-1], torch.nan), error
     if not close(fewer, outputs[:-1], outputs):
-        raise ValueError(
-            "The output for one datum depends on other data of its batch. A posterior needs outputs that are "
-            "independent given the weights; a normalisation by batch statistics (track_running_stats=False) is the "
-            "usual cause. Replace it, or give it running statistics."
-        ) from cause
+        raise _of_no_function(network, inputs, outputs) from cause
     return recorder
 
 
-def _are_independent(network: Network, inputs: _data.Inputs, outputs: Tensor) -> bool:
-    """Whether every datum has the same outputs alone, but for rounding."""
+def _check_every_datum(network: Network, inputs: _data.Inputs, outputs: Tensor, name: str) -> None:
+    """Every datum must have the same outputs alone, but for rounding; a parameter where it seems to be otherwise."""
     alone = [network.outputs(_data.take(inputs, slice(n, n + 1))) for n in range(len(outputs))]
-    return bool((torch.cat(alone) - outputs).abs().max() <= network.precision**0.5 * outputs.abs().max())
+    if not _equal(network, torch.cat(alone), outputs):
+        raise _of_no_function(network, inputs, outputs, f", after the layer of {name!r}")
+
+
+def _equal(network: Network, one: Tensor, other: Tensor) -> bool:
+    return bool((one - other).abs().max() <= network.precision**0.5 * other.abs().max())
+
+
+def _of_no_function(network: Network, inputs: _data.Inputs, outputs: Tensor, where: str = "") -> ValueError:
+    """What is wrong with outputs that are no function of their datum."""
+    if not _equal(network, network.outputs(inputs), outputs):
+        return ValueError(
+            "The outputs for the same data differ from one forward pass to the next. A posterior is about a function "
+            "of the inputs: take dropout, noise and skipped layers out of the model's evaluation mode (dropout with "
+            "training=True is the usual cause)."
+        )
+    return ValueError(
+        f"The output for one datum depends on other data of its batch{where}. A posterior needs outputs that are "
+        "independent given the weights; a normalisation by batch statistics (track_running_stats=False) is the usual "
+        "cause. Replace it, or give it running statistics."
+    )
 
 
 def _takes_one(network: Network, datum: _data.Inputs, among: Factors) -> bool:
@@ -299,6 +316,7 @@ def _check_factors(network: Network, inputs: _data.Inputs) -> str | None:
         wrong = _misread(network, factors, vectors, expected, largest)
         network.one_by_one = wrong is None or wrong in lone
     if wrong in lone:
+        _check_every_datum(network, inputs, factors.outputs, wrong)
         raise _checks.UnsupportedLayerError(
             f"The gradient of {wrong!r} could not be reconstructed by differentiating the model datum by datum. "
             "Freeze it with requires_grad_(False) to leave it out of the posterior, and please report the "

@@ -244,7 +244,7 @@ def with_derivatives() -> AbstractContextManager[Any]:
 
 def find_layouts(
     outputs: Tensor, calls: Sequence[Call], names: Sequence[Sequence[str]], constant: Sequence[bool],
-    independent: Callable[[], bool],
+    check: Callable[[str], None],
 ) -> tuple[list[Layout | None], bool]:  # fmt: skip
     """Find the data in every call's output: what the outputs of a datum depend on must belong to that datum.
 
@@ -256,7 +256,8 @@ def find_layouts(
         calls: The calls of that forward pass.
         names: For every call, the names of its parameters.
         constant: For every call, whether its output is as large for fewer data: then it is the same for all of them.
-        independent: Whether the outputs of every datum are those that it has alone.
+        check: Raises an error if the outputs of a datum are not those that it has alone; called with the parameter in
+            whose layer it looks like that.
 
     Returns:
         The layout of every call; None for one whose output has no dimension for the data, or rows that are of several
@@ -287,13 +288,8 @@ def find_layouts(
             layouts.append(Layout())
             by_rows = True
             continue
-        if possible and not consistent and not independent():
-            raise ValueError(
-                "The output for one datum depends on other data of its batch, after the layer of "
-                f"{pair[0]!r}. A posterior needs outputs that are independent given the weights; a "
-                "normalisation by batch statistics (track_running_stats=False) is the usual cause. Replace it, or "
-                "give it running statistics."
-            )
+        if possible and not consistent:
+            check(pair[0])
         if len(consistent) > 1 and call.n_trailing == 1 and layouts and layouts[-1] == Layout(1):
             consistent = [layout for layout in consistent if layout.batch_dimension is not None]  # of sequences of one
         layouts.append(consistent[0] if consistent else None)

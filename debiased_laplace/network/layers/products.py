@@ -158,28 +158,19 @@ def _matmul(is_used: IsUsed, input: Tensor, other: Tensor) -> Any:
     return _of_two(is_used, input, other, (first, second, output))
 
 
-@rule_of_used(torch.addmm, Tensor.addmm)
+@rule_of_used(torch.addmm, Tensor.addmm, torch.baddbmm, Tensor.baddbmm)
 def _addmm(
     is_used: IsUsed, input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: float = 1, alpha: float = 1
 ) -> Any:  # fmt: skip
-    if alpha != 1 or beta != 1 or is_used(mat1) or input.ndim != 1:
+    if alpha != 1 or beta != 1 or (is_used(mat1) and is_used(mat2)):
         return None
-    arguments = product(mat1, mat2, (["m", "k"], ["k", "n"], ["m", "n"]), input)
-    return None if arguments is None else [arguments]
-
-
-@rule_of_used(torch.baddbmm, Tensor.baddbmm)
-def _baddbmm(
-    is_used: IsUsed, input: Tensor, batch1: Tensor, batch2: Tensor, *, beta: float = 1, alpha: float = 1
-) -> Any:  # fmt: skip
-    if alpha != 1 or beta != 1 or (is_used(batch1) and is_used(batch2)):
-        return None
-    shape = (*batch1.shape[:2], batch2.shape[2])
-    added = repeated(input, shape, lambda: 1.0) if is_used(input) else None
-    if added is None and is_used(input):
-        return None
-    multiplied = _matmul(is_used, batch1, batch2) if is_used(batch1) or is_used(batch2) else []
-    return None if multiplied is None else [*multiplied, *([] if added is None else [added])]
+    if input.ndim == 1 and mat1.ndim == 2 and not is_used(mat1):
+        arguments = product(mat1, mat2, (["m", "k"], ["k", "n"], ["m", "n"]), input)
+        return None if arguments is None else [arguments]
+    shape = (*mat1.shape[:-1], mat2.shape[-1])
+    added = [repeated(input, shape, lambda: 1.0)] if is_used(input) else []
+    multiplied = _matmul(is_used, mat1, mat2) if is_used(mat1) or is_used(mat2) else []
+    return None if multiplied is None or None in added else [*multiplied, *added]
 
 
 @rule_of_used(torch.inner, Tensor.inner)
