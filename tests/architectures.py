@@ -317,7 +317,7 @@ SHARES = (
     dict.fromkeys(["hypernetwork", "conditional-convolution", "film", "squeeze-and-excite", "u-net", "bilinear",
                    "graph-convolution", "checkpoint", "unrolled", "buffer-of-the-forward-pass"], 1.0)
     | dict.fromkeys(["relative-positions", "relative-positions-and-mask", "relative-positions-of-every-datum",
-                     "slopes-of-distances", "latent-queries", "decoder-of-queries", "prelu", "graph-attention"], 0.9)
+                     "slopes-of-distances", "latent-queries", "decoder-of-queries", "prelu", "graph-attention"], 0.89)
     | dict.fromkeys(["soft-experts", "ensemble", "queries-in-a-kernel", "state-space"], 0.8)
 )  # fmt: skip
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict, UserDict, namedtuple
+from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
 
@@ -20,7 +21,7 @@ from debiased_laplace.curvature.structures import Diagonal, Full, Kronecker
 from debiased_laplace.fitting.fit import fit
 from debiased_laplace.fitting.stream import mean_loss
 from debiased_laplace.network.gradients import CurvatureData
-from debiased_laplace.network.lone import lone_jacobians
+from debiased_laplace.network.lone import LoneGradients
 from debiased_laplace.network.network import Network
 from debiased_laplace.posterior.predictive import functional_moments
 from debiased_laplace.quadratic.spectrum import directional_derivatives
@@ -388,17 +389,20 @@ def test_names_and_numbers_beside_the_tensors_reach_the_model(lone):
 
 
 def test_lone_parameters_of_dictionaries():
-    """Their Jacobians are mapped over the data, which any dictionary can be."""
+    """Their gradients are mapped over the data, which any dictionary can be."""
     for kind in (dict, UserDict, Bag):
         model = model_of(lone=True)
         batch = batch_of(4, 3, 1, kind, level=torch.tensor(2.0))
         network = Network.discover(model, batch)
-        block = next(b for b in network.lone_blocks)
-        assert block.parameters == ("scale",)
+        (index,) = [i for i, block in enumerate(network.blocks) if block.parameters == ("scale",)]
+        network.blocks[index] = replace(network.blocks[index], calls=(), formed=False)
+        assert network.lone_blocks
         names = [name for name, _ in model.named_parameters()]
         sizes = [p.numel() for p in model.parameters()]
         expected = dict(zip(names, dense_jacobian(model, batch).split(sizes, 2), strict=True))["scale"]
-        assert_equal(lone_jacobians(network, batch)[0], expected)
+        vectors = torch.eye(expected.shape[1]).double()[:, None].expand(-1, 4, -1)
+        assert_equal(LoneGradients(network, batch).backpropagate(vectors)["scale"].flatten(2), expected)
+        assert not network.one_by_one
 
 
 class Stream(IterableDataset):

@@ -445,3 +445,37 @@ def test_networks_without_sequences_have_no_backward_pass_in_the_stream(name, pa
     stream(case.inputs(12), labels)
     assert len(calls) == passes
     assert network.has_sequences == bool(passes)
+
+
+# -- outputs at every position -----------------------------------------------------------------------
+
+
+class Tagger(nn.Module):
+    """A label for every token; attention does not see the masked ones, whose own outputs have no target."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens, self.head = nn.Embedding(7, 4), nn.Linear(4, 3)
+        self.layer = nn.TransformerEncoderLayer(4, 2, 6, batch_first=True, dropout=0.0)
+
+    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
+        return self.head(self.layer(self.tokens(ids), src_key_padding_mask=~mask))
+
+
+def tagged(filler: int) -> list[tuple[Tensor, Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(0)
+    ids, labels = (torch.randint(n, (12, 5), generator=generator) for n in (7, 3))
+    mask = torch.arange(5) < torch.tensor([2, 5, 3, 4] * 3)[:, None]
+    return [(ids.where(mask, filler), mask, labels.where(mask, -100))]
+
+
+@pytest.mark.parametrize("sharing", [dl.Expand(), dl.Reduce()], ids=repr)
+def test_what_stands_at_positions_without_a_target_does_not_matter(sharing):
+    torch.manual_seed(0)
+    model = Tagger().double().eval()
+    fits = [dl.fit(model, tagged(filler), "classification", structure=Kronecker(sharing=sharing)) for filler in (0, 5)]
+    one, other = (posterior.posterior for posterior in fits)
+    assert_equal(one.curvatures.sort().values, other.curvatures.sort().values)
+    directions = torch.randn(3, one.mean.numel(), generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    first, second = (p.basis.project(directions).square() @ p.curvatures for p in (one, other))
+    assert_equal(first, second)

@@ -134,7 +134,7 @@ class Stream:
             return outputs, self._observed(network, outputs, targets)
         start = 0 if self.observed is None else self.observed.n
         if network.has_sequences:
-            outputs, statistics = self._observe_some(network, inputs, whole_windows(start, len(targets)))
+            outputs, statistics = self._observe_some(network, inputs, targets, whole_windows(start, len(targets)))
             return outputs, replace(self._observed(network, outputs, targets), statistics=statistics)
         factors = network.factors(inputs)
         outputs = factors.outputs.to(network.dtype)
@@ -144,12 +144,15 @@ class Stream:
             new = replace(new, statistics=statistics if new.statistics is None else new.statistics + statistics)
         return outputs, new
 
-    def _observe_some(self, network: Network, inputs: _data.Inputs, chosen: Tensor) -> tuple[Tensor, Any]:
+    def _observe_some(
+        self, network: Network, inputs: _data.Inputs, targets: Tensor, chosen: Tensor
+    ) -> tuple[Tensor, Any]:  # fmt: skip
         """Outputs of all data, and what the structure observes of those that are chosen."""
         observed, others = chosen.nonzero()[:, 0], chosen.logical_not().nonzero()[:, 0]
         outputs, statistics = [], None
         if len(observed):
             factors = network.factors(_data.take(inputs, observed))
+            factors.counted = self.likelihood.counted(targets[observed])
             outputs.append(factors.outputs)
             statistics = self._structure.observe(network, factors, slice(0, len(observed)))
         if len(others):

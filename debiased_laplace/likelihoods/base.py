@@ -171,6 +171,10 @@ class Likelihood(ABC):
         """Of dense outputs the targets of every site, ``[N, S, ...]``, and which sites have one, ``[N, S]``."""
         raise TypeError(f"{type(self).__name__} is no likelihood of sites.")
 
+    def counted(self, targets: Tensor) -> Tensor | None:
+        """Which entries of a row of outputs have a target, ``[N, S * C]``, where some have none; None for all."""
+        return None
+
     def n_observed(self, targets: Tensor, n_outputs: int) -> Tensor:
         """How many of the C outputs of every datum have a target, ``[N]``."""
         return torch.full((len(targets),), n_outputs)

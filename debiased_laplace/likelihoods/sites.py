@@ -162,6 +162,10 @@ class Sites(Likelihood):
         observed = ~(ignored.any(-1) if several else ignored)
         return rows.masked_fill(ignored, 0), observed
 
+    def counted(self, targets: Tensor) -> Tensor:
+        _, observed = self.sites(targets)
+        return observed.repeat_interleave(self.layout.n_outputs, 1)
+
     def n_observed(self, targets: Tensor, n_outputs: int) -> Tensor:
         _, observed = self.sites(targets)
         return observed.sum(1) * self.layout.n_outputs

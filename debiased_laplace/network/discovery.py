@@ -83,6 +83,7 @@ def find_blocks(network: Network, inputs: _data.Inputs, separate_bias: bool) -> 
         calls, uses = [calls[i] for i in kept], [uses[i] for i in kept]
         of_calls, layouts = [of_calls[i] for i in kept], [layouts[i] for i in kept]
         factors.calls, network.layouts = calls, [layout or Layout() for layout in layouts]
+        network.call_names = [tuple(names) for names in of_calls]
         network.blocks = group_parameters(network.shapes, calls, uses, elsewhere, separate_bias=separate_bias)
         network.is_head = (
             len(calls) == len(network.blocks) == 1

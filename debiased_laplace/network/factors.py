@@ -11,7 +11,7 @@ the same with one input, ``a = 1``.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -25,7 +25,7 @@ from debiased_laplace.network.formed import formed_gradients
 from debiased_laplace.network.layers import Call, Layout
 from debiased_laplace.network.lone import LoneGradients, gradients_of_block
 from debiased_laplace.network.rows import RowLayout, find_rows
-from debiased_laplace.network.selected import LayerInputs, concatenated
+from debiased_laplace.network.selected import LayerInputs, concatenated, no_inputs
 from debiased_laplace.network.uses import first_row
 
 if TYPE_CHECKING:
@@ -46,6 +46,8 @@ class Factors:
         graph_outputs: The outputs with their graph.
         calls: The recorded calls, in the order of the forward pass.
         n_run: Data that the model was given: two for one that it must not have alone (``Network.fewest``).
+        counted: Which of the outputs have a target, ``[N, S * C]``; None for all. No other has a gradient.
+        call_names: Parameters of every call, where they are not those that the blocks were found with.
         returned: What the model returned for them.
     """
 
@@ -59,10 +61,18 @@ class Factors:
     _lone: LoneGradients | None = None
     _has_gradient: dict[int, Tensor] | None = None  # of calls
     _rows: list[RowLayout] | None = None  # likewise
+    call_names: Sequence[Sequence[str]] | None = None
+    counted: Tensor | None = None
+
+    def calls_of(self, block: Block) -> tuple[int, ...]:
+        """Positions of the calls of a block; none where these data need none, as those that go to other experts."""
+        if self.call_names is None:
+            return block.calls
+        return tuple(i for i, names in enumerate(self.call_names) if not set(names).isdisjoint(block.parameters))
 
     def layout(self, index: int) -> Layout:
         """Where the data are in the tensors of a call."""
-        if not self.network.by_rows:
+        if not self.network.by_rows and self.call_names is None:
             return self.network.layouts[index]
         if self._rows is None or len(self._rows) != len(self.calls):
             self._rows = find_rows(self.graph_outputs, self.calls, self.n_run)
@@ -74,10 +84,10 @@ class Factors:
         With ``part``, those of some of the data, formed for them alone where the layer allows it; with ``phase``, on a
         coarser grid of positions (:meth:`~debiased_laplace.network.layers.Call.inputs`).
         """
-        n, dtype = self.n_run, self.network.dtype
+        n, dtype, calls = self.n_run, self.network.dtype, self.calls_of(block)
         part = part or slice(0, len(self.outputs))
         size = part.stop - part.start
-        for index in block.calls:
+        for index in calls:
             if self.calls[index].input._version != self.calls[index].version:
                 raise RuntimeError(
                     f"The input of {block.name!r} was overwritten in place after the layer had used it, so its "
@@ -85,8 +95,10 @@ class Factors:
                 )
         if block.arrangement.stacked:
             return self.outputs.new_ones((size, 1, 1, 1), dtype=dtype)
+        if not calls:
+            return no_inputs(block.kind.rotates_inputs, (size, block.groups, block.inputs), self.outputs, dtype)
         parts: list[LayerInputs] = []
-        for index in block.calls:
+        for index in calls:
             call, layout = self.calls[index], self.layout(index)
             if not block.weight and not layout.is_regular:
                 ones = self.outputs.new_ones(call.output_shape, dtype=dtype)
@@ -107,9 +119,10 @@ class Factors:
         """Inputs of a block for as many data at a time as a processor's cache holds, of all data or of some."""
         n, per_datum = len(self.outputs), 1
         among = among or slice(0, n)
-        if not block.arrangement.stacked:
-            outputs = sum(math.prod(self.calls[index].output_shape) for index in block.calls) // self.n_run
-            memory = max(self.calls[index].inputs_memory(block.inputs) for index in block.calls)
+        calls = [self.calls[index] for index in self.calls_of(block)]
+        if calls and not block.arrangement.stacked:
+            outputs = sum(math.prod(call.output_shape) for call in calls) // self.n_run
+            memory = max(call.inputs_memory(block.inputs) for call in calls)
             per_datum = outputs // block.outputs * memory * (torch.finfo(self.network.dtype).bits // 8)
         size = n if self.network.device.type != "cpu" else max(1, CACHE_MEMORY // max(1, per_datum))
         for part in _data.slices(among.stop - among.start, size):
@@ -120,15 +133,16 @@ class Factors:
     def has_sequences(self) -> bool:
         """Whether a layer has a dimension for positions, or several of them, of which some may be padding."""
         return any(
-            len(block.calls) > 1 or call.has_positions or call.output_shape[0] > self.n_run
+            len(self.calls_of(block)) > 1 or call.has_positions or call.output_shape[0] > self.n_run
             for block in self.network.blocks if self._may_be_padded(block)
-            for call in [self.calls[index] for index in block.calls]
+            for call in [self.calls[index] for index in self.calls_of(block)]
         )  # fmt: skip
 
     def _may_be_padded(self, block: Block) -> bool:
-        if block.arrangement.stacked or block.formed or not block.calls:
+        calls = self.calls_of(block)
+        if block.arrangement.stacked or block.formed or not calls:
             return False
-        return all(self.calls[index].is_sequence for index in block.calls)
+        return all(self.calls[index].is_sequence for index in calls)
 
     def has_gradient(self, block: Block) -> Tensor | None:
         """At which positions of a sequence the outputs of a datum have a gradient, ``[N, S]``; None if at all.
@@ -141,17 +155,20 @@ class Factors:
             return None
         if self._has_gradient is None:
             self._has_gradient = self._find_gradients()
-        mask = torch.cat([self._has_gradient[index] for index in block.calls], 1)
+        mask = torch.cat([self._has_gradient[index] for index in self.calls_of(block)], 1)
         return None if bool(mask.all()) else mask
 
     def _find_gradients(self) -> dict[int, Tensor]:
         """For every call of a sequence, where its outputs have a gradient, ``[N, S]``."""
         blocks = [block for block in self.network.blocks if self._may_be_padded(block)]
-        indices = sorted({index for block in blocks for index in block.calls})
+        indices = sorted({index for block in blocks for index in self.calls_of(block)})
         vector = torch.randn(self.outputs.shape[1], generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        vectors = vector.to(self.graph_outputs).expand_as(self.graph_outputs)
+        if self.counted is not None:
+            vectors = vectors * self.counted.to(vectors)
         gradients = torch.autograd.grad(
-            self.graph_outputs, [self.calls[index].edge for index in indices],
-            vector.to(self.graph_outputs).expand_as(self.graph_outputs), retain_graph=True, allow_unused=True,
+            self.graph_outputs, [self.calls[index].edge for index in indices], vectors, retain_graph=True,
+            allow_unused=True,
         )  # fmt: skip
         masks = {}
         for index, gradient in zip(indices, gradients, strict=True):
@@ -241,12 +258,14 @@ class Factors:
                     self.layout(i),
                     None if (g := gradients[i]) is None else [v.to(dtype) for v in g],
                 )
-                for i in block.calls
+                for i in self.calls_of(block)
             ]
             formed = formed_gradients(self.network.leaves[name], calls, n, len(vector), dtype, self.network.one_by_one)
             return gradients_of_block(block, {name: formed[: len(self.outputs)]})
         parts = []
-        for index in block.calls:
+        if not self.calls_of(block):
+            return vector.new_zeros((vector.shape[1], block.groups, len(vector), block.outputs, 1), dtype=dtype)
+        for index in self.calls_of(block):
             call, layout, each = self.calls[index], self.layout(index), gradients[index]
             if each is None:  # a layer without influence on the outputs
                 zeros = vector.new_zeros((len(vector), *call.output_shape), dtype=dtype).unbind()

@@ -123,6 +123,7 @@ class CurvatureData:
             data = self.data.take(part)
             factors = self.network.factors(data.inputs)
             vectors = self._vectors(factors.outputs.to(self.network.dtype), data.targets, part)
+            factors.counted = self.likelihood.counted(data.targets)
             yield WeightedFactors(factors, data.weights, vectors * data.weights.to(vectors).sqrt()[:, None], part)
             if self.progress is not None:
                 self.progress(len(data))

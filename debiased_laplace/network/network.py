@@ -19,6 +19,7 @@ from debiased_laplace._guards import gradients_enabled
 from debiased_laplace.network.blocks import Block, flatten, unflatten
 from debiased_laplace.network.discovery import find_blocks, last_layer
 from debiased_laplace.network.factors import Factors
+from debiased_laplace.network.kinds import NO_CURVATURE
 from debiased_laplace.network.layers import Layout
 from debiased_laplace.network.reduction import call_of_reduced_features, check_reduction, reduced_features
 from debiased_laplace.network.selection import entries_of, match_parameters, padding_masks, refuse_scripted
@@ -91,6 +92,8 @@ class Network:
         self.one_by_one = self.by_rows = False
         #: Which tensors made of parameters alone have an entry for each datum (:class:`~.tracing.Recorder`).
         self.entries: frozenset[int] | None = frozenset()
+        #: Names of the parameters of every call; None if it is not known.
+        self.call_names: list[tuple[str, ...]] | None = None
         #: Parameters whose gradients are made apart from any layer: how often they are called may depend on the data.
         self.apart: frozenset[str] = frozenset()
         #: For :meth:`chunk_size`, numbers of a datum: activations of all layers, the largest inputs of one and gradient
@@ -203,6 +206,7 @@ class Network:
         network.blocks = [replace(block, calls=(0,)) for block in self.blocks]
         network.layouts, network.is_head = [Layout()], len(self.blocks) == 1
         network.has_sequences = network.by_rows = False
+        network.call_names = None
         if inputs is not None:
             network.factors(_data.some(inputs, 3))
         return network
@@ -251,13 +255,19 @@ class Network:
 
     def factors(self, inputs: _data.Inputs) -> Factors:
         """One forward pass that records what :meth:`Factors.backpropagate` needs."""
-        factors, _ = self.forward(_data.to_device(inputs, self.device))
-        if len(factors.calls) != len(self.layouts):
-            raise RuntimeError(
-                f"The model called {len(factors.calls)} layers with trainable parameters, but {len(self.layouts)} "
-                "when its blocks were found. Its forward pass must not depend on the data; if you changed the model, "
-                "fit again."
-            )
+        factors, recorder = self.forward(_data.to_device(inputs, self.device))
+        names = recorder.names_of_calls()
+        if self.call_names is None:  # a network that was stored by an earlier version
+            if len(names) != len(self.layouts):
+                raise RuntimeError(f"Expected {len(self.layouts)} calls of layers, got {len(names)}. Fit again.")
+        elif names != self.call_names:
+            factors.call_names = names
+            idle = {name for block in self.blocks if block.kind == NO_CURVATURE for name in block.parameters}
+            if new := sorted(idle.intersection(*[{name for of_call in names for name in of_call}])):
+                raise RuntimeError(
+                    f"The model uses {new[:10]} for these data, but for none of those that its layers were found with. "
+                    "Let the first batch have more of the data, or of other ones, and fit again."
+                )
         return factors
 
     def outputs(self, inputs: _data.Inputs) -> Tensor:

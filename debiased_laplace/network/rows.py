@@ -59,12 +59,7 @@ def find_rows(outputs: Tensor, calls: Sequence[Call], n_data: int) -> list[RowLa
         """Of every call, ``[R, ...]`` in double precision."""
         weighed = torch.exp2(exponents.to(outputs.dtype))[:, None] * vector
         each = torch.autograd.grad(outputs, edges, weighed, retain_graph=True, allow_unused=True)
-        return [
-            weighed.new_zeros(math.prod(call.output_shape[: len(call.output_shape) - call.n_trailing]), 1)
-            if g is None
-            else g.double().reshape(-1, math.prod(call.output_shape[len(call.output_shape) - call.n_trailing :]))
-            for call, g in zip(calls, each, strict=True)
-        ]
+        return [_as_rows(call, g) for call, g in zip(calls, each, strict=True)]
 
     reference = gradients(torch.zeros_like(numbers))
     largest = [g.abs().max(1, keepdim=True) for g in reference]
@@ -80,6 +75,14 @@ def find_rows(outputs: Tensor, calls: Sequence[Call], n_data: int) -> list[RowLa
         _layout(of_rows.clamp_max(n_data - 1), value[:, 0] > 0, n_data)
         for of_rows, (value, _) in zip(data, largest, strict=True)
     ]
+
+
+def _as_rows(call: Call, gradient: Tensor | None) -> Tensor:
+    """A gradient at the output of a call, ``[R, entries of a row]`` in double precision."""
+    n_leading = len(call.output_shape) - call.n_trailing
+    if gradient is None:
+        return torch.zeros(math.prod(call.output_shape[:n_leading]), 1, dtype=torch.float64, device=call.input.device)
+    return call.aligned(gradient).double().reshape(-1, math.prod(call.output_shape[n_leading:]))
 
 
 def _layout(data: Tensor, known: Tensor, n_data: int) -> RowLayout:

@@ -86,6 +86,15 @@ class SelectedInputs:
 LayerInputs = Tensor | SelectedInputs
 
 
+def no_inputs(dense: bool, shape: tuple[int, int, int], like: Tensor, dtype: torch.dtype) -> LayerInputs:
+    """Inputs ``[N, G, I, 1]`` that are zero, of a layer that no datum is sent to; dense ones, or selected ones."""
+    n, groups, size = shape
+    if dense:
+        return like.new_zeros((n, groups, size, 1), dtype=dtype)
+    index = torch.zeros(n, 1, dtype=torch.long, device=like.device)
+    return SelectedInputs(index, like.new_zeros((n, 1), dtype=dtype), size)
+
+
 def concatenated(parts: Sequence[LayerInputs]) -> LayerInputs:
     """Inputs of the same data at the positions of several calls, one after the other."""
     selected = [part for part in parts if isinstance(part, SelectedInputs)]

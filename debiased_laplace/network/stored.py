@@ -32,6 +32,7 @@ def description_of(network: Network) -> dict[str, Any]:
         "by_rows": network.by_rows,
         "entries": None if network.entries is None else sorted(network.entries),
         "apart": sorted(network.apart),
+        "call_names": network.call_names,
         "fewest": network.fewest,
         "free": network.free,
         "feature_reduction": network.feature_reduction,
@@ -56,6 +57,8 @@ def set_description(network: Network, description: dict[str, Any]) -> None:
     entries = description.get("entries")
     network.entries = None if entries is None else frozenset(entries)
     network.apart = frozenset(description.get("apart", ()))
+    names = description.get("call_names")
+    network.call_names = None if names is None else [tuple(of_call) for of_call in names]
     network.free, network.feature_reduction = description["free"], description.get("feature_reduction")
     network.fewest, network.sites = description.get("fewest", 1), description.get("sites")
     network.row_size = description.get("row_size", network.n_outputs)

@@ -154,6 +154,14 @@ class Recorder(TorchFunctionMode):
             return [self.names[id(tensor)]]
         return sorted(self.names[leaf] for leaf in leaves(tensor) if leaf in self.names)
 
+    def names_of_calls(self) -> list[tuple[str, ...]]:
+        """Names of the parameters that every call is of."""
+        return [
+            tuple(name for argument in (call.weight, call.bias) if argument is not None
+                  for name in self.names_in(argument))
+            for call in self.calls
+        ]  # fmt: skip
+
     def _is_constant(self, value: Any) -> bool:
         return all(
             id(leaf) in self.constants or self.is_used(leaf)
