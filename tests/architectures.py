@@ -315,7 +315,8 @@ OF_GEOMETRIC = {
 #: Where factors are meant to be.
 SHARES = (
     dict.fromkeys(["hypernetwork", "conditional-convolution", "film", "squeeze-and-excite", "u-net", "bilinear",
-                   "graph-convolution", "checkpoint", "unrolled", "buffer-of-the-forward-pass"], 1.0)
+                   "products-of-several", "graph-convolution", "checkpoint", "unrolled",
+                   "buffer-of-the-forward-pass"], 1.0)
     | dict.fromkeys(["relative-positions", "relative-positions-and-mask", "relative-positions-of-every-datum",
                      "slopes-of-distances", "latent-queries", "decoder-of-queries", "prelu", "graph-attention"], 0.9)
     | dict.fromkeys(["soft-experts", "ensemble", "queries-in-a-kernel", "state-space"], 0.8)

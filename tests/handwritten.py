@@ -390,6 +390,13 @@ def _(net, x):
     return net.head(_Rectified.apply(x, net.weight))
 
 
+@network("products-of-several", first=parameter(5, 6), second=parameter(6, 6), third=parameter(4, 5, 6),
+         head=linear(4, 3))  # fmt: skip
+def _(net, x):
+    h = torch.linalg.multi_dot([x, net.first, net.second]).tanh()
+    return net.head(torch.einsum("ni,nj,oij->no", x, h, net.third))
+
+
 @network("bilinear", layer=lambda: nn.Bilinear(5, 5, 4), head=linear(4, 3))
 def _(net, x):
     return net.head(net.layer(x, x.tanh()).tanh())
