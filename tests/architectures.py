@@ -315,11 +315,20 @@ OF_GEOMETRIC = {
 #: Where factors are meant to be.
 SHARES = (
     dict.fromkeys(["hypernetwork", "conditional-convolution", "film", "squeeze-and-excite", "u-net", "bilinear",
-                   "graph-convolution", "checkpoint", "unrolled", "buffer-of-the-forward-pass"], 1.0)
+                   "products-of-several", "graph-convolution", "checkpoint", "unrolled",
+                   "buffer-of-the-forward-pass"], 1.0)
     | dict.fromkeys(["relative-positions", "relative-positions-and-mask", "relative-positions-of-every-datum",
-                     "slopes-of-distances", "latent-queries", "decoder-of-queries", "prelu", "graph-attention"], 0.89)
-    | dict.fromkeys(["soft-experts", "ensemble", "queries-in-a-kernel", "state-space"], 0.8)
+                     "slopes-of-distances", "latent-queries", "decoder-of-queries", "graph-attention"], 0.9)
+    | dict.fromkeys(["soft-experts", "ensemble", "queries-in-a-kernel", "state-space", "prelu"], 0.8)
 )  # fmt: skip
+
+#: With functions that have no rule; those of all others have one.
+WITHOUT_RULES = {
+    "trainable-frequencies", "class-token-by-assignment", "own-function", "deformable-convolution", "prototypes",
+    "quantised-codes", "long-convolution", "fourier-layer", "hard-experts", "ensemble-by-vmap",
+    "gradient-in-the-forward-pass", "token-in-rows-of-other-data", "transformers-timesformer",
+    "transformers-beit",  # its table is looked up at places that are kept from one call to the next
+}  # fmt: skip
 
 ARCHITECTURES = (
     {f"timm-{name}": of_timm(name) for name in OF_TIMM}

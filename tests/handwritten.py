@@ -215,7 +215,9 @@ def _(net, x):
 
 # -- attention -------------------------------------------------------------------------------------
 
-DISTANCES = torch.arange(6)[:, None] - torch.arange(6)
+
+def _distances() -> Tensor:
+    return torch.arange(6)[:, None] - torch.arange(6)
 
 
 def _heads(net: Any, x: Tensor) -> Tensor:
@@ -231,32 +233,34 @@ ATTENTION = {"qkv": linear(8, 24), "head": linear(8, 3)}
 
 @network("relative-positions", sequences, table=parameter(11, 2), **ATTENTION)
 def _(net, x):
-    bias = net.table[DISTANCES + 5].permute(2, 0, 1)
+    bias = net.table[_distances() + 5].permute(2, 0, 1)
     return _classes(net, F.scaled_dot_product_attention(*_heads(net, x), attn_mask=bias))
 
 
 @network("relative-positions-and-mask", sequences, table=parameter(2, 11), **ATTENTION)
 def _(net, x):
     mask = torch.zeros(len(x), 1, 1, 6, dtype=x.dtype)
-    return _classes(net, F.scaled_dot_product_attention(*_heads(net, x), attn_mask=net.table[:, DISTANCES + 5] + mask))
+    return _classes(
+        net, F.scaled_dot_product_attention(*_heads(net, x), attn_mask=net.table[:, _distances() + 5] + mask)
+    )
 
 
 @network("relative-positions-of-every-datum", sequences, table=parameter(2, 11), **ATTENTION)
 def _(net, x):
-    bias = net.table[:, DISTANCES + 5].expand(len(x), -1, -1, -1)
+    bias = net.table[:, _distances() + 5].expand(len(x), -1, -1, -1)
     return _classes(net, F.scaled_dot_product_attention(*_heads(net, x), attn_mask=bias))
 
 
 @network("slopes-of-distances", sequences, slopes=parameter(2), **ATTENTION)
 def _(net, x):
-    bias = -net.slopes[:, None, None] * DISTANCES.abs()
+    bias = -net.slopes[:, None, None] * _distances().abs()
     return _classes(net, F.scaled_dot_product_attention(*_heads(net, x), attn_mask=bias))
 
 
 @network("relative-keys", sequences, query=linear(8, 8), key=linear(8, 8), table=lambda: nn.Embedding(11, 8),
          head=linear(8, 3))  # fmt: skip
 def _(net, x):
-    query, relative = net.query(x), net.table(DISTANCES + 5)
+    query, relative = net.query(x), net.table(_distances() + 5)
     scores = query @ net.key(x).mT + torch.einsum("nqd,qkd->nqk", query, relative)
     return net.head((scores.softmax(-1) @ x).mean(1))
 
@@ -388,6 +392,13 @@ class _Rectified(torch.autograd.Function):
 @network("own-function", weight=parameter(6, 5), head=linear(6, 3))
 def _(net, x):
     return net.head(_Rectified.apply(x, net.weight))
+
+
+@network("products-of-several", first=parameter(5, 6), second=parameter(6, 6), third=parameter(4, 5, 6),
+         head=linear(4, 3))  # fmt: skip
+def _(net, x):
+    h = torch.linalg.multi_dot([x, net.first, net.second]).tanh()
+    return net.head(torch.einsum("ni,nj,oij->no", x, h, net.third))
 
 
 @network("bilinear", layer=lambda: nn.Bilinear(5, 5, 4), head=linear(4, 3))

@@ -334,7 +334,7 @@ def test_a_model_that_overwrites_its_inputs_does_not_change_the_data():
     assert_equal(found[0], found[1], 0.0)
 
 
-def test_a_forward_pass_that_depends_on_the_data_is_an_error():
+def test_a_forward_pass_may_call_its_layers_as_the_data_need_them():
     class Depends(nn.Module):
         def __init__(self):
             super().__init__()
@@ -344,8 +344,25 @@ def test_a_forward_pass_that_depends_on_the_data_is_an_error():
             x = self.layer(x)
             return self.layer(x) if len(x) > 3 else x
 
-    network = discover(Depends(), torch.randn(3, 3))
-    with pytest.raises(RuntimeError, match="called 2 layers"):
+    model = Depends().double()
+    network = discover(model, torch.randn(3, 3).double())
+    for n in (2, 5):
+        inputs = torch.randn(n, 3).double()
+        gradients_of_sum = reconstructed(network, inputs, torch.ones(1, n, 3).double())
+        assert_equal(gradients_of_sum, dense_jacobian(model, inputs).sum(1)[None], EXACT)
+
+
+def test_a_layer_that_no_datum_was_sent_to_is_named():
+    class Sent(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.expert = nn.Linear(3, 2), nn.Linear(3, 2)
+
+        def forward(self, x):
+            return self.layer(x) + self.expert(x) if len(x) > 3 else self.layer(x)
+
+    network = discover(Sent(), torch.randn(3, 3))
+    with pytest.raises(RuntimeError, match=r"uses \['expert.bias', 'expert.weight'\] for these data, but for none"):
         network.factors(torch.randn(5, 3))
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import debiased_laplace as dl
 from debiased_laplace import Single, UniformSampler
 from debiased_laplace.likelihoods import Categorical
-from tests.architectures import ARCHITECTURES, Architecture
+from tests.architectures import ARCHITECTURES, WITHOUT_RULES, Architecture
 from tests.tolerances import EXACT, FLOAT32, assert_equal
 
 N = 3
@@ -91,6 +91,7 @@ def test_a_fit_is_exact_and_leaves_the_model_alone(name, tmp_path):
     assert f"{n_params} of {n_params} trainable parameters covered" in table
     of_factors = sum(block.size for block in la.network.blocks if block.kind.name == "kronecker")
     assert of_factors >= case.kronecker * n_params, table
+    assert bool(la.network.lone_blocks) == (name in WITHOUT_RULES), [b.name for b in la.network.lone_blocks]
 
     again = dl.load(tmp_path / "posterior", model).predict(x, covariance=True)
     assert torch.equal(again.probabilities, prediction.probabilities)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-from collections import Counter
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,6 +13,7 @@ from debiased_laplace import _checks, _data
 from debiased_laplace._guards import gradients_enabled
 from debiased_laplace.network import heads, reach
 from debiased_laplace.network.blocks import group_parameters, unflatten
+from debiased_laplace.network.conditional import MANY, called_by_need
 from debiased_laplace.network.factors import Factors
 from debiased_laplace.network.layers import Call, Layout
 from debiased_laplace.network.operations import Trace
@@ -47,15 +46,14 @@ def find_blocks(network: Network, inputs: _data.Inputs, separate_bias: bool) -> 
         raise ValueError("Expected at least one datum to find the layers of the model with, got none.")
     _tell_how_it_is_called(network, inputs)
     # Three, to see which dimension counts them, and what the model does for one and for two.
-    inputs = _data.at_least(_data.to_device(_data.some(inputs, 3), network.device), 3)
+    every, inputs = inputs, _data.at_least(_data.to_device(_data.some(inputs, 3), network.device), 3)
     factors, fewer, recorder = _with_entries(network, inputs)
     network.row_size = factors.outputs.shape[1]
     network.n_outputs = network.row_size if network.sites is None else network.sites.n_outputs
     network.find_sites = None
     network.fewest = 1 if _takes_one(network, _data.take(inputs, slice(0, 1)), factors) else 2
     calls, elsewhere = factors.calls, dict(recorder.elsewhere)
-    one, _ = network.forward(_data.at_least(_data.take(inputs, slice(0, 1)), 2))
-    needed = _called_by_need(network, recorder, calls, fewer, one.calls)
+    needed = called_by_need(network, recorder, inputs) and called_by_need(network, recorder, _data.some(every, MANY))
     elsewhere |= dict.fromkeys(needed, "a layer that is not called for all data")
     pairs = [(call.weight, call.bias) for call in calls]
     made_of = [[[] if p is None else recorder.names_in(p) for p in pair] for pair in pairs]
@@ -138,19 +136,6 @@ def _tell_how_it_is_called(network: Network, inputs: _data.Inputs) -> None:
             "The model's forward has no arguments %s: these entries of the batches are left out. Name them like its "
             "arguments, or use inputs_of=, if it needs them.", ", ".join(map(repr, dropped)),
         )  # fmt: skip
-
-
-def _called_by_need(network: Network, recorder: Recorder, *passes: Sequence[Call]) -> set[str]:
-    """Parameters that are in more calls for some data than for others, such as experts that data are sent to.
-
-    Where there are any, others without a call may be called for further data.
-    """
-    counts = []
-    for calls in passes:
-        arguments = [p for call in calls for p in (call.weight, call.bias) if p is not None]
-        counts.append(Counter(name for p in arguments for name in recorder.names_in(p)))
-    differ = {name for count in counts for name in count if any(other[name] != count[name] for other in counts)}
-    return differ | (network.shapes.keys() - counts[0].keys() if differ else set())
 
 
 def unreached(network: Network, inputs: _data.Inputs) -> tuple[list[int], list[str], list[int]]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import reduce
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from debiased_laplace.network.arrangement import Arrangement, Permuted
-from debiased_laplace.network.layers.call import N_PHASES, Arguments, Call, IsUsed, Layout, rule_of_used
+from debiased_laplace.network.layers.call import N_PHASES, Arguments, Call, IsUsed, Layout, See, composite, rule_of_used
 from debiased_laplace.network.layers.pointwise import repeated
 
 
@@ -212,6 +213,29 @@ def _einsum(is_used: IsUsed, equation: Any, *operands: Any) -> Any:
     else:
         output = sorted(name for name in set(names) if names.count(name) == 1)
     return _of_two(is_used, operands[0], operands[1], (*labels, output))
+
+
+@composite(torch.einsum)
+def _einsum_of_several(see: See, equation: Any, *operands: Any) -> Any:
+    """Two after two, from the left."""
+    if len(operands) == 1 and isinstance(operands[0], (list, tuple)):
+        operands = tuple(operands[0])
+    if not isinstance(equation, str) or len(operands) < 3 or "->" not in equation or "..." in equation:
+        return NotImplemented
+    left, _, output = equation.replace(" ", "").partition("->")
+    term, *terms = left.split(",")
+    result, *others = operands
+    for number, (other_term, other) in enumerate(zip(terms, others, strict=True), start=1):
+        needed = output + "".join(terms[number:])
+        kept = "".join(letter for letter in dict.fromkeys(term + other_term) if letter in needed)
+        kept = output if number == len(terms) else kept
+        result, term = see(torch.einsum, f"{term},{other_term}->{kept}", result, other), kept
+    return result
+
+
+@composite(torch.linalg.multi_dot)
+def _products(see: See, tensors: Sequence[Tensor]) -> Any:
+    return reduce(lambda result, other: see(torch.matmul, result, other), tensors)
 
 
 def _labels(term: str, n_dimensions: int) -> list[str]:
