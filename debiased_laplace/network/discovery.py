@@ -16,6 +16,7 @@ from debiased_laplace.network.blocks import group_parameters, unflatten
 from debiased_laplace.network.conditional import MANY, called_by_need
 from debiased_laplace.network.factors import Factors
 from debiased_laplace.network.layers import Call, Layout
+from debiased_laplace.network.memory import HeldMemory, of_a_datum
 from debiased_laplace.network.operations import Trace
 from debiased_laplace.network.selected import formed_size, gradients_of_data, memory_of_datum
 from debiased_laplace.network.selection import refuse_complex, refuse_scripted
@@ -26,6 +27,9 @@ if TYPE_CHECKING:
     from debiased_laplace.network.network import Network
 
 logger = logging.getLogger(__name__)
+
+#: Relative error of outputs in units of a model's precision, where that is coarse.
+ROUNDING = 8
 
 
 def find_blocks(network: Network, inputs: _data.Inputs, separate_bias: bool) -> None:
@@ -107,7 +111,8 @@ def _with_entries(network: Network, inputs: _data.Inputs) -> tuple[Factors, list
     other, since what follows from an entry depends on the data.
     """
     while True:
-        factors, recorder = network.forward(inputs)
+        with HeldMemory() as memory:
+            factors, recorder = network.forward(inputs)
         _checks.finite(
             factors.outputs, "the model's outputs", "Check the inputs and the weights for NaN before fitting."
         )
@@ -117,7 +122,8 @@ def _with_entries(network: Network, inputs: _data.Inputs) -> tuple[Factors, list
                 "depends. Choose those that do (a head whose outputs are not returned does not), and do not detach the "
                 "outputs or compute them under no_grad."
             )
-        fewer = _check_independence(network, inputs, factors.outputs)
+        fewer, of_fewer = _check_independence(network, inputs, factors.outputs)
+        network.forward_memory = of_a_datum(memory.held, of_fewer.held, len(factors.outputs))
         shapes = recorder.derivations, [] if fewer is None else fewer.derivations
         differ = [number for number, pair in enumerate(zip(*shapes, strict=False)) if pair[0] != pair[1]]
         if not differ or network.entries is None or differ[0] in network.entries:
@@ -170,9 +176,10 @@ def last_layer(network: Network, inputs: _data.Inputs) -> list[str]:
     return heads.last_layer(trace, factors.graph_outputs, network.identities)
 
 
-def close(first: Tensor, second: Tensor, among: Tensor) -> bool:
-    """Equal but for rounding, which differs between batches of different sizes."""
-    return torch.allclose(first, second, rtol=0.01, atol=0.01 * float(among.abs().max()))
+def close(first: Tensor, second: Tensor, among: Tensor, precision: float) -> bool:
+    """Equal but for rounding, which differs between batches of different sizes, and adds up from layer to layer."""
+    tolerance = max(0.01, ROUNDING * precision)
+    return torch.allclose(first, second, rtol=tolerance, atol=tolerance * float(among.abs().max()))
 
 
 def _sites_are_positions(network: Network, factors: Factors) -> bool:
@@ -202,19 +209,20 @@ def _measure_sizes(network: Network, inputs: _data.Inputs, factors: Factors) -> 
         network.largest_formed = max(network.largest_formed, formed_size(inputs_of_block, block.outputs))
 
 
-def _check_independence(network: Network, inputs: _data.Inputs, outputs: Tensor) -> Recorder | None:
+def _check_independence(network: Network, inputs: _data.Inputs, outputs: Tensor) -> tuple[Recorder | None, HeldMemory]:
     """The outputs of the first data must not change when the last one is left out; what is seen without it."""
-    fewer_inputs = _data.take(inputs, slice(0, len(outputs) - 1))
+    fewer_inputs, memory = _data.take(inputs, slice(0, len(outputs) - 1)), HeldMemory()
     cause: ValueError | None = None
     recorder: Recorder | None = None
     try:
-        factors, recorder = network.forward(fewer_inputs)
+        with memory:
+            factors, recorder = network.forward(fewer_inputs)
         fewer = factors.outputs
     except ValueError as error:  # a normalisation by the statistics of one datum
         fewer, cause = torch.full_like(outputs[:-1], torch.nan), error
-    if not close(fewer, outputs[:-1], outputs):
+    if not close(fewer, outputs[:-1], outputs, network.precision):
         raise _of_no_function(network, inputs, outputs) from cause
-    return recorder
+    return recorder, memory
 
 
 def _check_every_datum(network: Network, inputs: _data.Inputs, outputs: Tensor, name: str) -> None:
@@ -253,14 +261,14 @@ def _takes_one(network: Network, datum: _data.Inputs, among: Factors) -> bool:
         len(one.output_shape) == len(several.output_shape) and one.input.ndim == several.input.ndim
         for one, several in zip(alone.calls, among.calls, strict=True)
     )
-    return same and close(alone.outputs, among.outputs[:1], among.outputs)
+    return same and close(alone.outputs, among.outputs[:1], among.outputs, network.precision)
 
 
 def try_one(network: Network, datum: _data.Inputs) -> None:
     """Set ``network.fewest`` by the outputs of one datum alone, without a look at the layers."""
     twice = network.outputs(_data.at_least(datum, 2))
     try:
-        same = close(network.outputs(datum), twice[:1], twice)
+        same = close(network.outputs(datum), twice[:1], twice, network.precision)
     except Exception:  # whatever a model fails with where it loses the batch dimension
         same = False
     network.fewest = 1 if same else 2

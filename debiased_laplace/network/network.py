@@ -27,6 +27,9 @@ from debiased_laplace.network.snapshot import Replicas, Snapshot
 from debiased_laplace.network.stored import description_of, set_description
 from debiased_laplace.network.tracing import Recorder, with_derivatives
 
+#: Dtypes that layers compute in; what is stored in another one (quantised weights) is converted before.
+COMPUTED_IN = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
 #: Says of the shape of dense outputs where their sites are.
 SiteFinder = Callable[[torch.Size], _data.SiteLayout]
 
@@ -63,7 +66,9 @@ class Network:
         self.device = first.device
         self.dtype = first.dtype if first.dtype in (torch.float32, torch.float64) else torch.float32
         #: Relative rounding error of what the model computes: that of the coarsest dtype of its parameters.
-        self.precision = max(torch.finfo(p.dtype).eps for p in trainable.values())
+        self.precision = max(
+            torch.finfo(p.dtype).eps for p in self.snapshot.parameters.values() if p.dtype in COMPUTED_IN
+        )
         #: The same for inner products of gradients: their sums have the precision of :attr:`dtype`, and the rounding of
         #: the gradients themselves, being of both factors, enters squared.
         self.gram_precision = max(torch.finfo(self.dtype).eps, self.precision**2)
@@ -99,6 +104,8 @@ class Network:
         #: For :meth:`chunk_size`, numbers of a datum: activations of all layers, the largest inputs of one and gradient
         #: of one; and the size of the datum that they are of.
         self.activations = self.largest_inputs = self.largest_formed = 1
+        #: Likewise, bytes that the forward pass holds for a datum, frozen layers included.
+        self.forward_memory = 0
         self.datum_size = 0
         #: Names of the classes of calls that are recorded; None for all.
         self.call_types: frozenset[str] | None = None
@@ -331,7 +338,9 @@ class Network:
         With ``formed``, also the gradients of one block with several positions, in float64 beside their own precision.
         ``inputs`` that are longer than those that the network was found with need so many times more.
         """
-        per_datum = (self.activations * (3 + vectors) + self.largest_inputs * 2) * torch.finfo(self.dtype).bits // 8
+        size = torch.finfo(self.dtype).bits // 8
+        per_datum = max(self.activations * size * 3, self.forward_memory)
+        per_datum += (self.activations * vectors + self.largest_inputs * 2) * size
         if formed:
             per_datum += self.largest_formed * vectors * 16
         if inputs is not None and self.datum_size:

@@ -28,6 +28,7 @@ def description_of(network: Network) -> dict[str, Any]:
         "sizes": (network.n_outputs, network.activations, network.largest_inputs, network.largest_formed),
         "is_head": network.is_head,
         "datum_size": network.datum_size,
+        "forward_memory": network.forward_memory,
         "one_by_one": network.one_by_one,
         "by_rows": network.by_rows,
         "entries": None if network.entries is None else sorted(network.entries),
@@ -53,6 +54,7 @@ def set_description(network: Network, description: dict[str, Any]) -> None:
     network.call_types = frozenset(description.get("call_types", FIRST_CALL_TYPES))
     network.n_outputs, network.activations, network.largest_inputs, network.largest_formed = description["sizes"]
     network.is_head, network.datum_size = description["is_head"], description.get("datum_size", 0)
+    network.forward_memory = description.get("forward_memory", 0)
     network.one_by_one, network.by_rows = description.get("one_by_one", False), description.get("by_rows", False)
     entries = description.get("entries")
     network.entries = None if entries is None else frozenset(entries)

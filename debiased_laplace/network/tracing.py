@@ -16,9 +16,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from debiased_laplace.network.attention import scaled_dot_product_attention
 from debiased_laplace.network.layers import COMPOSITES, RULES, Arguments, Call, Layout
@@ -59,7 +60,8 @@ class Recorder(TorchFunctionMode):
         known: Classes of calls that are recorded; None for all.
         entries: Numbers of the derivations that have an entry for each datum; None if nothing is derived.
         apart: Parameters that no rule is asked for: calls with no others are not recorded.
-        constants: Tensors without gradients and without data, by identity: buffers, frozen parameters.
+        constants: Tensors that depend neither on data nor on trainable parameters: buffers, frozen weights, what is made of
+            them. They are not kept alive: weights that are dequantised layer by layer exist one at a time.
         calls: What was recorded.
         elsewhere: Parameters in functions that no rule covers, and the function's name.
         derivations: Shapes of what was derived, in the order of the forward pass.
@@ -70,7 +72,7 @@ class Recorder(TorchFunctionMode):
     known: Collection[str] | None = None
     entries: Collection[int] | None = frozenset()
     apart: Collection[str] = frozenset()
-    constants: dict[int, Tensor] = field(default_factory=dict)
+    constants: WeakTensorKeyDictionary = field(default_factory=WeakTensorKeyDictionary)
     calls: list[Call] = field(default_factory=list)
     elsewhere: dict[str, str] = field(default_factory=dict)
     derivations: list[tuple[torch.Size, ...]] = field(default_factory=list)
@@ -83,7 +85,7 @@ class Recorder(TorchFunctionMode):
     def note_constants(self, tensors: Iterable[Tensor]) -> None:
         """Tell which tensors depend neither on data nor on trainable parameters."""
         if self.entries is not None:
-            self.constants.update({id(tensor): tensor for tensor in tensors if id(tensor) not in self.names})
+            self.constants.update({tensor: None for tensor in tensors if id(tensor) not in self.names})
 
     def is_used(self, value: Any) -> bool:
         """Whether something is a parameter, or made of parameters alone."""
@@ -162,32 +164,43 @@ class Recorder(TorchFunctionMode):
             for call in self.calls
         ]  # fmt: skip
 
+    def _is_known(self, tensor: Tensor) -> bool:
+        """Whether something is a constant, or a parameter that the forward pass makes of the memory of one."""
+        return tensor in self.constants or (isinstance(tensor, nn.Parameter) and bool(self._sharing(tensor)))
+
+    def _sharing(self, tensor: Tensor) -> list[Tensor]:
+        """The constants that have the memory of a tensor."""
+        memory = tensor.untyped_storage()._cdata
+        return [constant for constant in self.constants.keys() if constant.untyped_storage()._cdata == memory]
+
     def _is_constant(self, value: Any) -> bool:
         return all(
-            id(leaf) in self.constants or self.is_used(leaf)
+            self._is_known(leaf) or self.is_used(leaf)
             for leaf in _pytree.tree_leaves(value) if isinstance(leaf, Tensor)
         )  # fmt: skip
 
     def _note_derived(self, result: Any) -> tuple[torch.Size, ...]:
         results = [leaf for leaf in _pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
         for tensor in results:
-            (self._derived if tensor.requires_grad else self.constants)[id(tensor)] = tensor
+            if tensor.requires_grad:
+                self._derived[id(tensor)] = tensor
+            else:
+                self.constants[tensor] = None
         return tuple(tensor.shape for tensor in results)
 
     def _note_constants(self, func: Any, args: tuple[Any, ...], tensors: Sequence[Tensor], result: Any) -> None:
         """Note what was made of constants alone, and forget one that something else was written to."""
         if self.entries is None:
             return
-        unknown = [tensor for tensor in tensors if id(tensor) not in self.constants]
+        unknown = [tensor for tensor in tensors if not self._is_known(tensor)]
         if not unknown:
             for leaf in _pytree.tree_leaves(result):
-                if isinstance(leaf, Tensor) and not leaf.requires_grad:
-                    self.constants[id(leaf)] = leaf
-        elif len(unknown) < len(tensors) and args and isinstance(args[0], Tensor) and id(args[0]) in self.constants:
+                if isinstance(leaf, Tensor):
+                    self.constants[leaf] = None
+        elif len(unknown) < len(tensors) and args and isinstance(args[0], Tensor) and args[0] in self.constants:
             if getattr(func, "__name__", "").endswith("_"):  # one that writes, or may write
-                memory = args[0].untyped_storage()._cdata
-                for key in [k for k, t in self.constants.items() if t.untyped_storage()._cdata == memory]:
-                    del self.constants[key]
+                for tensor in self._sharing(args[0]):
+                    del self.constants[tensor]
 
     def _record(self, arguments: Sequence[Arguments], used: Sequence[Tensor], result: Tensor) -> bool:
         slots = {id(slot) for one in arguments for slot in (one.weight, one.bias, one.stands_for) if slot is not None}
@@ -201,10 +214,14 @@ class Recorder(TorchFunctionMode):
                 weight = None
             if self.known is not None and one.call.__name__ not in self.known:
                 continue
+            input = one.input.detach()
+            if weight is None or not (self.is_used(weight) or one.stands_for is not None):
+                # Only a weight that is differentiated needs its inputs; of another one the shape is all that is used.
+                weight = None if weight is None else weight.detach()
+                input = torch.empty(input.shape, dtype=input.dtype, device="meta")
             call = one.call(
-                weight=weight, bias=bias if self.is_used(bias) else None, input=one.input.detach(),
-                output_shape=result.shape, edge=torch.autograd.graph.get_gradient_edge(result),
-                version=one.input._version, **one.settings,
+                weight=weight, bias=bias if self.is_used(bias) else None, input=input, output_shape=result.shape,
+                edge=torch.autograd.graph.get_gradient_edge(result), version=input._version, **one.settings,
             )  # fmt: skip
             call.output_shape = call.aligned(result.detach()).shape
             self.calls.append(call)

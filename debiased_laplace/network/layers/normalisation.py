@@ -18,7 +18,7 @@ from debiased_laplace.network.layers.call import Arguments, Call, Layout, rule
 class NormalisationCall(Call):
     """Scale and shift of what is normalised; the gradient of both is the factor."""
 
-    normalised: Callable[[], Tensor] | None = None
+    normalised: Callable[[Tensor], Tensor] | None = None  # of the input, without scale and shift
     channel_dimensions: int = 1
     channels_last: bool = False
     _normalised: Tensor | None = None  # computed when first asked for, then kept
@@ -42,7 +42,7 @@ class NormalisationCall(Call):
         parts = []
         if self.weight is not None:
             if self._normalised is None:
-                self._normalised = self.normalised()
+                self._normalised = self.normalised(self.input)
             parts.append(self._sum_positions(gradient * self._normalised, n_data, layout))
         if self.bias is not None:
             parts.append(self._sum_positions(gradient, n_data, layout))
@@ -67,7 +67,7 @@ class NormalisationCall(Call):
 
 
 def _arguments(
-    input: Tensor, weight: Tensor | None, bias: Tensor | None, normalised: Callable[[], Tensor], **settings: Any
+    input: Tensor, weight: Tensor | None, bias: Tensor | None, normalised: Callable[[Tensor], Tensor], **settings: Any
 ) -> Arguments:
     # The gradient of a frozen weight is no part of the factor.
     return Arguments(
@@ -83,20 +83,20 @@ def _batch_norm(
     if training:
         return None  # the statistics of the batch mix the data
     return _arguments(
-        input, weight, bias, lambda: torch.batch_norm(input, None, None, running_mean, running_var, False, *rest)
+        input, weight, bias, lambda x: torch.batch_norm(x, None, None, running_mean, running_var, False, *rest)
     )
 
 
 @rule(torch.instance_norm)
 def _instance_norm(input: Tensor, weight: Tensor | None, bias: Tensor | None, *rest: Any) -> Arguments:
-    return _arguments(input, weight, bias, lambda: torch.instance_norm(input, None, None, *rest))
+    return _arguments(input, weight, bias, lambda x: torch.instance_norm(x, None, None, *rest))
 
 
 @rule(torch.group_norm)
 def _group_norm(
     input: Tensor, num_groups: int, weight: Tensor | None = None, bias: Tensor | None = None, *rest: Any
 ) -> Arguments:
-    return _arguments(input, weight, bias, lambda: torch.group_norm(input, num_groups, None, None, *rest))
+    return _arguments(input, weight, bias, lambda x: torch.group_norm(x, num_groups, None, None, *rest))
 
 
 @rule(torch.layer_norm)
@@ -104,7 +104,7 @@ def _layer_norm(
     input: Tensor, normalized_shape: Any, weight: Tensor | None = None, bias: Tensor | None = None, *rest: Any
 ) -> Arguments:
     return _arguments(
-        input, weight, bias, lambda: torch.layer_norm(input, normalized_shape, None, None, *rest), channels_last=True,
+        input, weight, bias, lambda x: torch.layer_norm(x, normalized_shape, None, None, *rest), channels_last=True,
         channel_dimensions=len(normalized_shape),
     )  # fmt: skip
 
@@ -112,6 +112,6 @@ def _layer_norm(
 @rule(torch.rms_norm)
 def _rms_norm(input: Tensor, normalized_shape: Any, weight: Tensor | None = None, *rest: Any) -> Arguments:
     return _arguments(
-        input, weight, None, lambda: torch.rms_norm(input, normalized_shape, None, *rest), channels_last=True,
+        input, weight, None, lambda x: torch.rms_norm(x, normalized_shape, None, *rest), channels_last=True,
         channel_dimensions=len(normalized_shape),
     )  # fmt: skip

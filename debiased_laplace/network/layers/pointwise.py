@@ -190,6 +190,11 @@ def _shape(args: Sequence[Any], kwargs: dict[str, Any]) -> torch.Size:
     return torch.broadcast_shapes(*(value.shape for value in _values(args, kwargs)))
 
 
+def _constant(number: float) -> Factor:
+    """A number as a factor that keeps nothing else alive."""
+    return lambda: number
+
+
 def _unchanged(tensor: Tensor) -> Factor:
     """The tensor as a factor, as long as nobody has written to it."""
     tensor, version = tensor.detach(), tensor._version
@@ -234,7 +239,7 @@ def _sum(is_used: IsUsed, input: Any, other: Any, *args: Any, alpha: float = 1, 
     if args or kwargs:
         return None
     return None if is_used(input) and is_used(other) else _each(
-        is_used, [input, other], {}, lambda value: lambda: 1.0 if value is input else float(alpha)
+        is_used, [input, other], {}, lambda value: _constant(1.0 if value is input else float(alpha))
     )  # fmt: skip
 
 
