@@ -146,7 +146,7 @@ def test_variances_of_adapters_are_exact_and_the_model_untouched(name, tmp_path)
 
 @pytest.mark.parametrize("name", ["dora", "dora-conv1d", "dora-embedding"])
 def test_what_is_made_of_a_frozen_weight_in_the_forward_pass_is_constant(name):
-    """DoRA divides by the norms of the sum of a frozen weight, or a parameter newly made of its transpose, and LoRA's."""
+    """DoRA divides by the norms of a sum: of a frozen weight, or a parameter newly made of it, and LoRA's."""
     assert not Network.discover(adapted(name), inputs(name, 3)).lone_blocks
 
 

@@ -338,11 +338,11 @@ def test_a_forward_pass_may_call_its_layers_as_the_data_need_them():
     class Depends(nn.Module):
         def __init__(self):
             super().__init__()
-            self.layer = nn.Linear(3, 3)
+            self.layer, self.head = nn.Linear(3, 3), nn.Linear(3, 3)
 
         def forward(self, x):
-            x = self.layer(x)
-            return self.layer(x) if len(x) > 3 else x
+            x = self.layer(x).tanh()
+            return self.head(self.layer(x) if len(x) > 3 else x)
 
     model = Depends().double()
     network = discover(model, torch.randn(3, 3).double())

@@ -264,9 +264,13 @@ class Network:
         """One forward pass that records what :meth:`Factors.backpropagate` needs."""
         factors, recorder = self.forward(_data.to_device(inputs, self.device))
         names = recorder.names_of_calls()
-        if self.call_names is None:  # a network that was stored by an earlier version
+        if self.call_names is None or self.is_head:  # a network that was stored by an earlier version
             if len(names) != len(self.layouts):
-                raise RuntimeError(f"Expected {len(self.layouts)} calls of layers, got {len(names)}. Fit again.")
+                raise RuntimeError(
+                    f"The model called {len(names)} layers with trainable parameters, but {len(self.layouts)} when its "
+                    "blocks were found. Its forward pass must not depend on the data; if you changed the model, fit "
+                    "again."
+                )
         elif names != self.call_names:
             factors.call_names = names
             idle = {name for block in self.blocks if block.kind == NO_CURVATURE for name in block.parameters}

@@ -75,7 +75,8 @@ class Call(ABC):
     Attributes:
         weight: The weight argument, or None.
         bias: The bias argument, or None.
-        input: The input argument, detached; without its numbers (on the device ``meta``) if the weight is not trainable.
+        input: The input argument, detached; without its numbers (on the device ``meta``) if the weight is not
+            trainable.
         output_shape: Shape of the output, aligned (:meth:`aligned`).
         edge: The output's place in the autograd graph; it stays valid under in-place activations.
         version: The input's version counter, to notice that somebody overwrote it later.
