@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from debiased_laplace.evaluation import Task, shifts
-from debiased_laplace.evaluation.shipped import cifar10, digits, fashion_mnist, load, names, trec, uci
+from debiased_laplace.evaluation.shipped import cifar10, digits, fashion_mnist, load, names, scenes, trec, uci
 from tests.tolerances import EXACT, FLOAT32, assert_equal
 
 #: Tasks of the experiments, on the data of shipped ones.
@@ -175,7 +175,7 @@ def test_the_interface(name: str, data_dir: Path, tmp_path: Path) -> None:
         assert shown.ndim == 4 and 0 <= float(shown.min()) < float(shown.max()) <= 1
 
 
-@pytest.mark.parametrize("name", ["digits", "fashion-mnist", "trec", "uci-energy", *EXPERIMENTS])
+@pytest.mark.parametrize("name", ["digits", "fashion-mnist", "trec", "scenes", "uci-energy", *EXPERIMENTS])
 def test_weights_are_kept(name: str, data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     task = EXPERIMENTS.get(name) or load(name)
     home = EXPERIMENTS.get(name, {"uci-energy": uci}.get(name, task))
@@ -287,7 +287,9 @@ def test_digits_split_by_seed() -> None:
     assert abs(int((first[1] == 3).sum()) - int((other[1] == 3).sum())) <= 1  # equal shares of every class
 
 
-@pytest.mark.parametrize("build", [digits.network, fashion_mnist.network, cifar10.CifarResNet])
+@pytest.mark.parametrize(
+    "build", [digits.network, fashion_mnist.network, cifar10.CifarResNet, scenes.UNet, vit.network]
+)
 def test_networks_have_the_parameters_their_docstrings_say(build: Any) -> None:
     assert f"{sum(p.numel() for p in build().parameters()):,} parameters" in build.__doc__
 
@@ -631,6 +633,52 @@ def test_trec_that_cannot_be_read(tmp_path: Path) -> None:
         (tmp_path / "TREC.test.all").write_text(empty)
         with pytest.raises(ValueError, match=r"TREC\.test\.all"):
             trec.test_loader(data_dir=tmp_path)
+
+
+# -- scenes --------------------------------------------------------------------------------------
+
+
+def test_scenes() -> None:
+    parts = scenes.split(0)
+    assert [len(scene.images) for scene in parts.values()] == [600, 400, 800]
+    for name, (images, labels, marks) in parts.items():
+        known, classes = digits.split(0)._asdict()[name]
+        assert torch.equal(labels > 0, images[:, 0] >= scenes.INK)
+        assert_equal(marks.sum((1, 2, 3)), torch.ones(len(marks)), EXACT)
+        for scene, (image, label) in enumerate(zip(images[:20, 0], labels[:20], strict=True)):
+            for row, column in ((row, column) for row in (0, 10) for column in (0, 10)):
+                quarter = image[row : row + 10, column : column + 10]
+                windows = quarter.unfold(0, 8, 1).unfold(1, 8, 1).reshape(-1, 8, 8)
+                is_there = (known[:, 0, None] == windows).all((-1, -2)).any(1)  # the digits of this part alone
+                (of_pixels,) = label[row : row + 10, column : column + 10].unique()[1:].tolist()
+                assert of_pixels - 1 in classes[is_there], (name, scene, row, column)
+    assert not torch.equal(scenes.split(1)["test"].images, parts["test"].images)
+
+
+def test_a_pixel_of_a_scene(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scenes, "QUICK_EPOCHS", 5)
+    model = scenes.model(seed=0, cache=tmp_path, quick=True)
+    inputs, targets = joined(scenes.test_loader(seed=0))
+    dense, labels = joined(scenes.dense_loader("test", seed=0))
+    assert torch.equal(inputs[:, :1], dense) and labels.shape == (800, 20, 20)
+    with torch.no_grad():
+        every, rows = model.network(dense), model(inputs)
+    assert every.shape == (800, 11, 20, 20)
+    datum, row, column = (inputs[:, 1] > 0).nonzero(as_tuple=True)
+    assert torch.equal(datum, torch.arange(800)) and len((row * 20 + column).unique()) > 300
+    assert_equal(rows, every[datum, :, row, column], FLOAT32)
+    assert torch.equal(targets, labels[datum, row, column])
+    background = float((labels == 0).float().mean())
+    assert float((every.argmax(1) == labels).float().mean()) > background + 0.02
+    assert scenes.N_DATA == joined(scenes.dense_loader("train", seed=0))[1].numel()
+
+    noisy, same = joined(scenes.shifted_loaders(seed=0)["noise"][3])
+    assert torch.equal(noisy[:, 1], inputs[:, 1]) and torch.equal(same, targets)
+    assert torch.equal(noisy[:, :1], shifts.gaussian_noise(dense, 0.3, seed=0))
+    shown = scenes.images(inputs)[datum, :, row, column]
+    assert torch.equal(shown, torch.tensor([1.0, 0.0, 0.0]).expand(800, 3))
+    quick = [joined(loader(seed=0, quick=True)) for loader in (scenes.val_loader, scenes.test_loader)]
+    assert [len(known) for _, known in quick] == [100, 100] and torch.equal(quick[1][0], inputs[:100])
 
 
 # -- helpers -------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ _MODULES = {
     "fashion-mnist": "fashion_mnist",
     "cifar10": "cifar10",
     "trec": "trec",
+    "scenes": "scenes",
 }
 #: Depth of another network on CIFAR-10; the task is called ``cifar10-resnet`` and it.
 _DEPTHS = (56,)
