@@ -15,8 +15,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+import debiased_laplace as dl
 from debiased_laplace.evaluation import Task, shifts
 from debiased_laplace.evaluation.shipped import cifar10, digits, fashion_mnist, load, names, scenes, trec, uci
 from tests.tolerances import EXACT, FLOAT32, assert_equal
@@ -679,6 +681,21 @@ def test_a_pixel_of_a_scene(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert torch.equal(shown, torch.tensor([1.0, 0.0, 0.0]).expand(800, 3))
     quick = [joined(loader(seed=0, quick=True)) for loader in (scenes.val_loader, scenes.test_loader)]
     assert [len(known) for _, known in quick] == [100, 100] and torch.equal(quick[1][0], inputs[:100])
+
+
+def test_a_posterior_of_every_pixel_of_scenes() -> None:
+    torch.manual_seed(0)
+    model = scenes.UNet(2).eval()
+    images, labels = (part[:12] for part in joined(scenes.dense_loader("train", seed=0)))
+    posterior = dl.fit(model, [(images, labels)], "classification", structure=dl.Diagonal())
+    with torch.no_grad():
+        outputs = model(images)
+    assert posterior.posterior.n_data == 12
+    assert_equal(torch.tensor(posterior.fitted.mean_loss), 400 * F.cross_entropy(outputs, labels), FLOAT32)
+    predicted = posterior.predict(images[:3], n_samples=5)
+    assert predicted.mean.shape == predicted.outputs_variance.shape == (3, 11, 20, 20)
+    assert_equal(predicted.outputs_mean, outputs[:3], FLOAT32)
+    assert_equal(predicted.mean.sum(1), torch.ones(3, 20, 20), FLOAT32)
 
 
 # -- helpers -------------------------------------------------------------------------------------

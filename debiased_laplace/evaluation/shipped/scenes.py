@@ -138,11 +138,12 @@ def split(seed: int) -> dict[str, Scenes]:
     generator = torch.Generator().manual_seed(seed)
     sizes = {"train": N_TRAIN, "validation": N_VALIDATION, "test": N_TEST}
     parts = digits.split(seed)._asdict()
-    return {name: _composed(*parts[name], n, generator) for name, n in sizes.items()}
+    return {name: _composed(parts[name], n, generator) for name, n in sizes.items()}
 
 
-def _composed(images: Tensor, labels: Tensor, n: int, generator: torch.Generator) -> Scenes:
+def _composed(of_digits: tuple[Tensor, Tensor], n: int, generator: torch.Generator) -> Scenes:
     """Scenes with a digit ``[8, 8]`` somewhere in each quarter."""
+    images, labels = of_digits
     chosen = torch.randint(len(images), (n, 4), generator=generator)
     places = torch.randint(SIDE // 2 - 8 + 1, (n, 4, 2), generator=generator).tolist()
     scenes, classes = torch.zeros(n, 1, SIDE, SIDE), torch.zeros(n, SIDE, SIDE, dtype=torch.long)
