@@ -25,19 +25,24 @@ from debiased_laplace.evaluation.tasks import Context, Task, resolve_device
 OPTIONS = {
     "digits": BiasOptions(),
     "fashion-mnist": BiasOptions(batch_size=512, pool=20_000, reference=10_000),
+    "fashion-mnist-vit": BiasOptions(reference=4_000),
     "cifar10": BiasOptions(batch_size=512),
     "cifar10-all-cnn-c": BiasOptions(
         n_batches=4, n_directions=5, reference=1_000, sizes=(32,), n_size_directions=1, n_vectors=2
     ),
 }
 #: Task files; the other tasks are shipped.
-FILES = {"cifar10-all-cnn-c": Path(__file__).with_name("all_cnn_c.py")}
+FILES = {
+    name: Path(__file__).with_name(file)
+    for name, file in (("cifar10-all-cnn-c", "all_cnn_c.py"), ("fashion-mnist-vit", "vit.py"))
+}
 QUICK = BiasOptions(batch_size=16, n_batches=3, n_directions=3, n_steps=3, pool=128, reference=64, n_vectors=2)
 #: Figures in the document.
 SHOWN = {
     "fashion-mnist": ("directions", "batch-sizes"),
     "cifar10": ("directions", "planes", "alignment", "steps", "batch-sizes", "noise"),
     "cifar10-all-cnn-c": ("directions", "steps"),
+    "fashion-mnist-vit": ("directions", "batch-sizes"),
 }
 
 

@@ -5,8 +5,8 @@
 
 Every run is one JSON record in ``<out>/fidelity``, written when it is complete and never changed: an interrupted grid
 goes on where it stopped. Trained networks and full-data posteriors are kept in ``<out>/cache``. The folder of
-``--data-dir`` holds ``FashionMNIST/raw`` and ``cifar10``; without it the networks on digits run. ``--quick`` runs two
-of these with few budgets and seeds. It is long because networks, methods and one run are one grid.
+``--data-dir`` holds ``FashionMNIST/raw``, ``trec`` and ``cifar10``; without it the networks on digits run. ``--quick``
+runs two of these with few budgets and seeds. It is long because networks, methods and one run are one grid.
 """
 
 from __future__ import annotations
@@ -26,14 +26,17 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+import vit
 from networks import digits_cnn, digits_mlp, digits_transformer, lenet, trained_cifar_resnet
 from torch import Tensor, nn
 
 import debiased_laplace
 from debiased_laplace import __version__
 from debiased_laplace.curvature.projected import projected_curvatures
+from debiased_laplace.curvature.sharing import Reduce
 from debiased_laplace.curvature.structures import Diagonal, Full, Kronecker, LowRank, Structure
 from debiased_laplace.evaluation.scores.calibration import expected_calibration_error
+from debiased_laplace.evaluation.shipped import trec
 from debiased_laplace.fitting.checkpoint import Checkpoint
 from debiased_laplace.fitting.fit import fit
 from debiased_laplace.fitting.fitted import Fit
@@ -55,8 +58,11 @@ SOURCE = hashlib.sha256(
 ).hexdigest()[:12]
 BUDGETS = (8, 16, 32, 64, 128, 256, 512, 1024)
 ABLATION_BUDGETS = (8, 32, 128)
+ABLATED = ("digits-cnn", "digits-mlp", "digits-transformer", "lenet")
 LIKELIHOOD = Categorical()
-STRUCTURES: dict[str, Structure] = {"kron": Kronecker(), "lowrank": LowRank(20), "diag": Diagonal()}
+STRUCTURES: dict[str, Structure] = {
+    "kron": Kronecker(), "kron-reduce": Kronecker(sharing=Reduce()), "lowrank": LowRank(20), "diag": Diagonal(),
+}  # fmt: skip
 
 
 # -- networks and data -----------------------------------------------------------------------------
@@ -114,8 +120,8 @@ def idx(path: Path) -> Tensor:
     return torch.from_numpy(np.frombuffer(content, np.uint8, offset=4 + 4 * len(shape)).reshape(shape).copy())
 
 
-def fashion_mnist(cache: Path, folder: Path | None) -> Problem:
-    """LeNet trained on the 60,000 images of Fashion-MNIST for five epochs; the first 5,000 to draw from."""
+def fashion_mnist(model: Callable[[tuple[Tensor, Tensor]], nn.Module], folder: Path | None) -> Problem:
+    """A network trained on the 60,000 images of Fashion-MNIST; the first 5,000 to draw from."""
     raw = existing(folder, "FashionMNIST/raw")
     inputs, labels = (
         idx(raw / "train-images-idx3-ubyte.gz")[:, None].float() / 255,
@@ -123,11 +129,25 @@ def fashion_mnist(cache: Path, folder: Path | None) -> Problem:
     )
     held, known = idx(raw / "t10k-images-idx3-ubyte.gz")[:, None].float() / 255, idx(raw / "t10k-labels-idx1-ubyte.gz")
     labels, known = labels.long(), known.long()
-    torch.manual_seed(0)
-    model = trained(lenet(), (inputs, labels), 5, cache / "lenet.pt")
     return Problem(
-        model, (inputs[:5000], labels[:5000]), (held[:500], known[:500]), (held[500:700], known[500:700]), 60_000
-    )
+        model((inputs, labels)), (inputs[:5000], labels[:5000]), (held[:500], known[:500]),
+        (held[500:700], known[500:700]), 60_000,
+    )  # fmt: skip
+
+
+def trained_lenet(data: tuple[Tensor, Tensor], cache: Path) -> nn.Module:
+    """Trained for five epochs."""
+    torch.manual_seed(0)
+    return trained(lenet(), data, 5, cache / "lenet.pt")
+
+
+def questions(cache: Path, folder: Path | None) -> Problem:
+    """The Transformer of the task ``trec``, with the questions that it was trained on to draw from."""
+    existing(folder, "trec")
+    read = trec.questions(folder)
+    pool, validation, (held, known) = (read.tensors(part) for part in (read.train, read.validation, read.test))
+    model = trec.model(seed=0, cache=cache, data_dir=folder)
+    return Problem(model, pool, validation, (held[:200], known[:200]), len(pool[1]))
 
 
 def cifar10(depth: int, n_pool: int, _: Path, folder: Path | None) -> Problem:
@@ -159,7 +179,9 @@ PROBLEMS: dict[str, Callable[[Path, Path | None], Problem]] = {
     "digits-cnn": lambda cache, folder: digits(digits_cnn, "digits-cnn", cache, folder),
     "digits-mlp": lambda cache, folder: digits(digits_mlp, "digits-mlp", cache, folder),
     "digits-transformer": lambda cache, folder: digits(digits_transformer, "digits-transformer", cache, folder),
-    "lenet": fashion_mnist,
+    "lenet": lambda cache, folder: fashion_mnist(lambda data: trained_lenet(data, cache), folder),
+    "vit": lambda cache, folder: fashion_mnist(lambda _: vit.model(seed=0, cache=cache, data_dir=folder), folder),
+    "trec": questions,
     "resnet20": lambda cache, folder: cifar10(20, 10_000, cache, folder),
     "resnet56": lambda cache, folder: cifar10(56, 2_500, cache, folder),
 }
@@ -462,11 +484,13 @@ def plan(options: argparse.Namespace) -> list[tuple[str, str, str, int, int]]:
         add(name, "kron", MAIN, [b for b in budgets if b <= 512], options.seeds)
         if options.quick:
             continue
-        if not name.startswith("resnet"):
+        if name in ABLATED:
             add(name, "kron", ABLATION, [b for b in budgets if b in ABLATION_BUDGETS], options.seeds)
         few = [b for b in budgets if b <= 256]
         if name in ("digits-cnn", "lenet"):
             add(name, "lowrank", [*MAIN, "priority, one batch", "priority, two batches"], few, options.seeds)
+        if name in ("vit", "trec"):
+            add(name, "kron-reduce", [DEFAULT], [b for b in budgets if b in (*ABLATION_BUDGETS, 512)], options.seeds)
         if name in ("digits-cnn", "digits-mlp"):
             add(name, "diag", [ONE, TWO, "priority, one batch"], few, options.seeds)
     for name, budgets in by_network.items():  # what takes long comes last
@@ -482,7 +506,7 @@ def main() -> None:
     parser.add_argument("--budgets", nargs="+", type=int, default=list(BUDGETS))
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=None, help="only these")
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--data-dir", type=Path, default=None, help="folder with FashionMNIST/raw and cifar10")
+    parser.add_argument("--data-dir", type=Path, default=None, help="folder with FashionMNIST/raw, trec and cifar10")
     parser.add_argument("--out", type=Path, default=Path("eval/results"))
     parser.add_argument("--timing", action="store_true", help="only the seconds of whole fits, of one network")
     parser.add_argument("--quick", action="store_true", help="two networks on digits, few budgets and seeds")

@@ -2,25 +2,27 @@
 
     python eval/report.py [--results eval/results] [--docs docs]
 
-Every number that the tables need is written to ``<docs>/records/fidelity.json``, and they are made from there: what
-lies between ``<!-- table NAME -->`` and ``<!-- end -->`` in the document is replaced; the text around it stays.
+Every number that the tables need is written to ``<docs>/records/fidelity.json``, beside what is there of other
+networks, and they are made from there: what lies between ``<!-- table NAME -->`` and ``<!-- end -->`` in the document
+is replaced; the text around it stays.
 The file is long because each of ten tables has a function.
 """
 
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import math
 import sys
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 import numpy as np
-from documents import fill, markdown
+from documents import fill, markdown, save_small
 from fidelity import ABLATION, DEFAULT, MAIN, ONE, TWO
 
 from debiased_laplace.evaluation.records import encode, read_json
@@ -33,6 +35,8 @@ NETWORKS = {
     "digits-mlp": "MLP on digits",
     "digits-transformer": "Transformer on digits",
     "lenet": "LeNet on Fashion-MNIST",
+    "vit": "ViT on Fashion-MNIST",
+    "trec": "Transformer on TREC",
     "resnet20": "ResNet-20 on CIFAR-10",
     "resnet56": "ResNet-56 on CIFAR-10",
 }
@@ -47,10 +51,15 @@ def load(folder: Path) -> dict[Key, list[dict[str, Any]]]:
     by_key: dict[Key, list[dict[str, Any]]] = defaultdict(list)
     for path in sorted(folder.glob("*.json")):
         record = json.loads(path.read_text())
-        by_key[record["network"], record["structure"], record["method"], record["budget"]].append(record)
+        by_key[key_of(record)].append(record)
     if not by_key:
         sys.exit(f"Expected records in {folder}, found none. Run eval/fidelity.py first.")
     return by_key
+
+
+def key_of(entry: Mapping[str, Any]) -> Key:
+    """What an entry of ``fidelity.json``, or the record of a run, is about."""
+    return entry["network"], entry["structure"], entry["method"], entry["budget"]
 
 
 def statistics(records: Sequence[dict[str, Any]], *path: str) -> dict[str, float] | None:
@@ -73,6 +82,11 @@ class Records:
 
     def __init__(self, by_key: dict[Key, list[dict[str, Any]]]) -> None:
         self.by_key = by_key
+
+    @classmethod
+    def of_entries(cls, entries: Iterable[Mapping[str, Any]]) -> Records:
+        """Those of ``fidelity.json``."""
+        return cls({key_of(entry): entry["records"] for entry in entries})
 
     def of(self, network: str, structure: str, method: str, budget: int, *path: str) -> dict[str, float] | None:
         """Statistics of a field."""
@@ -268,6 +282,34 @@ def exact(records: Records) -> str:
     return markdown(["network", "budget", *MAIN], rows)
 
 
+def sharing(records: Sequence[Mapping[str, Any]]) -> str:
+    """Errors against the exact posterior of either way to share weights, with both curvatures."""
+    rows = []
+    for network in [name for name in NETWORKS if any(record["network"] == name for record in records)]:
+        of_network = [record for record in records if record["network"] == network]
+        for way, priors in of_network[0]["errors"].items():
+            cells = [
+                (statistics(of_network, "errors", way, prior, "abs_log_ratio"),
+                 statistics(of_network, "errors", way, prior, "log_ratio")) for prior in priors
+            ]  # fmt: skip
+            rows.append([NETWORKS[network], way, *(f"{number(a)} ({s['mean']:+.3f})" for a, s in cells if s)])
+    head = [f"prior precision {prior}" for prior in next(iter(records[0]["errors"].values()))] if records else []
+    return markdown(["network", "sharing, curvatures", *head], rows)
+
+
+def sharing_of_few(records: Records) -> str:
+    """Error of the default from few data, against all of them, with either way to share weights."""
+    rows = [
+        [NETWORKS[network], str(budget), *(
+            number(records.of(network, structure, DEFAULT, budget, "priors", prior, "abs_log_ratio"), 4)
+            for prior in ("1", "tuned") for structure in ("kron", "kron-reduce")
+        )]
+        for network in records.networks("kron-reduce") for budget in records.budgets(network, "kron-reduce")
+    ]  # fmt: skip
+    ways = [f"{way}, prior {prior}" for prior in ("1", "tuned") for way in ("expand", "reduce")]
+    return markdown(["network", "budget", *ways], rows)
+
+
 def time_table(timing: Mapping[str, Any]) -> str:
     """Seconds of the steps of whole fits."""
     rows = []
@@ -286,7 +328,7 @@ def time_table(timing: Mapping[str, Any]) -> str:
 def figure(records: Records, prior: str, path: Path) -> None:
     """Error against budget, a panel for each network."""
     names = records.networks()
-    columns = min(3, len(names))
+    columns = 2 if len(names) == 4 else min(3, len(names))
     rows = -(-len(names) // columns)
     drawn, axes = plt.subplots(rows, columns, figsize=(3.6 * columns, 3.0 * rows), squeeze=False, sharey=True)
     for axis in axes.flat[len(names) :]:
@@ -311,7 +353,9 @@ def figure(records: Records, prior: str, path: Path) -> None:
         axis.set_xlabel("data spent on curvature")
     axes.flat[0].legend(fontsize=8, frameon=False)
     drawn.tight_layout()
-    drawn.savefig(path, dpi=110)
+    image = io.BytesIO()
+    drawn.savefig(image, dpi=110)
+    save_small(image.getvalue(), path)
     plt.close(drawn)
 
 
@@ -326,25 +370,33 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=Path("eval/results"))
     parser.add_argument("--docs", type=Path, default=Path("docs"))
     options = parser.parse_args()
-    timing = {path.stem: rounded(read_json(path)) for path in sorted((options.results / "timing").glob("*.json"))}
-    by_key = load(options.results / "fidelity")
-    summary = [
-        {"network": key[0], "structure": key[1], "method": key[2], "budget": key[3], "seeds": len(records)}
-        | {
-            f"{field}, prior {prior}": {k: float(f"{cell[k]:.4g}") for k in cell if k in ("mean", "se")}
-            for prior in ("1", "tuned") for field in ("abs_log_ratio", "log_ratio")
-            for cell in [statistics(records, "priors", prior, field)] if cell is not None
-        }
-        | ratios(records)
-        | {"records": [rounded({name: one[name] for name in SHOWN if name in one}) for one in records]}
-        for key, records in sorted(by_key.items())
-    ]  # fmt: skip
     target = options.docs / "records" / "fidelity.json"
+    *kept, last = read_json(target) if target.exists() else [{"timing": {}}]
+    exact = [rounded(read_json(path)) for path in sorted((options.results / "sharing").glob("*.json"))]
+    of_sharing = exact or last.get("sharing", [])
+    timing = last["timing"] | {
+        path.stem: rounded(read_json(path)) for path in sorted((options.results / "timing").glob("*.json"))
+    }
+    summary = {key_of(entry): entry for entry in kept}
+    for key, records in load(options.results / "fidelity").items():
+        summary[key] = (
+            {"network": key[0], "structure": key[1], "method": key[2], "budget": key[3], "seeds": len(records)}
+            | {
+                f"{field}, prior {prior}": {k: float(f"{cell[k]:.4g}") for k in cell if k in ("mean", "se")}
+                for prior in ("1", "tuned") for field in ("abs_log_ratio", "log_ratio")
+                for cell in [statistics(records, "priors", prior, field)] if cell is not None
+            }
+            | ratios(records)
+            | {"records": [rounded({name: one[name] for name in SHOWN if name in one}) for one in records]}
+        )  # fmt: skip
     target.parent.mkdir(exist_ok=True)
-    lines = ",\n".join(json.dumps(encode(entry), allow_nan=False) for entry in [*summary, {"timing": timing}])
+    entries = [entry for _, entry in sorted(summary.items())]
+    lines = ",\n".join(
+        json.dumps(encode(entry), allow_nan=False) for entry in [*entries, {"timing": timing, "sharing": of_sharing}]
+    )
     target.write_text(f"[\n{lines}\n]\n")
     fill(options.docs / "fidelity.md", parts(read_json(target)))
-    figure(Records(by_key), "1", options.docs / "fidelity.png")
+    figure(Records.of_entries(entries), "1", options.docs / "fidelity.png")
 
 
 #: Of a record, what tables are made of.
@@ -363,9 +415,7 @@ def rounded(value: Any) -> Any:
 def parts(record: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     """The generated parts of the document, from its record."""
     *entries, last = record
-    records = Records({
-        (entry["network"], entry["structure"], entry["method"], entry["budget"]): entry["records"] for entry in entries
-    })  # fmt: skip
+    records = Records.of_entries(entries)
     tables = {
         "claims": claims(records),
         "prior 1": main_table(records, "1"),
@@ -373,6 +423,8 @@ def parts(record: Sequence[Mapping[str, Any]]) -> dict[str, str]:
         "ablation": ablation(records),
         "ablation tuned": ablation(records, "tuned"),
         "time": time_table(last["timing"]),
+        "sharing": sharing(last.get("sharing", [])),
+        "sharing of few": sharing_of_few(records),
         "predictions": predictions(records),
         "low rank": low_rank(records),
         "diagonal": diagonal(records),

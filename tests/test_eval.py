@@ -13,8 +13,13 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
+from torch import nn
 
 from debiased_laplace.evaluation.shipped import digits
+from debiased_laplace.likelihoods import Categorical
+from debiased_laplace.testing import dense_ggn, dense_jacobian
+from tests.tolerances import assert_equal
 
 ROOT = Path(__file__).parents[1]
 
@@ -96,6 +101,48 @@ def test_the_report_fills_its_tables(results, tmp_path):
     )
     assert debiased["abs_log_ratio, prior 1"]["mean"] < uniform["abs_log_ratio, prior 1"]["mean"]
     assert (docs / "fidelity.png").stat().st_size > 5000
+
+
+@pytest.fixture
+def experiments(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The folder's modules can be imported, and are forgotten afterwards."""
+    monkeypatch.syspath_prepend(ROOT / "eval")
+    before = set(sys.modules)
+    yield
+    for name in set(sys.modules) - before:
+        if Path(getattr(sys.modules[name], "__file__", None) or "/").parent == ROOT / "eval":
+            del sys.modules[name]
+
+
+def test_the_posterior_without_approximation(experiments):
+    import fidelity
+    import sharing
+
+    likelihood, generator = Categorical(), torch.Generator().manual_seed(0)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 3)).double().eval()
+    inputs, labels = torch.randn(6, 4, generator=generator).double(), torch.arange(6) % 3
+    test = torch.randn(2, 4, generator=generator).double()
+    problem = fidelity.Problem(model, (inputs, labels), (inputs, labels), (test, labels[:2]), 500)
+    ggn = dense_ggn(model, inputs, torch.full((6,), 1 / 6, dtype=torch.float64), likelihood)
+    jacobians = dense_jacobian(model, test)
+    assert_equal(sharing.jacobians(model, test), jacobians)
+    for prior, variances in zip(sharing.PRIORS, sharing.exact_variances(problem, (inputs, labels), test), strict=True):
+        covariance = (500 * ggn + prior * torch.eye(len(ggn), dtype=torch.float64)).inverse()
+        assert_equal(variances, torch.einsum("ncd,de,nce->nc", jacobians, covariance, jacobians))
+
+
+def test_how_weights_are_shared(tmp_path):
+    arguments = ("--networks", "digits-mlp", "--seeds", "2", "--pool", "8")
+    done = script("sharing.py", *arguments, "--out", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    records = [json.loads(path.read_text()) for path in sorted((tmp_path / "sharing").glob("*.json"))]
+    assert [record["seed"] for record in records] == [0, 1]
+    for record in records:
+        assert {way for way in record["errors"]} == {
+            f"{sharing}, {estimator}" for sharing in ("expand", "reduce") for estimator in ("projected", "factored")
+        }
+    assert script("sharing.py", *arguments, "--out", str(tmp_path)).stderr == ""  # what is there is used
 
 
 def test_without_records_the_report_says_what_to_do(tmp_path):

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import gzip
 import inspect
+import re
 import sys
 import types
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -13,14 +15,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+import debiased_laplace as dl
 from debiased_laplace.evaluation import Task, shifts
-from debiased_laplace.evaluation.shipped import cifar10, digits, fashion_mnist, load, names, uci
-from tests.tolerances import FLOAT32, assert_equal
+from debiased_laplace.evaluation.shipped import cifar10, digits, fashion_mnist, load, names, scenes, trec, uci
+from tests.tolerances import EXACT, FLOAT32, assert_equal
 
-#: A task of the experiments, on the data of a shipped one.
-all_cnn_c = Task.load(Path(__file__).parents[1] / "eval" / "all_cnn_c.py").definition
+#: Tasks of the experiments, on the data of shipped ones.
+all_cnn_c, vit = (
+    Task.load(Path(__file__).parents[1] / "eval" / f"{name}.py").definition for name in ("all_cnn_c", "vit")
+)
+EXPERIMENTS = {"cifar10-all-cnn-c": all_cnn_c, "fashion-mnist-vit": vit}
 ARGUMENTS = {"seed", "data_dir", "cache", "quick", "device"}
 N_MNIST = {"train": 2100, "t10k": 2400}
 
@@ -82,6 +89,26 @@ def write_uci(path: Path, n: int = 700) -> None:
     np.savez(path, X=inputs, y=targets, train_idx=order[:, n // 10 :], test_idx=order[:, : n // 10])
 
 
+def write_trec(folder: Path) -> None:
+    """Questions whose first words tell the class; three are there twice, and a fourth is to be tested on."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(0)
+    words = np.array([f"w{number}" for number in range(40)])
+    lines = [
+        f"{n % 6} {f'Kind{n % 6} ' * 3}{' '.join(rng.choice(words, rng.integers(5, 9)))} r{n % 25} caf\xe9 ?"
+        for n in range(700)
+    ]
+    lines[650] += " and" * 30  # longer than all
+    (folder / "TREC.train.all").write_text("\n".join(lines[:550] + lines[:3]) + "\n", "latin-1")
+    (folder / "TREC.test.all").write_text("\n".join([lines[650], lines[3], *lines[550:650]]), "latin-1")
+
+
+def write_ag_news(folder: Path, n: int = 150) -> None:
+    folder.mkdir(parents=True)
+    rows = [f'"{1 + n % 4}","W1-w2 News{n}, ""W3""","Text, of {n}"' for n in range(n)]
+    (folder / "test.csv").write_text("\n".join(rows), "utf-8")
+
+
 @pytest.fixture(scope="module")
 def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("data")
@@ -90,15 +117,17 @@ def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_cifar(folder / "cifar10")
     for dataset in ("concrete", "energy", "power-plant", "wine-quality-red"):
         write_uci(folder / "uci" / f"{dataset}.npz")
+    write_trec(folder / "trec")
+    write_ag_news(folder / "ag_news")
     return folder
 
 
 # -- what every task has -----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", [*names(), "cifar10-all-cnn-c"])
+@pytest.mark.parametrize("name", [*names(), *EXPERIMENTS])
 def test_the_interface(name: str, data_dir: Path, tmp_path: Path) -> None:
-    task = all_cnn_c if name == "cifar10-all-cnn-c" else load(name)
+    task = EXPERIMENTS.get(name) or load(name)
     context: dict[str, Any] = {
         "seed": 1, "data_dir": data_dir, "cache": tmp_path, "quick": True, "device": torch.device("cpu")
     }  # fmt: skip
@@ -131,7 +160,7 @@ def test_the_interface(name: str, data_dir: Path, tmp_path: Path) -> None:
     n_outputs = 1 if task.LIKELIHOOD == "regression" else len(task.CLASSES)
     for inputs, targets in parts + others:
         assert len(inputs) == len(targets) > 0
-        assert inputs.dtype == torch.float32 and bool(inputs.isfinite().all())
+        assert inputs.dtype == (torch.int64 if name == "trec" else torch.float32) and bool(inputs.isfinite().all())
         assert targets.shape == ((len(inputs), 1) if n_outputs == 1 else (len(inputs),))
         assert targets.dtype == (torch.float32 if n_outputs == 1 else torch.int64)
     with torch.no_grad():
@@ -148,11 +177,10 @@ def test_the_interface(name: str, data_dir: Path, tmp_path: Path) -> None:
         assert shown.ndim == 4 and 0 <= float(shown.min()) < float(shown.max()) <= 1
 
 
-@pytest.mark.parametrize("name", ["digits", "fashion-mnist", "cifar10-all-cnn-c", "uci-energy"])
+@pytest.mark.parametrize("name", ["digits", "fashion-mnist", "trec", "scenes", "uci-energy", *EXPERIMENTS])
 def test_weights_are_kept(name: str, data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    homes = {"digits": digits, "fashion-mnist": fashion_mnist, "cifar10-all-cnn-c": all_cnn_c, "uci-energy": uci}
-    home = homes[name]
-    task = all_cnn_c if home is all_cnn_c else load(name)
+    task = EXPERIMENTS.get(name) or load(name)
+    home = EXPERIMENTS.get(name, {"uci-energy": uci}.get(name, task))
     monkeypatch.setattr(all_cnn_c, "network", small_network)
     context: dict[str, Any] = {"data_dir": data_dir, "cache": tmp_path / "new", "quick": True}
     first = call(task.model, seed=0, **context)
@@ -261,7 +289,9 @@ def test_digits_split_by_seed() -> None:
     assert abs(int((first[1] == 3).sum()) - int((other[1] == 3).sum())) <= 1  # equal shares of every class
 
 
-@pytest.mark.parametrize("build", [digits.network, fashion_mnist.network, cifar10.CifarResNet])
+@pytest.mark.parametrize(
+    "build", [digits.network, fashion_mnist.network, cifar10.CifarResNet, scenes.UNet, vit.network]
+)
 def test_networks_have_the_parameters_their_docstrings_say(build: Any) -> None:
     assert f"{sum(p.numel() for p in build().parameters()):,} parameters" in build.__doc__
 
@@ -506,6 +536,166 @@ def test_uci_that_cannot_be_read(tmp_path: Path) -> None:
         (tmp_path / "power-plant.npz").write_bytes(content)
         with pytest.raises(ValueError, match=r"Expected arrays X, y, .*power-plant\.npz, which .* is damaged"):
             joined(task.train_loader(seed=0, data_dir=tmp_path))
+
+
+# -- TREC ----------------------------------------------------------------------------------------
+
+
+def test_trec(data_dir: Path, tmp_path: Path) -> None:
+    read = trec.questions(data_dir)
+    assert [len(read.train), len(read.validation), len(read.test)] == [49, 500, 102]  # 550 but one that is tested on
+    parts = [{text for text, _ in part} for part in (read.train, read.validation, read.test)]
+    assert not any(one & other for one, other in zip(parts, parts[1:] + parts[:1], strict=True))
+    inputs, targets = joined(trec.test_loader(data_dir=data_dir))
+    assert inputs.shape == (102, 24) and targets[:2].tolist() == [2, 3]
+    assert bool((inputs[0] != trec.PADDING).all())  # cut off
+    text, _ = read.test[1]
+    assert text[0] == "kind3" and text[-2:] == ("caf\xe9", "?")
+    assert inputs[1, : len(text)].tolist() == [read.numbers.get(word, trec.UNKNOWN) for word in text]
+    assert inputs[1, len(text) :].tolist() == [trec.PADDING] * (24 - len(text))
+    counts = Counter(word for text, _ in read.train for word in set(text))
+    assert set(read.numbers) == {word for word, count in counts.items() if count > 1} < set(counts)
+    assert min(counts[word] for word in read.numbers) == 2
+    assert sorted(read.numbers.values()) == list(range(2, len(read.numbers) + 2))
+    context: dict[str, Any] = {"data_dir": data_dir, "cache": tmp_path, "quick": True}
+    loaders = (trec.train_loader, trec.val_loader, trec.test_loader)
+    quick = [joined(loader(data_dir=data_dir, quick=True)) for loader in loaders]
+    assert [len(targets) for _, targets in quick] == [400, 100, 100]
+    assert _accuracy(trec.model(seed=0, **context), *quick[2]) > 0.9
+
+
+def test_padding_and_order_of_questions() -> None:
+    torch.manual_seed(0)
+    model = trec.QuestionClassifier(20).double().eval()
+    numbers = torch.randint(1, 20, (3, 24))
+    numbers[:, 7:] = trec.PADDING
+    with torch.no_grad():
+        assert_equal(model(numbers), model(numbers[:, :7]), EXACT)
+        assert not torch.allclose(model(numbers[:, :7].flip(1)), model(numbers[:, :7]), rtol=1e-3)
+
+
+def test_shifts_of_questions(data_dir: Path) -> None:
+    text = tuple(f"word{letter}" for letter in "abcdefghijklmnopqrst")
+    lengths, moved, wrong = [], [], []
+    for share in trec.SHARES:
+        generator = np.random.default_rng(0)
+        shorter, mixed, mistyped = (
+            [shift(text, share, generator) for _ in range(200)]
+            for shift in (trec.missing_words, trec.word_order, trec.typos)
+        )
+        assert all(list(one) == sorted(one) and set(one) <= set(text) for one in shorter)
+        assert all(sorted(one) == list(text) for one in mixed)
+        assert all(sorted(a) == sorted(b) for one in mistyped for a, b in zip(one, text, strict=True))
+        lengths.append(1 - np.mean([len(one) for one in shorter]) / 20)
+        moved.append(np.mean([a != b for one in mixed for a, b in zip(one, text, strict=True)]))
+        wrong.append(np.mean([a != b for one in mistyped for a, b in zip(one, text, strict=True)]))
+    shares = np.array(trec.SHARES)
+    error = 4 * np.sqrt(shares * (1 - shares) / 4000)
+    assert (np.abs(lengths - shares) < error).all()
+    assert (np.abs(wrong - shares) < error).all()
+    # One of the k drawn words stays on average; so 20 p - 1 of 20 move, and none where none are drawn.
+    assert (np.abs(moved - (shares - (1 - (1 - shares) ** 20) / 20)) < 2 * error).all()
+    assert trec.missing_words(("a", "b"), 1.0, np.random.default_rng(0)) in (("a",), ("b",))
+    assert trec.typos(("", "a", "ab"), 1.0, np.random.default_rng(0)) == ("", "a", "ba")
+
+    loaders = trec.shifted_loaders(seed=0, data_dir=data_dir)
+    plain, targets = joined(trec.test_loader(data_dir=data_dir))
+    (shorter, known), (mixed, _), (mistyped, _) = (
+        joined(loaders[name][5]) for name in ("missing words", "word order", "typos")
+    )
+    assert torch.equal(known, targets)
+    assert (shorter == trec.PADDING).sum() > (plain == trec.PADDING).sum()
+    assert torch.equal(mixed[1:].sort(1).values, plain[1:].sort(1).values) and not torch.equal(mixed, plain)
+    assert (mistyped == trec.UNKNOWN).sum() > (plain == trec.UNKNOWN).sum()
+    assert not torch.equal(joined(trec.shifted_loaders(seed=1, data_dir=data_dir)["typos"][5])[0], mistyped)
+
+
+def test_headlines_of_ag_news(data_dir: Path, tmp_path: Path) -> None:
+    headlines, kinds = joined(trec.ood_loaders(data_dir=data_dir)["AG News"])
+    assert len(headlines) == 102 and kinds[:5].tolist() == [0, 1, 2, 3, 0]
+    numbers = trec.questions(data_dir).numbers
+    words = ("w1", "-", "w2", "news0", ",", '"', "w3", '"')
+    assert headlines[0, :9].tolist() == [numbers.get(word, trec.UNKNOWN) for word in words] + [trec.PADDING]
+    write_trec(tmp_path)  # in the folder itself, and no AG News
+    assert trec.ood_loaders(data_dir=tmp_path) == {}
+    assert len(joined(trec.test_loader(data_dir=tmp_path))[1]) == 102
+
+
+def test_trec_that_cannot_be_read(tmp_path: Path) -> None:
+    for folder in (None, tmp_path):
+        with pytest.raises(FileNotFoundError, match=r"TREC\.train\.all and TREC\.test\.all.* Name the folder"):
+            trec.train_loader(data_dir=folder)
+    write_trec(tmp_path)
+    for line in ("6 What is it ?", "What is it ?", "3", "3.0 What ?", "-1 What ?"):
+        (tmp_path / "TREC.test.all").write_text(f"0 What ?\n{line}\n")
+        expected = rf"label from 0 to 5 .* in line 2 of .*TREC\.test\.all, got '{re.escape(line)}'"
+        with pytest.raises(ValueError, match=expected):
+            trec.test_loader(data_dir=tmp_path)
+    for empty in ("", "0 What ?\n\n"):
+        (tmp_path / "TREC.test.all").write_text(empty)
+        with pytest.raises(ValueError, match=r"TREC\.test\.all"):
+            trec.test_loader(data_dir=tmp_path)
+
+
+# -- scenes --------------------------------------------------------------------------------------
+
+
+def test_scenes() -> None:
+    parts = scenes.split(0)
+    assert [len(scene.images) for scene in parts.values()] == [600, 400, 800]
+    for name, (images, labels, marks) in parts.items():
+        known, classes = digits.split(0)._asdict()[name]
+        assert torch.equal(labels > 0, images[:, 0] >= scenes.INK)
+        assert_equal(marks.sum((1, 2, 3)), torch.ones(len(marks)), EXACT)
+        for scene, (image, label) in enumerate(zip(images[:20, 0], labels[:20], strict=True)):
+            for row, column in ((row, column) for row in (0, 10) for column in (0, 10)):
+                quarter = image[row : row + 10, column : column + 10]
+                windows = quarter.unfold(0, 8, 1).unfold(1, 8, 1).reshape(-1, 8, 8)
+                is_there = (known[:, 0, None] == windows).all((-1, -2)).any(1)  # the digits of this part alone
+                (of_pixels,) = label[row : row + 10, column : column + 10].unique()[1:].tolist()
+                assert of_pixels - 1 in classes[is_there], (name, scene, row, column)
+    assert not torch.equal(scenes.split(1)["test"].images, parts["test"].images)
+
+
+def test_a_pixel_of_a_scene(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scenes, "QUICK_EPOCHS", 5)
+    model = scenes.model(seed=0, cache=tmp_path, quick=True)
+    inputs, targets = joined(scenes.test_loader(seed=0))
+    dense, labels = joined(scenes.dense_loader("test", seed=0))
+    assert torch.equal(inputs[:, :1], dense) and labels.shape == (800, 20, 20)
+    with torch.no_grad():
+        every, rows = model.network(dense), model(inputs)
+    assert every.shape == (800, 11, 20, 20)
+    datum, row, column = (inputs[:, 1] > 0).nonzero(as_tuple=True)
+    assert torch.equal(datum, torch.arange(800)) and len((row * 20 + column).unique()) > 300
+    assert_equal(rows, every[datum, :, row, column], FLOAT32)
+    assert torch.equal(targets, labels[datum, row, column])
+    background = float((labels == 0).float().mean())
+    assert float((every.argmax(1) == labels).float().mean()) > background + 0.02
+    assert scenes.N_DATA == joined(scenes.dense_loader("train", seed=0))[1].numel()
+
+    noisy, same = joined(scenes.shifted_loaders(seed=0)["noise"][3])
+    assert torch.equal(noisy[:, 1], inputs[:, 1]) and torch.equal(same, targets)
+    assert torch.equal(noisy[:, :1], shifts.gaussian_noise(dense, 0.3, seed=0))
+    shown = scenes.images(inputs)[datum, :, row, column]
+    assert torch.equal(shown, torch.tensor([1.0, 0.0, 0.0]).expand(800, 3))
+    quick = [joined(loader(seed=0, quick=True)) for loader in (scenes.val_loader, scenes.test_loader)]
+    assert [len(known) for _, known in quick] == [100, 100] and torch.equal(quick[1][0], inputs[:100])
+
+
+def test_a_posterior_of_every_pixel_of_scenes() -> None:
+    torch.manual_seed(0)
+    model = scenes.UNet(2).eval()
+    images, labels = (part[:12] for part in joined(scenes.dense_loader("train", seed=0)))
+    posterior = dl.fit(model, [(images, labels)], "classification", structure=dl.Diagonal())
+    with torch.no_grad():
+        outputs = model(images)
+    assert posterior.posterior.n_data == 12
+    assert_equal(torch.tensor(posterior.fitted.mean_loss), 400 * F.cross_entropy(outputs, labels), FLOAT32)
+    predicted = posterior.predict(images[:3], n_samples=5)
+    assert predicted.mean.shape == predicted.outputs_variance.shape == (3, 11, 20, 20)
+    assert_equal(predicted.outputs_mean, outputs[:3], FLOAT32)
+    assert_equal(predicted.mean.sum(1), torch.ones(3, 20, 20), FLOAT32)
 
 
 # -- helpers -------------------------------------------------------------------------------------

@@ -14,6 +14,8 @@ _MODULES = {
     "digits": "digits",
     "fashion-mnist": "fashion_mnist",
     "cifar10": "cifar10",
+    "trec": "trec",
+    "scenes": "scenes",
 }
 #: Depth of another network on CIFAR-10; the task is called ``cifar10-resnet`` and it.
 _DEPTHS = (56,)
