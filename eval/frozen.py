@@ -37,7 +37,7 @@ class Logits(nn.Module):
         super().__init__()
         self.model, self.argument = model, argument
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:  # noqa: D102
         return self.model(**{self.argument: x}).logits
 
 

@@ -61,8 +61,7 @@ class Recorder(TorchFunctionMode):
         entries: Numbers of the derivations that have an entry for each datum; None if nothing is derived.
         apart: Parameters that no rule is asked for: calls with no others are not recorded.
         constants: Tensors that depend neither on data nor on trainable parameters: buffers, frozen weights, what is
-            made of
-            them. They are not kept alive: weights that are dequantised layer by layer exist one at a time.
+            made of them. They are not kept alive: weights that are dequantised layer by layer exist one at a time.
         calls: What was recorded.
         elsewhere: Parameters in functions that no rule covers, and the function's name.
         derivations: Shapes of what was derived, in the order of the forward pass.
