@@ -212,7 +212,7 @@ def test_one_written_by_hand():
 
 
 class LastState(Packed):
-    """The last states of packed sequences of embedded tokens, packed from a list or after the packing of tokens."""
+    """The last states of sequences of tokens that are embedded once they are packed, or one by one, and packed then."""
 
     def __init__(self, layer, tokens_first):
         super().__init__(layer)
@@ -239,7 +239,7 @@ PACKED = {
 
 
 @pytest.mark.parametrize("first", [(2, 4, 3), (4, 3, 2), (3, 3, 3), (1, 1, 1)], ids=str)
-@pytest.mark.parametrize("name", [name for name in PACKED if name != "last"])
+@pytest.mark.parametrize("name", PACKED)
 def test_packed_sequences_of_any_lengths_in_any_order(name, first):
     """Whatever the network was found with: data in order, or of one length, tell nothing about others."""
     model = made(PACKED[name])
