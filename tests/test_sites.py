@@ -18,6 +18,7 @@ from debiased_laplace.likelihoods import LIKELIHOODS, Likelihood, ProfiledGaussi
 from debiased_laplace.network.gradients import CurvatureData
 from debiased_laplace.posterior import dense, dense_validation
 from debiased_laplace.posterior.dense_validation import SiteValidation, coarse
+from debiased_laplace.posterior.search import Search, ValidationLoss
 from debiased_laplace.quadratic.quadratic import Quadratic
 from debiased_laplace.testing import check_likelihood, dense_posterior_precision
 from tests.tolerances import EXACT, assert_equal, assert_unbiased
@@ -393,7 +394,11 @@ def test_random_vectors_are_drawn_again_from_seeds():
             for i, p in enumerate(torch.tensor([4, 1])[chunk.positions].tolist()):
                 assert torch.equal(chunk.vectors[:, i], rows[p])
     assert all(torch.equal(found[0][p], found[1][p]) for p in found[0])
-    assert len({tuple(row.flatten()[:3].sign().tolist()) for row in found[0].values()}) > 1
+    twice = CurvatureData(
+        posterior.network, sample.take(torch.tensor([0, 0])), posterior.likelihood, mc_samples=2, generator=seeded(3)
+    )
+    (chunk,) = twice
+    assert not torch.equal(chunk.vectors[:, 0], chunk.vectors[:, 1])  # another draw for every datum
 
 
 def test_batches_and_additions_do_not_matter(tmp_path):
@@ -649,13 +654,21 @@ def test_the_marginal_likelihood_counts_outputs_with_targets():
 
 def test_standard_errors_are_of_data():
     """Sites of one datum that are all the same tell no more than one of them."""
-    x, y = images(6), labels((6, 4, 4), 2, ignored=0.0)
-    model = made(nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(1, 2, 1), nn.Upsample(scale_factor=4)))
-    y = y[:, :1, :1].expand(6, 4, 4)
-    several = dl.fit(model, [(x, y)], "classification", parameters=None, mc_samples=1).tune([(x, y)])
-    pooled = nn.Sequential(nn.AdaptiveAvgPool2d(1), model[1], nn.Flatten())
-    one = dl.fit(pooled, [(x, y[:, 0, 0])], "classification").tune([(x, y[:, 0, 0])])
-    assert several.tuned.loss == pytest.approx(one.tuned.loss, abs=0.05)
+    n, several, grid = 12, 9, torch.logspace(-2, 2, 21, dtype=torch.float64)
+    mean = 4 * torch.randn(n, 3, generator=seeded(1), dtype=torch.float64)
+    targets = mean.argmax(1)
+    targets[:2] = (targets[:2] + 1) % 3  # mistakes
+    table = torch.rand(n, 3, generator=seeded(9), dtype=torch.float64) / grid[:, None, None, None]
+
+    def chosen(copies: int, datum: Tensor | None) -> int:
+        rows = [value.repeat_interleave(copies, dim) for value, dim in ((mean, 0), (targets, 0), (table, 2))]
+        loss = ValidationLoss(dl.Categorical(), "probit", None, 1.0, *rows[:2], datum)
+        search = Search(loss, rows[2], grid, 1.0)
+        best = search.best_on_the_grid(1.0)
+        return search.most_uncertain(best, 1.0)[1]
+
+    numbers = torch.arange(n).repeat_interleave(several)
+    assert chosen(several, numbers) == chosen(1, None) < chosen(several, None)
 
 
 # -- files, and what is refused ----------------------------------------------------------------------
@@ -786,3 +799,33 @@ def test_the_sampler_is_given_what_the_outputs_mean():
     dl.fit(case.model, case.batches, "classification", sampler=Drawn(None))
     assert float(torch.cat(seen).mean()) == pytest.approx(case.loss(), rel=EXACT)
     assert isinstance(resolve_likelihood("next_token"), Likelihood)
+
+
+def test_a_causal_language_model_of_transformers_as_its_collator_feeds_it():
+    """The loss is the model's own, and the curvature that of all tokens that have a next one."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.GPT2Config(
+        vocab_size=7, n_positions=6, n_embd=4, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=0
+    )
+    model, ids = made(transformers.GPT2LMHeadModel(config)), tokens(3, 5)
+    seen = torch.arange(5) < torch.tensor([[5], [3], [4]])
+    given = {"input_ids": ids, "attention_mask": seen.long()}
+    batch = {**given, "labels": ids.masked_fill(~seen, IGNORE)}
+    posterior = dl.fit(model, [batch], "next_token", structure=dl.Full(), sampler=ALL, mc_samples=None)
+    n_targets = int(seen[:, 1:].sum())
+    with torch.no_grad():
+        own = float(model(**batch).loss) * n_targets / 3
+    assert posterior.fitted.mean_loss == pytest.approx(own, rel=1e-6)  # theirs is in single precision
+    parameters = {name: p.detach() for name, p in model.named_parameters()}
+
+    def logits(named: dict[str, Tensor]) -> Tensor:
+        return torch.func.functional_call(model, named, (), given).logits[:, :-1][seen[:, 1:]]
+
+    jacobian = torch.func.jacrev(logits)(parameters)
+    rows = torch.cat([jacobian[name].flatten(2) for name in parameters], 2).detach()
+    p = logits(parameters).detach().softmax(-1)
+    hessians = torch.diag_embed(p) - p[:, :, None] * p[:, None]
+    ggn = torch.einsum("tcd,tce,tef->df", rows, hessians, rows) / 3
+    precision = dense_posterior_precision(posterior.posterior)
+    assert_equal((precision - torch.eye(len(precision))) / 3, ggn)
+    assert posterior.predict(given, n_samples=2).probabilities.shape == (3, 5, 7)
