@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import debiased_laplace as dl
@@ -72,6 +73,23 @@ def test_gradients_of_every_datum(name):
         expected = torch.einsum("vnc,ncd->vnd", vectors, jacobian)
         assert_equal(reconstructed(network, inputs, vectors), expected, EXACT)
     assert {block.kind.name for block in network.blocks} == {"kronecker"}
+
+
+@pytest.mark.parametrize("mode", ["sum", "mean", "max"])
+def test_functional_calls_are_those_of_torch(mode):
+    """A padding index from the end, weights of flat tokens, bags without tokens, and jagged tensors."""
+    table, tokens, offsets = numbers(5, 3), TOKENS.flatten(), torch.tensor([0, 4, 4, 11, 20])
+    jagged = torch.nested.nested_tensor([TOKENS[0], TOKENS[1, :2]], layout=torch.jagged)
+    arguments = [
+        ((TOKENS, table), {"padding_idx": -1}), ((tokens, table, offsets), {}), ((jagged, table), {}),
+        ((tokens, table, offsets[:1]), {}),
+    ]  # fmt: skip
+    if mode == "sum":
+        arguments.append(((tokens, table, offsets), {"per_sample_weights": numbers(20, seed=1)}))
+    for positional, named in arguments:
+        expected = F.embedding_bag(*positional, mode=mode, **named)
+        with WrittenOut():
+            assert_equal(F.embedding_bag(*positional, mode=mode, **named), expected, 1e-12)
 
 
 @pytest.mark.parametrize("options", [{"sparse": True}, {"scale_grad_by_freq": True}])
