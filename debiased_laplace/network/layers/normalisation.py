@@ -35,7 +35,9 @@ class NormalisationCall(Call):
         return 1, sum(p.numel() for p in wanted), 1
 
     def inputs(self, n_data: int, layout: Layout, *, ones: bool, phase: int | None = None) -> Tensor:
-        return self.input.new_ones((n_data, 1, 1, 1))
+        parameter = self.bias if self.weight is None else self.weight
+        assert parameter is not None
+        return parameter.new_ones((n_data, 1, 1, 1))
 
     def outputs(self, gradient: Tensor, n_data: int, layout: Layout) -> Tensor:
         assert self.normalised is not None
