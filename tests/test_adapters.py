@@ -293,7 +293,7 @@ def test_held_memory_is_what_exists():
             total.neg()
         return memory.held
 
-    # The doubled weight; the product beside it; that and its tanh; that alone; the sum beside it; its negative beside both.
+    # The doubled weight; the product beside it; that and its tanh; that alone; the sum beside it; its negative too.
     assert list(dict.fromkeys(held(3))) == [400, 400 + 120, 240, 120, 124, 128]
     assert of_a_datum(held(3), held(2), 3) == 80
     assert of_a_datum([5, 9, 4], [4, 6, 4], 3) == 3

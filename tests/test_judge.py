@@ -434,7 +434,7 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "empty ood": ({"out_of_distribution": {"far": iter([])}}, ValueError, "empty loader for the ood data 'far'"),
     "empty batch": ({"test": [(TEST[0][:0], TEST[1][:0])]}, ValueError, "got an empty loader for the test data"),
     "no loader": ({"shifted": {"s": 3}}, TypeError, "iterable of batches for the shift data 's', got int"),
-    "triples": ({"test": [(TEST[0], TEST[1], TEST[1])]}, TypeError, "pairs .*got a tuple of length 3"),
+    "triples": ({"test": [(TEST[0], TEST[1], TEST[1])]}, ValueError, "failed on the first batch of the test data"),
     "no predictor": ({"predictors": {}}, ValueError, "at least one predictor, got none"),
     "a name twice": (
         {"shifted": {"s 3": [TEST], "s": {3: [TEST]}}}, ValueError, "different names for all data, got .*'s 3', 's 3'",

@@ -16,7 +16,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from debiased_laplace import Bernoulli, DebiasedKronLaplace, DebiasedLaplace, Single, TwoBatch, UniformSampler
-from debiased_laplace._checks import NotFittedError, UnsupportedLayerError
+from debiased_laplace._checks import NotFittedError
 from debiased_laplace.curvature.structures import Full
 from debiased_laplace.testing import dense_jacobian, dense_posterior_precision
 from tests.networks import ZOO, TiedEmbedding
@@ -345,7 +345,8 @@ def test_coverage_lists_every_parameter():
             assert p.requires_grad
     assert "dense 8" in lines[2]
     assert "4 x 4" in lines[1]
-    assert lines[5] == f"{la.n_params} of {la.n_params} trainable parameters covered by 4 blocks."
+    assert lines[5].startswith("Share of the parameters: ")
+    assert lines[6] == f"{la.n_params} of {la.n_params} trainable parameters covered by 4 blocks."
 
 
 # -- differentiable --------------------------------------------------------------------------------
@@ -730,8 +731,11 @@ def test_bad_fits():
         la.fit([])
     with pytest.raises(ValueError, match="one for each of the 2 blocks"):
         DebiasedLaplace(model_of("dense"), "classification", prior_precision=torch.ones(3)).fit(loader)
+
+
+def test_a_fit_warns_of_many_parameters_without_factors():
     tied = TiedEmbedding(vocabulary=3000)
-    with pytest.raises(UnsupportedLayerError, match=r"'tokens.weight'.*requires_grad_\(False\)"):
+    with pytest.warns(UserWarning, match=r"100 % of the parameters have a diagonal curvature.*: tokens.weight\."):
         DebiasedLaplace(tied, "classification").fit([(torch.randint(3000, (4, 4)), torch.zeros(4).long())])
 
 

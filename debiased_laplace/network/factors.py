@@ -140,7 +140,7 @@ class Factors:
 
     def _may_be_padded(self, block: Block) -> bool:
         calls = self.calls_of(block)
-        if block.arrangement.stacked or block.formed or not calls:
+        if block.arrangement.stacked or block.formed or not calls or self.network.feature_reduction is not None:
             return False
         return all(self.calls[index].is_sequence for index in calls)
 
