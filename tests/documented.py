@@ -40,6 +40,7 @@ def remade() -> dict[str, dict[str, str]]:
         import bench
         import bias
         import evidence
+        import frozen
         import links
         import readme
         import report
@@ -56,6 +57,7 @@ def remade() -> dict[str, dict[str, str]]:
             "steps.md": steps_document.parts_of(read_json(RECORDS / "steps.json")),
             "benchmarks.md": {
                 "cpu": bench.report(benchmarks),
+                "frozen": frozen.table(read_json(RECORDS / "frozen.json")),
                 "serving": serving.table(read_json(RECORDS / "serving.json")["records"]),
             },
         }

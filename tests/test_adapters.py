@@ -162,14 +162,18 @@ def test_adapters_are_named_by_a_pattern():
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", ["linear", "conv1d", "embedding", "patches", "ia3"])
 def test_adapters_in_single_precision_over_a_base_in_half_precision(name):
-    model = adapted(name, torch.bfloat16)
+    model, pattern = adapted(name, torch.bfloat16), "*ia3_*" if name == "ia3" else "*lora_*"
     dtypes = {p.dtype for p in model.parameters() if p.requires_grad}
     assert torch.float32 in dtypes and {p.dtype for p in model.parameters()} == {torch.float32, torch.bfloat16}
-    posterior = fitted(name, model, torch.bfloat16)
+    posterior = fitted(name, model, torch.bfloat16, parameters=pattern)
+    model.requires_grad_(False)
+    for parameter, shape in posterior.network.shapes.items():
+        assert model.get_parameter(parameter).requires_grad_().shape == shape
+        assert model.get_parameter(parameter).dtype == torch.float32
     assert (posterior.network.dtype, posterior.network.precision) == (torch.float32, torch.finfo(torch.bfloat16).eps)
     assert posterior.posterior.curvatures.dtype in (torch.float32, torch.float64)
     assert_exact(posterior, model, inputs(name, 3, 5, torch.bfloat16), FLOAT32)
-    single = Network.discover(adapted(name), inputs(name, 3))
+    single = Network.discover(adapted(name), inputs(name, 3), parameters=pattern)
     assert posterior.network.blocks == single.blocks  # nothing is taken for misread because of its rounding
 
 
