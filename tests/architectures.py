@@ -263,7 +263,38 @@ def _convnext(models: Any) -> nn.Module:
     return models.ConvNeXt([block(8, 16, 1), block(16, None, 1)], num_classes=3)
 
 
+class Pixel(nn.Module):
+    """What a segmentation network says of one pixel, ``[N, C]``."""
+
+    def __init__(self, of: nn.Module) -> None:
+        super().__init__()
+        self.of = of
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.of(images)["out"][:, :, 3, 5]
+
+
+def _features(models: Any, **names: str) -> nn.Module:
+    """A small body, with the features that a segmentation network asks for."""
+    body = nn.Sequential(
+        nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1, bias=False), nn.BatchNorm2d(8), nn.ReLU()),
+        nn.Sequential(nn.Conv2d(8, 16, 3, 2, 1, bias=False), nn.BatchNorm2d(16), nn.Hardswish()),
+    )
+    return models._utils.IntermediateLayerGetter(body, {place: name for name, place in names.items()})
+
+
+def _lraspp(models: Any) -> nn.Module:
+    return Pixel(models.segmentation.LRASPP(_features(models, low="0", high="1"), 8, 16, 3, inter_channels=8))
+
+
+def _fcn(models: Any) -> nn.Module:
+    head = models.segmentation.fcn.FCNHead
+    return Pixel(models.segmentation.FCN(_features(models, out="1", aux="0"), head(16, 3), head(8, 3)))
+
+
 OF_TORCHVISION = {
+    "segmentation-lraspp": of_torchvision(_lraspp, SMALL, 0.9),
+    "segmentation-fcn": of_torchvision(_fcn, SMALL, 0.9),
     "vit": of_torchvision(lambda models: models.VisionTransformer(16, 4, 2, 2, 16, 24, num_classes=3), SMALL, 0.9),
     "swin": of_torchvision(
         lambda models: models.SwinTransformer([2, 2], 8, [2, 2], [1, 2], [4, 4], num_classes=3), SMALL, 0.93

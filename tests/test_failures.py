@@ -188,7 +188,9 @@ def test_late_shifted_and_out_of_distribution_data_name_the_function_and_what_th
         call = old.removeprefix("s: ")
         changes = [(old, old.replace(call, f"late({call})")), ("def shifted_loaders", f"{head}def shifted_loaders")]
         with pytest.raises(TaskError, match=rf"^{name}\(\) of .*task.py, {title}: batch 3: OSError: gone"):
-            judged_blobs(tmp_path, MAP, *changes)
+            # A folder for each: files of one size, written in the same second, would share their compiled module.
+            (tmp_path / name).mkdir()
+            judged_blobs(tmp_path / name, MAP, *changes)
 
 
 def test_outputs_that_are_not_finite_name_the_validation_data(tmp_path: Path) -> None:
