@@ -38,5 +38,4 @@ def called_by_need(network: Network, recorder: Recorder, inputs: _data.Inputs) -
 
 
 def _n_calls(recorder: Recorder) -> Counter[str]:
-    arguments = [p for call in recorder.calls for p in (call.weight, call.bias) if p is not None]
-    return Counter(name for p in arguments for name in recorder.names_in(p))
+    return Counter(name for names in recorder.names_of_calls() for name in names)

@@ -264,7 +264,7 @@ class Network:
         """One forward pass that records what :meth:`Factors.backpropagate` needs."""
         factors, recorder = self.forward(_data.to_device(inputs, self.device))
         names = recorder.names_of_calls()
-        if self.call_names is None or self.is_head:  # a network that was stored by an earlier version
+        if self.call_names is None or self.is_head:  # not known (stored by an earlier version); one call in any case
             if len(names) != len(self.layouts):
                 raise RuntimeError(
                     f"The model called {len(names)} layers with trainable parameters, but {len(self.layouts)} when its "

@@ -251,7 +251,6 @@ def _by_samples(
         generator: Source of the draws.
     """
     c = network.n_outputs
-    inputs = _data.to_device(inputs, network.device)
     parts = list(_data.slices(_data.count(inputs), network.chunk_size(CHUNK_MEMORY, 2, inputs=inputs)))
     at_mean = [network.outputs(_data.take(inputs, part)).to(network.dtype).reshape(-1, c) for part in parts]
     link_at_mean = [likelihood.inverse_link(f / tau) for f in at_mean]
