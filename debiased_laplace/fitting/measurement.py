@@ -177,9 +177,8 @@ class Measurement:
             multiple, name = self._multiple(fold, weights), f"statistics of fold {fold}"
             if weighted == "all" or multiple is None:
                 name += "" if weighted == "all" else f", {weighted}"
-                statistics = self._summed(
-                    name, fold, weights, lambda data: self._structure.measure(self._network, data)
-                )
+                measure = self._structure.measure if self._observed is None else self._structure.measure_unobserved
+                statistics = self._summed(name, fold, weights, lambda data: measure(self._network, data))
             else:
                 statistics = self._of(fold) * multiple
             self._statistics[fold, weighted] = statistics
