@@ -53,9 +53,9 @@ class PairsOfPositions:
         """``[G, o, i]``."""
         total = self.inputs.new_zeros(self._groups, self._height, self.inputs.shape[2])
         for part in self._parts(0):
-            of_vectors = products(self.vectors[part].unbind(2), twice=True)
-            of_inputs = products([self.inputs[part]])
-            total += of_vectors.permute(1, 2, 0, 3).flatten(2) @ of_inputs.permute(1, 2, 0, 3).flatten(2).mT
+            of_vectors = products(self.vectors[part].unbind(2), twice=True).transpose(0, 1).flatten(1, 2)
+            of_inputs = products([self.inputs[part]]).transpose(0, 1).flatten(1, 2)
+            total += of_vectors.mT @ of_inputs
         return total.clamp_min_(0)  # sums of squares: below zero only by rounding
 
     def covariances(self, scales: Tensor) -> Tensor:
@@ -78,7 +78,7 @@ class PairsOfPositions:
         low, high = torch.minimum(position[:, None], position), torch.maximum(position[:, None], position)
         pair = low * self._positions - low * (low - 1) // 2 + high - low  # its place among upper triangular ones
         for part in self._parts(len(scales)):
-            weights = torch.einsum("rgoi,ngip->rngop", scales, products([self.inputs[part]]))[..., pair]
+            weights = torch.einsum("rgoi,ngpi->rngop", scales, products([self.inputs[part]]))[..., pair]
             vectors = self.vectors[part].transpose(2, 3)
             for index, of_posterior in enumerate(weights):
                 yield part, index, vectors @ of_posterior, vectors
@@ -93,15 +93,15 @@ class PairsOfPositions:
 
 
 def products(columns: Sequence[Tensor], *, twice: bool = False) -> Tensor:
-    """Sums over columns ``[..., S]`` of the products of all pairs of their positions, ``[..., S * (S + 1) / 2]``.
+    """Sums over columns ``[..., P, S]`` of the products of all pairs of their positions, ``[..., S * (S + 1) / 2, P]``.
 
     Args:
         columns: At least one.
         twice: Count those of two different positions twice, as the square of a sum does.
     """
-    positions = columns[0].shape[-1]
-    first, second = torch.triu_indices(positions, positions, device=columns[0].device)
-    total = columns[0][..., first] * columns[0][..., second]
-    for column in columns[1:]:
-        total.addcmul_(column[..., first], column[..., second])
-    return total * (2.0 - (first == second).to(total)) if twice else total
+    rows = [column.mT for column in columns]
+    first, second = torch.triu_indices(rows[0].shape[-2], rows[0].shape[-2], device=rows[0].device)
+    total = rows[0].index_select(-2, first) * rows[0].index_select(-2, second)
+    for row in rows[1:]:
+        total.addcmul_(row.index_select(-2, first), row.index_select(-2, second))
+    return total * (2.0 - (first == second).to(total))[:, None] if twice else total

@@ -164,6 +164,10 @@ class Part(ABC):
         """What can be done once with the inputs ``[N, G, I, S]`` for all vectors of a batch."""
         return inputs
 
+    def prepares_like(self, other: Part) -> bool:
+        """Whether :meth:`prepare_inputs` gives what it gives for another part of the same blocks."""
+        return type(self).prepare_inputs is Part.prepare_inputs is type(other).prepare_inputs
+
     @abstractmethod
     def project_gradients(self, inputs: Any, vectors: Sequence[Tensor], *, unit: bool = False) -> Projected:
         r""":math:`Z_n = U^\top \sum_s g_{ns} a_{ns}^\top` of every vector and datum.

@@ -22,6 +22,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from debiased_laplace import _checks
 from debiased_laplace._checks import NonFiniteError
 from debiased_laplace.curvature.basis import Basis
 from debiased_laplace.curvature.moments import MomentSum, SecondMoment, eigenvectors, moment
@@ -160,6 +161,9 @@ class Kronecker(Structure):
     sharing: WeightSharing = field(default_factory=Expand)
 
     observes: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        _checks.whole(self.max_factor, "max_factor", otherwise="None for no limit")
 
     def observe(self, network: Network, factors: Factors, part: slice, phase: int | None = None) -> InputStatistics:
         """Outer products of the inputs, of every block; a phase is for blocks of which it tells enough."""
