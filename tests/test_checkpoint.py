@@ -136,7 +136,7 @@ def test_the_same_object_can_try_again(path):
 
 def test_statistics_and_numbers_can_be_summed(path):
     def measure(step: int) -> KroneckerStatistics:
-        return KroneckerStatistics([term(step).view(2, 5, 5)], [term(step + 1).view(1, 5, 10), term(step + 2)])
+        return KroneckerStatistics.of([term(step).view(2, 5, 5)], [term(step + 1).view(1, 5, 10), term(step + 2)])
 
     def run(stop=None):
         def step(number):

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from debiased_laplace.curvature import contractions
 from debiased_laplace.curvature.contractions import FactoredGradients, rotate
+from debiased_laplace.curvature.pairs import PairsOfPositions
 from tests.tolerances import EXACT, FLOAT32, assert_equal
 
 #: N, G, V, O, I, S: one position, few and many positions, few and many vectors, wide and narrow.
@@ -66,6 +67,14 @@ def order(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> st
     return request.param
 
 
+@pytest.fixture(params=["by-pairs", "formed"])
+def positions(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Either way with several positions, whatever it costs."""
+    for name in ("give_second_moment", "give_covariances"):
+        monkeypatch.setattr(PairsOfPositions, name, lambda *_, **__: request.param == "by-pairs")
+    return request.param
+
+
 CASES = [(name, False) for name in SHAPES] + [(name, True) for name in ("one-position", "groups", "exact-block")]
 every = pytest.mark.parametrize(("name", "shared"), CASES, ids=[n + "-shared" * s for n, s in CASES])
 
@@ -80,7 +89,7 @@ def test_rows_are_the_gradients(name, shared, memory):
 
 
 @every
-def test_second_moment(name, shared, memory):
+def test_second_moment(name, shared, memory, positions):
     inputs, vectors = factors(name, shared)
     expected = formed(inputs, vectors).square().sum((0, 1))
     assert_equal(FactoredGradients(inputs, vectors).second_moment(), expected)
@@ -88,7 +97,7 @@ def test_second_moment(name, shared, memory):
 
 @every
 @pytest.mark.parametrize("grid", [1, 3])
-def test_covariances_and_variances_under_a_grid_of_scales(name, shared, grid, memory):
+def test_covariances_and_variances_under_a_grid_of_scales(name, shared, grid, memory, positions):
     inputs, vectors = factors(name, shared)
     expected = formed(inputs, vectors)
     scales = normals(grid, *expected.shape[2:], seed=2).square()
@@ -98,14 +107,22 @@ def test_covariances_and_variances_under_a_grid_of_scales(name, shared, grid, me
     assert_equal(FactoredGradients(inputs, vectors).variances(scales), covariances.diagonal(dim1=2, dim2=3))
 
 
-def test_variances_take_scales_of_any_sign():
+def test_variances_take_scales_of_any_sign(positions):
     """They are differences of two in the complement of an incomplete basis."""
-    for name in ("one-position", "positions"):
+    for name in ("one-position", "positions", "positions-groups"):
         inputs, vectors = factors(name)
         gradients = formed(inputs, vectors)
         scales = normals(2, *gradients.shape[2:], seed=2)
         expected = torch.einsum("nvgoi,rgoi->rnv", gradients.square(), scales)
         assert_equal(FactoredGradients(inputs, vectors).variances(scales), expected)
+
+
+def test_the_cheaper_way_with_several_positions():
+    """Few positions and many vectors by pairs; many positions and few vectors with formed gradients."""
+    for n_vectors, positions, second, covariance in ((1000, 4, True, True), (10, 400, False, False)):
+        pairs = PairsOfPositions(normals(2, 1, 90, positions), normals(2, 1, n_vectors, 8, positions), 2**24)
+        assert pairs.give_second_moment() is second
+        assert pairs.give_covariances(1) is covariance
 
 
 @every

@@ -10,10 +10,12 @@ from torch import nn
 
 from debiased_laplace import Single, TwoBatch, UniformSampler
 from debiased_laplace._checks import NonFiniteError
-from debiased_laplace.curvature.projected import projected_curvatures
-from debiased_laplace.curvature.structures import Kronecker
+from debiased_laplace.curvature.parts.kronecker import KroneckerBasis
+from debiased_laplace.curvature.projected import curvatures_along, projected_curvatures
+from debiased_laplace.curvature.structures import Diagonal, Kronecker, KroneckerStatistics
 from debiased_laplace.fitting.fit import fit
 from debiased_laplace.likelihoods import Bernoulli, Categorical, Gaussian
+from debiased_laplace.network.factors import Factors
 from debiased_laplace.network.gradients import CurvatureData
 from debiased_laplace.network.network import Network
 from debiased_laplace.sampling.sample import WeightedData
@@ -197,3 +199,39 @@ def test_curvatures_are_linear_in_the_measuring_data():
     ]
     total = sum(projected_curvatures(network, basis, CurvatureData(network, part, Categorical())) for part in parts)
     assert_equal(total, one)
+
+
+@pytest.mark.parametrize("chunk_size", [1, 4, None])
+def test_several_bases_share_backward_passes(chunk_size, monkeypatch):
+    """With weights for each, as one after the other; inputs are rotated once where bases share the rotation."""
+    case = ZOO["cnn"]
+    inputs = case.inputs(7)
+    network = Network.discover(case.model(), inputs)
+    weights = torch.linspace(0.5, 2, 7, dtype=torch.float64)
+    multiples = torch.linspace(0, 3, 7, dtype=torch.float64)
+    targets = torch.zeros(7, dtype=torch.long)
+    data = WeightedData(inputs, targets, weights, torch.arange(7))
+    other = WeightedData(inputs, targets, weights * multiples, torch.arange(7))
+    chunks = CurvatureData(network, data, Categorical(), chunk_size=chunk_size)
+    statistics = Kronecker().measure(network, chunks)
+    first = Kronecker().eigenbasis(network, statistics)
+    turned = KroneckerStatistics(
+        statistics.of_inputs, Kronecker().measure(network, chunks.take(slice(0, 3))).of_outputs
+    )
+    second = Kronecker().eigenbasis(network, turned)
+    third = Diagonal().eigenbasis(network)
+    expected = [
+        projected_curvatures(network, first, chunks),
+        projected_curvatures(network, second, CurvatureData(network, other, Categorical())),
+        projected_curvatures(network, third, CurvatureData(network, other, Categorical())),
+    ]
+    passes, rotations = [], []
+    backpropagate, prepare = Factors.backpropagate_all, KroneckerBasis.prepare_inputs
+    monkeypatch.setattr(Factors, "backpropagate_all", lambda *a, **k: passes.append(1) or backpropagate(*a, **k))
+    monkeypatch.setattr(KroneckerBasis, "prepare_inputs", lambda *a: rotations.append(1) or prepare(*a))
+    found = curvatures_along(network, [first, second, third], chunks, [None, multiples, multiples])
+    for one, wanted in zip(found, expected, strict=True):
+        assert_equal(one, wanted)
+    n_chunks = {1: 7, 4: 2, None: 1}[chunk_size]
+    assert len(passes) == n_chunks
+    assert len(rotations) == n_chunks * len(first.parts)

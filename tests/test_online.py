@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from debiased_laplace import CrossFit, PrioritySampler, Single, TwoBatch, UniformSampler, _store
-from debiased_laplace.curvature.projected import projected_curvatures
+from debiased_laplace.curvature.projected import curvatures_along, projected_curvatures
 from debiased_laplace.curvature.structures import Diagonal, Full, Kronecker, LowRank
 from debiased_laplace.fitting import checkpoint as checkpoint_module
 from debiased_laplace.fitting import measurement
@@ -264,9 +264,10 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
         return counted
 
     monkeypatch.setattr(module, "STEP_CHUNKS", 1)
-    monkeypatch.setattr(module, "projected_curvatures", counting(projected_curvatures))
+    monkeypatch.setattr(module, "curvatures_along", counting(curvatures_along))
     for kind in (Kronecker, Diagonal, Full, LowRank):
         monkeypatch.setattr(kind, "measure", counting(kind.measure))
+    monkeypatch.setattr(Kronecker, "measure_unobserved", counting(Kronecker.measure_unobserved))
     yield state
 
 
@@ -321,8 +322,10 @@ def test_a_continued_fit_is_the_uninterrupted_one(options, stop, steps, tmp_path
     twice = options["structure"] == Kronecker() and options.get("estimator") != "factored"
     importance = isinstance(options.get("sampler"), PrioritySampler)
     split = options.get("split", CrossFit())
-    # Directions; then curvatures, of TwoBatch and Single in one pass of data for themselves and for others.
-    passes = {Single: 1 + twice, TwoBatch: 1 + twice / 2, CrossFit: 1 + 2 * (twice or importance)}[type(split)]
+    # Directions; then curvatures along those of a round and the final ones in one pass, and of TwoBatch and Single in
+    # one pass of data for themselves and for others. Statistics have one of each.
+    both = (twice or importance) + (importance and options.get("estimator") == "factored")
+    passes = {Single: 1 + twice, TwoBatch: 1 + twice / 2, CrossFit: 1 + both}[type(split)]
     assert total == 8 * passes
     path = tmp_path / "progress"
     with pytest.raises(Interrupted):

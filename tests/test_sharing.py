@@ -127,7 +127,7 @@ def naive(network: Network, inputs: Tensor, weights: Tensor) -> KroneckerStatist
             b = b + weight * torch.einsum("gvo,gvp->gop", total, total)
         a_of.append(a if block.kind.rotates_inputs else a.diagonal(dim1=1, dim2=2))
         b_of.append(b)
-    return KroneckerStatistics(a_of, b_of)
+    return KroneckerStatistics.of(a_of, b_of)
 
 
 @pytest.mark.parametrize(

@@ -496,7 +496,9 @@ def test_statistics_survive(path, monkeypatch):
     from debiased_laplace.curvature.structures import KroneckerStatistics
 
     generator = torch.Generator().manual_seed(0)
-    statistics = KroneckerStatistics(*([torch.randn(1, n, n, generator=generator) for n in (2, 3)] for _ in range(2)))
+    statistics = KroneckerStatistics.of(
+        *([torch.randn(1, n, n, generator=generator) for n in (2, 3)] for _ in range(2))
+    )
     assert_same(round_trip(path, statistics), statistics)
     assert_same(round_trip(path, statistics + statistics), statistics + statistics)
 

@@ -47,7 +47,7 @@ def test_the_laws_notice_statistics_that_are_averages():
         def measure(self, network, data):
             statistics = super().measure(network, data)
             total = float(data.data.weights.sum())
-            return replace(statistics, inputs=[a / total for a in statistics.inputs])
+            return replace(statistics, of_inputs=[a * (1 / total) for a in statistics.of_inputs])
 
     with pytest.raises(AssertionError, match="Averages on 'dense, categorical': statistics add up"):
         testing.check_structure(Averages())
@@ -61,7 +61,7 @@ def test_the_laws_notice_a_structure_that_remembers():
             type(self).calls += 1
             statistics = super().measure(network, data)
             scale = 1 + 1e-7 * type(self).calls
-            return replace(statistics, inputs=[a * scale for a in statistics.inputs])
+            return replace(statistics, of_inputs=[a * scale for a in statistics.of_inputs])
 
     with pytest.raises(AssertionError, match="Remembers on"):
         testing.check_structure(Remembers())

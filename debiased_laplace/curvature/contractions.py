@@ -10,14 +10,19 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from debiased_laplace import _data
+from debiased_laplace.curvature.pairs import PairsOfPositions
 
 #: Bytes of formed gradients at a time: what a processor's cache holds, and more on an accelerator.
 PROJECTION_MEMORY = {"cpu": 2**24, "accelerator": 2**28}
+
+#: Most positions of all data that are rotated in a single product of matrices.
+MAX_JOINED = 32
 
 
 @dataclass(frozen=True)
@@ -101,6 +106,8 @@ class FactoredGradients:
         if self._factored:
             vectors, inputs = self.vectors[..., 0].square().sum(2), self.inputs[..., 0].square()
             return torch.einsum("ngo,ngi->goi", vectors, inputs)
+        if self._pairs is not None and self._pairs.give_second_moment():
+            return self._pairs.second_moment()
         total = self.inputs.new_zeros(self.shape)
         for _, some, formed in self._pieces():
             total[:, some] += formed.square_().sum((0, 2))
@@ -118,6 +125,8 @@ class FactoredGradients:
             weights = torch.einsum("ngi,rgoi->rngo", self.inputs[..., 0].square(), scales)
             vectors = self.vectors[..., 0].transpose(1, 2)  # [N or 1, V, G, o]
             return (vectors * weights[:, :, None]).flatten(3) @ vectors.flatten(2).mT
+        if self._pairs is not None and self._pairs.give_covariances(len(scales)):
+            return self._pairs.covariances(scales)
         if many_scales(scales, n_vectors):
             return self._covariances_of_pairs(scales)
         covariances = scales.new_zeros(len(scales), n, n_vectors, n_vectors)
@@ -148,6 +157,8 @@ class FactoredGradients:
             weights = torch.einsum("ngi,rgoi->rngo", self.inputs[..., 0].square(), scales).flatten(2)
             squares = self.vectors[..., 0].square().transpose(1, 2).flatten(2)  # [N or 1, V, G * o]
             return weights @ squares[0].mT if len(squares) == 1 else (squares @ weights[..., None])[..., 0]
+        if self._pairs is not None and self._pairs.give_covariances(len(scales), diagonal=True):
+            return self._pairs.variances(scales)
         variances = scales.new_zeros(len(scales), len(self.inputs), self.vectors.shape[2])
         for part, some, formed in self._pieces():
             squares, weights = formed.square_().flatten(3), scales[:, :, some].flatten(2)
@@ -247,6 +258,13 @@ class FactoredGradients:
         n_vectors, positions, width = self.vectors.shape[2], self.inputs.shape[-1], self.inputs.shape[2]
         return self._factored or k * positions * (n_vectors + width) < n_vectors * width * (positions + k)
 
+    @cached_property
+    def _pairs(self) -> PairsOfPositions | None:
+        """By pairs of positions, unless they are to be rotated afterwards, or vectors are those of all data."""
+        if self.rotation is not None or len(self.vectors) < len(self.inputs):
+            return None
+        return PairsOfPositions(self.inputs, self.vectors, self._memory)
+
     @property
     def _memory(self) -> int:
         return projection_memory(self.device)
@@ -315,8 +333,8 @@ def covariances_of_rows(rows: Tensor, scales: Tensor) -> Tensor:
 
 def rotate(rotation: Tensor, columns: Tensor) -> Tensor:
     """``Q^T c`` for ``Q: [G, P, p]`` and ``c: [N, G, V, P, S]``, as ``[N, G, V, p, S]``."""
-    if columns.shape[-1] > 1:
+    if columns.shape[-1] > MAX_JOINED:
         return rotation.mT[:, None] @ columns
-    # One position: a single product of matrices instead of a product with a vector for every datum.
-    rows = columns[..., 0].transpose(0, 1)  # [G, N, V, P]
-    return (rows.flatten(1, 2) @ rotation).unflatten(1, rows.shape[1:3]).transpose(0, 1)[..., None]
+    # Few positions: a single product of matrices instead of one with few columns for every datum.
+    rows = columns.permute(1, 0, 2, 4, 3)  # [G, N, V, S, P]
+    return (rows.flatten(1, 3) @ rotation).unflatten(1, rows.shape[1:4]).permute(1, 0, 2, 4, 3)

@@ -6,13 +6,14 @@ the data they are measured on.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 from torch import Tensor
 
-from debiased_laplace import _checks
+from debiased_laplace import _checks, _data
 from debiased_laplace.curvature.basis import Basis
-from debiased_laplace.network.gradients import WeightedFactors
+from debiased_laplace.network.gradients import CHUNK_MEMORY, WeightedFactors
 from debiased_laplace.network.network import Network
 
 
@@ -26,14 +27,58 @@ def projected_curvatures(network: Network, basis: Basis, data: Iterable[Weighted
     Returns:
         ``[rank]``, a per-datum mean.
     """
-    totals: list[Tensor] = []
+    return curvatures_along(network, [basis], data, [None])[0]
+
+
+def curvatures_along(
+    network: Network, bases: Sequence[Basis], data: Iterable[WeightedFactors], multiples: Sequence[Tensor | None]
+) -> list[Tensor]:
+    """The same for several bases, of the same backward passes.
+
+    Args:
+        network: The model with its blocks.
+        bases: Of the same blocks.
+        data: N data.
+        multiples: For every basis, by what the weights of the data are multiplied, ``[N]``; None for nothing.
+    """
+    totals: list[list[Tensor]] = [[] for _ in bases]
     for chunk in data:
-        inputs = basis.prepare_inputs([chunk.factors.inputs(block) for block in network.blocks], len(chunk.vectors))
-        for _, vectors in chunk.factors.backpropagate(chunk.vectors, network.vector_chunk):
-            moments = [projected.second_moment() for projected in basis.project_gradients(inputs, vectors)]
-            totals = [total.add_(moment) for total, moment in zip(totals, moments, strict=True)] if totals else moments
-            del vectors  # so that the next ones find their memory free
-    for members, total in zip(basis.members, totals, strict=True):
-        names = ", ".join(network.blocks[i].name for i in members)
-        _checks.finite(total, f"the curvatures of {names!r}", "Look for NaN in the data that measure them.")
-    return basis.join(totals)
+        prepared = _prepared(bases, [chunk.factors.inputs(block) for block in network.blocks], len(chunk.vectors))
+        size = _vectors_at_a_time(network, chunk)
+        for part in _data.slices(len(chunk.vectors), size):
+            vectors = chunk.factors.backpropagate_all(chunk.vectors[part], again=part.stop < len(chunk.vectors))
+            for which, (basis, inputs, multiple) in enumerate(zip(bases, prepared, multiples, strict=True)):
+                weighted = vectors
+                if multiple is not None:
+                    roots = multiple[chunk.positions].sqrt().to(vectors[0])[:, None, None, None, None]
+                    weighted = [roots * of_block for of_block in vectors]
+                moments = [projected.second_moment() for projected in basis.project_gradients(inputs, weighted)]
+                known = totals[which]
+                totals[which] = [a.add_(b) for a, b in zip(known, moments, strict=True)] if known else moments
+            del vectors, weighted  # so that the next ones find their memory free
+    for basis, of_basis in zip(bases, totals, strict=True):
+        for members, total in zip(basis.members, of_basis, strict=True):
+            names = ", ".join(network.blocks[i].name for i in members)
+            _checks.finite(total, f"the curvatures of {names!r}", "Look for NaN in the data that measure them.")
+    return [basis.join(of_basis) for basis, of_basis in zip(bases, totals, strict=True)]
+
+
+def _vectors_at_a_time(network: Network, chunk: WeightedFactors) -> int:
+    """As many as fit the memory of a chunk: contractions of several vectors are cheaper than one for each."""
+    n_vectors = len(chunk.vectors)
+    while n_vectors > 1 and network.chunk_size(CHUNK_MEMORY, n_vectors) < len(chunk.factors.outputs):
+        n_vectors = (n_vectors + 1) // 2
+    return n_vectors
+
+
+def _prepared(bases: Sequence[Basis], inputs: Sequence[Any], n_vectors: int) -> list[list[Any]]:
+    """Inputs prepared for every basis; once for parts that prepare them alike."""
+    first = bases[0].prepare_inputs(inputs, n_vectors)
+    prepared = [first]
+    for basis in bases[1:]:
+        of_basis = []
+        for part, other, members, known in zip(basis.parts, bases[0].parts, basis.members, first, strict=True):
+            alike = part.prepares_like(other)
+            of_basis.append(known if alike else part.prepare_inputs([inputs[i] for i in members], n_vectors))
+        prepared.append(of_basis)
+    return prepared

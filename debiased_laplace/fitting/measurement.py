@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from debiased_laplace.curvature.basis import Basis
-from debiased_laplace.curvature.projected import projected_curvatures
+from debiased_laplace.curvature.projected import curvatures_along
 from debiased_laplace.curvature.structures import Structure
 from debiased_laplace.fitting.checkpoint import Checkpoint
 from debiased_laplace.fitting.stream import Observed
@@ -65,6 +65,9 @@ class Measurement:
             if bool((weights - self._selves[fold] > WEIGHT_ROUNDING * weights).any()):
                 self._others[fold] = weights - self._selves[fold]
         self._statistics: dict[tuple[int, str], Any] = {}
+        #: The final directions, with the weights that the data of every fold get along them, and what they gave.
+        self._final: tuple[Basis, dict[int, Tensor]]
+        self._along_final: dict[int, Tensor] = {}
         #: Standard errors of the curvatures that :meth:`cross` gave, ``[rank]``, if several rounds tell them.
         self.errors: Tensor | None = None
 
@@ -82,8 +85,12 @@ class Measurement:
         for one in rounds:
             for fold, share in self._shares(one).items() if one not in crossed else ():
                 shares[fold] = shares.get(fold, 0.0) + share / len(rounds)
-        total = measure(final, shares)
-        mean, squares = torch.zeros_like(total), torch.zeros_like(total)
+        self._final = final, {
+            fold: weights + shares[fold] * self._others[fold] if fold in shares else weights
+            for fold, weights in self._selves.items()
+        }  # fmt: skip
+        total = torch.zeros(final.rank, dtype=self._network.dtype, device=self._network.device)
+        mean, squares = total.clone(), total.clone()
         for number, one in enumerate(crossed):
             along = self._basis(one.directions, like=final)
             values = along.averaged(measure(along, self._shares(one), number))
@@ -94,7 +101,7 @@ class Measurement:
             squares = squares + off * (values - mean)
         if len(crossed) > 1:
             self.errors = (squares / (len(crossed) - 1) * len(crossed)).sqrt() / len(rounds)
-        return final, final.averaged(total)
+        return final, final.averaged(measure(final, shares) + total)
 
     def left_out(self, split: Split, basis: Basis, curvatures: Tensor) -> Tensor | None:
         """Trace of the curvature outside the directions of every part, ``[n_parts]``, where some are left out.
@@ -128,21 +135,45 @@ class Measurement:
         return {fold: self._sample.factor(one.curvatures) for fold in one.curvatures if fold in self._others}
 
     def _projected(self, basis: Basis, shares: Mapping[int, float], number: int | None = None) -> Tensor:
-        """Equation (2) for others, or (without the number of a round) for the data themselves and for others."""
+        """Equation (2) for others, or (without the number of a round) for the data themselves and for others.
+
+        Data of a round are measured along its directions and along the final ones by the same backward passes.
+        """
+        final, weights = self._final
         total = torch.zeros(basis.rank, dtype=self._network.dtype, device=self._network.device)
         for fold in self._parts if number is None else shares:
-            weights = self._selves[fold] * (number is None)
-            if fold in shares:
-                weights = weights + shares[fold] * self._others[fold]
-            known, multiple = self._statistics.get((fold, "all")), self._multiple(fold, weights)
-            if known is not None and known.exact and multiple is not None:
-                total = total + multiple * known.curvatures(basis)
-                continue
+            wanted = [] if fold in self._along_final else [(final, weights[fold])]
+            if number is not None:
+                wanted.append((basis, shares[fold] * self._others[fold]))
             name = f"curvatures of fold {fold}, " + ("final directions" if number is None else f"round {number}")
-            total = total + self._summed(
-                name, fold, weights, lambda data: projected_curvatures(self._network, basis, data)
-            )
+            along = self._along(name, fold, wanted) if wanted else []
+            if fold not in self._along_final:
+                self._along_final[fold] = along[0]
+            total = total + (self._along_final[fold] if number is None else along[-1])
         return total
+
+    def _along(self, name: str, fold: int, wanted: Sequence[tuple[Basis, Tensor]]) -> list[Tensor]:
+        """Equation (2) for the data of a fold, along several bases with weights for each."""
+        known, along = self._statistics.get((fold, "all")), {}
+        for index, (basis, weights) in enumerate(wanted):
+            multiple = self._multiple(fold, weights)
+            if known is not None and known.exact and multiple is not None:
+                along[index] = multiple * known.curvatures(basis)
+        bases, of_bases = [], []
+        for index, (basis, weights) in enumerate(wanted):
+            if index not in along:
+                bases.append(basis)
+                of_bases.append(weights)
+        if bases:
+
+            def measured(data: CurvatureData, part: slice | Tensor) -> Tensor:
+                multiples = [None, *((weights / of_bases[0])[part] for weights in of_bases[1:])]
+                return torch.cat(curvatures_along(self._network, bases, data, multiples))
+
+            together = f"{name}, {len(bases)} bases" if len(bases) > 1 else name
+            curvatures = iter(self._summed(together, fold, of_bases[0], measured).split([b.rank for b in bases]))
+            along |= {index: next(curvatures) for index in range(len(wanted)) if index not in along}
+        return [along[index] for index in range(len(wanted))]
 
     def _from_statistics(self, basis: Basis, shares: Mapping[int, float], number: int | None = None) -> Tensor:
         """The same by statistics, of which curvatures may be products: for others, what they add to the data."""
@@ -177,9 +208,8 @@ class Measurement:
             multiple, name = self._multiple(fold, weights), f"statistics of fold {fold}"
             if weighted == "all" or multiple is None:
                 name += "" if weighted == "all" else f", {weighted}"
-                statistics = self._summed(
-                    name, fold, weights, lambda data: self._structure.measure(self._network, data)
-                )
+                measure = self._structure.measure if self._observed is None else self._structure.measure_unobserved
+                statistics = self._summed(name, fold, weights, lambda data, _: measure(self._network, data))
             else:
                 statistics = self._of(fold) * multiple
             self._statistics[fold, weighted] = statistics
@@ -191,10 +221,10 @@ class Measurement:
         equal = float(ratios.max() - ratios.min()) <= WEIGHT_ROUNDING * float(ratios.max())
         return float(ratios.mean()) if equal else None
 
-    def _summed(self, name: str, fold: int, weights: Tensor, of: Callable[[CurvatureData], Any]) -> Any:
+    def _summed(self, name: str, fold: int, weights: Tensor, of: Callable[[CurvatureData, slice | Tensor], Any]) -> Any:
         data = copy.copy(self._parts[fold])
         data.data = replace(data.data, weights=weights)
-        return self._checkpoint.accumulate(name, data.slices(STEP_CHUNKS), lambda part: of(data.take(part)))
+        return self._checkpoint.accumulate(name, data.slices(STEP_CHUNKS), lambda part: of(data.take(part), part))
 
 
 def _sum(statistics: Iterable[Any]) -> Any:

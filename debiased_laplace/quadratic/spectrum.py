@@ -19,9 +19,10 @@ from torch import Tensor, nn
 
 from debiased_laplace import _checks, _data
 from debiased_laplace.curvature.basis import Basis
+from debiased_laplace.curvature.decomposition import eigh
 from debiased_laplace.curvature.parts.dense import DenseBasis
 from debiased_laplace.curvature.structures import LowRank, LowRankStatistics
-from debiased_laplace.curvature.structures.base import eigenspaces, eigh
+from debiased_laplace.curvature.structures.base import eigenspaces
 from debiased_laplace.curvature.structures.lowrank import is_nonzero, known_eigenpairs, lift_eigenvectors
 from debiased_laplace.likelihoods import Likelihood, resolve_likelihood
 from debiased_laplace.network.blocks import flatten, unflatten

@@ -168,7 +168,8 @@ def all_tensors(value: Any) -> list[Tensor]:
     if isinstance(value, Tensor):
         return [value]
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return [t for field in dataclasses.fields(value) for t in all_tensors(getattr(value, field.name))]
+        fields = [field.name for field in dataclasses.fields(value) if field.init]  # others are made of these
+        return [tensor for name in fields for tensor in all_tensors(getattr(value, name))]
     if isinstance(value, Mapping):
         return [t for key in sorted(value) for t in all_tensors(value[key])]
     if isinstance(value, (list, tuple)):

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from debiased_laplace.curvature.block_gradients import BlockGradients, block_gradients
+from debiased_laplace.curvature.moments import SecondMoment
 from debiased_laplace.curvature.parts.part import Part
 from debiased_laplace.network.blocks import Block
 from debiased_laplace.network.selected import LayerInputs
@@ -44,8 +45,8 @@ class IdentityBasis(Part):
         (prior,) = priors
         return prior
 
-    def factored_curvatures(self, inputs: Tensor, outputs: Tensor) -> Tensor:
-        return outputs[:, :, None] * inputs[:, None, :]
+    def factored_curvatures(self, inputs: SecondMoment, outputs: SecondMoment) -> Tensor:
+        return outputs.dense()[:, :, None] * inputs.dense()[:, None, :]
 
     def project(self, matrices: Sequence[Tensor]) -> Tensor:
         (matrix,) = matrices

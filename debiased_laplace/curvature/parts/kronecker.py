@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from debiased_laplace.curvature.contractions import FactoredGradients, rotate
+from debiased_laplace.curvature.moments import SecondMoment
 from debiased_laplace.curvature.parts.dense import DenseBasis
 from debiased_laplace.curvature.parts.outputwise import MAX_OUTPUTWISE, OutputwiseBasis
 from debiased_laplace.curvature.parts.part import Part, differ
@@ -54,11 +55,8 @@ class KroneckerBasis(Part):
     def squared(self) -> KroneckerBasis:
         return KroneckerBasis(self.outputs.square(), self.inputs.square())
 
-    def factored_curvatures(self, inputs: Tensor, outputs: Tensor) -> Tensor:
-        along_inputs = torch.einsum("gij,gik,gkj->gj", self.inputs, inputs, self.inputs)
-        along_outputs = torch.einsum("gij,gik,gkj->gj", self.outputs, outputs, self.outputs)
-        # Diagonals of positive semi-definite matrices: below zero only by rounding.
-        return along_outputs.clamp_min(0)[:, :, None] * along_inputs.clamp_min(0)[:, None, :]
+    def factored_curvatures(self, inputs: SecondMoment, outputs: SecondMoment) -> Tensor:
+        return outputs.along(self.outputs)[:, :, None] * inputs.along(self.inputs)[:, None, :]
 
     def eigenform(self, curvatures: Tensor, priors: Sequence[Tensor]) -> tuple[Part, Tensor]:
         if not differ(priors):
@@ -135,6 +133,9 @@ class KroneckerBasis(Part):
         if positions > 1 and rotate_last < rotate_first:
             return columns, False
         return rotate(self.inputs, columns[:, :, None])[:, :, 0], True
+
+    def prepares_like(self, other: Part) -> bool:
+        return isinstance(other, KroneckerBasis) and self.inputs is other.inputs
 
     def project_gradients(
         self, inputs: tuple[Tensor, bool], vectors: Sequence[Tensor], *, unit: bool = False

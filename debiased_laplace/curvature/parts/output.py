@@ -6,11 +6,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from debiased_laplace.curvature.block_gradients import BlockGradients, block_gradients
 from debiased_laplace.curvature.contractions import rotate
+from debiased_laplace.curvature.moments import SecondMoment
 from debiased_laplace.curvature.parts.part import MixedPriorsError, Part
 from debiased_laplace.network.blocks import Block
 from debiased_laplace.network.selected import LayerInputs
@@ -63,9 +63,8 @@ class OutputBasis(Part):
         outputs = (self.outputs.mT @ other.outputs).square()
         return outputs @ values.to(outputs)
 
-    def factored_curvatures(self, inputs: Tensor, outputs: Tensor) -> Tensor:
-        along_outputs = torch.einsum("gij,gik,gkj->gj", self.outputs, outputs, self.outputs)
-        return along_outputs.clamp_min(0)[:, :, None] * inputs[:, None, :]  # below zero only by rounding
+    def factored_curvatures(self, inputs: SecondMoment, outputs: SecondMoment) -> Tensor:
+        return outputs.along(self.outputs)[:, :, None] * inputs.dense()[:, None, :]
 
     def check_priors(self, priors: Sequence[Tensor]) -> None:
         (prior,) = priors

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from debiased_laplace.curvature.block_gradients import BlockGradients, block_gradients
 from debiased_laplace.curvature.contractions import covariances_of_rows, many_scales
+from debiased_laplace.curvature.moments import SecondMoment
 from debiased_laplace.network.blocks import Block
 from debiased_laplace.network.selected import LayerInputs
 
@@ -95,11 +96,11 @@ class Part(ABC):
     def diagonal_of(self, other: Any, values: Tensor) -> Tensor:
         r"""Of :math:`U' \mathrm{diag}(v) U'^\top` with another part, the diagonal along these columns."""
 
-    def factored_curvatures(self, inputs: Tensor, outputs: Tensor) -> Tensor:
+    def factored_curvatures(self, inputs: SecondMoment, outputs: SecondMoment) -> Tensor:
         r""":math:`\mathrm{diag}(Q_O^\top B Q_O) \otimes \mathrm{diag}(Q_I^\top A Q_I)`, of the part's shape.
 
         Args:
-            inputs: A, as ``[G, I, I]``, or its diagonal where the directions of the inputs are unit vectors.
+            inputs: A, or its diagonal where the directions of the inputs are unit vectors.
             outputs: B, in the same way.
         """
         raise NotImplementedError(f"The directions of {type(self).__name__} have no factors.")
@@ -162,6 +163,10 @@ class Part(ABC):
     def prepare_inputs(self, inputs: Sequence[LayerInputs], n_vectors: int) -> Any:
         """What can be done once with the inputs ``[N, G, I, S]`` for all vectors of a batch."""
         return inputs
+
+    def prepares_like(self, other: Part) -> bool:
+        """Whether :meth:`prepare_inputs` gives what it gives for another part of the same blocks."""
+        return type(self).prepare_inputs is Part.prepare_inputs is type(other).prepare_inputs
 
     @abstractmethod
     def project_gradients(self, inputs: Any, vectors: Sequence[Tensor], *, unit: bool = False) -> Projected:

@@ -81,6 +81,10 @@ class Structure(ABC):
     def measure(self, network: Network, data: CurvatureData) -> Any:
         """Statistics of weighted data, in one pass."""
 
+    def measure_unobserved(self, network: Network, data: CurvatureData) -> Any:
+        """Statistics of weighted data that :meth:`complete` is to complete: what it replaces need not be in them."""
+        return self.measure(network, data)
+
     @abstractmethod
     def eigenbasis(self, network: Network, statistics: Any, like: Basis | None = None) -> Basis:
         """The orthonormal directions they give, by descending curvature where there is an order.
@@ -90,25 +94,6 @@ class Structure(ABC):
             statistics: Of the data that choose the directions.
             like: A basis of the same structure whose numbers of directions are wanted, where these depend on data.
         """
-
-
-def eigh(matrices: Tensor, name: str) -> tuple[Tensor, Tensor]:
-    """Eigenvalues and eigenvectors of symmetric matrices ``[..., P, P]``, largest first.
-
-    Raises:
-        RuntimeError: If the decomposition fails also in double precision on the CPU.
-    """
-    symmetric = 0.5 * (matrices + matrices.mT)
-    try:
-        values, vectors = torch.linalg.eigh(symmetric)
-    except RuntimeError:  # near-degenerate matrices fail on some devices (pytorch #94772)
-        try:
-            values, vectors = torch.linalg.eigh(symmetric.cpu().double())
-        except RuntimeError as error:
-            raise RuntimeError(
-                f"The eigendecomposition of the curvature of {name!r} failed in double precision on the CPU: {error}"
-            ) from error
-    return values.flip(-1).to(matrices), vectors.flip(-1).to(matrices)
 
 
 def resolution(precision: float) -> float:

@@ -12,8 +12,9 @@ from torch import Tensor
 from debiased_laplace import _checks
 from debiased_laplace.curvature.basis import Basis
 from debiased_laplace.curvature.block_gradients import block_gradients
+from debiased_laplace.curvature.decomposition import eigh
 from debiased_laplace.curvature.parts.dense import DenseBasis
-from debiased_laplace.curvature.structures.base import Structure, eigh, group_blocks
+from debiased_laplace.curvature.structures.base import Structure, group_blocks
 from debiased_laplace.network.gradients import CurvatureData
 from debiased_laplace.network.network import Network
 

@@ -15,21 +15,23 @@ Source: Martens and Grosse (arXiv 1503.05671); for convolutions Grosse and Marte
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from debiased_laplace import _checks
 from debiased_laplace._checks import NonFiniteError
 from debiased_laplace.curvature.basis import Basis
+from debiased_laplace.curvature.moments import MomentSum, SecondMoment, eigenvectors, moment
 from debiased_laplace.curvature.parts.identity import IdentityBasis
 from debiased_laplace.curvature.parts.kronecker import KroneckerBasis
 from debiased_laplace.curvature.parts.output import OutputBasis
 from debiased_laplace.curvature.parts.part import Part
 from debiased_laplace.curvature.sharing import Expand, WeightSharing
-from debiased_laplace.curvature.structures.base import Structure, eigh
+from debiased_laplace.curvature.structures.base import Structure
 from debiased_laplace.network.blocks import Block
 from debiased_laplace.network.factors import Factors
 from debiased_laplace.network.gradients import CurvatureData
@@ -44,32 +46,53 @@ class KroneckerStatistics:
     """Additive statistics; sums over data, so that weights of one mean sum to one over all parts.
 
     Attributes:
-        inputs: A of every block, ``[G, I, I]``, or its diagonal ``[G, I]``.
-        outputs: B of every block, ``[G, O, O]``, or its diagonal ``[G, O]``.
+        of_inputs: A of every block.
+        of_outputs: B of every block.
     """
 
-    inputs: list[Tensor]
-    outputs: list[Tensor]
+    of_inputs: Sequence[SecondMoment]
+    of_outputs: Sequence[SecondMoment]
 
     exact: ClassVar[bool] = False
+
+    @classmethod
+    def of(cls, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> KroneckerStatistics:
+        """Of matrices ``[G, P, P]`` or diagonals ``[G, P]``."""
+        return cls([moment(a) for a in inputs], [moment(b) for b in outputs])
+
+    @staticmethod
+    def upgraded(values: Mapping[str, Any]) -> dict[str, Any]:
+        """The fields of statistics that an earlier version stored, as tensors."""
+        if "inputs" not in values:
+            return dict(values)
+        return {f"of_{name}": [moment(tensor) for tensor in values[name]] for name in ("inputs", "outputs")}
+
+    @property
+    def inputs(self) -> list[Tensor]:
+        """A of every block, ``[G, I, I]``, or its diagonal ``[G, I]``."""
+        return [a.dense() for a in self.of_inputs]
+
+    @property
+    def outputs(self) -> list[Tensor]:
+        """B of every block, ``[G, O, O]``, or its diagonal ``[G, O]``."""
+        return [b.dense() for b in self.of_outputs]
 
     def __add__(self, other: KroneckerStatistics) -> KroneckerStatistics:
         """Statistics of both data together."""
         return KroneckerStatistics(
-            [a + b for a, b in zip(self.inputs, other.inputs, strict=True)],
-            [a + b for a, b in zip(self.outputs, other.outputs, strict=True)],
+            [a + b for a, b in zip(self.of_inputs, other.of_inputs, strict=True)],
+            [a + b for a, b in zip(self.of_outputs, other.of_outputs, strict=True)],
         )
 
     def __mul__(self, factor: float) -> KroneckerStatistics:
         """Statistics of the same data with weights that are multiplied by a factor."""
-        return KroneckerStatistics([factor * a for a in self.inputs], [factor * b for b in self.outputs])
+        return KroneckerStatistics([a * factor for a in self.of_inputs], [b * factor for b in self.of_outputs])
 
     def all_reduce(self) -> KroneckerStatistics:
         """Sum over the processes of ``torch.distributed``; each process weighs its data for all of them."""
-        reduced = KroneckerStatistics([a.clone() for a in self.inputs], [b.clone() for b in self.outputs])
-        for tensor in reduced.inputs + reduced.outputs:
-            torch.distributed.all_reduce(tensor)
-        return reduced
+        return KroneckerStatistics(
+            [a.all_reduce() for a in self.of_inputs], [b.all_reduce() for b in self.of_outputs]
+        )  # fmt: skip
 
     def curvatures(self, basis: Basis) -> Tensor:
         r"""The factored estimate, :math:`\mathrm{diag}(Q_B^\top B Q_B) \otimes \mathrm{diag}(Q_A^\top A Q_A)`.
@@ -79,7 +102,7 @@ class KroneckerStatistics:
         Returns:
             ``[rank]``, a per-datum mean.
         """
-        factors = zip(basis.parts, self.inputs, self.outputs, strict=True)
+        factors = zip(basis.parts, self.of_inputs, self.of_outputs, strict=True)
         return basis.join([part.factored_curvatures(a, b) for part, a, b in factors])
 
 
@@ -88,16 +111,28 @@ class InputStatistics:
     """Input statistics of all data of a stream: no loss is in them, so that they need neither weights nor vectors.
 
     Attributes:
-        totals: Sum of the outer products of every block, ``[G, I, I]``, or their diagonals ``[G, I]``.
+        of_inputs: Sum of the outer products of every block.
         count: Number of data in the sums.
     """
 
-    totals: list[Tensor]
+    of_inputs: Sequence[SecondMoment]
     count: int
+
+    @staticmethod
+    def upgraded(values: Mapping[str, Any]) -> dict[str, Any]:
+        """The fields of statistics that an earlier version stored, as tensors."""
+        if "totals" not in values:
+            return dict(values)
+        return {"of_inputs": [moment(total) for total in values["totals"]], "count": values["count"]}
+
+    @property
+    def totals(self) -> list[Tensor]:
+        """Sums of the outer products of every block, ``[G, I, I]``, or their diagonals ``[G, I]``."""
+        return [total.dense() for total in self.of_inputs]
 
     def __add__(self, other: InputStatistics) -> InputStatistics:
         """Of both data together."""
-        totals = [a + b for a, b in zip(self.totals, other.totals, strict=True)]
+        totals = [a + b for a, b in zip(self.of_inputs, other.of_inputs, strict=True)]
         return InputStatistics(totals, self.count + other.count)
 
 
@@ -111,33 +146,42 @@ class Kronecker(Structure):
         Reduce()
 
     Attributes:
-        eigh_dtype: Precision of the eigendecompositions; single precision is faster and less safe.
+        eigh_dtype: Precision of the eigendecompositions. By default that of the statistics, with a check, and double
+            precision where one fails it (:mod:`debiased_laplace.curvature.decomposition`).
+        max_factor: Size above which a factor is block-diagonal: its directions are eigenvectors of blocks of about
+            equal sizes up to this one. None for no limit.
         diagonal: Parameters or modules, by name or pattern (:mod:`fnmatch`), whose blocks have a diagonal curvature
             instead: their parameters themselves are the directions.
         sharing: What becomes of the positions at which a layer uses its weight: :class:`.Expand` or :class:`.Reduce`.
     """
 
-    eigh_dtype: torch.dtype = torch.float64
+    eigh_dtype: torch.dtype | None = None
+    max_factor: int | None = None
     diagonal: Sequence[str] = ()
     sharing: WeightSharing = field(default_factory=Expand)
 
     observes: ClassVar[bool] = True
 
+    def __post_init__(self) -> None:
+        _checks.whole(self.max_factor, "max_factor", otherwise="None for no limit")
+
     def observe(self, network: Network, factors: Factors, part: slice, phase: int | None = None) -> InputStatistics:
         """Outer products of the inputs, of every block; a phase is for blocks of which it tells enough."""
         totals = []
         for block, kind in zip(network.blocks, self._kinds(network), strict=True):
-            total = _zeros(network, block.groups, block.inputs, square=kind.rotates_inputs)
+            total = _sum_of_inputs(network, block, kind)
             mask = factors.has_gradient(block)
             coarse = mask is None and self.sharing.samples_positions
             for piece, columns in factors.input_pieces(block, part, phase if coarse else None):
-                total += _of_inputs(self.sharing.inputs(columns, None if mask is None else mask[piece]), kind)
-            totals.append(total)
+                _add_inputs(total, self.sharing.inputs(columns, None if mask is None else mask[piece]), kind)
+            totals.append(total.moment())
         return InputStatistics(totals, part.stop - part.start)
 
     def complete(self, statistics: KroneckerStatistics, observed: InputStatistics) -> KroneckerStatistics:
         """A of the whole stream in the place of that of a sample."""
-        return KroneckerStatistics([total / observed.count for total in observed.totals], statistics.outputs)
+        return KroneckerStatistics(
+            [total * (1 / observed.count) for total in observed.of_inputs], statistics.of_outputs
+        )
 
     def measure(self, network: Network, data: CurvatureData) -> KroneckerStatistics:
         """Statistics of weighted data, in one pass.
@@ -146,51 +190,60 @@ class Kronecker(Structure):
             network: The model with its blocks.
             data: Factors of consecutive chunks of data, with their weights and output vectors.
         """
+        return self._measured(network, data, with_inputs=True)
+
+    def measure_unobserved(self, network: Network, data: CurvatureData) -> KroneckerStatistics:
+        """B alone."""
+        return self._measured(network, data, with_inputs=False)
+
+    def _measured(self, network: Network, data: CurvatureData, *, with_inputs: bool) -> KroneckerStatistics:
         if network.free is not None:
             raise ValueError(
                 "Expected whole parameters for a Kronecker structure, got single entries of them. Choose them by name, "
                 "or use a diagonal, low-rank or full structure."
             )
         kinds = self._kinds(network)
-        inputs, outputs = [], []
-        for block, kind in zip(network.blocks, kinds, strict=True):
-            inputs.append(_zeros(network, block.groups, block.inputs, square=kind.rotates_inputs))
-            outputs.append(_zeros(network, block.groups, block.outputs, square=kind.rotates_outputs))
+        pairs = list(zip(network.blocks, kinds, strict=True))
+        inputs = [_sum_of_inputs(network, block, kind) for block, kind in pairs if with_inputs]
+        outputs = [_sum(network, block.groups, block.outputs, square=kind.rotates_outputs) for block, kind in pairs]
         for chunk in data:
             masks = [chunk.factors.has_gradient(block) for block in network.blocks]
-            for block, total, kind, mask in zip(network.blocks, inputs, kinds, masks, strict=True):
+            for (block, kind), total, mask in zip(pairs, inputs, masks, strict=True) if with_inputs else ():
                 for part, columns in chunk.factors.input_pieces(block):
                     columns = self.sharing.inputs(columns, None if mask is None else mask[part])
-                    total += _of_inputs(columns, kind, chunk.weights[part])
+                    _add_inputs(total, columns, kind, chunk.weights[part])
             for _, vectors in chunk.factors.backpropagate(chunk.vectors, network.vector_chunk):
-                for total, kind, columns, mask in zip(outputs, kinds, vectors, masks, strict=True):
+                for of_block, kind, columns, mask in zip(outputs, kinds, vectors, masks, strict=True):
                     for column in columns.unbind(2):
                         column, factor = self.sharing.vectors(column, mask)
-                        products = _gram(column) if kind.rotates_outputs else second_moments(column)
-                        total.add_(products, alpha=factor)
+                        if kind.rotates_outputs:
+                            of_block.add(column, factor)
+                        else:
+                            of_block.add_diagonal(second_moments(column), factor)
                 del vectors, columns, column  # so that the next ones find their memory free
-        for what, totals in (("input", inputs), ("back-propagated gradient", outputs)):
-            for block, total in zip(network.blocks, totals, strict=True):
-                if not bool(total.isfinite().all()):
-                    raise NonFiniteError(
-                        f"Expected finite {what}s at the layer {block.name!r}, got NaN or infinity. "
-                        "Look for NaN in the data, or for an overflow in that layer (a half-precision model?)."
-                    )
-        return KroneckerStatistics(inputs, outputs)
+        statistics = KroneckerStatistics([a.moment() for a in inputs], [b.moment() for b in outputs])
+        _check_finite(network, "input", statistics.of_inputs)
+        _check_finite(network, "back-propagated gradient", statistics.of_outputs)
+        return statistics
 
     def eigenbasis(self, network: Network, statistics: KroneckerStatistics, like: Basis | None = None) -> Basis:
         """Eigenvectors of the factors of every block, by descending eigenvalues."""
-        factors = zip(network.blocks, self._kinds(network), statistics.inputs, statistics.outputs, strict=True)
-        parts = [self._part(block, kind, a, b) for block, kind, a, b in factors]
+        _check_finite(network, "input", statistics.of_inputs)  # they may be those of a whole stream
+        kinds, wanted = self._kinds(network), []
+        for block, kind, a, b in zip(network.blocks, kinds, statistics.of_inputs, statistics.of_outputs, strict=True):
+            wanted += [(block.name, b)] * kind.rotates_outputs
+            wanted += [(block.name, a)] * (kind.rotates_outputs and kind.rotates_inputs)
+        names, moments = [name for name, _ in wanted], [one for _, one in wanted]
+        vectors = iter(eigenvectors(moments, names, self.eigh_dtype, self.max_factor))
+        parts: list[Part] = []
+        for block, kind in zip(network.blocks, kinds, strict=True):
+            if not kind.rotates_outputs:
+                parts.append(IdentityBasis(*block.matrix_shape))
+            elif not kind.rotates_inputs:
+                parts.append(OutputBasis(next(vectors), block.inputs))
+            else:
+                parts.append(KroneckerBasis(next(vectors), next(vectors)))
         return Basis(network.blocks, network.shapes, parts)
-
-    def _part(self, block: Block, kind: Kind, inputs: Tensor, outputs: Tensor) -> Part:
-        if not kind.rotates_outputs:
-            return IdentityBasis(*block.matrix_shape)
-        by_outputs = self._eigenvectors(outputs, block.name)
-        if not kind.rotates_inputs:
-            return OutputBasis(by_outputs, block.inputs)
-        return KroneckerBasis(by_outputs, self._eigenvectors(inputs, block.name))
 
     def _kinds(self, network: Network) -> list[Kind]:
         """The curvature of every block: what its layer calls for, or a diagonal where that is asked for."""
@@ -211,35 +264,36 @@ class Kronecker(Structure):
         diagonal = [block for block in network.blocks if block.kind == DIAGONAL]
         return [name for block in diagonal for name in block.parameters if name not in declared]
 
-    def _eigenvectors(self, matrices: Tensor, name: str) -> Tensor:
-        _, vectors = eigh(matrices.to(self.eigh_dtype), name)
-        # Dead units leave entries that are noise of the decomposition. Dropping them moves a vector by less than
-        # a tenth of its rounding error; kept, their products underflow and slow every contraction tenfold.
-        negligible = 0.1 * torch.finfo(matrices.dtype).eps / matrices.shape[-1] ** 0.5
-        return torch.where(vectors.abs() < negligible, 0.0, vectors).to(matrices)
 
-
-def _zeros(network: Network, groups: int, size: int, *, square: bool) -> Tensor:
+def _sum(network: Network, groups: int, size: int, *, square: bool) -> MomentSum:
     """Of a factor, or of its diagonal."""
-    shape = (groups, size, size) if square else (groups, size)
-    return torch.zeros(shape, device=network.device, dtype=network.dtype)
+    return MomentSum(groups, size, square=square, like=torch.empty(0, device=network.device, dtype=network.dtype))
 
 
-def _of_inputs(columns: LayerInputs, kind: Kind, weights: Tensor | None = None) -> Tensor:
-    """A of some data, ``[G, I, I]`` or its diagonal ``[G, I]``, with a weight for every datum if they are given."""
+def _sum_of_inputs(network: Network, block: Block, kind: Kind) -> MomentSum:
+    return _sum(network, block.groups, block.inputs, square=kind.rotates_inputs)
+
+
+def _add_inputs(total: MomentSum, columns: LayerInputs, kind: Kind, weights: Tensor | None = None) -> None:
+    """Add A of some data, or its diagonal, with a weight for every datum if they are given."""
     if not kind.rotates_inputs:
-        return second_moments(columns, weights)
+        total.add_diagonal(second_moments(columns, weights))
+        return
     assert isinstance(columns, Tensor)  # others have the diagonal alone
     if weights is None:
-        return _gram(columns)
-    if bool((weights == weights[0]).all()):  # known on the CPU: no product with the data
-        return _gram(columns) * float(weights[0])
-    return _gram(columns * weights.to(columns).sqrt()[:, None, None, None])
+        total.add(columns)
+    elif bool((weights == weights[0]).all()):  # known on the CPU: no product with the data
+        total.add(columns, float(weights[0]))
+    else:
+        total.add(columns * weights.to(columns).sqrt()[:, None, None, None])
 
 
-def _gram(columns: Tensor) -> Tensor:
-    """``[N, G, P, S] -> [G, P, P]``, sums of outer products over data and positions."""
-    if columns.shape[-1] > 64 * columns.shape[2]:  # few features, many positions: rather small products than a copy
-        return (columns @ columns.mT).sum(0)
-    flat = columns.permute(1, 2, 0, 3).flatten(2)
-    return flat @ flat.mT
+def _check_finite(network: Network, what: str, moments: Sequence[SecondMoment]) -> None:
+    """Raise a ``NonFiniteError`` that names the first layer whose statistics are not finite."""
+    if not moments or bool(torch.stack([one.is_finite() for one in moments]).all()):
+        return
+    name = next(block.name for block, one in zip(network.blocks, moments, strict=True) if not bool(one.is_finite()))
+    raise NonFiniteError(
+        f"Expected finite {what}s at the layer {name!r}, got NaN or infinity. "
+        "Look for NaN in the data, or for an overflow in that layer (a half-precision model?)."
+    )

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from debiased_laplace._checks import ConvergenceError
-from debiased_laplace.curvature.structures.base import eigh
+from debiased_laplace.curvature.decomposition import eigh
 
 #: Vectors of the first start, and how many more than the wanted eigenvalues the last one has.
 FIRST, BEYOND = 2, 4

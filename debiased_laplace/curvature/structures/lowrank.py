@@ -22,8 +22,9 @@ from torch import Tensor
 from debiased_laplace import _checks
 from debiased_laplace.curvature.basis import Basis
 from debiased_laplace.curvature.block_gradients import BlockGradients, block_gradients, gram
+from debiased_laplace.curvature.decomposition import eigh
 from debiased_laplace.curvature.parts.dense import DenseBasis
-from debiased_laplace.curvature.structures.base import Structure, eigenspaces, eigh, group_blocks, resolution
+from debiased_laplace.curvature.structures.base import Structure, eigenspaces, group_blocks, resolution
 from debiased_laplace.curvature.structures.lanczos import largest_eigenpairs
 from debiased_laplace.network.gradients import CurvatureData
 from debiased_laplace.network.network import Network

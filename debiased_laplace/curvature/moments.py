@@ -1,0 +1,293 @@
+r"""Second moments of the inputs and of the back-propagated vectors of a layer, :math:`M = \sum_k c_k c_k^\top`.
+
+As long as there are few columns c they are kept as they are: fewer numbers than the matrix has, and a decomposition
+that is many times cheaper (:mod:`debiased_laplace.curvature.decomposition`).
+"""
+
+from __future__ import annotations
+
+import itertools
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from debiased_laplace.curvature.decomposition import eigenvectors_of_columns, eigh
+
+#: Least size of a matrix of which columns are kept, and share of its size up to which they are few.
+MIN_FACTORED, FEW = 128, 0.5
+
+#: Most coordinates of matrices that are decomposed several at a time.
+MAX_BATCHED = 512
+
+
+@dataclass(frozen=True, eq=False)
+class SecondMoment(ABC):
+    """A symmetric positive semi-definite matrix in every of G groups; a sum over data.
+
+    Attributes:
+        values: Its entries, in a form of its kind.
+        scale: What they are multiplied by.
+        known: Eigenvectors that were computed, by the settings: those of a matrix are those of its multiples.
+    """
+
+    values: Any
+    scale: float = 1.0
+    known: dict[Any, Tensor] = field(init=False, default_factory=dict, repr=False)
+
+    @abstractmethod
+    def __add__(self, other: SecondMoment) -> SecondMoment:
+        """That of both data together."""
+
+    def __mul__(self, factor: float) -> SecondMoment:
+        """That of the same data with weights that are multiplied by a non-negative factor."""
+        multiple = type(self)(self.values, self.scale * factor)
+        object.__setattr__(multiple, "known", self.known)
+        return multiple
+
+    @abstractmethod
+    def dense(self) -> Tensor:
+        """``[G, P, P]``, or ``[G, P]`` of a diagonal."""
+
+    @abstractmethod
+    def along(self, vectors: Tensor) -> Tensor:
+        r"""Diagonal of :math:`Q^\top M Q`, ``[G, k]``, for ``Q: [G, P, k]``."""
+
+    @abstractmethod
+    def is_finite(self) -> Tensor:
+        """Whether all entries are, a Boolean ``[]``: known on the CPU only when it is asked for."""
+
+    @abstractmethod
+    def block(self, part: slice) -> SecondMoment:
+        """The block on the diagonal that belongs to some of the P coordinates."""
+
+    @abstractmethod
+    def eigenvectors(self, name: str, dtype: torch.dtype | None) -> Tensor:
+        """``[G, P, P]``, by descending eigenvalues.
+
+        Args:
+            name: Of the block, for errors.
+            dtype: Precision of the decomposition; None for that of the entries.
+        """
+
+    def all_reduce(self) -> SecondMoment:
+        """Sum over the processes of ``torch.distributed``."""
+        total = self.dense().clone()
+        torch.distributed.all_reduce(total)
+        return moment(total)
+
+
+class DiagonalMoment(SecondMoment):
+    """The diagonal alone, ``values: [G, P]``."""
+
+    values: Tensor
+
+    def __add__(self, other: SecondMoment) -> DiagonalMoment:
+        return DiagonalMoment(self.dense() + other.dense())
+
+    def dense(self) -> Tensor:
+        return self.values if self.scale == 1 else self.scale * self.values
+
+    def along(self, vectors: Tensor) -> Tensor:
+        return torch.einsum("gij,gi->gj", vectors.square(), self.dense())
+
+    def is_finite(self) -> Tensor:
+        return self.values.isfinite().all()
+
+    def block(self, part: slice) -> DiagonalMoment:
+        return DiagonalMoment(self.values[:, part], self.scale)
+
+    def eigenvectors(self, name: str, dtype: torch.dtype | None) -> Tensor:
+        raise NotImplementedError("The eigenvectors of a diagonal are unit vectors, which are never formed.")
+
+
+class MatrixMoment(SecondMoment):
+    """All entries, ``values: [G, P, P]``."""
+
+    values: Tensor
+
+    def __add__(self, other: SecondMoment) -> MatrixMoment:
+        if isinstance(other, OuterProducts):
+            return MatrixMoment(other.added_to(self.dense().clone()))
+        return MatrixMoment(torch.add(self.dense(), other.values, alpha=other.scale))
+
+    def dense(self) -> Tensor:
+        return self.values if self.scale == 1 else self.scale * self.values
+
+    def along(self, vectors: Tensor) -> Tensor:
+        # Of positive semi-definite matrices: below zero only by rounding.
+        return self.scale * (vectors * (self.values @ vectors)).sum(1).clamp_min(0)
+
+    def is_finite(self) -> Tensor:
+        return self.values.isfinite().all()
+
+    def block(self, part: slice) -> MatrixMoment:
+        return MatrixMoment(self.values[:, part, part], self.scale)
+
+    def eigenvectors(self, name: str, dtype: torch.dtype | None) -> Tensor:
+        return eigh(self.values.to(dtype or self.values.dtype), name)[1]
+
+
+class OuterProducts(SecondMoment):
+    """Few columns, ``values``: of ``[G, P, r]`` in pieces, so that sums copy nothing."""
+
+    values: tuple[Tensor, ...]
+
+    def __add__(self, other: SecondMoment) -> SecondMoment:
+        if not isinstance(other, OuterProducts):
+            return other + self
+        both = OuterProducts(self._scaled() + other._scaled())
+        return both if are_few(both.size, both.n_columns) else MatrixMoment(both.dense())
+
+    def _scaled(self) -> tuple[Tensor, ...]:
+        return self.values if self.scale == 1 else tuple(self.scale**0.5 * piece for piece in self.values)
+
+    @property
+    def size(self) -> int:
+        """P."""
+        return self.values[0].shape[1]
+
+    @property
+    def n_columns(self) -> int:
+        """r, of all pieces together."""
+        return sum(piece.shape[2] for piece in self.values)
+
+    def joined(self) -> Tensor:
+        """All columns, ``[G, P, r]``, before the scale."""
+        return self.values[0] if len(self.values) == 1 else torch.cat(self.values, 2)
+
+    def added_to(self, total: Tensor) -> Tensor:
+        """The matrix, added to another one in place."""
+        columns = self.joined()
+        return total.baddbmm_(columns, columns.mT, alpha=self.scale)
+
+    def dense(self) -> Tensor:
+        columns = self.joined()
+        return self.scale * (columns @ columns.mT)
+
+    def along(self, vectors: Tensor) -> Tensor:
+        return self.scale * (vectors.mT @ self.joined()).square().sum(2)
+
+    def is_finite(self) -> Tensor:
+        return torch.stack([piece.isfinite().all() for piece in self.values]).all()
+
+    def block(self, part: slice) -> SecondMoment:
+        pieces = OuterProducts(tuple(piece[:, part] for piece in self.values), self.scale)
+        return pieces if are_few(pieces.size, pieces.n_columns) else MatrixMoment(pieces.dense())
+
+    def eigenvectors(self, name: str, dtype: torch.dtype | None) -> Tensor:
+        columns = self.joined()
+        return eigenvectors_of_columns(columns.to(dtype or columns.dtype), name)
+
+
+def are_few(size: int, n_columns: int) -> bool:
+    """Whether columns are kept, of so many coordinates."""
+    return size >= MIN_FACTORED and n_columns <= FEW * size
+
+
+def moment(values: Tensor) -> SecondMoment:
+    """Of a matrix ``[G, P, P]`` or a diagonal ``[G, P]``."""
+    return MatrixMoment(values) if values.ndim == 3 else DiagonalMoment(values)
+
+
+class MomentSum:
+    """A second moment that grows with the data of a pass."""
+
+    def __init__(self, groups: int, size: int, *, square: bool, like: Tensor) -> None:
+        """Of no data: matrices ``[G, P, P]``, or their diagonals, in the precision and on the device of a tensor."""
+        self._columns: list[Tensor] = []
+        self._groups, self._size, self._like = groups, size, like
+        self._total: Tensor | None = None
+        if not square:
+            self._total = like.new_zeros(groups, size)
+        elif not are_few(size, 0):
+            self._total = like.new_zeros(groups, size, size)
+
+    def add_diagonal(self, values: Tensor, factor: float = 1.0) -> None:
+        """Add to a diagonal, ``[G, P]``."""
+        assert self._total is not None
+        self._total.add_(values, alpha=factor)
+
+    def add(self, columns: Tensor, factor: float = 1.0) -> None:
+        """Add outer products of columns ``[N, G, P, S]`` of data and positions, times a factor."""
+        n, _, size, positions = columns.shape
+        if self._total is None and are_few(size, n * positions + sum(piece.shape[2] for piece in self._columns)):
+            flat = columns.permute(1, 2, 0, 3).flatten(2)
+            self._columns.append(flat.clone() if factor == 1 else factor**0.5 * flat)
+            return
+        if self._total is None:
+            self._total, self._columns = self._kept().dense(), []
+        self._total.add_(gram(columns), alpha=factor)
+
+    def _kept(self) -> OuterProducts:
+        return OuterProducts(tuple(self._columns) or (self._like.new_zeros(self._groups, self._size, 0),))
+
+    def moment(self) -> SecondMoment:
+        """The sum."""
+        return self._kept() if self._total is None else moment(self._total)
+
+
+def gram(columns: Tensor) -> Tensor:
+    """``[N, G, P, S] -> [G, P, P]``, sums of outer products over data and positions."""
+    if columns.shape[-1] > 64 * columns.shape[2]:  # few features, many positions: rather small products than a copy
+        return (columns @ columns.mT).sum(0)
+    flat = columns.permute(1, 2, 0, 3).flatten(2)
+    return flat @ flat.mT
+
+
+def eigenvectors(
+    moments: Sequence[SecondMoment], names: Sequence[str], dtype: torch.dtype | None, max_size: int | None
+) -> list[Tensor]:
+    """Eigenvectors of every moment, ``[G, P, P]``, each computed once, by descending eigenvalues.
+
+    Small ones of one shape are decomposed in one call. Of one that is larger than asked for, blocks on the diagonal
+    are, and the order of eigenvalues is that within a block.
+
+    Args:
+        moments: Matrices, or their columns.
+        names: Of the blocks, for errors.
+        dtype: Precision of the decompositions; None for that of the moments.
+        max_size: Coordinates above which blocks are decomposed; None for no limit.
+    """
+    key = dtype, max_size
+    batches: dict[tuple[int, torch.dtype, torch.device], list[int]] = {}
+    for index, one in enumerate(moments):
+        if key in one.known:
+            continue
+        if isinstance(one, MatrixMoment) and (size := one.values.shape[-1]) <= min(MAX_BATCHED, max_size or size):
+            batches.setdefault((size, one.values.dtype, one.values.device), []).append(index)
+        else:
+            one.known[key] = _of_blocks(one, names[index], dtype, max_size)
+    for indices in batches.values():
+        distinct = list({id(moments[index].known): index for index in indices}.values())
+        matrices = [moments[index].values for index in distinct]
+        together = MatrixMoment(torch.cat(matrices))
+        every = together.eigenvectors(", ".join(dict.fromkeys(names[index] for index in distinct)), dtype)
+        split = _cleaned(every, together.values.dtype).split([len(matrix) for matrix in matrices])
+        for index, vectors in zip(distinct, split, strict=True):
+            moments[index].known[key] = vectors
+    return [one.known[key] for one in moments]
+
+
+def _of_blocks(one: SecondMoment, name: str, dtype: torch.dtype | None, max_size: int | None) -> Tensor:
+    values = one.values if isinstance(one, MatrixMoment) else one.values[0]
+    groups, size = values.shape[:2]
+    n_blocks = -(-size // (max_size or size))
+    if n_blocks == 1:
+        return _cleaned(one.eigenvectors(name, dtype), values.dtype)
+    vectors = values.new_zeros(groups, size, size)
+    bounds = [size * number // n_blocks for number in range(n_blocks + 1)]
+    for start, stop in itertools.pairwise(bounds):
+        part = slice(start, stop)
+        vectors[:, part, part] = _cleaned(one.block(part).eigenvectors(name, dtype), values.dtype)
+    return vectors
+
+
+def _cleaned(vectors: Tensor, dtype: torch.dtype) -> Tensor:
+    # Dead units leave entries that are noise of the decomposition. Dropping them moves a vector by less than
+    # a tenth of its rounding error; kept, their products underflow and slow every contraction tenfold.
+    negligible = 0.1 * torch.finfo(dtype).eps / vectors.shape[-1] ** 0.5
+    return vectors.masked_fill_(vectors.abs() < negligible, 0.0).to(dtype)
