@@ -20,6 +20,9 @@ from debiased_laplace.curvature.decomposition import eigenvectors_of_columns, ei
 #: Least size of a matrix of which columns are kept, and share of its size up to which they are few.
 MIN_FACTORED, FEW = 128, 0.5
 
+#: Least number of positions with which every datum has a product of its own, and most coordinates of small ones.
+MIN_POSITIONS, MAX_SMALL = 32, 32
+
 #: Most coordinates of matrices that are decomposed several at a time.
 MAX_BATCHED = 512
 
@@ -220,7 +223,7 @@ class MomentSum:
             return
         if self._total is None:
             self._total, self._columns = self._kept().dense(), []
-        self._total.add_(gram(columns), alpha=factor)
+        add_outer_products(self._total, columns, factor)
 
     def _kept(self) -> OuterProducts:
         return OuterProducts(tuple(self._columns) or (self._like.new_zeros(self._groups, self._size, 0),))
@@ -230,12 +233,20 @@ class MomentSum:
         return self._kept() if self._total is None else moment(self._total)
 
 
-def gram(columns: Tensor) -> Tensor:
-    """``[N, G, P, S] -> [G, P, P]``, sums of outer products over data and positions."""
-    if columns.shape[-1] > 64 * columns.shape[2]:  # few features, many positions: rather small products than a copy
-        return (columns @ columns.mT).sum(0)
-    flat = columns.permute(1, 2, 0, 3).flatten(2)
-    return flat @ flat.mT
+def add_outer_products(total: Tensor, columns: Tensor, factor: float = 1.0) -> None:
+    """Add to ``[G, P, P]`` the outer products of columns ``[N, G, P, S]``, summed over data and positions, in place.
+
+    With many positions a product for each datum saves a copy of the columns: small ones all at a time, large ones one
+    after the other, which only a processor does as fast as one product of all.
+    """
+    _, groups, size, positions = columns.shape
+    if positions >= MIN_POSITIONS and size <= MAX_SMALL:
+        total.add_((columns @ columns.mT).sum(0), alpha=factor)
+    elif positions >= MIN_POSITIONS and groups == 1 and columns.device.type == "cpu":
+        total[0].addbmm_(columns[:, 0], columns[:, 0].mT, alpha=factor)
+    else:
+        flat = columns.permute(1, 2, 0, 3).flatten(2)
+        total.baddbmm_(flat, flat.mT, alpha=factor)
 
 
 def eigenvectors(
