@@ -52,11 +52,13 @@ class VirtualCard:
     Attributes:
         waits: How often which function of the package, ``"module.function"``, waited for the card, by what it asked.
         uploads: Likewise, copies from the CPU to the card.
+        blocking: Functions whose copies were not ``non_blocking``.
     """
 
     def __init__(self) -> None:
         self.waits: Counter[tuple[str, str]] = Counter()
         self.uploads: Counter[str] = Counter()
+        self.blocking: set[str] = set()
         self._held: dict[int, weakref.ref[torch.UntypedStorage]] = {}
         self._undecided: dict[int, weakref.ref[torch.UntypedStorage]] = {}
         self._modes: list[Any] = [_Operators(self), _Functions(self), _without_drivers()]
@@ -104,7 +106,10 @@ class VirtualCard:
     def move(self, tensor: Tensor, to_card: bool, **how: Any) -> Tensor:
         """A tensor on the card, or on the CPU, as ``Tensor.to`` gives it."""
         if self.holds(tensor) == to_card:
-            return tensor.to(**how)
+            how.pop("non_blocking", None)
+            return tensor.to(**how) if how else tensor
+        if not how.pop("non_blocking", False):
+            self.blocking.add(_asker())
         if to_card:
             self.uploads[_asker()] += 1
         else:
@@ -282,7 +287,7 @@ class _Functions(TorchFunctionMode):
         return self._card.move(tensor, True)
 
     def _to(self, tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        how = {name: kwargs[name] for name in ("copy", "memory_format") if name in kwargs}
+        how = {name: kwargs[name] for name in ("copy", "memory_format", "non_blocking") if name in kwargs}
         target = self._card.holds(tensor)
         for value in [*args, *kwargs.values()]:
             if isinstance(value, Tensor):
@@ -291,7 +296,7 @@ class _Functions(TorchFunctionMode):
                 how["dtype"] = value
             elif isinstance(value, (str, torch.device)):
                 target = torch.device(value).type == "cuda"
-        return self._card.move(tensor, target, **how) if how or target != self._card.holds(tensor) else tensor
+        return self._card.move(tensor, target, **how)
 
     def _tolist(self, tensor: Tensor) -> Any:
         if self._card.holds(tensor):
