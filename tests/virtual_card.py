@@ -1,7 +1,7 @@
 """A graphics card that is not there: real numbers on the CPU, followed as if they were on a device of their own.
 
-Every storage that a card would hold is noted as it comes about. What PyTorch refuses on a card is refused here: operands
-on two devices, generators of another device, NumPy's view of a tensor. What makes the program wait for a card is
+Every storage that a card would hold is noted as it comes about. What PyTorch refuses on a card is refused here:
+operands on two devices, generators of another device, NumPy's view of a tensor. What makes the program wait for a card is
 counted, with the function of the package that asked for it: reading a value, results whose shape depends on values,
 copies to the CPU, decompositions that look whether they succeeded. Numbers are those of the CPU, so that results can be
 compared; how fast a card is, and how it rounds, is not seen.
@@ -185,7 +185,9 @@ class _Operators(TorchDispatchMode):
                 self._card.take(result, None)
             return result
         self._card.take(undecided)
-        places = [on_card or any(leaf is one for one in undecided) for leaf, on_card in zip(leaves, places, strict=True)]
+        places = [
+            on_card or any(leaf is one for one in undecided) for leaf, on_card in zip(leaves, places, strict=True)
+        ]
         if name == "copy_" and len(leaves) == 2 and places[0] != places[1]:
             if places[0]:
                 self._card.uploads[_asker()] += 1
@@ -203,7 +205,8 @@ class _Operators(TorchDispatchMode):
             func, "tags", ()
         )
         elsewhere = [
-            leaf for leaf, on_card in zip(leaves, places, strict=True) if not on_card and not (scalars and leaf.ndim == 0)
+            leaf for leaf, on_card in zip(leaves, places, strict=True)
+            if not on_card and not (scalars and leaf.ndim == 0)
         ]  # fmt: skip
         if name in INDEXING and self._card.holds(args[0]):
             indices = {id(index) for index in args[1]}
@@ -225,7 +228,9 @@ class _Operators(TorchDispatchMode):
         elif name == "repeat_interleave" and kwargs.get("output_size") is None:
             self._card.wait(name)
         elif name in INDEXING:
-            masks = [i for i in args[1] if i is not None and i.dtype in (torch.bool, torch.uint8) and self._card.holds(i)]
+            masks = [
+                i for i in args[1] if i is not None and i.dtype in (torch.bool, torch.uint8) and self._card.holds(i)
+            ]
             filled = len(args) > 2 and len(args[1]) == 1 and args[2].numel() == 1
             if masks and not filled:
                 self._card.wait("boolean index")
