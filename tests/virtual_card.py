@@ -1,8 +1,8 @@
 """A graphics card that is not there: real numbers on the CPU, followed as if they were on a device of their own.
 
 Every storage that a card would hold is noted as it comes about. What PyTorch refuses on a card is refused here:
-operands on two devices, generators of another device, NumPy's view of a tensor. What makes the program wait for a card is
-counted, with the function of the package that asked for it: reading a value, results whose shape depends on values,
+operands on two devices, generators of another device, NumPy's view of a tensor. What makes the program wait for a card
+is counted, with the function of the package that asked for it: reading a value, results whose shape depends on values,
 copies to the CPU, decompositions that look whether they succeeded. Numbers are those of the CPU, so that results can be
 compared; how fast a card is, and how it rounds, is not seen.
 """

@@ -87,9 +87,7 @@ class Full(Structure):
             for mask, block in zip(entries, network.blocks, strict=True)
         ]
         free = [torch.cat([masks[i] for i in group]) for group in groups]
-        chosen = [
-            mask.nonzero()[:, 0] for mask in free
-        ]  # once: whoever uses a mask waits for the device
+        chosen = [mask.nonzero()[:, 0] for mask in free]  # once: whoever uses a mask waits for the device
         sizes = [len(index) for index in chosen]
         if max(sizes) > self.max_params:
             raise ValueError(
