@@ -82,8 +82,8 @@ def _settings() -> list[tuple[Any, str, Any]]:
         (backends.cudnn, "allow_tf32", False),
     ]  # fmt: skip
     if hasattr(backends.cuda.matmul, "fp32_precision"):  # since torch 2.9, for every kind of product
-        owners = (backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn)
-        owners += (backends.mkldnn.matmul, backends.mkldnn.conv, backends.mkldnn.rnn)
+        owners = [backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn]
+        owners += [backends.mkldnn.matmul, backends.mkldnn.conv, backends.mkldnn.rnn]
         found += [(owner, "fp32_precision", "ieee") for owner in owners]
     return found
 
