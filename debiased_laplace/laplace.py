@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from debiased_laplace import _checks, _data, _store
-from debiased_laplace._guards import global_random_state
+from debiased_laplace._guards import full_precision, global_random_state
 from debiased_laplace.curvature.structures import Structure
 from debiased_laplace.fitting.coverage import coverage
 from debiased_laplace.fitting.fit import fit as fit_posterior
@@ -236,7 +236,7 @@ class Laplace:
         if temperature is None:
             temperature = self.likelihood.no_temperature is None and link != "bridge_norm"
         selection = selection or ("one_standard_error" if temperature and not layerwise else "best")
-        with global_random_state(), torch.no_grad():  # a loader's order may draw
+        with global_random_state(), torch.no_grad(), full_precision():  # a loader's order may draw
             tuned = tune(
                 self.network, self.posterior, self.likelihood, self.adapters.batches(val_loader, self.targets_key),
                 GRID if prior_precisions is None else prior_precisions, link=link, temperature=temperature,
@@ -315,7 +315,7 @@ class Laplace:
         self.fitted.check_model()
         if generator is None:
             generator = torch.Generator().manual_seed(self.seed)
-        with torch.inference_mode(False), torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad(), full_precision():
             settings: dict[str, Any] = {
                 "link": link or self.link or self.default_link, "n_samples": n_samples, "covariance": covariance,
                 "output_temperature": self.output_temperature, "generator": generator,
@@ -357,7 +357,7 @@ class Laplace:
         """
         if self.fitted.uniform is None:
             return None
-        with torch.inference_mode(False), global_random_state():
+        with torch.inference_mode(False), global_random_state(), full_precision():
             return certainty_on(
                 self.network, self.posterior, self.likelihood, self.fitted.uniform.data,
                 link=link or self.link or self.default_link, output_temperature=self.output_temperature,

@@ -8,12 +8,15 @@ import os
 # Before anything reads them: tests run in as many processes as there are CPUs, and so do those that they start.
 os.environ.update(dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1"))
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from PIL import Image
 
 from debiased_laplace.evaluation.bias import pictures as bias_pictures
 from debiased_laplace.evaluation.report import figures
+from tests.virtual_card import CARD, VirtualCard
 
 torch.set_num_threads(1)
 
@@ -23,10 +26,14 @@ LONGEST = ("eval", "shipped", "online", "drop_in", "bias", "instruments", "tunin
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 
 
-@pytest.fixture(params=DEVICES)
-def device(request: pytest.FixtureRequest) -> torch.device:
-    """Every device present; all of these have float64."""
-    return torch.device(request.param)
+@pytest.fixture(params=[*DEVICES, *(["card"] if os.environ.get("VIRTUAL_CARD") else [])])
+def device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
+    """Every device present, and on demand a card that is not there; all of these have float64."""
+    if request.param == "card":
+        with VirtualCard():
+            yield CARD
+    else:
+        yield torch.device(request.param)
 
 
 @pytest.fixture

@@ -373,8 +373,10 @@ class Packed(nn.Module):
         lengths = (x != 0).cumprod(1).sum(1).clamp_min(1)
         order = lengths.argsort(descending=True) if self.by_hand else torch.arange(len(x))
         tokens, lengths = x[order], lengths[order]
-        tokens = torch.where(torch.arange(x.shape[1]) < lengths[:, None], tokens, 0)
-        packed = pack_padded_sequence(self.embedding(tokens), lengths, batch_first=True, enforce_sorted=self.by_hand)
+        tokens = torch.where(torch.arange(x.shape[1], device=x.device) < lengths[:, None], tokens, 0)
+        packed = pack_padded_sequence(
+            self.embedding(tokens), lengths.cpu(), batch_first=True, enforce_sorted=self.by_hand
+        )
         outputs, _ = self.layer(packed)
         outputs = outputs._replace(data=torch.tanh(self.hidden(outputs.data)))
         padded, _ = pad_packed_sequence(outputs, batch_first=True)

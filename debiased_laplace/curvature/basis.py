@@ -129,7 +129,7 @@ class Basis:
         if len(values) not in (1, len(self.parts)):
             return self._column_values(values)
         sizes = torch.tensor(self.sizes, device=values.device)
-        return values.expand(len(self.parts)).repeat_interleave(sizes)
+        return values.expand(len(self.parts)).repeat_interleave(sizes, output_size=self.rank)
 
     def per_parameter(self, values: Tensor) -> Tensor:
         """The same for every parameter, ``[D]``."""

@@ -147,10 +147,12 @@ class IndexedGradients:
         total = columns.new_zeros(n_data * n_vectors, n_data * n_vectors)
         vectors = torch.arange(n_vectors, device=data.device)
         _, counts = tokens.unique_consecutive(return_counts=True)
+        counts = counts.cpu()  # what is to be decided by them is decided there, without waiting for the device
         starts = counts.cumsum(0) - counts
         memory = contractions.projection_memory(columns.device) // columns.element_size()
         for count in counts.unique().tolist():
-            every = starts[counts == count][:, None] + torch.arange(count, device=data.device)  # [tokens, count]
+            every = starts[counts == count][:, None] + torch.arange(count)  # [tokens, count]
+            every = every.to(data.device)
             is_frequent = count * FREQUENT >= n_data
             per_token = len(total) * height if is_frequent else count * n_vectors * max(height, count * n_vectors)
             for some in _data.slices(len(every), max(1, memory // per_token)):
@@ -188,10 +190,10 @@ def _occurrences(parts: Sequence[IndexedGradients]) -> tuple[Tensor, Tensor, Ten
     columns, data, tokens, start = [], [], [], 0
     for part in parts:
         by_column = part.values.permute(0, 3, 1, 2)
-        present = by_column.flatten(2).any(2)  # [N, T]
-        columns.append(by_column[present])
-        data.append(present.nonzero()[:, 0] + start)
-        tokens.append(part.index[present])
+        of_datum, place = by_column.flatten(2).any(2).nonzero().unbind(1)  # [N, T]
+        columns.append(by_column[of_datum, place])
+        data.append(of_datum + start)
+        tokens.append(part.index[of_datum, place])
         start += len(part)
     token, order = torch.cat(tokens).sort(stable=True)
     return torch.cat(columns)[order], torch.cat(data)[order], token

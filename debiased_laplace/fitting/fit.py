@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from debiased_laplace import _checks, _data
-from debiased_laplace._guards import global_random_state
+from debiased_laplace._guards import full_precision, global_random_state
 from debiased_laplace.curvature.structures import Structure
 from debiased_laplace.fitting.checkpoint import Checkpoint
 from debiased_laplace.fitting.fitted import Fit
@@ -113,7 +113,7 @@ def fit(
     progress = Checkpoint(checkpoint, identity)
     if previous is not None and previous.network.sites is not None:
         likelihood = of_outputs(likelihood, previous.network.sites)  # where sites are need not be found again
-    with torch.inference_mode(False), global_random_state():
+    with torch.inference_mode(False), global_random_state(), full_precision():
         discover = partial(chosen.discover, snapshot, likelihood=likelihood)
         stream = Stream(discover, likelihood, chosen.structure, chosen.chunk_size)
         reading = _reading(batches, progress, generator, stream, chosen, previous)

@@ -74,7 +74,7 @@ def _like(leaf: Tensor, generator: torch.Generator) -> Tensor:
         values = leaf.double()
         deviation = float(values.std(correction=0)) if values.numel() > 1 else 0.0
         made = torch.randn(leaf.shape, generator=generator, dtype=torch.float64) * deviation + float(values.mean())
-        return made.to(leaf)
+        return torch.empty_like(leaf).copy_(made)  # in the same layout (channels last, say)
     if leaf.is_complex():
         raise TypeError("complex numbers")
     low, high = int(leaf.min()), int(leaf.max())

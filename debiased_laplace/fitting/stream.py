@@ -33,18 +33,18 @@ class Observed:
 
     Attributes:
         n: Number of data.
-        loss: Sum of their losses, in nats.
+        loss: Sum of their losses, in nats; a float64 scalar of the network's device, since to read it is to wait.
         statistics: What the structure sums over all data; None if it sums nothing.
     """
 
     n: int
-    loss: float
+    loss: float | Tensor
     statistics: Any
 
     @property
     def mean_loss(self) -> float:
         """Per datum, in nats."""
-        return self.loss / self.n
+        return float(self.loss) / self.n
 
     def followed_by(self, more: Observed) -> Observed:
         """With more data of the same stream, which a structure need not have observed."""
@@ -162,7 +162,7 @@ class Stream:
 
     def _observed(self, network: Network, outputs: Tensor, targets: Tensor) -> Observed:
         losses = self.likelihood.loss(outputs, targets.to(network.device))
-        return Observed(len(losses), float(losses.double().sum()), None)
+        return Observed(len(losses), losses.double().sum(), None)
 
 
 def mean_loss(network: Network, likelihood: Likelihood, sample: Sample) -> float:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 
 from debiased_laplace import _checks, _data, _store
-from debiased_laplace._guards import global_random_state
+from debiased_laplace._guards import full_precision, global_random_state
 from debiased_laplace.curvature.structures import Structure
 from debiased_laplace.fitting.coverage import coverage
 from debiased_laplace.fitting.fit import fit
@@ -898,7 +898,7 @@ class DebiasedLaplace(ParametricLaplace):
     def _gradient_mode(self) -> Iterator[bool]:
         """Gradients only with :attr:`enable_backprop`, and never where the caller wants none; no inference tensors."""
         wanted = self.enable_backprop and torch.is_grad_enabled()
-        with torch.inference_mode(False), torch.set_grad_enabled(wanted):
+        with torch.inference_mode(False), torch.set_grad_enabled(wanted), full_precision():
             yield self.enable_backprop
 
     def _is_regression(self, fitting: bool = False) -> bool:
@@ -981,6 +981,7 @@ class DebiasedLaplace(ParametricLaplace):
 
     # -- tuning --------------------------------------------------------------------------------
 
+    @full_precision()
     def optimize_prior_precision(
         self,
         pred_type: str = "glm",

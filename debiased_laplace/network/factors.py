@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -60,6 +60,7 @@ class Factors:
     returned: Tensor
     _lone: LoneGradients | None = None
     _has_gradient: dict[int, Tensor] | None = None  # of calls
+    _is_padded: dict[int, bool] = field(default_factory=dict)  # likewise: whether some positions have none
     _rows: list[RowLayout] | None = None  # likewise
     call_names: Sequence[Sequence[str]] | None = None
     counted: Tensor | None = None
@@ -155,8 +156,11 @@ class Factors:
             return None
         if self._has_gradient is None:
             self._has_gradient = self._find_gradients()
+            # Read together: each time would be a wait for the device.
+            padded = torch.stack([~mask.all() for mask in self._has_gradient.values()]).tolist()
+            self._is_padded = dict(zip(self._has_gradient, padded, strict=True))
         mask = torch.cat([self._has_gradient[index] for index in self.calls_of(block)], 1)
-        return None if bool(mask.all()) else mask
+        return mask if any(self._is_padded[index] for index in self.calls_of(block)) else None
 
     def _find_gradients(self) -> dict[int, Tensor]:
         """For every call of a sequence, where its outputs have a gradient, ``[N, S]``."""

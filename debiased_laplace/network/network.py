@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from debiased_laplace import _checks, _data
-from debiased_laplace._guards import gradients_enabled
+from debiased_laplace._guards import gradients_enabled, users_precision
 from debiased_laplace.network.blocks import Block, flatten, unflatten
 from debiased_laplace.network.discovery import find_blocks, last_layer
 from debiased_laplace.network.factors import Factors
@@ -283,7 +283,7 @@ class Network:
 
     def outputs(self, inputs: _data.Inputs) -> Tensor:
         """Outputs ``[N, C]`` in evaluation mode, without a graph."""
-        with torch.no_grad(), self._replicas.one() as model:
+        with torch.no_grad(), self._replicas.one() as model, users_precision():
             return self._rows(model, _data.to_device(inputs, self.device))
 
     def call(self, parameters: dict[str, Tensor], inputs: _data.Inputs, **keywords: Any) -> Tensor:
@@ -357,7 +357,7 @@ class Network:
             recorder = Recorder(self.identities, self.call_types, self.entries, self.apart)
             with self._replicas.one() as model:
                 recorder.note_constants((*model.buffers(), *model.parameters()))
-                with recorder:
+                with recorder, users_precision():
                     every, returned = self._run(model, inputs)
             n, n_run = _data.count(inputs), len(every)
             outputs = every if n == n_run else every[:n]

@@ -54,7 +54,7 @@ class SelectedInputs:
     def distinct(self) -> tuple[Tensor, Tensor]:
         """The T inputs that a datum has at all, ``[N, T]``, and their values at the positions, ``[N, T, S]``.
 
-        T is that of the datum that has most; others have inputs with zeros in their places.
+        T is that of the datum that has most, or more; others have inputs with zeros in their places.
         """
         index, rank = self._ranked()
         columns = self.values.new_zeros(*index.shape, rank.shape[1])
@@ -71,7 +71,9 @@ class SelectedInputs:
         is_new = torch.ones_like(ordered, dtype=torch.bool)
         is_new[:, 1:] = ordered[:, 1:] != ordered[:, :-1]
         rank = torch.empty_like(ordered).scatter_(1, order, is_new.cumsum(1) - 1)  # among those of the datum
-        n_distinct = int(rank.max()) + 1 if rank.numel() else 0
+        n_distinct = min(rank.shape[1], self.size)
+        if rank.is_cpu:  # elsewhere the bound, since to know the number is to wait for the device
+            n_distinct = int(rank.max()) + 1 if rank.numel() else 0
         index = torch.zeros(len(rank), n_distinct, dtype=torch.long, device=rank.device).scatter_(1, rank, self.index)
         return index, rank
 

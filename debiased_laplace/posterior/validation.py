@@ -98,21 +98,21 @@ def losses_on_the_grid(data: Validation, precisions: Tensor, temperature: float)
     candidates, likelihood, normals = data.at(precisions), data.likelihood, data.normals()
     covariance, noise_variance = likelihood.needs_covariance(data.link), data.posterior.noise_variance
     total, n = torch.zeros(len(candidates), dtype=torch.float64, device=data.network.device), 0
-    alone = 0.0
+    alone = torch.zeros_like(total[0])
     for mean, covariances, targets in data.with_moments(candidates, covariance=covariance):
         losses = likelihood.negative_log_predictive(
             mean / temperature, covariances / temperature**2, targets, data.link, normals, noise_variance
         )
         total += losses.double().sum(-1)
         certain = likelihood.negative_log_likelihood(mean.double() / temperature, targets, noise_variance)
-        alone += float(certain.sum())
+        alone += certain.sum()
         n += len(mean)
     if n == 0:
         raise ValueError(EMPTY)
     losses = (total / n).cpu()
     check_losses(losses)
     grid = torch.stack([candidate.prior_precision[0] for candidate in candidates]).cpu()
-    return PriorCurve(grid, losses, data.link), alone / n
+    return PriorCurve(grid, losses, data.link), float(alone) / n
 
 
 def tabulate(data: Validation, precisions: Tensor, per_part: bool) -> tuple[ValidationLoss, Tensor]:

@@ -87,7 +87,8 @@ class Full(Structure):
             for mask, block in zip(entries, network.blocks, strict=True)
         ]
         free = [torch.cat([masks[i] for i in group]) for group in groups]
-        sizes = [int(mask.sum()) for mask in free]
+        chosen = [mask.nonzero()[:, 0] for mask in free]  # once: whoever uses a mask waits for the device
+        sizes = [len(index) for index in chosen]
         if max(sizes) > self.max_params:
             raise ValueError(
                 f"Expected at most {self.max_params} parameters for a dense matrix, got {max(sizes)}: it would take "
@@ -98,9 +99,9 @@ class Full(Structure):
         for chunk in data:
             inputs = [chunk.factors.inputs(block) for block in network.blocks]
             for _, vectors in chunk.factors.backpropagate(chunk.vectors, network.vector_chunk):
-                for matrix, group, mask in zip(matrices, groups, free, strict=True):
+                for matrix, group, index in zip(matrices, groups, chosen, strict=True):
                     rows = torch.cat([block_gradients(inputs[i], vectors[i]).rows().flatten(0, 1) for i in group], 1)
-                    rows = rows[:, mask].double()
+                    rows = rows[:, index].double()
                     matrix.addmm_(rows.mT, rows)
         for matrix, group in zip(matrices, groups, strict=True):
             names = ", ".join(repr(network.blocks[i].name) for i in group)

@@ -151,13 +151,14 @@ class LowRank(Structure):
     def measure(self, network: Network, data: CurvatureData) -> LowRankStatistics:
         """The columns of V, in one pass."""
         columns: list[list[BlockGradients]] = [[] for _ in network.blocks]
+        entries = [network.free_entries(block) for block in network.blocks]
         for chunk in data.for_all_vectors():
             vectors = chunk.factors.backpropagate_all(chunk.vectors)
             for index, block in enumerate(network.blocks):
                 g = vectors[index]
                 vectors[index] = g.new_empty(0)
                 gradients = block_gradients(chunk.factors.inputs(block), g)
-                free = network.free_entries(block)
+                free = entries[index]
                 columns[index].append(gradients.compact() if free is None else gradients.masked(free))
         return LowRankStatistics(columns, group_blocks(network, self.blocks))
 
