@@ -11,7 +11,7 @@ the same with one input, ``a = 1``.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from debiased_laplace import _data
 from debiased_laplace._guards import global_random_state
-from debiased_laplace.network.backward import Backward, Way
+from debiased_laplace.network.backward import MEASURED, Backward, Way
 from debiased_laplace.network.blocks import Block
 from debiased_laplace.network.formed import formed_gradients
 from debiased_laplace.network.layers import Call, Layout
@@ -267,15 +267,40 @@ class Factors:
         """
         if self.network.is_head and vectors.stride(1) == 0:
             return [vectors[:, 0].to(self.network.dtype)[None, None, :, :, None]]
-        gathered: list[list[Tensor]] = [[] for _ in self.network.blocks]
-        for _, of_blocks in self.backpropagate(vectors, again=again):
-            for chunks, g in zip(gathered, of_blocks, strict=True):
-                chunks.append(g)
-        joined = []
-        for chunks in gathered:
-            joined.append(chunks[0] if len(chunks) == 1 else torch.cat(chunks, 2))
-            chunks.clear()
-        return joined
+        return _joined(of_blocks for _, of_blocks in self.backpropagate(vectors, again=again))
+
+    def gradients(self, vectors: Tensor) -> tuple[Callable[[Block], LayerInputs], list[Tensor]]:
+        r"""Inputs and vectors of every block with no more positions than inputs, where the vectors are many.
+
+        Their products, :math:`\sum_s g_s a_s^\top = \sum_i J_i e_i^\top`, are those of :meth:`inputs` and
+        :meth:`backpropagate_all`: of a layer with more positions than inputs the gradient takes the place of the
+        vectors, and the identity that of the inputs. Vectors at all positions exist for some of them at a time.
+
+        Args:
+            vectors: ``[V, N, C]``.
+
+        Returns:
+            ``a: [N, G, I, S']`` of a block, and ``g: [N, G, V, O, S']`` of every block.
+        """
+        if len(vectors) < MEASURED or self.network.is_head or self.network.feature_reduction is not None:
+            return self.inputs, self.backpropagate_all(vectors)
+        inputs: dict[tuple[str, ...], Tensor] = {}
+
+        def summed(block: Block, g: Tensor, first: bool) -> Tensor:
+            if first and g.shape[-1] > block.inputs and isinstance(a := self.inputs(block), Tensor):
+                inputs[block.parameters] = a
+            if block.parameters not in inputs:
+                return g
+            return (g.flatten(2, 3) @ inputs[block.parameters].mT).unflatten(2, g.shape[2:4])
+
+        blocks = self.network.blocks
+        joined = _joined(
+            [summed(block, g, part.start == 0) for block, g in zip(blocks, of_blocks, strict=True)]
+            for part, of_blocks in self.backpropagate(vectors)
+        )
+        units = {names: torch.eye(a.shape[2]).to(a).expand(*a.shape[:2], -1, -1) for names, a in inputs.items()}
+        inputs.clear()
+        return lambda block: units[block.parameters] if block.parameters in units else self.inputs(block), joined
 
     def _vectors_of(
         self, block: Block, gradients: list[tuple[Tensor, ...] | None], vector: Tensor, of_lone: dict[str, Tensor]
@@ -331,3 +356,17 @@ class Factors:
             self._lone = LoneGradients(self.network, self.model_inputs)
         gradients = self._lone.backpropagate(vectors)
         return {name: gradient.to(self.network.dtype) for name, gradient in gradients.items()}
+
+
+def _joined(chunks: Iterable[list[Tensor]]) -> list[Tensor]:
+    """Vectors of every block in chunks as one, ``[N, G, V, O, S]``."""
+    gathered: list[list[Tensor]] = []
+    for of_blocks in chunks:
+        gathered = gathered or [[] for _ in of_blocks]
+        for of_block, g in zip(gathered, of_blocks, strict=True):
+            of_block.append(g)
+    joined = []
+    for of_block in gathered:
+        joined.append(of_block[0] if len(of_block) == 1 else torch.cat(of_block, 2))
+        of_block.clear()
+    return joined
