@@ -22,7 +22,6 @@ import torch
 from torch import Tensor
 
 from debiased_laplace import _data
-from debiased_laplace.network.blocks import Block
 
 if TYPE_CHECKING:
     from debiased_laplace.network.factors import Factors
@@ -127,7 +126,7 @@ def _measured(
             factors.forget_copies()
             continue
         if way != usual:
-            if not _same(last, of_blocks, factors.network.blocks, factors.network.precision):
+            if not _same(last, of_blocks, factors.network.precision):
                 factors.forget_copies()
                 continue
             of_blocks = [g[:, :, 1:] for g in of_blocks]
@@ -171,7 +170,7 @@ def _timed(factors: Factors, vectors: Tensor, way: Way) -> tuple[Duration, list[
     return Duration(between - start, time.perf_counter() - between), of_blocks
 
 
-def _same(known: list[Tensor], found: list[Tensor], blocks: list[Block], precision: float) -> bool:
+def _same(known: list[Tensor], found: list[Tensor], precision: float) -> bool:
     """Whether a vector that was back-propagated in another way is the same in every block, up to rounding."""
     tolerance = max(1e-3, 1e3 * precision) if precision > 1e-12 else 1e-9
     largest = max((float(g.abs().max()) for g in known if g.numel()), default=0.0)

@@ -6,6 +6,8 @@ weight gradient is ever computed.
 Blocks are what gets a curvature of its own. Every block has inputs ``a: [N, G, I, S]`` and vectors
 ``g: [N, G, V, O, S]``. A block of the gradient itself (normalisation layers, parameters that no layer rule covers) is
 the same with one input, ``a = 1``.
+
+This module is longer than others: what is read off one forward pass shares its calls, layouts and graph.
 """
 
 from __future__ import annotations
