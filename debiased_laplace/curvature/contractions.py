@@ -134,8 +134,9 @@ class FactoredGradients:
         for part, some, formed in self._pieces():
             for covariance, root in zip(covariances, roots, strict=True):
                 of_outputs = root[:, :, some]
-                weighted = (formed * of_outputs if len(roots) > 1 else formed.mul_(of_outputs)).flatten(3)
-                covariance[part] += (weighted @ weighted.mT).sum(1)
+                weighted = formed * of_outputs if len(roots) > 1 else formed.mul_(of_outputs)
+                weighted = weighted.transpose(1, 2).flatten(2)  # [n, V, G * o * i]
+                covariance[part].baddbmm_(weighted, weighted.mT)
         return covariances
 
     def _covariances_of_pairs(self, scales: Tensor) -> Tensor:

@@ -6,12 +6,14 @@ weight gradient is ever computed.
 Blocks are what gets a curvature of its own. Every block has inputs ``a: [N, G, I, S]`` and vectors
 ``g: [N, G, V, O, S]``. A block of the gradient itself (normalisation layers, parameters that no layer rule covers) is
 the same with one input, ``a = 1``.
+
+This module is longer than others: what is read off one forward pass shares its calls, layouts and graph.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -20,6 +22,8 @@ import torch
 from torch import Tensor
 
 from debiased_laplace import _data
+from debiased_laplace._guards import global_random_state
+from debiased_laplace.network.backward import MEASURED, Backward, Way
 from debiased_laplace.network.blocks import Block
 from debiased_laplace.network.formed import formed_gradients
 from debiased_laplace.network.layers import Call, Layout
@@ -64,6 +68,7 @@ class Factors:
     _rows: list[RowLayout] | None = None  # likewise
     call_names: Sequence[Sequence[str]] | None = None
     counted: Tensor | None = None
+    _copied: Factors | None = None
 
     def calls_of(self, block: Block) -> tuple[int, ...]:
         """Positions of the calls of a block; none where these data need none, as those that go to other experts."""
@@ -183,50 +188,82 @@ class Factors:
         return masks
 
     def backpropagate(
-        self, vectors: Tensor, chunk: int = 1, *, again: bool = False
+        self, vectors: Tensor, chunk: int | None = None, *, again: bool = False
     ) -> Iterator[tuple[slice, list[Tensor]]]:
         """Back-propagate output vectors to every block.
 
         Args:
             vectors: ``[V, N, C]``.
-            chunk: Vectors at a time; above one they go through autograd's batched backward pass.
+            chunk: Vectors at a time; above one they go through autograd's batched backward pass. None for the way that
+                is the fastest (:mod:`~debiased_laplace.network.backward`).
             again: Whether others will be back-propagated afterwards.
 
         Yields:
             The slice of vectors, and ``g: [N, G, v, O, S]`` for every block of the network.
         """
         if self.network.is_head or self.network.feature_reduction is not None:
-            for part in _data.slices(len(vectors), max(chunk, 16)):
+            for part in _data.slices(len(vectors), max(chunk or 1, 16)):
                 at_outputs = vectors[part].to(self.network.dtype).transpose(0, 1)
                 yield part, [at_outputs[:, None, :, :, None].clone() for _ in self.network.blocks]
             return
+        if self.calls:
+            self.layout(0)  # as long as there is a graph
+        choice = self.network.backward if chunk is None else Backward(Way(chunk))
+        yield from choice(self, vectors, again=again)
+
+    def back(self, vectors: Tensor, way: Way, *, keep: bool) -> list[Tensor]:
+        """As many vectors ``[v, N, C]`` as a way takes at a time, or fewer, back-propagated to every block.
+
+        Args:
+            vectors: The vectors.
+            way: How.
+            keep: Whether others will be back-propagated afterwards.
+
+        Returns:
+            ``g: [N, G, v, O, S]`` for every block.
+        """
+        if way.copies:
+            return self._back_of_copies(vectors, way.vectors, keep)
         # Blocks of lone parameters get their gradients another way, and need no call.
         edges = [call.edge for call in self.calls]
-        if edges:
-            self.layout(0)  # as long as there is a graph
-        for part in _data.slices(len(vectors), chunk):
-            vector = vectors[part].to(self.graph_outputs)
-            keep = again or part.stop < len(vectors)
-            at_edges: tuple[Tensor | None, ...] = ()
-            if not edges:
-                gradients: list[tuple[Tensor, ...] | None] = []
-            elif chunk == 1:
-                at_edges = torch.autograd.grad(
-                    self.graph_outputs, edges, vector[0], retain_graph=keep, allow_unused=True
-                )
-                gradients = [None if g is None else (g,) for g in at_edges]
-            else:
-                at_edges = torch.autograd.grad(
-                    self.graph_outputs, edges, vector, retain_graph=keep, allow_unused=True, is_grads_batched=True
-                )
-                gradients = [None if g is None else g.unbind() for g in at_edges]
-            of_lone = self._gradients_of_lone(vector)
-            with torch.no_grad():
-                factors = [self._vectors_of(block, gradients, vector, of_lone) for block in self.network.blocks]
-            gradients = []
-            at_edges, of_lone = (), {}
-            yield part, factors
-            factors = []  # the memory is used again for the next vectors
+        vector = vectors.to(self.graph_outputs)
+        gradients: list[tuple[Tensor, ...] | None] = []
+        if edges and way.vectors == 1:
+            at_edges = torch.autograd.grad(self.graph_outputs, edges, vector[0], retain_graph=keep, allow_unused=True)
+            gradients = [None if g is None else (g,) for g in at_edges]
+        elif edges:
+            at_edges = torch.autograd.grad(
+                self.graph_outputs, edges, vector, retain_graph=keep, allow_unused=True, is_grads_batched=True
+            )
+            gradients = [None if g is None else g.unbind() for g in at_edges]
+        of_lone = self._gradients_of_lone(vector)
+        with torch.no_grad():
+            return [self._vectors_of(block, gradients, vector, of_lone) for block in self.network.blocks]
+
+    def _back_of_copies(self, vectors: Tensor, number: int, keep: bool) -> list[Tensor]:
+        missing = number - len(vectors)
+        if missing:
+            vectors = torch.cat([vectors, vectors.new_zeros(missing, *vectors.shape[1:])])
+        of_copies = self.copied(number).back(vectors.flatten(0, 1)[None], Way(), keep=keep)
+        return [
+            g.unflatten(0, (number, -1))[: number - missing, :, :, 0].permute(1, 2, 0, 3, 4).contiguous()
+            for g in of_copies
+        ]
+
+    def copied(self, number: int) -> Factors:
+        """Those of so many copies of the data, one after the other, by a forward pass of their own."""
+        if self._copied is None or len(self._copied.outputs) != number * len(self.outputs):
+            self._copied = None
+            index = torch.arange(len(self.outputs)).repeat(number)
+            with global_random_state():
+                self._copied = self.network.factors(_data.take(self.model_inputs, index))
+            if self._copied.calls:
+                self._copied.layout(0)
+        return self._copied
+
+    def forget_copies(self) -> None:
+        """Free the forward pass over copies of the data."""
+        self._copied = None
 
     def backpropagate_all(self, vectors: Tensor, *, again: bool = False) -> list[Tensor]:
         """Back-propagated vectors of every block, all of them together, ``[N, G, V, O, S]``.
@@ -236,15 +273,40 @@ class Factors:
         """
         if self.network.is_head and vectors.stride(1) == 0:
             return [vectors[:, 0].to(self.network.dtype)[None, None, :, :, None]]
-        gathered: list[list[Tensor]] = [[] for _ in self.network.blocks]
-        for _, of_blocks in self.backpropagate(vectors, self.network.vector_chunk, again=again):
-            for chunks, g in zip(gathered, of_blocks, strict=True):
-                chunks.append(g)
-        joined = []
-        for chunks in gathered:
-            joined.append(chunks[0] if len(chunks) == 1 else torch.cat(chunks, 2))
-            chunks.clear()
-        return joined
+        return _joined(of_blocks for _, of_blocks in self.backpropagate(vectors, again=again))
+
+    def gradients(self, vectors: Tensor) -> tuple[Callable[[Block], LayerInputs], list[Tensor]]:
+        r"""Inputs and vectors of every block with no more positions than inputs, where the vectors are many.
+
+        Their products, :math:`\sum_s g_s a_s^\top = \sum_i J_i e_i^\top`, are those of :meth:`inputs` and
+        :meth:`backpropagate_all`: of a layer with more positions than inputs the gradient takes the place of the
+        vectors, and the identity that of the inputs. Vectors at all positions exist for some of them at a time.
+
+        Args:
+            vectors: ``[V, N, C]``.
+
+        Returns:
+            ``a: [N, G, I, S']`` of a block, and ``g: [N, G, V, O, S']`` of every block.
+        """
+        if len(vectors) < MEASURED or self.network.is_head or self.network.feature_reduction is not None:
+            return self.inputs, self.backpropagate_all(vectors)
+        inputs: dict[tuple[str, ...], Tensor] = {}
+
+        def summed(block: Block, g: Tensor, first: bool) -> Tensor:
+            if first and g.shape[-1] > block.inputs and isinstance(a := self.inputs(block), Tensor):
+                inputs[block.parameters] = a
+            if block.parameters not in inputs:
+                return g
+            return (g.flatten(2, 3) @ inputs[block.parameters].mT).unflatten(2, g.shape[2:4])
+
+        blocks = self.network.blocks
+        joined = _joined(
+            [summed(block, g, part.start == 0) for block, g in zip(blocks, of_blocks, strict=True)]
+            for part, of_blocks in self.backpropagate(vectors)
+        )
+        units = {names: torch.eye(a.shape[2]).to(a).expand(*a.shape[:2], -1, -1) for names, a in inputs.items()}
+        inputs.clear()
+        return lambda block: units[block.parameters] if block.parameters in units else self.inputs(block), joined
 
     def _vectors_of(
         self, block: Block, gradients: list[tuple[Tensor, ...] | None], vector: Tensor, of_lone: dict[str, Tensor]
@@ -300,3 +362,17 @@ class Factors:
             self._lone = LoneGradients(self.network, self.model_inputs)
         gradients = self._lone.backpropagate(vectors)
         return {name: gradient.to(self.network.dtype) for name, gradient in gradients.items()}
+
+
+def _joined(chunks: Iterable[list[Tensor]]) -> list[Tensor]:
+    """Vectors of every block in chunks as one, ``[N, G, V, O, S]``."""
+    gathered: list[list[Tensor]] = []
+    for of_blocks in chunks:
+        gathered = gathered or [[] for _ in of_blocks]
+        for of_block, g in zip(gathered, of_blocks, strict=True):
+            of_block.append(g)
+    joined = []
+    for of_block in gathered:
+        joined.append(of_block[0] if len(of_block) == 1 else torch.cat(of_block, 2))
+        of_block.clear()
+    return joined

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from debiased_laplace import _checks, _data
 from debiased_laplace._guards import gradients_enabled, users_precision
+from debiased_laplace.network.backward import Backward
 from debiased_laplace.network.blocks import Block, flatten, unflatten
 from debiased_laplace.network.discovery import find_blocks, last_layer
 from debiased_laplace.network.factors import Factors
@@ -72,8 +73,10 @@ class Network:
         #: The same for inner products of gradients: their sums have the precision of :attr:`dtype`, and the rounding of
         #: the gradients themselves, being of both factors, enters squared.
         self.gram_precision = max(torch.finfo(self.dtype).eps, self.precision**2)
-        #: Vectors to back-propagate at a time: one by one is faster on the CPU, batched on an accelerator.
+        #: Vectors to back-propagate at a time where they are few: one by one is faster on the CPU, batched on an
+        #: accelerator. And what chooses where they are many.
         self.vector_chunk = 1 if self.device.type == "cpu" else 16
+        self.backward = Backward()
         self.n_params = sum(p.numel() for p in trainable.values())
         self.blocks: list[Block] = []
         self.layouts: list[Layout] = []

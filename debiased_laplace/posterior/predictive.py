@@ -178,8 +178,8 @@ def _unit_gradients(
 def gradients_of(network: Network, inputs: _data.Inputs) -> UnitGradients:
     """Gradients of all outputs of some data, by one forward pass and one set of backward passes."""
     factors = network.factors(inputs)
-    vectors = factors.backpropagate_all(unit_vectors(factors.outputs))
-    return UnitGradients(factors.outputs.to(network.dtype), factors.inputs, vectors, network.is_head)
+    inputs_of, vectors = factors.gradients(unit_vectors(factors.outputs))
+    return UnitGradients(factors.outputs.to(network.dtype), inputs_of, vectors, network.is_head)
 
 
 def _part_moments(

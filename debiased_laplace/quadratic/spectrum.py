@@ -112,7 +112,7 @@ def directional_derivatives(
             inputs = [chunk.factors.inputs(block) for block in network.blocks]
             prepared = basis.prepare_inputs(inputs, len(chunk.vectors))
             total: Tensor | float = 0.0
-            for _, vectors in chunk.factors.backpropagate(chunk.vectors, network.vector_chunk):
+            for _, vectors in chunk.factors.backpropagate(chunk.vectors):
                 rows = [projected.rows() for projected in basis.project_gradients(prepared, vectors)]
                 total = total + torch.cat(rows, -1).double().pow(power).sum(1)
             assert isinstance(total, Tensor)

@@ -94,7 +94,7 @@ class Diagonal(Structure):
         ]
         for chunk in data:
             inputs = [chunk.factors.inputs(block) for block in network.blocks]
-            for _, vectors in chunk.factors.backpropagate(chunk.vectors, network.vector_chunk):
+            for _, vectors in chunk.factors.backpropagate(chunk.vectors):
                 for total, a, g in zip(totals, inputs, vectors, strict=True):
                     total += block_gradients(a, g).second_moment()
                 del vectors, g  # so that the next ones find their memory free

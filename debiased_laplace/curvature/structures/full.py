@@ -98,7 +98,7 @@ class Full(Structure):
         matrices = [torch.zeros(size, size, device=network.device, dtype=torch.float64) for size in sizes]
         for chunk in data:
             inputs = [chunk.factors.inputs(block) for block in network.blocks]
-            for _, vectors in chunk.factors.backpropagate(chunk.vectors, network.vector_chunk):
+            for _, vectors in chunk.factors.backpropagate(chunk.vectors):
                 for matrix, group, index in zip(matrices, groups, chosen, strict=True):
                     rows = torch.cat([block_gradients(inputs[i], vectors[i]).rows().flatten(0, 1) for i in group], 1)
                     rows = rows[:, index].double()

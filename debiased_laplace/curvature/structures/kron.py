@@ -212,7 +212,7 @@ class Kronecker(Structure):
                 for part, columns in chunk.factors.input_pieces(block):
                     columns = self.sharing.inputs(columns, None if mask is None else mask[part])
                     _add_inputs(total, columns, kind, chunk.weights[part])
-            for _, vectors in chunk.factors.backpropagate(chunk.vectors, network.vector_chunk):
+            for _, vectors in chunk.factors.backpropagate(chunk.vectors):
                 for of_block, kind, columns, mask in zip(outputs, kinds, vectors, masks, strict=True):
                     for column in columns.unbind(2):
                         column, factor = self.sharing.vectors(column, mask)
