@@ -59,6 +59,7 @@ def fit(
     targets_of: Callable[[Any], Any] | None = None,
     outputs_of: Callable[[Any], Any] | None = None,
     chunk_size: int | None = None,
+    memory_budget: int | None = None,
     max_batches: int | None = None,
     seed: int = 0,
     previous: Laplace | None = None,
@@ -100,6 +101,8 @@ def fit(
         outputs_of: A function of what the model returns that gives the tensor of outputs, if they are neither that, nor
             its ``logits``, nor the first of a tuple.
         chunk_size: Data at a time; bounded by memory by default.
+        memory_budget: Bytes that the fit may take besides the model and the data drawn; bounds also the data at a time
+            of predictions (``docs/benchmarks.md`` has the formula). None for chunks of some hundred megabytes.
         max_batches: End the pass over the data after so many, of a stream without an end.
         seed: Of all randomness, of the fit and of predictions.
         previous: An earlier posterior of the same model to add these data to.
@@ -132,7 +135,7 @@ def fit(
         sampler=sampler, split=split, n_data=n_data, prior_precision=prior_precision, prior_mean=prior_mean,
         noise_variance=noise_variance, temperature=temperature, curvature=curvature, estimator=estimator,
         mc_samples=mc_samples, separate_bias=separate_bias, targets_key=targets_key, outputs_of=outputs_of,
-        chunk_size=chunk_size, max_batches=max_batches, generator=seed,
+        chunk_size=chunk_size, memory_budget=memory_budget, max_batches=max_batches, generator=seed,
         previous=None if previous is None else previous.fitted, checkpoint=checkpoint, progress_bar=progress_bar,
     )  # fmt: skip
     of_network = of_outputs(resolved, fitted.network.sites)

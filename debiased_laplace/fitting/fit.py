@@ -130,7 +130,7 @@ def fit(
             generator.set_state(drawn.generator)
         data = drawn.sample.data
         if is_kept:
-            network = Network.restore(snapshot, drawn.network, chosen.outputs_of)
+            network = chosen.within_budget(Network.restore(snapshot, drawn.network, chosen.outputs_of))
         else:
             network = stream.network(data.inputs, data.targets)
         of_network = of_outputs(likelihood, network.sites)

@@ -12,6 +12,7 @@ from torch import Tensor
 from debiased_laplace import _checks, _data, _store
 from debiased_laplace.curvature.structures import Kronecker, Structure
 from debiased_laplace.fitting.fitted import Fit
+from debiased_laplace.fitting.memory import memory_of_chunks
 from debiased_laplace.likelihoods import Likelihood, site_layout
 from debiased_laplace.network.gradients import CURVATURE_VECTORS
 from debiased_laplace.network.network import Network
@@ -51,6 +52,9 @@ class FitSettings:
         separate_bias: Give biases blocks of their own.
         feature_reduction: Of a last layer, :meth:`~debiased_laplace.network.network.Network.reduced`.
         chunk_size: Data at a time; bounded by memory by default.
+        memory_budget: Bytes that the fit may take besides the model and the data drawn
+            (:mod:`debiased_laplace.fitting.memory`); bounds the data at a time also of predictions. None for chunks of
+            some hundred megabytes.
         targets_key: Where dictionary-like batches have their targets.
         outputs_of: A function of what the model returns that gives its outputs, if they are neither that, nor its
             ``logits``, nor the first of a tuple.
@@ -77,6 +81,7 @@ class FitSettings:
     separate_bias: bool = False
     feature_reduction: str | None = None
     chunk_size: int | None = None
+    memory_budget: int | None = None
     targets_key: str = "labels"
     outputs_of: Callable[[Any], Any] | None = None
     max_batches: int | None = None
@@ -93,6 +98,7 @@ class FitSettings:
         if self.curvature not in CURVATURE_VECTORS:
             raise ValueError(f"Expected a curvature out of {list(CURVATURE_VECTORS)}, got {self.curvature!r}.")
         _checks.chunk_size(self.chunk_size)
+        _checks.whole(self.memory_budget, "memory_budget", otherwise="None to choose it")
         _checks.function(self.outputs_of, "outputs_of")
         _checks.whole(self.mc_samples, "mc_samples", otherwise="None (exact) or 'auto'")
         _checks.whole(self.n_data, "n_data", otherwise="None for those that are seen")
@@ -135,11 +141,19 @@ class FitSettings:
             of_one = _data.take(targets, _data.positions_of_some(inputs, 1))
             return site_layout(likelihood, outputs, (outputs[0], *of_one.shape[1:]))
 
-        return Network.discover(
+        network = Network.discover(
             model, inputs, parameters=self.parameters, indices=self.indices, separate_bias=self.separate_bias,
             feature_reduction=self.feature_reduction, find_sites=sites if self.dense else None,
             convention=_data.CallingConvention(self.targets_key, self.outputs_of),
         )  # fmt: skip
+        return self.within_budget(network)
+
+    def within_budget(self, network: Network) -> Network:
+        """The network, told how much memory chunks of data may take; a ``ValueError`` if there is not enough."""
+        if self.memory_budget is not None:
+            assert self.split is not None
+            network.memory_of_chunks = memory_of_chunks(network, self.structure, self.split, self.memory_budget)
+        return network
 
     def in_words(self, likelihood: Any, seed: int, previous: Fit | None) -> dict[str, Any]:
         """What is kept with a fit: everything that its curvature depends on."""

@@ -360,6 +360,7 @@ class DebiasedLaplace(ParametricLaplace):
         curvature: str | None = None,
         generator: torch.Generator | int | None = None,
         chunk_size: int | None = None,
+        memory_budget: int | None = None,
         checkpoint: str | Path | None = None,
         max_batches: int | None = None,
     ) -> None:
@@ -388,6 +389,8 @@ class DebiasedLaplace(ParametricLaplace):
             curvature: ``"ggn"`` or ``"empirical_fisher"``; by default what the backend says, or else the former.
             generator: A CPU generator or a seed; ``seed`` by default.
             chunk_size: Data at a time; bounded by memory by default.
+            memory_budget: Bytes that the fit may take besides the model and the data drawn; bounds also the data at a
+                time of predictions. None for chunks of some hundred megabytes.
             checkpoint: File that keeps the state of a long fit, to go on from there when it is called again with the
                 same data.
             max_batches: End the pass over the data after so many batches, of a stream without an end.
@@ -417,8 +420,8 @@ class DebiasedLaplace(ParametricLaplace):
             sampler=sampler or default_sampler(budget, structure, curvature), split=split, estimator=estimator,
             mc_samples=mc_samples, curvature=curvature, separate_bias=self._separates_bias, feature_reduction=reduction,
             generator=self.seed if generator is None else generator, chunk_size=chunk_size,
-            targets_key=self.dict_key_y, progress_bar=progress_bar, previous=previous, checkpoint=checkpoint,
-            max_batches=max_batches, n_data=n_data, dense=False,
+            memory_budget=memory_budget, targets_key=self.dict_key_y, progress_bar=progress_bar, previous=previous,
+            checkpoint=checkpoint, max_batches=max_batches, n_data=n_data, dense=False,
         )  # fmt: skip
         if self.feature_reduction is not None and reduction is None:
             few = None if fitted.sample is None else fitted.sample.data.inputs

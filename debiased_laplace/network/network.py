@@ -110,6 +110,8 @@ class Network:
         #: Likewise, bytes that the forward pass holds for a datum, frozen layers included.
         self.forward_memory = 0
         self.datum_size = 0
+        #: Bytes for chunks of data, in the place of those that :meth:`chunk_size` is asked for; None for these.
+        self.memory_of_chunks: int | None = None
         #: Names of the classes of calls that are recorded; None for all.
         self.call_types: frozenset[str] | None = None
         #: How the features of the last layer become those of the outputs (:meth:`reduced`); None as the model does it.
@@ -342,9 +344,18 @@ class Network:
     ) -> int:
         """Data at a time such that activations, inputs and back-propagated vectors stay within ``memory`` bytes.
 
+        Or within :attr:`memory_of_chunks`.
+
         With ``formed``, also the gradients of one block with several positions, in float64 beside their own precision.
         ``inputs`` that are longer than those that the network was found with need so many times more.
         """
+        memory = memory if self.memory_of_chunks is None else self.memory_of_chunks
+        return max(1, memory // max(1, self.memory_of_a_datum(vectors, formed=formed, inputs=inputs)))
+
+    def memory_of_a_datum(
+        self, vectors: int = 1, *, formed: bool = False, inputs: _data.Inputs | None = None
+    ) -> int:  # fmt: skip
+        """Bytes that a datum takes in a forward pass with so many back-propagated vectors; see :meth:`chunk_size`."""
         size = torch.finfo(self.dtype).bits // 8
         per_datum = max(self.activations * size * 3, self.forward_memory)
         per_datum += (self.activations * vectors + self.largest_inputs * 2) * size
@@ -352,7 +363,7 @@ class Network:
             per_datum += self.largest_formed * vectors * 16
         if inputs is not None and self.datum_size:
             per_datum = per_datum * max(self.datum_size, _data.size_of_datum(inputs)) // self.datum_size
-        return max(1, memory // max(1, per_datum))
+        return per_datum
 
     def forward(self, inputs: _data.Inputs) -> tuple[Factors, Recorder]:
         """One forward pass, and what was seen of it."""

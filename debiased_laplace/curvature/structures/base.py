@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, ClassVar, Protocol
 
@@ -39,6 +40,23 @@ class Statistics(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Held:
+    """How many numbers a structure holds, of the precision of the network, whatever the data are.
+
+    Attributes:
+        statistics: Those of one fold.
+        observed: Sums over the stream.
+        basis: The directions.
+        workspace: What choosing them takes besides.
+    """
+
+    statistics: int = 0
+    observed: int = 0
+    basis: int = 0
+    workspace: int = 0
+
+
 class Structure(ABC):
     """Turns statistics of data into directions. A new structure implements the two methods."""
 
@@ -64,6 +82,10 @@ class Structure(ABC):
     def complete(self, statistics: Any, observed: Any) -> Any:
         """Statistics with the sum over :meth:`observe` in the place of what they know less well."""
         return statistics
+
+    def held(self, network: Network) -> Held | None:
+        """What statistics and directions hold, at most; None if that depends on the data."""
+        return None
 
     def unfactored(self, network: Network) -> list[str]:
         """Parameters that have a diagonal curvature for want of a better one, not by choice."""

@@ -17,7 +17,7 @@ from debiased_laplace.curvature.basis import Basis
 from debiased_laplace.curvature.block_gradients import block_gradients
 from debiased_laplace.curvature.hesscale import APPROXIMATIONS, hessian_diagonal
 from debiased_laplace.curvature.parts.identity import IdentityBasis
-from debiased_laplace.curvature.structures.base import Structure
+from debiased_laplace.curvature.structures.base import Held, Structure
 from debiased_laplace.network.gradients import CurvatureData
 from debiased_laplace.network.network import Network
 
@@ -80,6 +80,9 @@ class Diagonal(Structure):
     def __post_init__(self) -> None:
         if self.method not in DIAGONALS:
             raise ValueError(f"Expected a method out of {list(DIAGONALS)}, got {self.method!r}.")
+
+    def held(self, network: Network) -> Held:
+        return Held(statistics=network.n_params)
 
     @property
     def projects(self) -> bool:

@@ -14,7 +14,7 @@ from debiased_laplace.curvature.basis import Basis
 from debiased_laplace.curvature.block_gradients import block_gradients
 from debiased_laplace.curvature.decomposition import eigh
 from debiased_laplace.curvature.parts.dense import DenseBasis
-from debiased_laplace.curvature.structures.base import Structure, group_blocks
+from debiased_laplace.curvature.structures.base import Held, Structure, group_blocks
 from debiased_laplace.network.gradients import CurvatureData
 from debiased_laplace.network.network import Network
 
@@ -77,6 +77,13 @@ class Full(Structure):
 
     blocks: str | Sequence[Sequence[str]] | None = None
     max_params: int = 15_000
+
+    def held(self, network: Network) -> Held:
+        """Matrices and their eigenvectors in double precision; a decomposition takes about four of the largest."""
+        double = torch.finfo(torch.float64).bits // torch.finfo(network.dtype).bits
+        groups = group_blocks(network, self.blocks)
+        sizes = [double * sum(network.blocks[i].size for i in group) ** 2 for group in groups]
+        return Held(statistics=sum(sizes), basis=sum(sizes), workspace=4 * max(sizes))
 
     def measure(self, network: Network, data: CurvatureData) -> FullStatistics:
         """The matrix, in one pass."""

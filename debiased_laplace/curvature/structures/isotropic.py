@@ -17,7 +17,7 @@ from torch import Tensor
 
 from debiased_laplace.curvature.basis import Basis
 from debiased_laplace.curvature.parts.identity import IdentityBasis
-from debiased_laplace.curvature.structures.base import Structure
+from debiased_laplace.curvature.structures.base import Held, Structure
 from debiased_laplace.network.gradients import CurvatureData
 from debiased_laplace.network.network import Network
 
@@ -63,6 +63,10 @@ class Isotropic(Structure):
     def projects(self) -> bool:
         """Not by equation (2), which would need data."""
         return False
+
+    def held(self, network: Network) -> Held:
+        """Nothing."""
+        return Held()
 
     def measure(self, network: Network, data: CurvatureData) -> IsotropicStatistics:
         """Nothing is measured."""

@@ -31,7 +31,7 @@ from debiased_laplace.curvature.parts.kronecker import KroneckerBasis
 from debiased_laplace.curvature.parts.output import OutputBasis
 from debiased_laplace.curvature.parts.part import Part
 from debiased_laplace.curvature.sharing import Expand, WeightSharing
-from debiased_laplace.curvature.structures.base import Structure
+from debiased_laplace.curvature.structures.base import Held, Structure
 from debiased_laplace.network.blocks import Block
 from debiased_laplace.network.factors import Factors
 from debiased_laplace.network.gradients import CurvatureData
@@ -244,6 +244,15 @@ class Kronecker(Structure):
             else:
                 parts.append(KroneckerBasis(next(vectors), next(vectors)))
         return Basis(network.blocks, network.shapes, parts)
+
+    def held(self, network: Network) -> Held:
+        """Factors as dense matrices; a decomposition takes about six of the largest."""
+        pairs = list(zip(network.blocks, self._kinds(network), strict=True))
+        inputs = [block.groups * block.inputs ** (1 + kind.rotates_inputs) for block, kind in pairs]
+        outputs = [block.groups * block.outputs ** (1 + kind.rotates_outputs) for block, kind in pairs]
+        rotated = [size for size, (_, kind) in zip(inputs, pairs, strict=True) if kind.rotates_inputs]
+        rotated += [size for size, (_, kind) in zip(outputs, pairs, strict=True) if kind.rotates_outputs]
+        return Held(sum(outputs), sum(inputs), sum(rotated), 6 * max(rotated, default=0))
 
     def _kinds(self, network: Network) -> list[Kind]:
         """The curvature of every block: what its layer calls for, or a diagonal where that is asked for."""
