@@ -97,8 +97,8 @@ def test_what_it_will_take_is_said_from_training_steps(quick: SimpleNamespace, m
     assert quick.result.stderr.startswith("About ")
     ticks = itertools.count()
     monkeypatch.setattr(demonstration, "train", lambda model, inputs, targets, loss, batches, optimizer: None)
-    # The clock is read before and after every ten steps, and goes on by 0.1 s each time: 10 ms a step, thrice.
-    assert demonstration.seconds_of_a_step(lambda: 0.1 * next(ticks), 0.25) == pytest.approx(0.4 / 30)
+    # The clock goes on by 0.1 s with every reading: ten steps between the second and the third, and before the fourth.
+    assert demonstration.seconds_of_a_step(lambda: 0.1 * next(ticks), 0.25) == pytest.approx(0.3 / 20)
     monkeypatch.setattr(demonstration, "seconds_of_a_step", lambda clock: 0.01)
     full, rest = demonstration.STEPS_OF_A_SEED, demonstration.STEPS_OF_THE_REST
     for n_seeds, n_processes, rounds in ((6, 1, 6), (6, 2, 3), (5, 2, 3), (1, 4, 1)):

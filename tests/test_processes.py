@@ -12,8 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from debiased_laplace.evaluation import Context, Method, Options, Task, run
-from debiased_laplace.evaluation import progress
+from debiased_laplace.evaluation import Context, Method, Options, Task, progress, run
 from debiased_laplace.evaluation.progress import Reporter, Seeds
 from debiased_laplace.evaluation.suite.processes import available, in_processes
 

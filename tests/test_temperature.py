@@ -161,7 +161,7 @@ def test_a_minimum_at_an_end_is_found_at_once_but_for_a_better_one_between(sign:
         tried.append(tau)
         share = (math.log(tau) - low) / (high - low)
         share = share if sign > 0 else 1 - share
-        return share - depth * math.exp(-((20 * (share - place)) ** 2))
+        return share - depth * math.exp(-((6 * (share - place)) ** 2))
 
     end = TEMPERATURES[0 if sign > 0 else 1]
     assert minimise(lambda tau: tilted(tau, 0.0)) == (pytest.approx(end), pytest.approx(0.0, abs=1e-12))
@@ -169,8 +169,8 @@ def test_a_minimum_at_an_end_is_found_at_once_but_for_a_better_one_between(sign:
     value, least = minimise(lambda tau: tilted(tau, 3.0))
     assert least < -2 and value == pytest.approx(math.exp(low + (high - low) * (0.4 if sign > 0 else 0.6)), rel=0.05)
     # The loss falls towards the end until just before it.
-    close = lambda tau: (math.log(tau / end) - 1e-5 * sign) ** 2  # noqa: E731
-    assert minimise(close)[0] == pytest.approx(end * math.exp(1e-5 * sign), rel=1e-6)
+    close = lambda tau: (math.log(tau / end) - 1e-3 * sign) ** 2  # noqa: E731
+    assert minimise(close)[0] == pytest.approx(end * math.exp(1e-3 * sign), rel=1e-6)
 
 
 # -- together with a prior -------------------------------------------------------------------------

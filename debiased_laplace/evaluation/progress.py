@@ -11,7 +11,6 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-
 #: Seconds after which a line is written where there is no terminal, whether or not anything new begins.
 EVERY = 10.0
 
