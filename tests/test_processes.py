@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from debiased_laplace.evaluation import Context, Method, Options, Task, run
+from debiased_laplace.evaluation import Context, Method, Options, Task, progress, run
 from debiased_laplace.evaluation.progress import Reporter, Seeds
 from debiased_laplace.evaluation.suite.processes import available, in_processes
 
@@ -130,6 +130,48 @@ def test_without_a_terminal_there_is_a_line_for_each_seed_and_stage(capsys: pyte
         "1 min 30 s 3 of 3: seed 2: done (about 0 s left)",
     ]
     assert seeds.kept == [0]
+
+
+def test_before_the_first_seed_is_finished_the_estimate_says_what_is_left(capsys: pytest.CaptureFixture[str]) -> None:
+    now = [0.0]
+    with Reporter(2, clock=lambda: now[0]) as reporter:
+        reporter.expect(80.4, "by the speed of this machine")
+        seeds = Seeds(reporter, 2)
+        for second, step in ((1, "model"), (8, "fit: a"), (9, "fit: b"), (18.5, "fit: c"), (90, "predict: d")):
+            now[0] = second
+            seeds(0, step)
+        now[0] = 95
+        reporter.remind()
+        now[0] = 101
+        reporter.remind()
+    result = lines(capsys)
+    assert result[0] == "About 1 min 20 s, by the speed of this machine."
+    assert [re.sub(r"^\[ *|\]", "", line) for line in result[1:]] == [
+        "1 s 0 of 2: seed 0: model (about 1 min 19 s left)",
+        "8 s 0 of 2: seed 0: fit (about 1 min 12 s left)",
+        "18 s 0 of 2: seed 0: fit: c (about 1 min 02 s left)",  # nothing new, but nothing said for ten seconds
+        "1 min 30 s 0 of 2: seed 0: predict (about 0 s left)",
+        "1 min 41 s 0 of 2: seed 0: predict (about 0 s left)",
+    ]
+
+
+def test_a_line_comes_now_and_then_by_itself(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(progress, "EVERY", 0.02)
+    with Reporter(1) as reporter:
+        reporter(0, 1, "long", left=0.0)
+        ended = time.monotonic() + 5
+        written: list[str] = []
+        while len(written) < 3 and time.monotonic() < ended:
+            time.sleep(0.01)
+            written += lines(capsys)
+    assert len(written) >= 3
+    assert {line.partition("] ")[2] for line in written} == {"0 of 1: long (about 0 s left)"}
+    time.sleep(0.05)
+    lines(capsys)
+    time.sleep(0.05)
+    assert lines(capsys) == []  # it has ended with the command
 
 
 def test_on_a_terminal_there_is_a_bar(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -152,6 +152,27 @@ def test_the_nearest_to_one_of_equally_good_temperatures() -> None:
     assert minimise(lambda tau: math.log(tau / 7e8) ** 2, 1e9)[0] == pytest.approx(7e8, rel=1e-6)
 
 
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_minimum_at_an_end_is_found_at_once_but_for_a_better_one_between(sign: int) -> None:
+    low, high = (math.log(end) for end in TEMPERATURES)
+    tried: list[float] = []
+
+    def tilted(tau: float, depth: float, place: float = 0.4) -> float:
+        tried.append(tau)
+        share = (math.log(tau) - low) / (high - low)
+        share = share if sign > 0 else 1 - share
+        return share - depth * math.exp(-((6 * (share - place)) ** 2))
+
+    end = TEMPERATURES[0 if sign > 0 else 1]
+    assert minimise(lambda tau: tilted(tau, 0.0)) == (pytest.approx(end), pytest.approx(0.0, abs=1e-12))
+    assert len(tried) < 15
+    value, least = minimise(lambda tau: tilted(tau, 3.0))
+    assert least < -2 and value == pytest.approx(math.exp(low + (high - low) * (0.4 if sign > 0 else 0.6)), rel=0.05)
+    # The loss falls towards the end until just before it.
+    close = lambda tau: (math.log(tau / end) - 1e-3 * sign) ** 2  # noqa: E731
+    assert minimise(close)[0] == pytest.approx(end * math.exp(1e-3 * sign), rel=1e-6)
+
+
 # -- together with a prior -------------------------------------------------------------------------
 
 

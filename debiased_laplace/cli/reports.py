@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -53,6 +54,7 @@ def demo(
             out, seed=seed, device=where, quick=quick, n_processes=n_processes, progress=progress
         ),
         "Debiased Laplace on digits",
+        partial(demonstration.expected_seconds, n_seeds, min(n_processes, pool.available()), quick),
     )  # fmt: skip
 
 
@@ -159,11 +161,14 @@ def bias(
 def _evaluate_and_show(
     out: Path, n_seeds: int, quick: bool,
     work: Callable[[Callable[[int, str], None]], dict[str, Any]], title: str,
+    expected: Callable[[], float] | None = None,
 ) -> None:  # fmt: skip
     """Run and show how far it is, write the files, show the answer and the short tables."""
     from debiased_laplace.evaluation.progress import Seeds
 
     with shown_progress(n_seeds, out) as reporter:
+        if expected is not None:
+            reporter.expect(expected(), "by the speed of this machine")
         seeds = Seeds(reporter, n_seeds)
         summary = work(seeds)
     from debiased_laplace.evaluation import write_outputs

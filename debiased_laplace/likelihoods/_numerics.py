@@ -165,10 +165,11 @@ def mean_field(mean: Tensor, covariance: Tensor) -> Tensor:
     share has no effect. For two classes it is MacKay's approximation of the logistic integral (Lu, Ie, Sha, "Mean-field
     approximation to Gaussian-softmax integral", arXiv 2006.07584).
     """
-    variances = covariance.diagonal(dim1=-2, dim2=-1)
-    of_differences = (variances[..., :, None] + variances[..., None, :] - 2 * covariance).clamp_min(0)  # by rounding
-    ratios = (mean[..., :, None] - mean[..., None, :]) / torch.sqrt(1 + math.pi / 8 * of_differences)
-    return torch.softmax(-torch.logsumexp(-ratios, -1), -1)
+    # Few passes over [..., C, C]: searches of a temperature are made of them.
+    halves = 0.5 + math.pi / 8 * covariance.diagonal(dim1=-2, dim2=-1)
+    of_differences = (halves[..., :, None] + halves[..., None, :]).add(covariance, alpha=-math.pi / 4).clamp_min(1)
+    ratios = (mean[..., None, :] - mean[..., :, None]) * of_differences.rsqrt()
+    return torch.softmax(-torch.logsumexp(ratios, -1), -1)
 
 
 def laplace_bridge(mean: Tensor, covariance: Tensor, *, normalise: bool) -> Tensor:

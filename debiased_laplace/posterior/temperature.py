@@ -42,6 +42,8 @@ _PACKAGE = __name__.partition(".")[0]
 _START = "Validation data do not determine the "
 # So many times the inverse of the largest output of a datum, probabilities are zero and one unless outputs are equal.
 _SATURATED = 1e20
+# Shares of the range at which another minimum than the one at an end would show.
+_COARSE = 0.1, 0.3, 0.5, 0.7, 0.9
 # Temperatures looked at for the largest that is as good, from the best to the end of the range.
 _STEPS = 257
 
@@ -167,18 +169,39 @@ def minimise(loss: Callable[[float], float], unit: float = 1.0) -> tuple[float, 
         loss: Of a temperature.
         unit: From :func:`unit_of`.
     """
+
+    def at(logarithm: float) -> float:
+        return loss(math.exp(logarithm))
+
     ends = [math.log(unit * end) for end in TEMPERATURES]
-    result = minimize_scalar(lambda log: loss(math.exp(log)), bounds=ends, method="bounded", options={"xatol": 1e-9})
-    best, least = float(result.x), float(result.fun)
+    best, least = _minimum_at_an_end(at, ends) or _minimum_between(at, ends)
     good = least + 1e-12 * abs(least)  # up to rounding
+    at_unit = loss(unit)
+    if at_unit <= good:
+        return unit, at_unit
     bad, nearer = math.log(unit), 0.99 * best + 0.01 * math.log(unit)
-    if loss(unit) <= good:
-        return unit, loss(unit)
-    if loss(math.exp(nearer)) <= good:
+    if at(nearer) <= good:
         while abs(best - bad) > 1e-9:
             middle = (bad + best) / 2
-            bad, best = (bad, middle) if loss(math.exp(middle)) <= good else (middle, best)
-    return math.exp(best), loss(math.exp(best))
+            bad, best = (bad, middle) if at(middle) <= good else (middle, best)
+        least = at(best)
+    return math.exp(best), least
+
+
+def _minimum_between(loss: Callable[[float], float], ends: Sequence[float]) -> tuple[float, float]:
+    result = minimize_scalar(loss, bounds=ends, method="bounded", options={"xatol": 1e-9})
+    return float(result.x), float(result.fun)
+
+
+def _minimum_at_an_end(loss: Callable[[float], float], ends: Sequence[float]) -> tuple[float, float] | None:
+    """An end that the loss falls towards from within and that no value of a coarse grid beats; sections take long."""
+    for end, other in (ends, ends[::-1]):
+        value, width = loss(end), other - end
+        if loss(end + 1e-3 * width) <= value + 1e-11 * abs(value) or loss(end + 1e-7 * width) < value:
+            continue
+        if all(loss(end + part * width) > value for part in _COARSE):
+            return end, value
+    return None
 
 
 # -- what the data do not determine ----------------------------------------------------------------
