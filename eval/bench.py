@@ -28,6 +28,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+import vit
 from networks import all_cnn_c, cifar_3c3d, lenet, wide_head
 from torch import Tensor, nn
 
@@ -53,6 +54,7 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], int]] = {
     "3C3D": (cifar_3c3d, (3, 32, 32), 10),
     "Head": (wide_head, (64,), 3100),
     "All-CNN-C": (all_cnn_c, (3, 32, 32), 100),
+    "ViT": (vit.network, (1, 28, 28), 10),
     "ResNet-20": (CifarResNet, (3, 32, 32), 10),
     "EfficientNet": (efficientnet, (3, 32, 32), 1000),
     "ResNet-50": (resnet50, (3, 224, 224) if torch.cuda.is_available() else (3, 64, 64), 1000),
@@ -69,6 +71,9 @@ CASES: list[tuple[str, str, int, list[tuple[str, int]], str]] = [
     ("variance", "ResNet-20", 64, [("ours", 5)], "3 times C backward passes"),
     ("variance", "EfficientNet", 1, [("ours", 3)], "1,000 outputs of one image: a fifth of C backward passes"),
     ("grid", "LeNet", 500, [("ours", 5)], "100 prior precisions cost 3 times one prediction"),
+    ("stream", "ResNet-20", 2000, [("ours", 3)], "1.5 forward passes over the same data"),
+    ("stream", "LeNet", 2000, [("ours", 9)], "1.5 forward passes over the same data"),
+    ("stream", "ViT", 2000, [("ours", 3)], "1.5 forward passes over the same data"),
     ("statistics", "LeNet", 128, [("ours exact", 31), ("ours one sample", 31), ("laplace curvlinops", 9),
      ("laplace backpack", 9)], "4 gradients exact, 2 with one sample"),
     ("statistics", "ResNet-20", 64, [("ours exact", 5), ("ours one sample", 5), ("laplace curvlinops", 1),
@@ -96,6 +101,9 @@ BATCHES = {
     "3C3D": (16, 32, 48, 64, 80, 96, 128, 192, 256, 384, 512, 768, 1024),
 }
 PATIENCE = 60.0
+
+#: Data in a batch of the pass over a stream.
+STREAM_BATCH = 128
 
 
 def synchronise(device: str) -> None:
@@ -207,6 +215,11 @@ def prepare(
         for c in range(outputs.shape[1]):
             torch.autograd.grad(outputs[:, c].sum(), list(model.parameters()), retain_graph=True)
 
+    def forward_pass() -> None:
+        with torch.no_grad():
+            for part in x.split(STREAM_BATCH):
+                model(part)
+
     if side in ("vivit", "backpack"):
         return theirs_eigenpairs(side, model, x, y), None
     if side.startswith("laplace"):
@@ -256,6 +269,17 @@ def prepare(
     if what == "last layer":
         fitted = fit(model, [(x, y)], Categorical(), parameters="last_layer", mc_samples=1)
         return lambda: functional_moments(fitted.network, fitted.posterior, x, covariance=False), None
+    if what == "stream":
+        from debiased_laplace.fitting.stream import Stream
+
+        network = Network.discover(model, x)
+
+        def whole_pass() -> None:
+            stream = Stream(lambda *_: network, Categorical(), Kronecker())
+            for inputs, targets in zip(x.split(STREAM_BATCH), y.split(STREAM_BATCH), strict=True):
+                stream(inputs, targets)
+
+        return whole_pass, forward_pass
     if what == "statistics":
         network = Network.discover(model, x)
         data = curvature_data(network, x, y, 1 if "one sample" in side else None)
@@ -343,6 +367,7 @@ def report(records: list[dict[str, Any]]) -> str:
         "low rank": "C backward passes",
         "variance": "C backward passes",
         "grid": "single predictions",
+        "stream": "forward passes",
     }
     for record in records:
         ours = record["sides"][0][1]

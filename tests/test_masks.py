@@ -384,13 +384,16 @@ def test_a_layer_without_influence_has_no_position_with_a_gradient():
 
 @pytest.fixture
 def short_windows(monkeypatch):
-    monkeypatch.setattr(stream_module, "WHOLE", 8)
+    monkeypatch.setattr(stream_module, "WHOLE_SEQUENCES", 8)
     monkeypatch.setattr(stream_module, "WINDOW", 3)
     monkeypatch.setattr(stream_module, "SEQUENCE_WINDOWS", 4)
 
 
-def is_observed(position: int) -> bool:
-    return position < 8 or (position - 8) // 3 % 4 == 0
+def weight(position: int) -> int:
+    """Of the plan, found independently of the stream that follows it."""
+    plan = stream_module.Plan(whole=8, least=4, on_grids=False)
+    (window,) = plan.windows(position, 1)
+    return window.weight
 
 
 @pytest.mark.parametrize("sharing", SHARINGS, ids=repr)
@@ -402,13 +405,14 @@ def test_a_stream_observes_some_windows_whole(size, sharing, short_windows):
     stream = Stream(lambda *_: network, Categorical(), structure)
     outputs = torch.cat([stream(x, y) for x, y in cut(data, size)])
     assert_equal(outputs, model(data[0]))
-    chosen = torch.tensor([is_observed(position) for position in range(N)])
+    weights = [weight(position) for position in range(N)]
     assert stream.observed.n == N
-    assert stream.observed.statistics.count == int(chosen.sum()) < N / 2
+    assert stream.observed.statistics.count == sum(weights)
+    assert set(weights) == {0, 1, 4}
     expected = None
-    for (x, _), observed in zip(unpadded(data), chosen, strict=True):
-        if observed:
-            one = structure.observe(network, network.factors(x), slice(0, 1))
+    for (x, _), stands_for in zip(unpadded(data), weights, strict=True):
+        if stands_for:
+            one = structure.observe(network, network.factors(x), slice(0, 1)) * stands_for
             expected = one if expected is None else expected + one
     for found, wanted in zip(stream.observed.statistics.totals, expected.totals, strict=True):
         assert_equal(found, wanted)

@@ -23,7 +23,7 @@ from debiased_laplace.fitting.measurement import Measurement
 from debiased_laplace.fitting.probe import Probe
 from debiased_laplace.fitting.reading import Reading, Seen
 from debiased_laplace.fitting.settings import FitSettings
-from debiased_laplace.fitting.stream import LikelihoodOfStream, Observed, Stream, mean_loss
+from debiased_laplace.fitting.stream import LikelihoodOfStream, Observed, Plan, Stream, mean_loss
 from debiased_laplace.fitting.update import updated_curvature
 from debiased_laplace.likelihoods import Likelihood, of_outputs
 from debiased_laplace.network.discovery import unreached
@@ -115,7 +115,9 @@ def fit(
         likelihood = of_outputs(likelihood, previous.network.sites)  # where sites are need not be found again
     with torch.inference_mode(False), global_random_state(), full_precision():
         discover = partial(chosen.discover, snapshot, likelihood=likelihood)
-        stream = Stream(discover, likelihood, chosen.structure, chosen.chunk_size)
+        budget = getattr(chosen.sampler, "budget", None)  # of the sampler's own making, it may have none
+        plan = Plan(seed=generator.initial_seed()) if budget is None else Plan(budget, generator.initial_seed())
+        stream = Stream(discover, likelihood, chosen.structure, chosen.chunk_size, plan)
         reading = _reading(batches, progress, generator, stream, chosen, previous)
         if progress.completed is not None:
             reading.check(progress.completed["seen"])

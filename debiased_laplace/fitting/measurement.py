@@ -51,7 +51,10 @@ class Measurement:
         checkpoint: Checkpoint,
     ) -> None:  # fmt: skip
         self._structure, self._network, self._sample, self._checkpoint = structure, network, sample, checkpoint
-        self._observed = None if observed is None else observed.statistics
+        # Of data that were all drawn, the statistics of the sample are those of the stream, at all positions.
+        self._observed: Any = None
+        if observed is not None and len(sample.data) < sample.n_seen:
+            self._observed = observed.statistics
         self._parts: dict[int, CurvatureData] = {}
         #: Weights with which the data of a fold stand for themselves; and for others, of folds whose data do.
         self._selves: dict[int, Tensor] = {}

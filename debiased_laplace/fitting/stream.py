@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,13 +16,18 @@ from debiased_laplace.likelihoods import Likelihood, of_outputs
 from debiased_laplace.network.network import Network
 from debiased_laplace.sampling.sample import Sample
 
-#: Data at the start of a stream that a structure observes at all positions of its layers. Then every WINDOW of data is
-#: observed on one of several coarser grids of positions: the products cost ten times the forward pass of a ResNet.
-WHOLE, WINDOW = 1024, 64
+#: Data at the start of a stream that a structure observes at all positions of its layers. Then data are looked at in
+#: windows of WINDOW, each on one of several coarser grids of positions where a layer has seen enough of them: the
+#: products at all positions cost six times the forward pass of a ResNet.
+WHOLE, WINDOW = 64, 64
 
-#: Of networks with sequences one in so many of these windows is observed, at all positions, and the others are not:
-#: only a backward pass tells which positions are padding.
-SEQUENCE_WINDOWS = 8
+#: Of networks with sequences so many are observed first, and then one in so many windows, at all positions: only a
+#: backward pass tells which of them are padding.
+WHOLE_SEQUENCES, SEQUENCE_WINDOWS = 512, 8
+
+#: Data that are observed for each one of the sampler's budget, whose own error leaves no use for more; whenever the
+#: windows have become twice as many after that, one in twice as many is observed and stands for them.
+OBSERVED_PER_BUDGET = 32
 
 #: Bytes that the activations of a forward pass may take at a time.
 STREAM_MEMORY = {"cpu": 2**29, "accelerator": 2**32}
@@ -59,24 +65,63 @@ class Observed:
         return Observed(self.n + other.n, self.loss + other.loss, both)
 
 
-def windows(start: int, n: int) -> Iterator[tuple[slice, int | None]]:
-    """The ``n`` data at a position of the stream in slices, with the phase of the grid that each is observed on.
+@dataclass(frozen=True)
+class Window:
+    """Consecutive data of a chunk that are looked at in one way.
 
-    The phase of a datum depends on its position alone, not on how the stream is cut.
+    Attributes:
+        part: Which of the chunk.
+        before: Data of the stream before the window.
+        phase: The grid of positions that they are observed on; None for all positions.
+        weight: Windows that they stand for; zero if they are not observed.
     """
-    if start < WHOLE:
-        yield slice(0, min(n, WHOLE - start)), None
-    for number in range(max(0, start - WHOLE) // WINDOW, max(0, start + n - WHOLE + WINDOW - 1) // WINDOW):
-        first = WHOLE + number * WINDOW - start
-        yield slice(max(0, first), min(n, first + WINDOW)), number
+
+    part: slice
+    before: int
+    phase: int | None
+    weight: int
 
 
-def whole_windows(start: int, n: int) -> Tensor:
-    """Which of the ``n`` data at a position of the stream are observed where only some are, ``[n]``."""
-    chosen = torch.zeros(n, dtype=torch.bool)
-    for part, number in windows(start, n):
-        chosen[part] = number is None or number % SEQUENCE_WINDOWS == 0
-    return chosen
+@dataclass(frozen=True)
+class Plan:
+    """Which data of a stream are observed, how, and for how many others they stand.
+
+    Windows are taken in strata of equal size, of which one window, chosen at random, stands for all. Strata grow as the
+    stream does, so that its length need not be known; wherever a loader has which data, each stratum has its share. All
+    of it depends on the position of a datum and the seed alone, not on how the stream is cut.
+
+    Attributes:
+        budget: Of the sampler, whose error decides how many data are worth observing.
+        seed: Of the choices.
+        whole: Data at the start, which are all observed at all positions.
+        least: Windows of the smallest strata.
+        on_grids: Whether windows are observed on coarser grids of positions.
+    """
+
+    budget: int = 1024
+    seed: int = 0
+    whole: int = WHOLE
+    least: int = 1
+    on_grids: bool = True
+
+    def windows(self, start: int, n: int) -> Iterator[Window]:
+        """The ``n`` data at a position of the stream."""
+        if start < self.whole:
+            yield Window(slice(0, min(n, self.whole - start)), 0, None, 1)
+        for number in range(
+            max(0, start - self.whole) // WINDOW, max(0, start + n - self.whole + WINDOW - 1) // WINDOW
+        ):
+            before = self.whole + number * WINDOW
+            part = slice(max(0, before - start), min(n, before - start + WINDOW))
+            yield Window(part, before, *self._look(number))
+
+    def _look(self, number: int) -> tuple[int | None, int]:
+        """Phase and weight of a window."""
+        before_growth = self.least * -(-OBSERVED_PER_BUDGET * self.budget // (2 * WINDOW)) * 2
+        size = self.least * 2 ** (number // before_growth).bit_length()
+        choice = random.Random(f"{self.seed} {size} {number // size}")
+        chosen = choice.randrange(size) == number % size
+        return (choice.randrange(2**30) if self.on_grids else None), size * chosen
 
 
 class LikelihoodOfStream:
@@ -98,8 +143,9 @@ class Stream:
         likelihood: Likelihood,
         structure: Structure,
         chunk_size: int | None = None,
+        plan: Plan | None = None,
     ) -> None:
-        self._discover, self._structure = discover, structure
+        self._discover, self._structure, self._plan = discover, structure, plan or Plan()
         #: What the outputs mean; of every site once the network is known to have dense ones.
         self.likelihood = likelihood
         self._chunk_size = chunk_size
@@ -112,6 +158,8 @@ class Stream:
         if self._network is None:
             self._network = self._discover(inputs, targets)
             self.likelihood = of_outputs(self.likelihood, self._network.sites)
+            if self._network.has_sequences:
+                self._plan = replace(self._plan, whole=WHOLE_SEQUENCES, least=SEQUENCE_WINDOWS, on_grids=False)
         return self._network
 
     def __call__(self, inputs: _data.Inputs, targets: Tensor) -> Tensor:
@@ -133,32 +181,35 @@ class Stream:
             outputs = network.outputs(inputs).to(network.dtype)
             return outputs, self._observed(network, outputs, targets)
         start = 0 if self.observed is None else self.observed.n
-        if network.has_sequences:
-            outputs, statistics = self._observe_some(network, inputs, targets, whole_windows(start, len(targets)))
-            return outputs, replace(self._observed(network, outputs, targets), statistics=statistics)
-        factors = network.factors(inputs)
-        outputs = factors.outputs.to(network.dtype)
-        new = self._observed(network, outputs, targets)
-        for part, phase in windows(start, len(outputs)):
-            statistics = self._structure.observe(network, factors, part, phase)
-            new = replace(new, statistics=statistics if new.statistics is None else new.statistics + statistics)
-        return outputs, new
+        windows = list(self._plan.windows(start, len(targets)))
+        outputs, statistics = self._observe_some(network, inputs, targets, windows)
+        outputs = outputs.to(network.dtype)
+        return outputs, replace(self._observed(network, outputs, targets), statistics=statistics)
 
     def _observe_some(
-        self, network: Network, inputs: _data.Inputs, targets: Tensor, chosen: Tensor
+        self, network: Network, inputs: _data.Inputs, targets: Tensor, windows: list[Window]
     ) -> tuple[Tensor, Any]:  # fmt: skip
-        """Outputs of all data, and what the structure observes of those that are chosen."""
-        observed, others = chosen.nonzero()[:, 0], chosen.logical_not().nonzero()[:, 0]
-        outputs, statistics = [], None
-        if len(observed):
-            factors = network.factors(_data.take(inputs, observed))
+        """Outputs of all data, and what the structure observes of those in windows with a weight."""
+        weights = torch.cat([torch.full((one.part.stop - one.part.start,), one.weight) for one in windows])
+        observed, others = weights.nonzero()[:, 0], (weights == 0).nonzero()[:, 0]
+        if not len(observed):
+            return network.outputs(inputs), None
+        some = _data.take(inputs, observed) if len(others) else inputs
+        factors = network.factors(some, backward=network.has_sequences)
+        if network.has_sequences:
             factors.counted = self.likelihood.counted(targets[observed])
-            outputs.append(factors.outputs)
-            statistics = self._structure.observe(network, factors, slice(0, len(observed)))
-        if len(others):
-            outputs.append(network.outputs(_data.take(inputs, others)))
+        statistics, start = None, 0
+        for one in windows:
+            if one.weight:
+                part = slice(start, start + one.part.stop - one.part.start)
+                new = self._structure.observe(network, factors, part, one.phase, one.before)
+                new = new if one.weight == 1 else new * one.weight
+                statistics, start = new if statistics is None else statistics + new, part.stop
+        if not len(others):
+            return factors.outputs, statistics
+        outputs = torch.cat([factors.outputs, network.outputs(_data.take(inputs, others))])
         order = torch.cat([observed, others]).argsort()
-        return torch.cat(outputs).to(network.dtype)[order.to(network.device)], statistics
+        return outputs[order.to(outputs.device)], statistics
 
     def _observed(self, network: Network, outputs: Tensor, targets: Tensor) -> Observed:
         losses = self.likelihood.loss(outputs, targets.to(network.device))

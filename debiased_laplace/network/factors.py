@@ -26,7 +26,7 @@ from debiased_laplace._guards import global_random_state
 from debiased_laplace.network.backward import MEASURED, Backward, Way
 from debiased_laplace.network.blocks import Block
 from debiased_laplace.network.formed import formed_gradients
-from debiased_laplace.network.layers import Call, Layout
+from debiased_laplace.network.layers import N_PHASES, Call, Layout
 from debiased_laplace.network.lone import LoneGradients, gradients_of_block
 from debiased_laplace.network.rows import RowLayout, find_rows
 from debiased_laplace.network.selected import LayerInputs, concatenated, no_inputs
@@ -130,10 +130,16 @@ class Factors:
             outputs = sum(math.prod(call.output_shape) for call in calls) // self.n_run
             memory = max(call.inputs_memory(block.inputs) for call in calls)
             per_datum = outputs // block.outputs * memory * (torch.finfo(self.network.dtype).bits // 8)
+            per_datum //= 1 if phase is None else N_PHASES
         size = n if self.network.device.type != "cpu" else max(1, CACHE_MEMORY // max(1, per_datum))
         for part in _data.slices(among.stop - among.start, size):
             part = slice(among.start + part.start, among.start + part.stop)
             yield part, self.inputs(block, part, phase)
+
+    def n_positions(self, block: Block) -> int:
+        """Positions of a datum, on average over the data."""
+        outputs = sum(math.prod(self.calls[index].output_shape) for index in self.calls_of(block))
+        return outputs // (self.n_run * block.groups * block.outputs)
 
     @cached_property
     def has_sequences(self) -> bool:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 
 from debiased_laplace import _checks, _data
 from debiased_laplace._guards import gradients_enabled, users_precision
@@ -265,9 +266,11 @@ class Network:
             and self.snapshot.alike(other.snapshot)
         )
 
-    def factors(self, inputs: _data.Inputs) -> Factors:
-        """One forward pass that records what :meth:`Factors.backpropagate` needs."""
-        factors, recorder = self.forward(_data.to_device(inputs, self.device))
+    def factors(self, inputs: _data.Inputs, *, backward: bool = True) -> Factors:
+        """One forward pass that records what :meth:`Factors.backpropagate` needs; or, faster, only layer inputs."""
+        inputs = _data.to_device(inputs, self.device)
+        seen = None if backward else self._forward_without_activations(inputs)
+        factors, recorder = self.forward(inputs) if seen is None else seen
         names = recorder.names_of_calls()
         if self.call_names is None or self.is_head:  # not known (stored by an earlier version); one call in any case
             if len(names) != len(self.layouts):
@@ -285,6 +288,16 @@ class Network:
                     "Let the first batch have more of the data, or of other ones, and fit again."
                 )
         return factors
+
+    def _forward_without_activations(self, inputs: _data.Inputs) -> tuple[Factors, Recorder] | None:
+        """A forward pass that keeps nothing for a backward pass; None if that cannot be, or one is needed."""
+        try:
+            with saved_tensors_hooks(lambda tensor: tensor.shape, _no_backward):
+                factors, recorder = self.forward(inputs)
+        except RuntimeError:  # a model with torch.func inside has no such hooks; any other error comes again
+            return None
+        # Sequences after all, if the network was found with others: only a backward pass tells what is padding.
+        return None if factors.has_sequences else (factors, recorder)
 
     def outputs(self, inputs: _data.Inputs) -> Tensor:
         """Outputs ``[N, C]`` in evaluation mode, without a graph."""
@@ -384,3 +397,10 @@ class Network:
         features, error = reduced_features(self.feature_reduction, features, outputs, weight, bias)
         self.reduction_error = max(self.reduction_error, error)
         return features
+
+
+def _no_backward(shape: torch.Size) -> Tensor:
+    raise RuntimeError(
+        f"Expected no backward pass after factors(backward=False), got one to activations {list(shape)}. Leave "
+        "backward as it is."
+    )

@@ -71,11 +71,13 @@ class Structure(ABC):
         """Whether equation (2) measures its curvatures; otherwise its statistics always do."""
         return True
 
-    def observe(self, network: Network, factors: Factors, part: slice, phase: int | None = None) -> Any:
+    def observe(
+        self, network: Network, factors: Factors, part: slice, phase: int | None = None, before: int = 0
+    ) -> Any:  # fmt: skip
         """What a forward pass alone tells of some of its data, additive over data.
 
         With a ``phase``, an unbiased estimate of it from a coarser grid of positions
-        (:mod:`debiased_laplace.network.layers`).
+        (:mod:`debiased_laplace.network.layers`), where the data ``before`` them have told enough.
         """
         raise NotImplementedError
 

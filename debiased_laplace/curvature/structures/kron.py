@@ -40,6 +40,10 @@ from debiased_laplace.network.network import Network
 from debiased_laplace.network.selected import LayerInputs, second_moments
 from debiased_laplace.network.selection import matching
 
+#: Positions for every input of a layer that tell A well enough to go on with fewer of every datum: of n positions, the
+#: directions of I inputs are off by I / n.
+POSITIONS_PER_INPUT = 128
+
 
 @dataclass(frozen=True)
 class KroneckerStatistics:
@@ -135,6 +139,10 @@ class InputStatistics:
         totals = [a + b for a, b in zip(self.of_inputs, other.of_inputs, strict=True)]
         return InputStatistics(totals, self.count + other.count)
 
+    def __mul__(self, factor: int) -> InputStatistics:
+        """Of data that stand for so many times their number."""
+        return InputStatistics([total * factor for total in self.of_inputs], self.count * factor)
+
 
 @dataclass(frozen=True)
 class Kronecker(Structure):
@@ -165,13 +173,16 @@ class Kronecker(Structure):
     def __post_init__(self) -> None:
         _checks.whole(self.max_factor, "max_factor", otherwise="None for no limit")
 
-    def observe(self, network: Network, factors: Factors, part: slice, phase: int | None = None) -> InputStatistics:
-        """Outer products of the inputs, of every block; a phase is for blocks of which it tells enough."""
+    def observe(
+        self, network: Network, factors: Factors, part: slice, phase: int | None = None, before: int = 0
+    ) -> InputStatistics:  # fmt: skip
+        """Outer products of the inputs, of every block; at all positions of those that have seen too few so far."""
         totals = []
         for block, kind in zip(network.blocks, self._kinds(network), strict=True):
             total = _sum_of_inputs(network, block, kind)
             mask = factors.has_gradient(block)
-            coarse = mask is None and self.sharing.samples_positions
+            enough = before * factors.n_positions(block) >= POSITIONS_PER_INPUT * block.inputs
+            coarse = enough and mask is None and self.sharing.samples_positions
             for piece, columns in factors.input_pieces(block, part, phase if coarse else None):
                 _add_inputs(total, self.sharing.inputs(columns, None if mask is None else mask[piece]), kind)
             totals.append(total.moment())

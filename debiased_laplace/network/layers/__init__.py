@@ -13,6 +13,7 @@ import pkgutil
 
 from debiased_laplace.network.layers.call import (
     COMPOSITES,
+    N_PHASES,
     RULES,
     Arguments,
     Call,
@@ -25,4 +26,6 @@ from debiased_laplace.network.layers.call import (
 for _module in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{_module.name}")
 
-__all__ = ["COMPOSITES", "RULES", "Arguments", "Call", "Layout", "composite", "rule", "rule_of_used"]
+__all__ = [
+    "COMPOSITES", "N_PHASES", "RULES", "Arguments", "Call", "Layout", "composite", "rule", "rule_of_used",
+]  # fmt: skip

@@ -29,7 +29,7 @@ from debiased_laplace.network.arrangement import Arrangement, SideBySide
 from debiased_laplace.network.kinds import KRONECKER, Kind
 from debiased_laplace.network.selected import SelectedInputs, gradients_of_data
 
-#: Coarser grids of positions: every second one in each dimension of a convolution (2, 4 or 8), every fourth token.
+#: Coarser grids of positions: every fourth one, of tokens or in each dimension of a convolution (4, 16 or 64 grids).
 N_PHASES = 4
 
 

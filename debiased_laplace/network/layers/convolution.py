@@ -13,6 +13,9 @@ from torch import Tensor
 
 from debiased_laplace.network.layers.call import Arguments, Call, Layout, rule
 
+#: A coarser grid of positions has every so many of them in each dimension, a power of two: all grids are as likely.
+GRID = 4
+
 
 @dataclass
 class ConvolutionCall(Call):
@@ -74,11 +77,13 @@ def patches(
         ones: Whether a one comes after them, for a bias.
         phase: Which coarser grid, see :meth:`.Call.inputs`.
     """
-    step, first = 1, [0] * len(positions)
-    if phase is not None and min(positions) > 1:
-        # Every second position in each dimension; the binary digits of the phase say which of the two.
-        step, first = 2, [(phase // 2**dimension) % 2 for dimension in range(len(positions))]
-        positions = [(size - start + 1) // 2 for size, start in zip(positions, first, strict=True)]
+    apart, first = [1] * len(positions), [0] * len(positions)
+    if phase is not None:
+        # Every fourth position in each dimension, or every second of two or three; the digits of the phase say which.
+        apart = [min(GRID, 2 ** (size.bit_length() - 1)) for size in positions]
+        for dimension, step in enumerate(apart):
+            phase, first[dimension] = divmod(phase, step)
+        positions = [-(-(size - start) // step) for size, start, step in zip(positions, first, apart, strict=True)]
     n, per_group = len(images), images.shape[1] // groups
     # Kernel positions and output positions are both strides into the input: patches without arithmetic.
     by_sample, by_channel, *steps = images.stride()
@@ -86,18 +91,18 @@ def patches(
         (n, groups, per_group, *kernel, *positions),
         (
             by_sample, by_channel * per_group, by_channel,
-            *(by * apart for by, apart in zip(steps, dilation, strict=True)),
-            *(step * by * apart for by, apart in zip(steps, stride, strict=True)),
+            *(by * every for by, every in zip(steps, dilation, strict=True)),
+            *(step * by * every for step, by, every in zip(apart, steps, stride, strict=True)),
         ),
-        sum(start * by * apart for start, by, apart in zip(first, steps, stride, strict=True)),
+        sum(start * by * every for start, by, every in zip(first, steps, stride, strict=True)),
     )  # fmt: skip
     size = per_group * math.prod(kernel)
     # Data next to positions in memory: sums over both are then products of matrices without another copy.
     columns = images.new_empty(groups, size + ones, n, math.prod(positions)).permute(2, 0, 1, 3)
     columns[:, :, :size].unflatten(-1, tuple(positions)).unflatten(2, (per_group, *kernel)).copy_(windows)
     columns[:, :, size:] = 1
-    if step > 1:
-        columns *= step ** (0.5 * len(positions))  # as many phases as step to the power of dimensions
+    if (phases := math.prod(apart)) > 1:
+        columns *= phases**0.5
     return columns
 
 
