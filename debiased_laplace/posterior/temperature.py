@@ -215,7 +215,8 @@ def warn_undetermined(what: str, why: str) -> None:
 def warn_the_caller(text: str) -> None:
     """Warn at the line outside this package that led here."""
     frame, level = sys._getframe(1), 2
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] == _PACKAGE:
+    within = _PACKAGE, "contextlib"  # which calls methods that a context manager decorates
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in within:
         frame, level = frame.f_back, level + 1
     warnings.warn(text, stacklevel=level)
 
