@@ -166,8 +166,9 @@ def gaussian_samples(
     if diagonal_output:
         return mean + (covariance.sqrt()[..., None] * normals).permute(2, 0, 1)
     root, failed = torch.linalg.cholesky_ex(covariance)
-    if bool(failed.any()):  # semi-definite, or almost
-        root = square_root(covariance)
+    singular = failed > 0  # semi-definite, or almost; of each datum, whatever it is batched with
+    if bool(singular.any()):
+        root = root.masked_scatter(singular[:, None, None], square_root(covariance[singular]))
     return mean + (root @ normals).permute(2, 0, 1)
 
 

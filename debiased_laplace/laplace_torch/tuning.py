@@ -25,8 +25,8 @@ from debiased_laplace.posterior.evidence import (
     maximise_with_noise,
 )
 from debiased_laplace.posterior.gaussian import Posterior, standard_normals
-from debiased_laplace.posterior.top_k import exact_outputs, top_k_moments
 from debiased_laplace.posterior.temperature import AS_GOOD, warn_the_caller
+from debiased_laplace.posterior.top_k import exact_outputs, top_k_moments
 from debiased_laplace.posterior.tune import SELECTIONS, Tuned, tune
 
 PRIOR_STRUCTURES = ("scalar", "layerwise", "diag")

@@ -5,14 +5,14 @@ vectors of their own, chosen datum by datum, and their covariances are those of 
 of their probabilities, fall into groups. Two vectors of a group T tell what a sum over its many members needs,
 
 .. math:: \bar f_T = \frac{1}{|T|} \sum_{c \in T} f_c, \qquad
-    v_T = \mathrm{E}_r\, \mathrm{Var}\Big[\frac{1}{\sqrt{|T|}} \sum_{c \in T} r_c f_c\Big]
-        = \frac{1}{|T|} \sum_{c \in T} \mathrm{Var}[f_c], \qquad r_c = \pm 1,
+    \mathrm{E}_r\, \mathrm{Var}\Big[\frac{1}{\sqrt{|T|}} \sum_{c \in T} (r_c - \bar r_T) f_c\Big]
+        = \frac{1}{|T|} \sum_{c \in T} \mathrm{Var}[f_c - \bar f_T], \qquad r_c = \pm 1,
 
-the exact covariances of its mean with everything, and an unbiased estimate of its mean variance (Hutchinson's, with one
-vector of random signs that all data share). A member is then the mean of its group and an independent rest,
-:math:`f_c = \bar f_T + e_c` with :math:`\mathrm{Var}[e_c] = v_T - \mathrm{Var}[\bar f_T]`, where that is positive: a
-covariance of all outputs, positive semi-definite, with the right one of the most probable. All are vectors to
-back-propagate: posteriors of one basis share them and their projections.
+the exact covariances of its mean with everything, and an unbiased estimate of the mean variance about it (Hutchinson's,
+with one vector of random signs that all data share; centred, since what the members share would be most of its error).
+A member is then the mean of its group and an independent rest of that variance: a covariance of all outputs, positive
+semi-definite, with the right one of the most probable. All are vectors to back-propagate: posteriors of one basis share
+them and their projections.
 """
 
 from __future__ import annotations
@@ -26,7 +26,6 @@ from torch import Tensor
 
 from debiased_laplace import _checks, _data
 from debiased_laplace.likelihoods import Likelihood
-from debiased_laplace.network.gradients import CHUNK_MEMORY
 from debiased_laplace.network.network import Network
 from debiased_laplace.posterior.gaussian import Posterior
 from debiased_laplace.posterior.predictive import (
@@ -42,11 +41,14 @@ logger = logging.getLogger(__name__)
 #: Outputs up to which all have exact moments by default: a backward pass for each of them and each datum.
 MANY_OUTPUTS = 128
 
-#: Most probable outputs with exact moments by default, where there are more.
-TOP_K = 16
+#: Bytes of the vectors of a chunk of data: of one large image at a time, calls cost as much as what they compute.
+CHOSEN_MEMORY = 2**29
 
-#: Sizes of the groups of the others, relative to k: each ends where as many outputs are behind it; the last has all.
-GROUP_ENDS = (4, 16)
+#: Most probable outputs with exact moments by default, where there are more.
+TOP_K = 8
+
+#: Where groups of the others end in the order of the probabilities, in multiples of k; the last has all that are left.
+GROUP_ENDS = (4,)
 
 
 def can_rank(network: Network, likelihood: Likelihood) -> bool:
@@ -132,17 +134,20 @@ class Chosen:
         return torch.where(self.place < k, self.place, k + groups - 1)
 
     def vectors(self, like: Tensor) -> Tensor:
-        """``[k + 2 groups, n, C]``: unit vectors, means of groups, and random signs on them."""
+        """``[k + 2 groups, n, C]``: unit vectors, means of groups, and random signs on them, centred."""
         k, n_groups = self.ends[0], len(self.sizes)
         signs = torch.randint(2, (like.shape[1],), generator=torch.Generator().manual_seed(0)).to(like) * 2 - 1
         means = torch.nn.functional.one_hot(self.member, k + n_groups).movedim(2, 0).to(like)
         sizes = torch.tensor(self.sizes, dtype=like.dtype, device=like.device)[:, None, None]
-        return torch.cat([means[:k], means[k:] / sizes, means[k:] * signs / sizes.sqrt()])
+        members = means[k:]
+        centred = signs - (members * signs).sum(2, keepdim=True) / sizes
+        return torch.cat([means[:k], members / sizes, members * centred / sizes.sqrt()])
 
     def variances(self, of_vectors: Tensor) -> Tensor:
         """Variances ``[..., n, C]`` of all outputs from those of the vectors ``[..., n, V]``."""
         k, n_groups = self.ends[0], len(self.sizes)
-        each = torch.cat([of_vectors[..., :k], of_vectors[..., k + n_groups :]], -1)
+        of_groups = of_vectors[..., k : k + n_groups] + of_vectors[..., k + n_groups :]
+        each = torch.cat([of_vectors[..., :k], of_groups], -1)
         return each.gather(-1, self.member.expand(*of_vectors.shape[:-1], -1))
 
     def covariances(self, of_vectors: Tensor) -> Tensor:
@@ -153,8 +158,7 @@ class Chosen:
         rows = means.gather(-2, member[..., None].expand(*member.shape, n_means))
         full = rows.gather(-1, member[..., None, :].expand(*member.shape, c))
         diagonal = of_vectors.diagonal(dim1=-2, dim2=-1)
-        rest = (diagonal[..., n_means:] - diagonal[..., k:n_means]).clamp_min(0)
-        rest = torch.cat([torch.zeros_like(diagonal[..., :k]), rest], -1).gather(-1, member)
+        rest = torch.cat([torch.zeros_like(diagonal[..., :k]), diagonal[..., n_means:]], -1).gather(-1, member)
         full.diagonal(dim1=-2, dim2=-1).add_(rest)
         return full
 
@@ -166,7 +170,7 @@ def _gradients(
     """Those of the chosen vectors of the data, chunk after chunk; what was chosen is appended."""
     _checks.chunk_size(chunk_size)
     if chunk_size is None:
-        chunk_size = network.chunk_size(CHUNK_MEMORY, k + 2 * (1 + len(GROUP_ENDS)), formed=formed, inputs=inputs)
+        chunk_size = network.chunk_size(CHOSEN_MEMORY, k + 2 * (1 + len(GROUP_ENDS)), formed=formed, inputs=inputs)
     for part in _data.slices(_data.count(inputs), chunk_size):
         factors = network.factors(_data.take(inputs, part))
         chosen.append(Chosen.by_probability(likelihood, factors.outputs, k))
