@@ -14,6 +14,8 @@ is minimised where variances suffice: :math:`\log V_p` is interpolated linearly 
 starts from the best candidate and from the one at the temperature of the network alone. The data are read again for the
 loss without interpolation (a generator's batches are kept for it). Links of covariances have roots without a derivative
 at equal eigenvalues: there the prior precision is one of the grid. The result is not worse than the best candidate.
+
+This module is longer than others: all that is tuned together shares the table.
 """
 
 from __future__ import annotations
