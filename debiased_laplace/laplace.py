@@ -291,6 +291,7 @@ class Laplace:
         link: str | None = None,
         method: str | None = None,
         n_samples: int = 100,
+        top_k: int | None = None,
         covariance: bool = False,
         generator: torch.Generator | None = None,
     ) -> Predictive:
@@ -301,10 +302,14 @@ class Laplace:
                 ``inputs_of`` gives them; moved to the model's device.
             link: How to integrate over Gaussian outputs, one of ``likelihood.links``; by default the one that was tuned
                 with, or the likelihood's default. ``"mc"`` draws outputs.
-            method: ``"glm"``, the linearised network, without drawing weights; ``"linearized"``, samples of it (for
-                many outputs: the cost does not depend on their number); ``"nn"``, the network at sampled weights. By
-                default ``"glm"``, and for dense outputs ``"linearized"`` unless a last layer makes ``"glm"`` cheap.
+            method: ``"glm"``, the linearised network, without drawing weights, at a backward pass for each output;
+                ``"top_k"``, the same for many classes: exact for the most probable ones of each datum, with means over
+                groups of the others; ``"linearized"``, samples of the linearised network, whose cost does not depend on
+                the number of outputs; ``"nn"``, the network at sampled weights. By default ``"glm"``, or ``"top_k"``
+                for more than 128 classes or labels unless only a last layer is uncertain (the log says so), and for
+                dense outputs ``"linearized"`` unless a last layer makes ``"glm"`` cheap.
             n_samples: Draws for ``link="mc"`` and of the methods that sample.
+            top_k: How many most probable outputs of each datum get exact moments, of ``"top_k"``; 16 by default.
             covariance: Also the covariance between the outputs of a datum, or of a site of dense outputs.
             generator: Source of the draws; by default the same draws in every call.
 
@@ -325,8 +330,8 @@ class Laplace:
             }  # fmt: skip
             about = self.network, self.posterior, self.likelihood, x
             if self.network.sites is not None:
-                return predict_sites(*about, method=method, **settings)
-            return predict(*about, method=method or "glm", **settings)
+                return predict_sites(*about, method=method, top_k=top_k, **settings)
+            return predict(*about, method=method, top_k=top_k, **settings)
 
     def sample(self, n_samples: int = 100, generator: torch.Generator | None = None) -> Tensor:
         """Samples of the parameters, ``[n_samples, D]``, in the order of ``model.named_parameters()``."""

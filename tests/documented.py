@@ -39,6 +39,7 @@ def remade() -> dict[str, dict[str, str]]:
         before = set(sys.modules)
         import bench
         import bias
+        import classes
         import evidence
         import frozen
         import links
@@ -54,6 +55,7 @@ def remade() -> dict[str, dict[str, str]]:
             "README.md": readme.parts(DOCS),
             "bias.md": bias.parts({name: read_json(RECORDS / file) for name, file in names.items()}),
             "evidence.md": evidence.parts(read_json(RECORDS / "evidence.json")),
+            "posterior.md": {"classes": classes.table(read_json(RECORDS / "classes.json"))},
             "steps.md": steps_document.parts_of(read_json(RECORDS / "steps.json")),
             "benchmarks.md": {
                 "cpu": bench.report(benchmarks),

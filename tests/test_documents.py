@@ -7,7 +7,10 @@ import pytest
 from tests import documented
 from tests.documented import DOCS, RECORDS, ROOT, agree, claims, differing, generated, prose, unclaimed, wrong
 
-DOCUMENTS = ("README.md", "bias.md", "evidence.md", "steps.md", "benchmarks.md", "results.md", "fidelity.md")
+DOCUMENTS = (
+    "README.md", "bias.md", "evidence.md", "posterior.md", "steps.md", "benchmarks.md", "results.md",
+    "fidelity.md",
+)  # fmt: skip
 
 
 def path(name: str):

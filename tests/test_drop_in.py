@@ -41,7 +41,7 @@ from debiased_laplace import (
     TwoBatch,
 )
 from debiased_laplace._checks import NotFittedError
-from debiased_laplace.laplace_torch import KroneckerPrecision
+from debiased_laplace.laplace_torch import KroneckerPrecision, predictions
 from debiased_laplace.testing import dense_jacobian, dense_posterior_precision
 from tests.tolerances import assert_equal, assert_unbiased
 
@@ -914,6 +914,20 @@ def test_functional_samples_of_a_singular_covariance(case):
     la.fit(loader_of("classification"))
     samples = la.functional_samples(X, n_samples=3)
     assert_equal(samples[..., :C], samples[..., C:], 1e-6)
+
+
+def test_functional_samples_of_a_datum_do_not_depend_on_the_others(monkeypatch):
+    """One datum of a singular covariance, which has no Cholesky decomposition, beside one that has it."""
+    mean = torch.zeros(2, 3, dtype=torch.float64)
+    one = torch.tensor([[2.0, 0.5, 0.0], [0.5, 1.0, 0.3], [0.0, 0.3, 1.0]], dtype=torch.float64)
+    both = torch.stack([one, torch.diag(torch.tensor([1.0, 0.0, 1.0], dtype=torch.float64))])
+
+    def samples(part: slice) -> Tensor:
+        monkeypatch.setattr(predictions, "moments", lambda *of, **how: (mean[part], both[part]))
+        return predictions.gaussian_samples(None, None, 4, False, generator(), False)
+
+    assert_equal(torch.cat([samples(slice(0, 1)), samples(slice(1, 2))], 1), samples(slice(0, 2)))
+    assert_equal(samples(slice(0, 2))[:, 1, 1], torch.zeros(4, dtype=torch.float64))
 
 
 class Twice(nn.Module):

@@ -219,7 +219,7 @@ def test_tuning_says_what_is_wrong(options, match):
 @pytest.mark.parametrize(
     ("options", "match"),
     [
-        ({"method": "glmm"}, r"method out of \['glm', 'linearized', 'nn'\], got 'glmm'"),
+        ({"method": "glmm"}, r"method out of \['glm', 'top_k', 'linearized', 'nn'\], got 'glmm'"),
         ({"link": "logit"}, "link_approx out of .*, got 'logit'"),
         ({"n_samples": 0}, "n_samples"),
     ],

@@ -707,6 +707,16 @@ def test_vanishing_uncertainty_gives_the_softmax(link):
         assert float((found - mean.softmax(-1)).abs().max()) < 1e-6
 
 
+def test_the_square_root_does_not_depend_on_the_choice_of_eigenvectors():
+    """Those of equal eigenvalues are any of their space; rounding chooses."""
+    rotation = torch.linalg.qr(torch.randn(6, 6, generator=torch.Generator().manual_seed(0)).double())[0]
+    values = torch.tensor([3.0, 1.0, 1.0, 1.0, 1.0, 0.5]).double()
+    expected = rotation * values.sqrt() @ rotation.mT
+    assert_equal(square_root((rotation * values @ rotation.mT)[None])[0], expected)
+    singular = torch.ones(3, 3).double()
+    assert_equal(square_root(singular) @ square_root(singular).mT, singular)
+
+
 def test_an_indefinite_covariance_is_an_error():
     covariance = torch.diag(torch.tensor([1.0, -0.5]))[None].double()
     with pytest.raises(ValueError, match="positive semi-definite output covariance"):

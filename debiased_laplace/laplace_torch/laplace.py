@@ -128,6 +128,10 @@ class DebiasedLaplace(ParametricLaplace):
     #: What the last search saw, if it was one for several prior precisions or for a temperature.
     tuned: Tuned | None = None
     selection: Selection  # what the posterior is about
+    #: How many most probable outputs of a datum get exact moments in predictions of classes and labels with ``"glm"``;
+    #: None for all of up to 128 outputs (or where only a last layer is uncertain) and 16 of more, as the log says.
+    #: Exact predictions of C outputs are those with C.
+    top_k: int | None = None
     _output_temperature: float = 1.0  # defaults of the class: what was pickled earlier has none of them
     feature_reduction: str | None = None
     _told_what_is_left_out: bool = False  # of the log marginal likelihood of the present fit
@@ -832,7 +836,8 @@ class DebiasedLaplace(ParametricLaplace):
 
         Args:
             x: Inputs; moved to the model's device.
-            pred_type: ``"glm"`` (linearised), ``"nn"`` (sampled weights), or ``"linearized"`` (samples of the
+            pred_type: ``"glm"`` (linearised; of more than 128 classes exact for the most probable of each datum, see
+                :attr:`top_k`), ``"nn"`` (sampled weights), or ``"linearized"`` (samples of the
                 linearised network by forward mode: for many outputs).
             joint: One covariance over all inputs (regression, ``"glm"``).
             link_approx: One of the likelihood's links, such as ``"probit"``, ``"mc"``, ``"bridge"`` or
@@ -870,7 +875,7 @@ class DebiasedLaplace(ParametricLaplace):
                 else:
                     draws = generator or torch.Generator().manual_seed(self.seed)
                     predicted = predictions.integrated(
-                        native, x, link, n_samples, diagonal_output, draws, with_gradients
+                        native, x, link, n_samples, diagonal_output, draws, with_gradients, self.top_k
                     )  # fmt: skip
                 if self.fitted is not None:
                     self._check_reduction()

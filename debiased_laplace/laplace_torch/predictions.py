@@ -29,6 +29,7 @@ from debiased_laplace.posterior.predictive import (
     linearized_samples,
     weight_samples,
 )
+from debiased_laplace.posterior.top_k import exact_outputs, say, top_k_moments
 
 PRED_TYPES = ("glm", "nn", "linearized")
 
@@ -57,9 +58,18 @@ def prior_alone(
 
 
 def moments(
-    native: Laplace, inputs: Any, *, joint: bool = False, diagonal_output: bool = False, with_gradients: bool = False
-) -> tuple[Tensor, Tensor]:
+    native: Laplace, inputs: Any, *, joint: bool = False, diagonal_output: bool = False, with_gradients: bool = False,
+    k: int | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Mean and (co)variance of the linearised outputs; with a graph they come from Jacobians, as in laplace-torch.
+
+    Args:
+        native: The posterior.
+        inputs: N data.
+        joint: Over all data.
+        diagonal_output: Variances alone.
+        with_gradients: With a graph.
+        k: Outputs of a datum with exact moments; None for all.
 
     Returns:
         ``f: [N, C]`` and ``[N, C, C]``, with ``diagonal_output`` ``[N, C]``; ``joint``: ``[N * C]`` and
@@ -69,6 +79,11 @@ def moments(
         return _differentiable_moments(native, inputs, joint, diagonal_output)
     if joint:
         return joint_covariance(native.network, native.posterior, inputs)
+    if k is not None:
+        mean, (moments,) = top_k_moments(
+            native.network, [native.posterior], native.likelihood, inputs, k, covariance=not diagonal_output
+        )  # fmt: skip
+        return mean, moments
     return functional_moments(native.network, native.posterior, inputs, covariance=not diagonal_output)
 
 
@@ -97,12 +112,14 @@ def _differentiable_moments(native: Laplace, inputs: Any, joint: bool, diagonal_
 
 def integrated(
     native: Laplace, inputs: Any, link: str, n_samples: int, diagonal_output: bool, generator: torch.Generator,
-    with_gradients: bool,
+    with_gradients: bool, top_k: int | None,
 ) -> Tensor:  # fmt: skip
     """Expected targets under Gaussian outputs, ``[N, C]``: class probabilities, say."""
     likelihood, tau = native.likelihood, native.output_temperature
-    diagonal = not likelihood.needs_covariance(link)
-    mean, covariance = moments(native, inputs, diagonal_output=diagonal, with_gradients=with_gradients)
+    diagonal, k = not likelihood.needs_covariance(link), exact_outputs(native.network, likelihood, top_k)
+    if top_k is None and not with_gradients:
+        say(native.network, likelihood, k)
+    mean, covariance = moments(native, inputs, diagonal_output=diagonal, with_gradients=with_gradients, k=k)
     if link == "mc" and diagonal_output:
         covariance = torch.diag_embed(covariance.diagonal(dim1=-2, dim2=-1))
     normals = standard_normals((n_samples, mean.shape[1]), mean, generator) if link == "mc" else None
@@ -149,8 +166,9 @@ def gaussian_samples(
     if diagonal_output:
         return mean + (covariance.sqrt()[..., None] * normals).permute(2, 0, 1)
     root, failed = torch.linalg.cholesky_ex(covariance)
-    if bool(failed.any()):  # semi-definite, or almost
-        root = square_root(covariance)
+    singular = failed > 0  # semi-definite, or almost; of each datum, whatever it is batched with
+    if bool(singular.any()):
+        root = root.masked_scatter(singular[:, None, None], square_root(covariance[singular]))
     return mean + (root @ normals).permute(2, 0, 1)
 
 

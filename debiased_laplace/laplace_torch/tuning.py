@@ -25,8 +25,8 @@ from debiased_laplace.posterior.evidence import (
     maximise_with_noise,
 )
 from debiased_laplace.posterior.gaussian import Posterior, standard_normals
-from debiased_laplace.posterior.predictive import functional_moments
 from debiased_laplace.posterior.temperature import AS_GOOD, warn_the_caller
+from debiased_laplace.posterior.top_k import exact_outputs, top_k_moments
 from debiased_laplace.posterior.tune import SELECTIONS, Tuned, tune
 
 PRIOR_STRUCTURES = ("scalar", "layerwise", "diag")
@@ -185,9 +185,10 @@ def _glm_predictions(
     like = posteriors[0].mean
     normals = standard_normals((n_samples, network.n_outputs), like, generator) if link == "mc" else None
     covariance = regression or likelihood.needs_covariance(link)
+    k = network.n_outputs if regression else exact_outputs(network, likelihood)
     for inputs, targets, _ in _data.labelled(batches, native.targets_key):
         targets = likelihood.prepare_targets(targets, network.n_outputs).to(network.device)
-        mean, covariances = functional_moments(network, posteriors, inputs, covariance=covariance)
+        mean, covariances = top_k_moments(network, posteriors, likelihood, inputs, k, covariance=covariance)
         for index, of_posterior in enumerate(covariances):
             if regression:
                 yield index, (mean, of_posterior), targets

@@ -28,15 +28,16 @@ def unit_vectors(outputs: Tensor) -> Tensor:
 
 
 def square_root(covariance: Tensor) -> Tensor:
-    r"""A square root ``R`` with :math:`R R^\top = \Sigma` of positive semi-definite matrices, possibly singular.
+    r"""The symmetric square root, :math:`R R = \Sigma`, of positive semi-definite matrices, possibly singular.
 
+    It is unique and continuous: draws do not depend on which eigenvectors of equal eigenvalues rounding chooses.
     Eigenvalues that are negative by no more than rounding are zero; more negative ones are an error.
     """
     values, vectors = torch.linalg.eigh(covariance.double())
     largest = values.abs().amax(-1, keepdim=True)
     if bool((values < -1e-3 * largest).any()):
         raise ValueError("Expected a positive semi-definite output covariance; its eigenvalues are negative.")
-    return (vectors * values.clamp_min(0).sqrt()[..., None, :]).to(covariance)
+    return (vectors * values.clamp_min(0).sqrt()[..., None, :] @ vectors.mT).to(covariance)
 
 
 def smallest(probabilities: Tensor) -> float:

@@ -13,6 +13,7 @@ block of that of the datum. Two ways:
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -29,6 +30,8 @@ from debiased_laplace.network.selected import LayerInputs
 from debiased_laplace.posterior.gaussian import Posterior, standard_normals
 from debiased_laplace.posterior.prediction import PREDICTION_METHODS, Predictive, noise_of_certain_outputs
 from debiased_laplace.posterior.predictive import UnitGradients, linearized_changes, moments_of_gradients
+
+logger = logging.getLogger(__name__)
 
 #: Outputs of a site up to which covariances between them are computed in closed form.
 MAX_COVARIANCE_OUTPUTS = 64
@@ -123,7 +126,7 @@ def has_closed_form(network: Network, likelihood: Likelihood, link: str) -> bool
 def predict_sites(
     network: Network, posterior: Posterior, likelihood: Likelihood, inputs: Any, *, method: str | None = None,
     link: str = "probit", n_samples: int = 100, output_temperature: float = 1.0, covariance: bool = False,
-    generator: torch.Generator | None = None,
+    generator: torch.Generator | None = None, top_k: int | None = None,
 ) -> Predictive:  # fmt: skip
     """The predictive distributions of the targets of all sites of N data, in the layout of the model's outputs.
 
@@ -140,6 +143,7 @@ def predict_sites(
         output_temperature: What outputs are divided by before the link.
         covariance: Also the covariance between the outputs of every site, ``[N, S, C, C]``.
         generator: Source of the draws.
+        top_k: For outputs ``[N, C]`` alone.
 
     Returns:
         Means and variances ``[N, C, ...]`` or ``[N, ..., C]``; of each site by itself.
@@ -150,8 +154,18 @@ def predict_sites(
     """
     assert network.sites is not None
     site = likelihood.site
+    if top_k is not None or method == "top_k":
+        raise ValueError(
+            "Expected outputs [N, C] for method='top_k', got dense ones, which would need k backward passes for each "
+            "site. Use method='linearized', or 'glm' for the exact moments."
+        )
     if method is None:
         method = "glm" if has_closed_form(network, site, link) else "linearized"
+        if method == "linearized":
+            logger.info(
+                "Predictions of dense outputs are linearised samples (method='linearized'): exact ones cost a backward "
+                "pass for each of the %d outputs of each site. For those use method='glm'.", network.n_outputs,
+            )  # fmt: skip
     if method not in PREDICTION_METHODS:
         raise ValueError(f"Expected a method out of {list(PREDICTION_METHODS)}, got {method!r}.")
     inputs, n = _data.to_device(inputs, network.device), _data.count(inputs)

@@ -50,8 +50,8 @@ class SiteValidation(Validation):
         return self.whole
 
     @property
-    def is_sampled(self) -> bool:
-        """Whether candidates are compared by samples."""
+    def is_coarse(self) -> bool:
+        """Whether candidates are compared by samples: covariances of a vocabulary are too many."""
         c = self.network.n_outputs
         return self.likelihood.needs_covariance(self.link) and c > MAX_COVARIANCE_OUTPUTS
 
@@ -63,7 +63,7 @@ class SiteValidation(Validation):
     def chosen(self) -> Iterator[tuple[_data.Inputs, Tensor, Tensor]]:
         """Inputs, their sites ``[n, m]`` or -1, and the targets of those that are there, batch after batch."""
         self._datum.clear()
-        budget, n_seen = SAMPLED_OUTPUTS if self.is_sampled else SITE_VECTORS, 0
+        budget, n_seen = SAMPLED_OUTPUTS if self.is_coarse else SITE_VECTORS, 0
         most = max(1, budget // self.network.n_outputs)
         for inputs, targets in self:
             rows, observed = self.of_targets.sites(targets)
@@ -117,8 +117,9 @@ class SiteValidation(Validation):
             order = torch.cat(positions).argsort()[-len(targets) :].to(self.network.device)  # -1 is of none
             yield torch.cat(mean)[order], torch.cat(variances, 2)[:, :, order], targets
 
-    def losses_of_samples(self, precisions: Tensor, temperature: float, n_samples: int) -> Tensor:
+    def losses(self, precisions: Tensor, temperature: float) -> Tensor:
         """Mean losses of the sites of every datum with every prior precision, ``[R, n]``, by linearised samples."""
+        n_samples = min(self.n_samples, N_SAMPLES)
         network, candidates, of_batches = self.network, self.at(precisions), []
         for inputs, sites, targets in self.chosen():
             totals: list[Tensor | None] = [None] * len(candidates)

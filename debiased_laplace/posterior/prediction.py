@@ -11,9 +11,10 @@ from torch import Tensor
 from debiased_laplace.likelihoods import Likelihood
 from debiased_laplace.network.network import Network
 from debiased_laplace.posterior.gaussian import Posterior, standard_normals
-from debiased_laplace.posterior.predictive import functional_moments, linearized_samples, weight_samples
+from debiased_laplace.posterior.predictive import linearized_samples, weight_samples
+from debiased_laplace.posterior.top_k import TOP_K, exact_outputs, say, top_k_moments
 
-PREDICTION_METHODS = ("glm", "linearized", "nn")
+PREDICTION_METHODS = ("glm", "top_k", "linearized", "nn")
 
 
 @dataclass(frozen=True)
@@ -85,9 +86,10 @@ def predict(
     likelihood: Likelihood,
     inputs: Any,
     *,
-    method: str = "glm",
+    method: str | None = None,
     link: str = "probit",
     n_samples: int = 100,
+    top_k: int | None = None,
     output_temperature: float = 1.0,
     covariance: bool = False,
     generator: torch.Generator | None = None,
@@ -99,9 +101,11 @@ def predict(
         posterior: The Gaussian over its parameters.
         likelihood: What the outputs mean.
         inputs: N data.
-        method: One of :data:`PREDICTION_METHODS`.
-        link: How to integrate over Gaussian outputs, of ``"glm"``.
+        method: One of :data:`PREDICTION_METHODS`; by default ``"glm"``, or ``"top_k"`` for many outputs
+            (:func:`.exact_outputs`).
+        link: How to integrate over Gaussian outputs, of ``"glm"`` and ``"top_k"``.
         n_samples: Draws for ``link="mc"`` and of the methods that sample.
+        top_k: Outputs with exact moments, of ``"top_k"``.
         output_temperature: What outputs are divided by before the link.
         covariance: Also the covariance between the outputs of a datum.
         generator: Source of the draws.
@@ -109,10 +113,12 @@ def predict(
     Raises:
         ValueError: For an unknown method or link.
     """
-    if method not in PREDICTION_METHODS:
+    if method is not None and method not in PREDICTION_METHODS:
         raise ValueError(f"Expected a method out of {list(PREDICTION_METHODS)}, got {method!r}.")
+    if top_k is not None and method not in (None, "top_k"):
+        raise ValueError(f"Expected method='top_k' with top_k={top_k!r}, got {method!r}.")
     tau, noise_variance = output_temperature, posterior.noise_variance
-    if method != "glm":
+    if method in ("linearized", "nn"):
         deviations = posterior.deviations(n_samples, generator)
         evaluate = linearized_samples if method == "linearized" else weight_samples
         samples = evaluate(network, posterior.mean, deviations, inputs)
@@ -127,7 +133,16 @@ def predict(
         )  # fmt: skip
     likelihood.check_link(link)
     needed = likelihood.needs_covariance(link)
-    outputs_mean, moments = functional_moments(network, posterior, inputs, covariance=needed or covariance)
+    if method is None and top_k is None:
+        k = exact_outputs(network, likelihood)
+        say(network, likelihood, k)
+    elif method == "glm":
+        k = network.n_outputs
+    else:
+        k = exact_outputs(network, likelihood, TOP_K if top_k is None else top_k)
+    outputs_mean, (moments,) = top_k_moments(
+        network, [posterior], likelihood, inputs, k, covariance=needed or covariance
+    )  # fmt: skip
     variance = moments.diagonal(dim1=1, dim2=2) if needed or covariance else moments
     normals = standard_normals((n_samples, network.n_outputs), outputs_mean, generator) if link == "mc" else None
     scaled = outputs_mean / tau, (moments if needed else variance) / tau**2

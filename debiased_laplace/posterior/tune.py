@@ -14,6 +14,8 @@ is minimised where variances suffice: :math:`\log V_p` is interpolated linearly 
 starts from the best candidate and from the one at the temperature of the network alone. The data are read again for the
 loss without interpolation (a generator's batches are kept for it). Links of covariances have roots without a derivative
 at equal eigenvalues: there the prior precision is one of the grid. The result is not worse than the best candidate.
+
+This module is longer than others: all that is tuned together shares the table.
 """
 
 from __future__ import annotations
@@ -29,11 +31,12 @@ from debiased_laplace import _checks
 from debiased_laplace.likelihoods import Likelihood
 from debiased_laplace.network.network import Network
 from debiased_laplace.posterior.curve import EMPTY, PriorCurve, check_losses, warn_of_the_edge
-from debiased_laplace.posterior.dense_validation import N_SAMPLES, SiteValidation, coarse
+from debiased_laplace.posterior.dense_validation import SiteValidation, coarse
 from debiased_laplace.posterior.gaussian import Posterior
 from debiased_laplace.posterior.noise import ALL_ERRORS_ZERO, best_noise, nothing_left
 from debiased_laplace.posterior.search import Search
 from debiased_laplace.posterior.temperature import AS_GOOD, temperature_scaling, unit_of, warn_undetermined
+from debiased_laplace.posterior.top_k import MANY_OUTPUTS, exact_outputs, say
 from debiased_laplace.posterior.validation import Validation, exact_loss, losses_on_the_grid, tabulate
 
 SELECTIONS = ("best", "one_standard_error")
@@ -90,6 +93,9 @@ def tune(
 
     Of dense outputs, on some sites of every datum (:mod:`debiased_laplace.posterior.dense_validation`).
 
+    With a link of covariances and more than :data:`~.top_k.MANY_OUTPUTS` outputs at most
+    :data:`~.dense_validation.N_CANDIDATES` candidates are compared, at the temperature of the network alone.
+
     Memory: ``R * n_parts * N * C`` numbers of the network's precision, or ``R * N * C**2`` for a link of covariances
     (twice that while they are joined), and some ten times ``n_parts * N * C`` in double precision; for one prior
     precision and nothing beside it a batch at a time.
@@ -128,16 +134,18 @@ def tune(
     fixed = _checked(likelihood, link, temperature, noise, per_part, selection, output_temperature)
     precisions = _checks.prior_precisions(grid)
     joint = temperature or per_part or selection != "best"
-    again = noise or network.sites is not None or (joint and not likelihood.needs_covariance(link))
+    many = network.n_outputs > MANY_OUTPUTS
+    again = noise or network.sites is not None or many or (joint and not likelihood.needs_covariance(link))
     if again and isinstance(batches, Iterator):
         batches = list(batches)  # which are read twice
     settings = batches, link, n_samples, seed, targets_key, progress_bar
     if network.sites is None:
         data = Validation(network, posterior, likelihood, *settings)
+        say(network, likelihood, exact_outputs(network, likelihood))
     else:
         data = SiteValidation(network, posterior, likelihood.site, *settings, whole=likelihood)
-        if data.is_sampled:
-            return _by_samples(data, coarse(precisions), temperature, selection, fixed)
+    if data.is_coarse:
+        return _coarse(data, coarse(precisions), temperature, selection, fixed)
     if noise:
         return _with_noise(data, precisions)
     if joint:
@@ -185,11 +193,11 @@ def _checked(
     return fixed
 
 
-# -- by samples, of dense outputs with many outputs of a site -----------------------------------------
+# -- with covariances of many outputs ------------------------------------------------------------------
 
 
-def _by_samples(data: SiteValidation, precisions: Tensor, temperature: bool, selection: str, fixed: float) -> Tuned:
-    """One prior precision, at the temperature of the network alone, by linearised samples that all candidates share."""
+def _coarse(data: Validation, precisions: Tensor, temperature: bool, selection: str, fixed: float) -> Tuned:
+    """One prior precision out of few, at the temperature of the network alone, without a table of covariances."""
     undetermined = []
     pairs = list(data.with_outputs())
     if not pairs:
@@ -203,7 +211,7 @@ def _by_samples(data: SiteValidation, precisions: Tensor, temperature: bool, sel
             undetermined.append("temperature")
     else:
         alone = float(data.likelihood.negative_log_likelihood(outputs.double() / fixed, targets).mean())
-    losses = data.losses_of_samples(precisions, fixed, min(data.n_samples, N_SAMPLES))
+    losses = data.losses(precisions, fixed)
     mean = losses.mean(1)
     check_losses(mean)
     curve = PriorCurve(precisions, mean, data.link)

@@ -15,8 +15,11 @@ from debiased_laplace.likelihoods import Likelihood
 from debiased_laplace.network.network import Network
 from debiased_laplace.posterior.curve import EMPTY, PriorCurve, check_losses
 from debiased_laplace.posterior.gaussian import Posterior, standard_normals
-from debiased_laplace.posterior.predictive import functional_moments, part_variances
 from debiased_laplace.posterior.search import ValidationLoss
+from debiased_laplace.posterior.top_k import MANY_OUTPUTS, exact_outputs, top_k_moments, top_k_part_variances
+
+#: Bytes of covariances of all candidates at a time, where they are compared datum by datum.
+COVARIANCE_MEMORY = 2**28
 
 
 @dataclass(frozen=True)
@@ -72,13 +75,43 @@ class Validation:
         self, posteriors: Sequence[Posterior], *, covariance: bool
     ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Outputs, their (co)variances under R posteriors ``[R, n, ...]``, and targets, batch after batch."""
+        k = exact_outputs(self.network, self.likelihood)
         for inputs, targets in self:
-            yield *functional_moments(self.network, posteriors, inputs, covariance=covariance), targets
+            moments = top_k_moments(self.network, posteriors, self.likelihood, inputs, k, covariance=covariance)
+            yield *moments, targets
 
     def with_part_variances(self, precisions: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Outputs, variances ``[R, n_parts, n, C]`` by part, and targets, batch after batch."""
+        k = exact_outputs(self.network, self.likelihood)
         for inputs, targets in self:
-            yield *part_variances(self.network, self.posterior, inputs, precisions), targets
+            variances = top_k_part_variances(self.network, self.posterior, self.likelihood, inputs, k, precisions)
+            yield *variances, targets
+
+    @property
+    def is_coarse(self) -> bool:
+        """Whether a table of covariances would be too large: few candidates are compared, datum by datum."""
+        return self.likelihood.needs_covariance(self.link) and self.network.n_outputs > MANY_OUTPUTS
+
+    def losses(self, precisions: Tensor, temperature: float) -> Tensor:
+        """Losses of every datum with every prior precision, ``[R, N]``, float64; no table of covariances is kept."""
+        candidates, normals, c = self.at(precisions), self.normals(), self.network.n_outputs
+        k = exact_outputs(self.network, self.likelihood)
+        of_datum = len(candidates) * c**2 * torch.finfo(self.network.dtype).bits // 8
+        losses = []
+        for inputs, targets in self:
+            for part in _data.slices(len(targets), max(1, COVARIANCE_MEMORY // of_datum)):
+                mean, covariances = top_k_moments(
+                    self.network, candidates, self.likelihood, _data.take(inputs, part), k
+                )  # fmt: skip
+                of_part = [
+                    self.likelihood.negative_log_predictive(
+                        mean / temperature, covariance / temperature**2, targets[part], self.link, normals,
+                        self.posterior.noise_variance,
+                    )
+                    for covariance in covariances
+                ]  # fmt: skip
+                losses.append(torch.stack(of_part).double().cpu())
+        return torch.cat(losses, 1)
 
     @property
     def datum(self) -> Tensor | None:
