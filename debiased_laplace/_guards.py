@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import random
+import sys
 import threading
 import warnings
 from collections.abc import Iterator
@@ -12,6 +13,17 @@ from typing import Any
 
 import numpy as np
 import torch
+
+_PACKAGE = __name__.partition(".")[0]
+
+
+def warn_the_caller(text: str, category: type[Warning] = UserWarning) -> None:
+    """Warn at the line outside this package that led here."""
+    frame, level = sys._getframe(1), 2
+    within = _PACKAGE, "contextlib"  # which calls methods that a context manager decorates
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in within:
+        frame, level = frame.f_back, level + 1
+    warnings.warn(text, category, stacklevel=level)
 
 
 @contextmanager

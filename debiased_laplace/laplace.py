@@ -5,7 +5,6 @@ The front door: longer than other modules, since what users call is documented h
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from debiased_laplace import _checks, _data, _store
-from debiased_laplace._guards import full_precision, global_random_state
+from debiased_laplace._guards import full_precision, global_random_state, warn_the_caller
 from debiased_laplace.curvature.structures import Structure
 from debiased_laplace.fitting.coverage import coverage
 from debiased_laplace.fitting.fit import fit as fit_posterior
@@ -281,7 +280,7 @@ class Laplace:
         certainty = tuned.certainty()
         if certainty is not None and certainty.too_small:
             deviation = torch.as_tensor(posterior.noise_variance).sqrt()
-            warnings.warn(certainty.message(posterior.prior_precision, deviation, "tune(val_loader)"), stacklevel=3)
+            warn_the_caller(certainty.message(posterior.prior_precision, deviation, "tune(val_loader)"))
         return tuned
 
     def predict(

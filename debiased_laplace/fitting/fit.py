@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from debiased_laplace import _checks, _data
-from debiased_laplace._guards import full_precision, global_random_state
+from debiased_laplace._guards import full_precision, global_random_state, warn_the_caller
 from debiased_laplace.curvature.structures import Structure
 from debiased_laplace.fitting.checkpoint import Checkpoint
 from debiased_laplace.fitting.fitted import Fit
@@ -265,11 +264,11 @@ def _tell_of_coverage(network: Network, structure: Structure) -> None:
     diagonal = structure.unfactored(network)
     share = sum(network.shapes[name].numel() for name in diagonal) / network.n_params
     if share > MAX_DIAGONAL:
-        warnings.warn(
+        warn_the_caller(
             f"{100 * share:.0f} % of the parameters have a diagonal curvature, since they are used in several ways or "
             f"in one that no layer rule knows: {', '.join(diagonal[:10])}{', ...' if len(diagonal) > 10 else ''}. "
             "Predictions are rather too uncertain along them. coverage() has what every parameter got; freeze those, "
-            "or choose others with parameters=.", stacklevel=4,
+            "or choose others with parameters=."
         )  # fmt: skip
 
 
@@ -285,9 +284,9 @@ def _warn_of_unreached(network: Network, inputs: _data.Inputs) -> None:
         (constant, "no other does either: they are constant, detached or computed without gradients"),
     ):
         if silent:
-            warnings.warn(
+            warn_the_caller(
                 f"The variance of {len(silent)} of {network.n_outputs} outputs is zero: {some(silent)}. No parameter "
-                f"that the posterior is about acts on them, and {why}.", stacklevel=4,
+                f"that the posterior is about acts on them, and {why}."
             )  # fmt: skip
 
 

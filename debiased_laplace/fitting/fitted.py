@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree
 
 from debiased_laplace import _checks, _store
+from debiased_laplace._guards import warn_the_caller
 from debiased_laplace.fitting.probe import Probe
 from debiased_laplace.fitting.stream import Observed
 from debiased_laplace.network.network import Network
@@ -114,12 +114,11 @@ class Fit:
             own["probe"].check(network)
         return cls(posterior=posterior, network=network, **own)
 
-    def check_model(self, *, thorough: bool = False, stacklevel: int = 3) -> None:
-        """Tell the caller's caller if the model is no longer that of the fit, which predictions go on with.
+    def check_model(self, *, thorough: bool = False) -> None:
+        """Tell the caller if the model is no longer that of the fit, which predictions go on with.
 
         Args:
             thorough: Look at all entries of all tensors.
-            stacklevel: Of the warning.
 
         Raises:
             ModelChangedError: If it was moved to another dtype or device.
@@ -133,10 +132,10 @@ class Fit:
                 f"{what} The posterior is one of the earlier dtype, device and shapes. Move the model back, or call "
                 "fit again."
             )
-        warnings.warn(
+        warn_the_caller(
             f"{what} The posterior is about the network of the fit, and so is all that it says. Call fit again for the "
             "present one, or get that of the fit back with model.load_state_dict(la.network.snapshot.state()).",
-            ModelChangedWarning, stacklevel=stacklevel,
+            ModelChangedWarning,
         )  # fmt: skip
 
     def header(self) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from debiased_laplace._guards import warn_the_caller
 from debiased_laplace.curvature.basis import Basis
 from debiased_laplace.curvature.projected import curvatures_along
 from debiased_laplace.curvature.structures import Structure
@@ -32,7 +33,6 @@ from debiased_laplace.fitting.checkpoint import Checkpoint
 from debiased_laplace.fitting.stream import Observed
 from debiased_laplace.network.gradients import CurvatureData
 from debiased_laplace.network.network import Network
-from debiased_laplace.posterior.temperature import warn_the_caller
 from debiased_laplace.sampling.sample import IN_ALL_FOLDS, Sample
 from debiased_laplace.sampling.splits import Round, Split
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import math
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -21,7 +20,7 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 
 from debiased_laplace import _checks, _data, _store
-from debiased_laplace._guards import full_precision, global_random_state
+from debiased_laplace._guards import full_precision, global_random_state, warn_the_caller
 from debiased_laplace.curvature.structures import Structure
 from debiased_laplace.fitting.coverage import coverage
 from debiased_laplace.fitting.fit import fit
@@ -54,7 +53,7 @@ from debiased_laplace.network.network import Network
 from debiased_laplace.network.snapshot import Snapshot
 from debiased_laplace.posterior.curve import PriorCurve
 from debiased_laplace.posterior.gaussian import Posterior
-from debiased_laplace.posterior.temperature import warn_of_no_evidence, warn_the_caller
+from debiased_laplace.posterior.temperature import warn_of_no_evidence
 from debiased_laplace.posterior.tune import Tuned
 from debiased_laplace.sampling.samplers import Sampler
 from debiased_laplace.sampling.splits import Split
@@ -444,12 +443,11 @@ class DebiasedLaplace(ParametricLaplace):
         """Warn the caller of the caller if outputs were not those of the reduced features."""
         network = self.network
         if network.reduction_error > torch.finfo(network.dtype).eps ** 0.5:
-            warnings.warn(
+            warn_the_caller(
                 f"The model's outputs are not its last layer of features reduced by {self.feature_reduction!r}: they "
                 f"differ by {network.reduction_error:.2g} of the largest. Variances are those of the reduced features, "
                 "as in laplace-torch. Leave feature_reduction out for those of the model itself (padded sequences "
-                "are the usual cause).",
-                stacklevel=3,
+                "are the usual cause)."
             )
             network.reduction_error = 0.0  # once for a fit, and once for a prediction
 
@@ -514,10 +512,10 @@ class DebiasedLaplace(ParametricLaplace):
         """The model with its curvature blocks."""
         return self._require_fit().network
 
-    def _check_model(self, *, thorough: bool = False, stacklevel: int = 3) -> None:
-        """Tell the caller's caller if the model is no longer that of the fit, which this object goes on with."""
+    def _check_model(self, *, thorough: bool = False) -> None:
+        """Tell the caller if the model is no longer that of the fit, which this object goes on with."""
         if self.fitted is not None:
-            self.fitted.check_model(thorough=thorough, stacklevel=stacklevel + 1)
+            self.fitted.check_model(thorough=thorough)
 
     def _require_fit(self) -> Fit:
         if self.fitted is None:
@@ -894,9 +892,8 @@ class DebiasedLaplace(ParametricLaplace):
         """The native posterior; before a fit that of no data, of a network that the inputs tell, and a warning."""
         if not self._is_prior:
             return self.native
-        warnings.warn(
-            "There was no fit: this is the prediction of the prior. Call fit(train_loader) for the posterior's.",
-            stacklevel=3,
+        warn_the_caller(
+            "There was no fit: this is the prediction of the prior. Call fit(train_loader) for the posterior's."
         )
         return self._made_of(
             predictions.prior_alone(self.model, self.selection, x, self.feature_reduction)
@@ -1096,7 +1093,7 @@ class DebiasedLaplace(ParametricLaplace):
                 )  # fmt: skip
             self.tuned = None
             if (complaint := tuning.lack_of_certainty(self.native, self.prior_precision, self.sigma_noise)) is not None:
-                warnings.warn(complaint, stacklevel=2)
+                warn_the_caller(complaint)
         elif method == "gridsearch":
             if val_loader is None:
                 raise ValueError("Expected a val_loader with validation batches for method='gridsearch', got None.")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,6 +9,7 @@ import torch
 from laplace.curvature import EFInterface, GGNInterface
 from torch import Tensor
 
+from debiased_laplace._guards import warn_the_caller
 from debiased_laplace.curvature.structures import Diagonal, Full, Isotropic, Kronecker, LowRank, Structure
 from debiased_laplace.fitting.fitted import Fit
 from debiased_laplace.laplace_torch.parameters import embed
@@ -159,9 +159,8 @@ def backend_settings(
     elif rest.pop("stochastic", False):
         settings["mc_samples"] = rest.pop("num_samples", 1)
     if rest or asdl_fisher_kwargs or not (backend is None or known):
-        warnings.warn(
+        warn_the_caller(
             "The curvature is computed by debiased_laplace: of backend arguments only the kind (GGN or empirical "
-            f"Fisher), stochastic and num_samples have an effect, not {[backend, rest, asdl_fisher_kwargs or {}]}.",
-            stacklevel=4,
+            f"Fisher), stochastic and num_samples have an effect, not {[backend, rest, asdl_fisher_kwargs or {}]}."
         )
     return settings

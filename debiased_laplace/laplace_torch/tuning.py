@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -13,6 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from debiased_laplace import _checks, _data
+from debiased_laplace._guards import warn_the_caller
 from debiased_laplace.laplace import Laplace
 from debiased_laplace.laplace_torch.predictions import linked, samples_at
 from debiased_laplace.laplace_torch.scores import Predicted, score_of
@@ -25,7 +25,7 @@ from debiased_laplace.posterior.evidence import (
     maximise_with_noise,
 )
 from debiased_laplace.posterior.gaussian import Posterior, standard_normals
-from debiased_laplace.posterior.temperature import AS_GOOD, warn_the_caller
+from debiased_laplace.posterior.temperature import AS_GOOD
 from debiased_laplace.posterior.top_k import exact_outputs, top_k_moments
 from debiased_laplace.posterior.tune import SELECTIONS, Tuned, tune
 
@@ -317,7 +317,7 @@ def _gradient_steps(
 def warn_of_unused_validation_data(val_loader: Any) -> None:
     """Validation data have no part in the marginal likelihood."""
     if val_loader is not None:
-        warnings.warn("val_loader has no effect with method='marglik'. Did you mean 'gridsearch'?", stacklevel=3)
+        warn_the_caller("val_loader has no effect with method='marglik'. Did you mean 'gridsearch'?")
 
 
 def lack_of_certainty(native: Laplace, prior_precision: Tensor, sigma_noise: Tensor) -> str | None:

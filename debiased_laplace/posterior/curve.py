@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from debiased_laplace import _checks
-from debiased_laplace.posterior.temperature import AS_GOOD, warn_the_caller, warn_undetermined
+from debiased_laplace._guards import warn_the_caller
+from debiased_laplace.posterior.temperature import AS_GOOD, warn_undetermined
 
 EMPTY = "Expected validation data, got an empty val_loader. A generator can be read only once."
 

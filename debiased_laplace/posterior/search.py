@@ -11,8 +11,9 @@ import torch
 from scipy.optimize import minimize
 from torch import Tensor
 
+from debiased_laplace._guards import warn_the_caller
 from debiased_laplace.likelihoods import Likelihood
-from debiased_laplace.posterior.temperature import AS_GOOD, TEMPERATURES, minimise, warn_the_caller
+from debiased_laplace.posterior.temperature import AS_GOOD, TEMPERATURES, minimise
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,6 @@ uncertainty: it is searched in :data:`TEMPERATURES`. Of equally good values the 
 from __future__ import annotations
 
 import math
-import sys
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -29,6 +27,7 @@ from scipy.optimize import brentq, minimize_scalar
 from torch import Tensor
 
 from debiased_laplace import _checks
+from debiased_laplace._guards import warn_the_caller
 from debiased_laplace.likelihoods import Likelihood
 
 #: The range of temperatures, everywhere, where data alone do not decide. In units of the temperature of the network
@@ -38,7 +37,6 @@ TEMPERATURES = 1 / 20, 20.0
 AS_GOOD = 1e-6
 # Where the zero of the slope is looked for: outputs of any scale that single precision holds.
 _BRACKET = math.log(1e-38), math.log(1e38)
-_PACKAGE = __name__.partition(".")[0]
 _START = "Validation data do not determine the "
 # So many times the inverse of the largest output of a datum, probabilities are zero and one unless outputs are equal.
 _SATURATED = 1e20
@@ -210,15 +208,6 @@ def _minimum_at_an_end(loss: Callable[[float], float], ends: Sequence[float]) ->
 def warn_undetermined(what: str, why: str) -> None:
     """Say that a quantity is a choice, not a result; :func:`undetermined_in` finds it in the text."""
     warn_the_caller(f"{_START}{what}: {why}.")
-
-
-def warn_the_caller(text: str) -> None:
-    """Warn at the line outside this package that led here."""
-    frame, level = sys._getframe(1), 2
-    within = _PACKAGE, "contextlib"  # which calls methods that a context manager decorates
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in within:
-        frame, level = frame.f_back, level + 1
-    warnings.warn(text, stacklevel=level)
 
 
 def warn_of_no_evidence(temperature: float) -> None:

@@ -15,6 +15,7 @@ from scipy.optimize import minimize_scalar
 from torch import Tensor, nn
 
 from debiased_laplace import _data
+from debiased_laplace._guards import warn_the_caller
 from debiased_laplace.evaluation.predictors import edges
 from debiased_laplace.evaluation.predictors.prediction import Prediction, Predictor, mutual_information
 from debiased_laplace.likelihoods import Categorical, gaussian_nll
@@ -23,7 +24,6 @@ from debiased_laplace.posterior.noise import ALL_ERRORS_ZERO, nothing_left
 from debiased_laplace.posterior.temperature import (
     most_uncertain_temperature,
     temperature_scaling,
-    warn_the_caller,
     warn_undetermined,
 )
 from debiased_laplace.posterior.tune import SELECTIONS
