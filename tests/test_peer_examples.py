@@ -123,7 +123,7 @@ def test_expectation():
         x, found = torch.linspace(-1, 1, 20).reshape(10, 2).requires_grad_(), []
         for pred_type in (PredType.GLM, PredType.NN):
             for n in (1, 10):
-                generator = torch.Generator().manual_seed(1)
+                generator = torch.Generator().manual_seed(2)  # some samples exceed the threshold
                 samples = la.functional_samples(x, pred_type=pred_type, n_samples=n, generator=generator)
                 assert samples.shape == (n, 10, 1)
                 found += [samples.detach(), torch.autograd.grad(improved(samples), x)[0]]
@@ -135,7 +135,7 @@ def test_expectation():
     # Weights are drawn otherwise than there: the same function of them.
     la, model, x, found = of_samples[1]
     for n, samples, gradient in ((1, *found[:2]), (10, *found[2:])):
-        draws = la.posterior.sample(n, torch.Generator().manual_seed(1))
+        draws = la.posterior.sample(n, torch.Generator().manual_seed(2))
         own = torch.stack([torch.func.functional_call(model, la.network.from_vector(w), (x,)) for w in draws])
         assert_equal(samples, own)
         assert_equal(gradient, torch.autograd.grad(improved(own), x)[0])

@@ -301,4 +301,5 @@ def _cleaned(vectors: Tensor, dtype: torch.dtype) -> Tensor:
     # Dead units leave entries that are noise of the decomposition. Dropping them moves a vector by less than
     # a tenth of its rounding error; kept, their products underflow and slow every contraction tenfold.
     negligible = 0.1 * torch.finfo(dtype).eps / vectors.shape[-1] ** 0.5
-    return vectors.masked_fill_(vectors.abs() < negligible, 0.0).to(dtype)
+    # As they lie in memory when they come from a file: products then have the same bits.
+    return vectors.masked_fill_(vectors.abs() < negligible, 0.0).to(dtype).contiguous()
