@@ -3,7 +3,7 @@
     python eval/scale.py [--only growth large] [--out docs/records]
 
 Growth: perceptrons and a small CNN with random weights; one quantity is doubled again and again, the others stay.
-Every measurement is a fresh process with one thread; the exponent is the slope of a straight line through the logarithms
+Every measurement is a fresh process with one thread; the exponent is the slope of a line through the logarithms
 of the last three sizes. Large: ResNet-50 and ViT-B/16 with 1,000 classes at 224 x 224 pixels, 64 data drawn, on all
 cores, with the share of every step. What is complete is kept, and a run that was interrupted goes on after it.
 """
