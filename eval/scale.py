@@ -1,6 +1,6 @@
 """How time and memory grow with everything that can grow, and the largest networks, step by step.
 
-    python eval/scale.py [--only growth large] [--out docs/records]
+    python eval/scale.py [--only growth large] [--out scale-results] [--document docs/benchmarks.md]
 
 Growth: perceptrons and a small CNN with random weights; one quantity is doubled again and again, the others stay.
 Every measurement is a fresh process with one thread; the exponent is the slope of a line through the logarithms
@@ -170,8 +170,10 @@ def large_table(record: Mapping[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("docs/records"))
-    parser.add_argument("--document", type=Path, default=Path("docs/benchmarks.md"))
+    parser.add_argument("--out", type=Path, default=Path("scale-results"))
+    parser.add_argument(
+        "--document", type=Path, help="a document with a place for each table; otherwise they are printed"
+    )
     parser.add_argument("--only", nargs="+", default=["growth", "large"], choices=["growth", "large"])
     parser.add_argument("--one", nargs=2, metavar=("WHAT", "VALUE"), help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -193,7 +195,13 @@ def main() -> None:
         of_part[value] = json.loads(done.stdout.strip().splitlines()[-1])
         print(what, value, of_part[value], file=sys.stderr)
         write_json(path, record)
-    fill(options.document, {"growth": growth_table(record), "large": large_table(record)})
+    parts = {"growth": growth_table} if "growth" in options.only else {}
+    parts |= {"large": large_table} if "large" in options.only else {}
+    tables = {name: table(record) for name, table in parts.items()}
+    if options.document is None:
+        print("\n\n".join(tables.values()))
+    else:
+        fill(options.document, tables)
 
 
 if __name__ == "__main__":
