@@ -109,7 +109,7 @@ def table(record: Mapping[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("docs/records"))
-    parser.add_argument("--document", type=Path, default=Path("docs/benchmarks.md"))
+    parser.add_argument("--document", type=Path, default=Path("docs/benchmarks_appendix.md"))
     parser.add_argument("--one", nargs=3, metavar=("NETWORK", "TRAINABLE", "CALL"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:

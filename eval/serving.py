@@ -105,7 +105,7 @@ def measure(name: str, kind: str, size: int, rounds: int, seconds: float) -> dic
 
 
 def table(records: list[dict[str, Any]]) -> str:
-    """As it stands in docs/benchmarks.md."""
+    """As it stands in docs/benchmarks_appendix.md."""
     lines = ["| network | prediction | inputs | time, in forward passes of them | two threads | four threads |"]
     lines.append("|---|---|---|---|---|---|")
     for record in records:
