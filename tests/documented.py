@@ -46,6 +46,7 @@ def remade() -> dict[str, dict[str, str]]:
         import readme
         import report
         import results
+        import scale
         import serving
         import steps_document
 
@@ -57,7 +58,10 @@ def remade() -> dict[str, dict[str, str]]:
             "evidence.md": evidence.parts(read_json(RECORDS / "evidence.json")),
             "posterior.md": {"classes": classes.table(read_json(RECORDS / "classes.json"))},
             "steps.md": steps_document.parts_of(read_json(RECORDS / "steps.json")),
-            "benchmarks.md": {"cpu": bench.report(benchmarks)},
+            "benchmarks.md": {
+                "cpu": bench.report(benchmarks),
+                "growth": scale.growth_table(read_json(RECORDS / "scale.json")),
+            },
             "benchmarks_appendix.md": {
                 "frozen": frozen.table(read_json(RECORDS / "frozen.json")),
                 "serving": serving.table(read_json(RECORDS / "serving.json")["records"]),
