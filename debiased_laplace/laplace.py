@@ -308,7 +308,7 @@ class Laplace:
                 for more than 128 classes or labels unless only a last layer is uncertain (the log says so), and for
                 dense outputs ``"linearized"`` unless a last layer makes ``"glm"`` cheap.
             n_samples: Draws for ``link="mc"`` and of the methods that sample.
-            top_k: How many most probable outputs of each datum get exact moments, of ``"top_k"``; 16 by default.
+            top_k: How many most probable outputs of each datum get exact moments, of ``"top_k"``; 8 by default.
             covariance: Also the covariance between the outputs of a datum, or of a site of dense outputs.
             generator: Source of the draws; by default the same draws in every call.
 

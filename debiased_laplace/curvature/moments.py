@@ -51,17 +51,19 @@ class SecondMoment(ABC):
         object.__setattr__(multiple, "known", self.known)
         return multiple
 
-    @abstractmethod
     def dense(self) -> Tensor:
         """``[G, P, P]``, or ``[G, P]`` of a diagonal."""
+        values: Tensor = self.values
+        return values if self.scale == 1 else self.scale * values
 
     @abstractmethod
     def along(self, vectors: Tensor) -> Tensor:
         r"""Diagonal of :math:`Q^\top M Q`, ``[G, k]``, for ``Q: [G, P, k]``."""
 
-    @abstractmethod
     def is_finite(self) -> Tensor:
         """Whether all entries are, a Boolean ``[]``: known on the CPU only when it is asked for."""
+        values: Tensor = self.values
+        return values.isfinite().all()
 
     @abstractmethod
     def block(self, part: slice) -> SecondMoment:
@@ -91,14 +93,8 @@ class DiagonalMoment(SecondMoment):
     def __add__(self, other: SecondMoment) -> DiagonalMoment:
         return DiagonalMoment(self.dense() + other.dense())
 
-    def dense(self) -> Tensor:
-        return self.values if self.scale == 1 else self.scale * self.values
-
     def along(self, vectors: Tensor) -> Tensor:
         return torch.einsum("gij,gi->gj", vectors.square(), self.dense())
-
-    def is_finite(self) -> Tensor:
-        return self.values.isfinite().all()
 
     def block(self, part: slice) -> DiagonalMoment:
         return DiagonalMoment(self.values[:, part], self.scale)
@@ -117,15 +113,9 @@ class MatrixMoment(SecondMoment):
             return MatrixMoment(other.added_to(self.dense().clone()))
         return MatrixMoment(torch.add(self.dense(), other.values, alpha=other.scale))
 
-    def dense(self) -> Tensor:
-        return self.values if self.scale == 1 else self.scale * self.values
-
     def along(self, vectors: Tensor) -> Tensor:
         # Of positive semi-definite matrices: below zero only by rounding.
         return self.scale * (vectors * (self.values @ vectors)).sum(1).clamp_min(0)
-
-    def is_finite(self) -> Tensor:
-        return self.values.isfinite().all()
 
     def block(self, part: slice) -> MatrixMoment:
         return MatrixMoment(self.values[:, part, part], self.scale)

@@ -157,25 +157,23 @@ class Measurement:
 
     def _along(self, name: str, fold: int, wanted: Sequence[tuple[Basis, Tensor]]) -> list[Tensor]:
         """Equation (2) for the data of a fold, along several bases with weights for each."""
-        known, along = self._statistics.get((fold, "all")), {}
+        known, along, left = self._statistics.get((fold, "all")), {}, []
         for index, (basis, weights) in enumerate(wanted):
             multiple = self._multiple(fold, weights)
             if known is not None and known.exact and multiple is not None:
                 along[index] = multiple * known.curvatures(basis)
-        bases, of_bases = [], []
-        for index, (basis, weights) in enumerate(wanted):
-            if index not in along:
-                bases.append(basis)
-                of_bases.append(weights)
-        if bases:
+            else:
+                left.append(index)
+        if left:
+            bases, of_bases = zip(*(wanted[index] for index in left), strict=True)
 
             def measured(data: CurvatureData, part: slice | Tensor) -> Tensor:
                 multiples = [None, *((weights / of_bases[0])[part] for weights in of_bases[1:])]
                 return torch.cat(curvatures_along(self._network, bases, data, multiples))
 
             together = f"{name}, {len(bases)} bases" if len(bases) > 1 else name
-            curvatures = iter(self._summed(together, fold, of_bases[0], measured).split([b.rank for b in bases]))
-            along |= {index: next(curvatures) for index in range(len(wanted)) if index not in along}
+            curvatures = self._summed(together, fold, of_bases[0], measured).split([basis.rank for basis in bases])
+            along |= dict(zip(left, curvatures, strict=True))
         return [along[index] for index in range(len(wanted))]
 
     def _from_statistics(self, basis: Basis, shares: Mapping[int, float], number: int | None = None) -> Tensor:

@@ -310,7 +310,8 @@ def _add_inputs(total: MomentSum, columns: LayerInputs, kind: Kind, weights: Ten
 
 def _check_finite(network: Network, what: str, moments: Sequence[SecondMoment]) -> None:
     """Raise a ``NonFiniteError`` that names the first layer whose statistics are not finite."""
-    if not moments or bool(torch.stack([one.is_finite() for one in moments]).all()):
+    unknown = [one.is_finite() for one in moments if not one.known]  # others were looked at, and decomposed
+    if not unknown or bool(torch.stack(unknown).all()):
         return
     name = next(block.name for block, one in zip(network.blocks, moments, strict=True) if not bool(one.is_finite()))
     raise NonFiniteError(
