@@ -204,16 +204,27 @@ class MomentSum:
         assert self._total is not None
         self._total.add_(values, alpha=factor)
 
+    def keeps(self, n_columns: int) -> bool:
+        """Whether so many more columns are kept as they are."""
+        return self._total is None and are_few(self._size, n_columns + sum(piece.shape[2] for piece in self._columns))
+
     def add(self, columns: Tensor, factor: float = 1.0) -> None:
         """Add outer products of columns ``[N, G, P, S]`` of data and positions, times a factor."""
-        n, _, size, positions = columns.shape
-        if self._total is None and are_few(size, n * positions + sum(piece.shape[2] for piece in self._columns)):
+        n, _, _, positions = columns.shape
+        if self.keeps(n * positions):
             flat = columns.permute(1, 2, 0, 3).flatten(2)
             self._columns.append(flat.clone() if factor == 1 else factor**0.5 * flat)
-            return
+        else:
+            add_outer_products(self._formed(), columns, factor)
+
+    def add_matrix(self, values: Tensor, factor: float = 1.0) -> None:
+        """Add a matrix ``[G, P, P]`` times a factor."""
+        self._formed().add_(values, alpha=factor)
+
+    def _formed(self) -> Tensor:
         if self._total is None:
             self._total, self._columns = self._kept().dense(), []
-        add_outer_products(self._total, columns, factor)
+        return self._total
 
     def _kept(self) -> OuterProducts:
         return OuterProducts(tuple(self._columns) or (self._like.new_zeros(self._groups, self._size, 0),))

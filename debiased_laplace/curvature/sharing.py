@@ -29,8 +29,8 @@ from debiased_laplace.network.selected import LayerInputs, masked, means
 class WeightSharing(ABC):
     """Brings inputs and vectors at several positions into a form whose second moments are K-FAC's factors."""
 
-    #: Whether a coarser grid of positions tells the inputs of all, but for sampling error.
-    samples_positions: ClassVar[bool]
+    #: Whether A is the sum of outer products at all positions that have a gradient.
+    sums_positions: ClassVar[bool]
 
     @abstractmethod
     def inputs(self, inputs: LayerInputs, mask: Tensor | None) -> LayerInputs:
@@ -55,7 +55,7 @@ class WeightSharing(ABC):
 class Expand(WeightSharing):
     """Every position is a datum of its own: exact for a deep linear network with a loss at every position."""
 
-    samples_positions: ClassVar[bool] = True
+    sums_positions: ClassVar[bool] = True
 
     def inputs(self, inputs: LayerInputs, mask: Tensor | None) -> LayerInputs:
         """Those at positions with a gradient."""
@@ -73,7 +73,7 @@ class Expand(WeightSharing):
 class Reduce(WeightSharing):
     """The positions of a datum are one: exact for a deep linear network whose outputs are averaged over positions."""
 
-    samples_positions: ClassVar[bool] = False
+    sums_positions: ClassVar[bool] = False
 
     def inputs(self, inputs: LayerInputs, mask: Tensor | None) -> LayerInputs:
         """Their mean over positions with a gradient."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,23 +11,18 @@ import torch
 from torch import Tensor
 
 from debiased_laplace import _data
-from debiased_laplace.curvature.structures import Structure
+from debiased_laplace.curvature.structures import Structure, Window
 from debiased_laplace.likelihoods import Likelihood, of_outputs
 from debiased_laplace.network.network import Network
 from debiased_laplace.sampling.sample import Sample
 
-#: Data at the start of a stream that a structure observes at all positions of its layers. Then data are looked at in
-#: windows of WINDOW, each on one of several coarser grids of positions where a layer has seen enough of them: the
-#: products at all positions cost six times the forward pass of a ResNet.
-WHOLE, WINDOW = 64, 64
+#: Data that are looked at together.
+WINDOW = 64
 
-#: Of networks with sequences so many are observed first, and then one in so many windows, at all positions: only a
-#: backward pass tells which of them are padding.
-WHOLE_SEQUENCES, SEQUENCE_WINDOWS = 512, 8
-
-#: Data that are observed for each one of the sampler's budget, whose own error leaves no use for more; whenever the
-#: windows have become twice as many after that, one in twice as many is observed and stands for them.
-OBSERVED_PER_BUDGET = 32
+#: Data that are looked at for each one of the sampler's budget before others stand for some of them: its own error
+#: leaves no use for more. Of networks with sequences fewer, since only a backward pass tells which of their positions
+#: are padding.
+OBSERVED_PER_BUDGET, OF_SEQUENCES = 32, 256
 
 #: Bytes that the activations of a forward pass may take at a time.
 STREAM_MEMORY = {"cpu": 2**29, "accelerator": 2**32}
@@ -66,62 +61,43 @@ class Observed:
 
 
 @dataclass(frozen=True)
-class Window:
-    """Consecutive data of a chunk that are looked at in one way.
-
-    Attributes:
-        part: Which of the chunk.
-        before: Data of the stream before the window.
-        phase: The grid of positions that they are observed on; None for all positions.
-        weight: Windows that they stand for; zero if they are not observed.
-    """
-
-    part: slice
-    before: int
-    phase: int | None
-    weight: int
-
-
-@dataclass(frozen=True)
 class Plan:
-    """Which data of a stream are observed, how, and for how many others they stand.
+    """Which data of a stream are looked at, and for how many others they stand.
 
-    Windows are taken in strata of equal size, of which one window, chosen at random, stands for all. Strata grow as the
-    stream does, so that its length need not be known; wherever a loader has which data, each stratum has its share. All
-    of it depends on the position of a datum and the seed alone, not on how the stream is cut.
+    Whenever the stream has become twice as long, one window of data in twice as many is looked at, chosen at random,
+    and stands for all of them: the length need not be known, and wherever a loader has which data, each part of it has
+    its share. All depends on the position of a datum and the seed alone, not on how the stream is cut; windows that are
+    looked at where fewer data tell enough are among those where more do.
 
     Attributes:
-        budget: Of the sampler, whose error decides how many data are worth observing.
+        budget: Of the sampler, whose error decides how many data are worth a look.
         seed: Of the choices.
-        whole: Data at the start, which are all observed at all positions.
-        least: Windows of the smallest strata.
-        on_grids: Whether windows are observed on coarser grids of positions.
+        most: Data at the start that are all looked at, at most; None for what the budget deserves.
     """
 
     budget: int = 1024
     seed: int = 0
-    whole: int = WHOLE
-    least: int = 1
-    on_grids: bool = True
+    most: int | None = None
 
-    def windows(self, start: int, n: int) -> Iterator[Window]:
-        """The ``n`` data at a position of the stream."""
-        if start < self.whole:
-            yield Window(slice(0, min(n, self.whole - start)), 0, None, 1)
-        for number in range(
-            max(0, start - self.whole) // WINDOW, max(0, start + n - self.whole + WINDOW - 1) // WINDOW
-        ):
-            before = self.whole + number * WINDOW
-            part = slice(max(0, before - start), min(n, before - start + WINDOW))
-            yield Window(part, before, *self._look(number))
+    def windows(self, start: int, n: int, enough: int | None = None) -> list[Window]:
+        """Those of the n data at a position of the stream, of which ``enough`` would do if they were the first."""
+        most = self.most or OBSERVED_PER_BUDGET * self.budget
+        first = 2 * -(-min(most, enough or most) // (2 * WINDOW))  # windows; even, so that strata are whole
+        found: list[Window] = []
+        for number in range(start // WINDOW, (start + n + WINDOW - 1) // WINDOW):
+            level = (number // first).bit_length()
+            if all(self._is_chosen(number, below) for below in range(level)):
+                before = number * WINDOW - start
+                part = slice(max(0, before), min(n, before + WINDOW))
+                if found and found[-1].part.stop == part.start and found[-1].weight == 2**level:
+                    part = slice(found.pop().part.start, part.stop)
+                found.append(Window(part, 2**level))
+        return found
 
-    def _look(self, number: int) -> tuple[int | None, int]:
-        """Phase and weight of a window."""
-        before_growth = self.least * -(-OBSERVED_PER_BUDGET * self.budget // (2 * WINDOW)) * 2
-        size = self.least * 2 ** (number // before_growth).bit_length()
-        choice = random.Random(f"{self.seed} {size} {number // size}")
-        chosen = choice.randrange(size) == number % size
-        return (choice.randrange(2**30) if self.on_grids else None), size * chosen
+    def _is_chosen(self, number: int, level: int) -> bool:
+        """Whether a window is in that half of a stratum of twice ``2**level`` that stands for both."""
+        stratum, half = divmod(number >> level, 2)
+        return random.Random(f"{self.seed} {level} {stratum}").getrandbits(1) == half
 
 
 class LikelihoodOfStream:
@@ -159,7 +135,8 @@ class Stream:
             self._network = self._discover(inputs, targets)
             self.likelihood = of_outputs(self.likelihood, self._network.sites)
             if self._network.has_sequences:
-                self._plan = replace(self._plan, whole=WHOLE_SEQUENCES, least=SEQUENCE_WINDOWS, on_grids=False)
+                most = min(OF_SEQUENCES, OBSERVED_PER_BUDGET * self._plan.budget)
+                self._plan = replace(self._plan, most=most)
         return self._network
 
     def __call__(self, inputs: _data.Inputs, targets: Tensor) -> Tensor:
@@ -181,34 +158,33 @@ class Stream:
             outputs = network.outputs(inputs).to(network.dtype)
             return outputs, self._observed(network, outputs, targets)
         start = 0 if self.observed is None else self.observed.n
-        windows = list(self._plan.windows(start, len(targets)))
-        outputs, statistics = self._observe_some(network, inputs, targets, windows)
+        outputs, statistics = self._observe_some(network, inputs, targets, start)
         outputs = outputs.to(network.dtype)
         return outputs, replace(self._observed(network, outputs, targets), statistics=statistics)
 
-    def _observe_some(
-        self, network: Network, inputs: _data.Inputs, targets: Tensor, windows: list[Window]
-    ) -> tuple[Tensor, Any]:  # fmt: skip
-        """Outputs of all data, and what the structure observes of those in windows with a weight."""
-        weights = torch.cat([torch.full((one.part.stop - one.part.start,), one.weight) for one in windows])
-        observed, others = weights.nonzero()[:, 0], (weights == 0).nonzero()[:, 0]
-        if not len(observed):
+    def _observe_some(self, network: Network, inputs: _data.Inputs, targets: Tensor, start: int) -> tuple[Tensor, Any]:
+        """Outputs of all data at a position of the stream, and what the structure observes of some of them."""
+        n = len(targets)
+        is_seen = torch.zeros(n, dtype=torch.bool)
+        for window in self._plan.windows(start, n):
+            is_seen[window.part] = True
+        seen, others = is_seen.nonzero()[:, 0], (~is_seen).nonzero()[:, 0]
+        if not len(seen):
             return network.outputs(inputs), None
-        some = _data.take(inputs, observed) if len(others) else inputs
-        factors = network.factors(some, backward=network.has_sequences)
+        factors = network.factors(_data.take(inputs, seen) if len(others) else inputs, backward=network.has_sequences)
         if network.has_sequences:
-            factors.counted = self.likelihood.counted(targets[observed])
-        statistics, start = None, 0
-        for one in windows:
-            if one.weight:
-                part = slice(start, start + one.part.stop - one.part.start)
-                new = self._structure.observe(network, factors, part, one.phase, one.before)
-                new = new if one.weight == 1 else new * one.weight
-                statistics, start = new if statistics is None else statistics + new, part.stop
+            factors.counted = self.likelihood.counted(targets[seen])
+        place = (is_seen.cumsum(0) - 1).tolist()  # among those that are seen
+
+        def look(enough: int) -> list[Window]:
+            windows = self._plan.windows(start, n, enough)
+            return [replace(w, part=slice(place[w.part.start], place[w.part.stop - 1] + 1)) for w in windows]
+
+        statistics = self._structure.observe(network, factors, look)
         if not len(others):
             return factors.outputs, statistics
         outputs = torch.cat([factors.outputs, network.outputs(_data.take(inputs, others))])
-        order = torch.cat([observed, others]).argsort()
+        order = torch.cat([seen, others]).argsort()
         return outputs[order.to(outputs.device)], statistics
 
     def _observed(self, network: Network, outputs: Tensor, targets: Tensor) -> Observed:

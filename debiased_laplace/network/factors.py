@@ -26,7 +26,7 @@ from debiased_laplace._guards import global_random_state
 from debiased_laplace.network.backward import MEASURED, Backward, Way
 from debiased_laplace.network.blocks import Block
 from debiased_laplace.network.formed import formed_gradients
-from debiased_laplace.network.layers import N_PHASES, Call, Layout
+from debiased_laplace.network.layers import Call, Layout
 from debiased_laplace.network.lone import LoneGradients, gradients_of_block
 from debiased_laplace.network.rows import RowLayout, find_rows
 from debiased_laplace.network.selected import LayerInputs, concatenated, no_inputs
@@ -84,21 +84,15 @@ class Factors:
             self._rows = find_rows(self.graph_outputs, self.calls, self.n_run)
         return self._rows[index]
 
-    def inputs(self, block: Block, part: slice | None = None, phase: int | None = None) -> LayerInputs:
+    def inputs(self, block: Block, part: slice | None = None) -> LayerInputs:
         """Inputs of a block, a one appended for the bias, ``[N, G, I, S]``, at least in float32.
 
-        With ``part``, those of some of the data, formed for them alone where the layer allows it; with ``phase``, on a
-        coarser grid of positions (:meth:`~debiased_laplace.network.layers.Call.inputs`).
+        With ``part``, those of some of the data, formed for them alone where the layer allows it.
         """
         n, dtype, calls = self.n_run, self.network.dtype, self.calls_of(block)
         part = part or slice(0, len(self.outputs))
         size = part.stop - part.start
-        for index in calls:
-            if self.calls[index].input._version != self.calls[index].version:
-                raise RuntimeError(
-                    f"The input of {block.name!r} was overwritten in place after the layer had used it, so its "
-                    "curvature cannot be computed. Make the operation after it out of place."
-                )
+        self._check_unchanged(block)
         if block.arrangement.stacked:
             return self.outputs.new_ones((size, 1, 1, 1), dtype=dtype)
         if not calls:
@@ -114,14 +108,48 @@ class Factors:
                 positions = math.prod(call.output_shape) // (n * call.bias.numel())
                 parts.append(self.outputs.new_ones((size, block.groups, 1, positions), dtype=dtype))
             elif (narrowed := call.narrow(part, n, layout)) is not None:
-                parts.append(narrowed.inputs(size, layout, ones=block.bias, phase=phase).to(dtype))
+                parts.append(narrowed.inputs(size, layout, ones=block.bias).to(dtype))
             else:
-                parts.append(call.inputs(n, layout, ones=block.bias, phase=phase)[part].to(dtype))
+                parts.append(call.inputs(n, layout, ones=block.bias)[part].to(dtype))
         return parts[0] if len(parts) == 1 else concatenated(parts)
 
-    def input_pieces(
-        self, block: Block, among: slice | None = None, phase: int | None = None
-    ) -> Iterator[tuple[slice, LayerInputs]]:
+    def _check_unchanged(self, block: Block) -> None:
+        for index in self.calls_of(block):
+            if self.calls[index].input._version != self.calls[index].version:
+                raise RuntimeError(
+                    f"The input of {block.name!r} was overwritten in place after the layer had used it, so its "
+                    "curvature cannot be computed. Make the operation after it out of place."
+                )
+
+    def input_second_moment(
+        self, block: Block, among: slice | None = None, weights: Tensor | None = None
+    ) -> Tensor | None:
+        """Sum of the outer products of :meth:`inputs` over data and positions, ``[G, I, I]``, if no inputs are needed.
+
+        Args:
+            block: The block.
+            among: Of which data; None for all.
+            weights: Of each of these, ``[N]``; None if all are one.
+        """
+        n, calls = len(self.outputs), self.calls_of(block)
+        among = among or slice(0, n)
+        if block.arrangement.stacked or not block.weight or not calls:
+            return None
+        self._check_unchanged(block)
+        total = None
+        for index in calls:
+            call = self.calls[index].narrow(among, self.n_run, self.layout(index))
+            if call is None:
+                return None
+            size = among.stop - among.start
+            of_images = None if weights is None else weights.repeat_interleave(call.output_shape[0] // size)
+            new = call.second_moment(self.network.dtype, ones=block.bias, weights=of_images)
+            if new is None:
+                return None
+            total = new if total is None else total + new
+        return total
+
+    def input_pieces(self, block: Block, among: slice | None = None) -> Iterator[tuple[slice, LayerInputs]]:
         """Inputs of a block for as many data at a time as a processor's cache holds, of all data or of some."""
         n, per_datum = len(self.outputs), 1
         among = among or slice(0, n)
@@ -130,11 +158,10 @@ class Factors:
             outputs = sum(math.prod(call.output_shape) for call in calls) // self.n_run
             memory = max(call.inputs_memory(block.inputs) for call in calls)
             per_datum = outputs // block.outputs * memory * (torch.finfo(self.network.dtype).bits // 8)
-            per_datum //= 1 if phase is None else N_PHASES
         size = n if self.network.device.type != "cpu" else max(1, CACHE_MEMORY // max(1, per_datum))
         for part in _data.slices(among.stop - among.start, size):
             part = slice(among.start + part.start, among.start + part.stop)
-            yield part, self.inputs(block, part, phase)
+            yield part, self.inputs(block, part)
 
     def n_positions(self, block: Block) -> int:
         """Positions of a datum, on average over the data."""

@@ -1,6 +1,6 @@
 """Curvature structures: additive statistics of weighted data, and the basis they give."""
 
-from debiased_laplace.curvature.structures.base import Statistics, Structure
+from debiased_laplace.curvature.structures.base import Look, Statistics, Structure, Window
 from debiased_laplace.curvature.structures.diag import Diagonal, DiagonalStatistics
 from debiased_laplace.curvature.structures.full import Full, FullStatistics
 from debiased_laplace.curvature.structures.isotropic import Isotropic, IsotropicStatistics
@@ -16,8 +16,10 @@ __all__ = [
     "IsotropicStatistics",
     "Kronecker",
     "KroneckerStatistics",
+    "Look",
     "LowRank",
     "LowRankStatistics",
     "Statistics",
     "Structure",
+    "Window",
 ]

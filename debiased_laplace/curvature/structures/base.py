@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, ClassVar, Protocol
@@ -57,6 +57,23 @@ class Held:
     workspace: int = 0
 
 
+@dataclass(frozen=True)
+class Window:
+    """Consecutive data of a stream that are looked at.
+
+    Attributes:
+        part: Which.
+        weight: How many times their number they stand for.
+    """
+
+    part: slice
+    weight: int
+
+
+#: Which data are looked at where so many, in the whole stream, tell enough.
+Look = Callable[[int], Sequence[Window]]
+
+
 class Structure(ABC):
     """Turns statistics of data into directions. A new structure implements the two methods."""
 
@@ -71,13 +88,13 @@ class Structure(ABC):
         """Whether equation (2) measures its curvatures; otherwise its statistics always do."""
         return True
 
-    def observe(
-        self, network: Network, factors: Factors, part: slice, phase: int | None = None, before: int = 0
-    ) -> Any:  # fmt: skip
-        """What a forward pass alone tells of some of its data, additive over data.
+    def observe(self, network: Network, factors: Factors, look: Look) -> Any:
+        """What a forward pass alone tells of its data, additive over data.
 
-        With a ``phase``, an unbiased estimate of it from a coarser grid of positions
-        (:mod:`debiased_laplace.network.layers`), where the data ``before`` them have told enough.
+        Args:
+            network: The network.
+            factors: Inputs of its layers.
+            look: Which of the data to sum over, and how often each, where so many data of the stream tell enough.
         """
         raise NotImplementedError
 

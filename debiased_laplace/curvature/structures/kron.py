@@ -31,18 +31,18 @@ from debiased_laplace.curvature.parts.kronecker import KroneckerBasis
 from debiased_laplace.curvature.parts.output import OutputBasis
 from debiased_laplace.curvature.parts.part import Part
 from debiased_laplace.curvature.sharing import Expand, WeightSharing
-from debiased_laplace.curvature.structures.base import Held, Structure
+from debiased_laplace.curvature.structures.base import Held, Look, Structure
 from debiased_laplace.network.blocks import Block
 from debiased_laplace.network.factors import Factors
 from debiased_laplace.network.gradients import CurvatureData
 from debiased_laplace.network.kinds import DIAGONAL, Kind
 from debiased_laplace.network.network import Network
-from debiased_laplace.network.selected import LayerInputs, second_moments
+from debiased_laplace.network.selected import second_moments
 from debiased_laplace.network.selection import matching
 
-#: Positions for every input of a layer that tell A well enough to go on with fewer of every datum: of n positions, the
+#: Positions for every input of a layer that tell A well enough to go on with fewer data: from n positions, the
 #: directions of I inputs are off by I / n.
-POSITIONS_PER_INPUT = 128
+POSITIONS_PER_INPUT = 256
 
 
 @dataclass(frozen=True)
@@ -116,18 +116,19 @@ class InputStatistics:
 
     Attributes:
         of_inputs: Sum of the outer products of every block.
-        count: Number of data in the sums.
+        counts: Number of data that each of them stands for.
     """
 
     of_inputs: Sequence[SecondMoment]
-    count: int
+    counts: Sequence[int]
 
     @staticmethod
     def upgraded(values: Mapping[str, Any]) -> dict[str, Any]:
         """The fields of statistics that an earlier version stored, as tensors."""
-        if "totals" not in values:
+        if "counts" in values:
             return dict(values)
-        return {"of_inputs": [moment(total) for total in values["totals"]], "count": values["count"]}
+        sums = values["of_inputs"] if "of_inputs" in values else [moment(total) for total in values["totals"]]
+        return {"of_inputs": sums, "counts": [values["count"]] * len(sums)}
 
     @property
     def totals(self) -> list[Tensor]:
@@ -137,11 +138,7 @@ class InputStatistics:
     def __add__(self, other: InputStatistics) -> InputStatistics:
         """Of both data together."""
         totals = [a + b for a, b in zip(self.of_inputs, other.of_inputs, strict=True)]
-        return InputStatistics(totals, self.count + other.count)
-
-    def __mul__(self, factor: int) -> InputStatistics:
-        """Of data that stand for so many times their number."""
-        return InputStatistics([total * factor for total in self.of_inputs], self.count * factor)
+        return InputStatistics(totals, [a + b for a, b in zip(self.counts, other.counts, strict=True)])
 
 
 @dataclass(frozen=True)
@@ -173,25 +170,49 @@ class Kronecker(Structure):
     def __post_init__(self) -> None:
         _checks.whole(self.max_factor, "max_factor", otherwise="None for no limit")
 
-    def observe(
-        self, network: Network, factors: Factors, part: slice, phase: int | None = None, before: int = 0
-    ) -> InputStatistics:  # fmt: skip
-        """Outer products of the inputs, of every block; at all positions of those that have seen too few so far."""
-        totals = []
+    def observe(self, network: Network, factors: Factors, look: Look) -> InputStatistics:
+        """Outer products of the inputs, of every block; of fewer data where a layer has many positions."""
+        totals, counts = [], []
         for block, kind in zip(network.blocks, self._kinds(network), strict=True):
-            total = _sum_of_inputs(network, block, kind)
-            mask = factors.has_gradient(block)
-            enough = before * factors.n_positions(block) >= POSITIONS_PER_INPUT * block.inputs
-            coarse = enough and mask is None and self.sharing.samples_positions
-            for piece, columns in factors.input_pieces(block, part, phase if coarse else None):
-                _add_inputs(total, self.sharing.inputs(columns, None if mask is None else mask[piece]), kind)
+            total, count = _sum_of_inputs(network, block, kind), 0
+            positions = max(1, factors.n_positions(block)) if self.sharing.sums_positions else 1
+            for window in look(-(-POSITIONS_PER_INPUT * block.inputs // positions)):
+                self._add_inputs(total, factors, block, kind, window.part, factor=window.weight)
+                count += window.weight * (window.part.stop - window.part.start)
             totals.append(total.moment())
-        return InputStatistics(totals, part.stop - part.start)
+            counts.append(count)
+        return InputStatistics(totals, counts)
+
+    def _add_inputs(
+        self, total: MomentSum, factors: Factors, block: Block, kind: Kind, part: slice, weights: Tensor | None = None,
+        factor: float = 1.0,
+    ) -> None:  # fmt: skip
+        """Add A of some data, or its diagonal, with a factor for all or a weight for every datum."""
+        if weights is not None and bool((weights == weights[0]).all()):  # known on the CPU
+            factor, weights = float(weights[0]), None
+        mask = factors.has_gradient(block)
+        n_columns = (part.stop - part.start) * factors.n_positions(block)
+        if mask is None and self.sharing.sums_positions and kind.rotates_inputs and not total.keeps(n_columns):
+            of_all = factors.input_second_moment(block, part, weights)
+            if of_all is not None:
+                total.add_matrix(of_all, factor)
+                return
+        for piece, inputs in factors.input_pieces(block, part):
+            columns = self.sharing.inputs(inputs, None if mask is None else mask[piece])
+            some = None if weights is None else weights[piece.start - part.start : piece.stop - part.start]
+            if not kind.rotates_inputs:
+                total.add_diagonal(second_moments(columns, some), factor)
+                continue
+            assert isinstance(columns, Tensor)  # others have the diagonal alone
+            if some is not None:
+                columns = columns * some.to(columns).sqrt()[:, None, None, None]
+            total.add(columns, factor)
 
     def complete(self, statistics: KroneckerStatistics, observed: InputStatistics) -> KroneckerStatistics:
         """A of the whole stream in the place of that of a sample."""
         return KroneckerStatistics(
-            [total * (1 / observed.count) for total in observed.of_inputs], statistics.of_outputs
+            [total * (1 / n) for total, n in zip(observed.of_inputs, observed.counts, strict=True)],
+            statistics.of_outputs,
         )
 
     def measure(self, network: Network, data: CurvatureData) -> KroneckerStatistics:
@@ -219,10 +240,9 @@ class Kronecker(Structure):
         outputs = [_sum(network, block.groups, block.outputs, square=kind.rotates_outputs) for block, kind in pairs]
         for chunk in data:
             masks = [chunk.factors.has_gradient(block) for block in network.blocks]
-            for (block, kind), total, mask in zip(pairs, inputs, masks, strict=True) if with_inputs else ():
-                for part, columns in chunk.factors.input_pieces(block):
-                    columns = self.sharing.inputs(columns, None if mask is None else mask[part])
-                    _add_inputs(total, columns, kind, chunk.weights[part])
+            everything = slice(0, len(chunk.weights))
+            for (block, kind), total in zip(pairs, inputs, strict=True) if with_inputs else ():
+                self._add_inputs(total, chunk.factors, block, kind, everything, chunk.weights)
             for _, vectors in chunk.factors.backpropagate(chunk.vectors):
                 for of_block, kind, columns, mask in zip(outputs, kinds, vectors, masks, strict=True):
                     for column in columns.unbind(2):
@@ -292,20 +312,6 @@ def _sum(network: Network, groups: int, size: int, *, square: bool) -> MomentSum
 
 def _sum_of_inputs(network: Network, block: Block, kind: Kind) -> MomentSum:
     return _sum(network, block.groups, block.inputs, square=kind.rotates_inputs)
-
-
-def _add_inputs(total: MomentSum, columns: LayerInputs, kind: Kind, weights: Tensor | None = None) -> None:
-    """Add A of some data, or its diagonal, with a weight for every datum if they are given."""
-    if not kind.rotates_inputs:
-        total.add_diagonal(second_moments(columns, weights))
-        return
-    assert isinstance(columns, Tensor)  # others have the diagonal alone
-    if weights is None:
-        total.add(columns)
-    elif bool((weights == weights[0]).all()):  # known on the CPU: no product with the data
-        total.add(columns, float(weights[0]))
-    else:
-        total.add(columns * weights.to(columns).sqrt()[:, None, None, None])
 
 
 def _check_finite(network: Network, what: str, moments: Sequence[SecondMoment]) -> None:

@@ -13,7 +13,6 @@ import pkgutil
 
 from debiased_laplace.network.layers.call import (
     COMPOSITES,
-    N_PHASES,
     RULES,
     Arguments,
     Call,
@@ -27,5 +26,5 @@ for _module in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{_module.name}")
 
 __all__ = [
-    "COMPOSITES", "N_PHASES", "RULES", "Arguments", "Call", "Layout", "composite", "rule", "rule_of_used",
+    "COMPOSITES", "RULES", "Arguments", "Call", "Layout", "composite", "rule", "rule_of_used",
 ]  # fmt: skip

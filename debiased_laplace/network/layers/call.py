@@ -29,9 +29,6 @@ from debiased_laplace.network.arrangement import Arrangement, SideBySide
 from debiased_laplace.network.kinds import KRONECKER, Kind
 from debiased_laplace.network.selected import SelectedInputs, gradients_of_data
 
-#: Coarser grids of positions: every fourth one, of tokens or in each dimension of a convolution (4, 16 or 64 grids).
-N_PHASES = 4
-
 
 @dataclass(frozen=True)
 class Layout:
@@ -136,12 +133,18 @@ class Call(ABC):
         return replace(self, input=self.input[rows], output_shape=shape)
 
     @abstractmethod
-    def inputs(self, n_data: int, layout: Layout, *, ones: bool, phase: int | None = None) -> Tensor | SelectedInputs:
-        """Inputs of the weight, ``[N, G, I, S]``; with ``ones`` a further input that is one.
+    def inputs(self, n_data: int, layout: Layout, *, ones: bool) -> Tensor | SelectedInputs:
+        """Inputs of the weight, ``[N, G, I, S]``; with ``ones`` a further input that is one."""
 
-        With a ``phase``, positions on a coarser grid, one of those that together have all positions, times the root of
-        their number: outer products, summed over positions, then have the right mean over phases.
+    def second_moment(self, dtype: torch.dtype, *, ones: bool, weights: Tensor | None = None) -> Tensor | None:
+        """Sum of the outer products of :meth:`inputs` over data and positions, ``[G, I, I]``, if there is a faster way.
+
+        Args:
+            dtype: Its precision.
+            ones: Whether a further input is one.
+            weights: Of what the batch dimension of the input has, ``[B]``; None if all are one.
         """
+        return None
 
     @abstractmethod
     def outputs(self, gradient: Tensor, n_data: int, layout: Layout) -> Tensor:

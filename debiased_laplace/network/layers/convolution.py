@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from debiased_laplace.network.layers.call import Arguments, Call, Layout, rule
-
-#: A coarser grid of positions has every so many of them in each dimension, a power of two: all grids are as likely.
-GRID = 4
+from debiased_laplace.network.layers.patches import Patches, second_moment
 
 
 @dataclass
@@ -42,68 +37,21 @@ class ConvolutionCall(Call):
     def has_positions(self) -> bool:
         return True
 
-    def inputs(self, n_data: int, layout: Layout, *, ones: bool, phase: int | None = None) -> Tensor:
+    @property
+    def _patches(self) -> Patches:
         assert self.weight is not None
-        columns = patches(
-            padded(self.input, self.padding), self.weight.shape[2:], self.output_shape[2:], self.stride, self.dilation,
-            self.groups, ones=ones, phase=phase,
-        )  # fmt: skip
-        return merge_images(columns, n_data, layout)
+        kernel, positions = tuple(self.weight.shape[2:]), tuple(self.output_shape[2:])
+        return Patches(kernel, positions, self.stride, self.dilation, self.padding, self.groups)
+
+    def inputs(self, n_data: int, layout: Layout, *, ones: bool) -> Tensor:
+        return merge_images(self._patches.columns(self.input, ones=ones), n_data, layout)
+
+    def second_moment(self, dtype: torch.dtype, *, ones: bool, weights: Tensor | None = None) -> Tensor | None:
+        return second_moment(self._patches, self.input, dtype, ones, weights)
 
     def outputs(self, gradient: Tensor, n_data: int, layout: Layout) -> Tensor:
         n, channels = gradient.shape[:2]
         return merge_images(gradient.reshape(n, self.groups, channels // self.groups, -1), n_data, layout)
-
-
-def padded(images: Tensor, padding: Sequence[tuple[int, int]]) -> Tensor:
-    """Images with zeros before and after in every dimension; what is negative is cut off."""
-    pad = [amount for pair in reversed(padding) for amount in pair]
-    return F.pad(images, pad).contiguous() if any(pad) else images.contiguous()
-
-
-def patches(
-    images: Tensor, kernel: Sequence[int], positions: Sequence[int], stride: Sequence[int], dilation: Sequence[int],
-    groups: int, *, ones: bool, phase: int | None,
-) -> Tensor:  # fmt: skip
-    """What a kernel sees at every position, ``[batch, G, channels / G * kernel (+ 1), S]``.
-
-    Args:
-        images: ``[batch, channels, ...]``, contiguous.
-        kernel: Its shape.
-        positions: How many there are in every dimension.
-        stride: Between them.
-        dilation: Between the entries of the kernel.
-        groups: G.
-        ones: Whether a one comes after them, for a bias.
-        phase: Which coarser grid, see :meth:`.Call.inputs`.
-    """
-    apart, first = [1] * len(positions), [0] * len(positions)
-    if phase is not None:
-        # Every fourth position in each dimension, or every second of two or three; the digits of the phase say which.
-        apart = [min(GRID, 2 ** (size.bit_length() - 1)) for size in positions]
-        for dimension, step in enumerate(apart):
-            phase, first[dimension] = divmod(phase, step)
-        positions = [-(-(size - start) // step) for size, start, step in zip(positions, first, apart, strict=True)]
-    n, per_group = len(images), images.shape[1] // groups
-    # Kernel positions and output positions are both strides into the input: patches without arithmetic.
-    by_sample, by_channel, *steps = images.stride()
-    windows = images.as_strided(
-        (n, groups, per_group, *kernel, *positions),
-        (
-            by_sample, by_channel * per_group, by_channel,
-            *(by * every for by, every in zip(steps, dilation, strict=True)),
-            *(step * by * every for step, by, every in zip(apart, steps, stride, strict=True)),
-        ),
-        sum(start * by * every for start, by, every in zip(first, steps, stride, strict=True)),
-    )  # fmt: skip
-    size = per_group * math.prod(kernel)
-    # Data next to positions in memory: sums over both are then products of matrices without another copy.
-    columns = images.new_empty(groups, size + ones, n, math.prod(positions)).permute(2, 0, 1, 3)
-    columns[:, :, :size].unflatten(-1, tuple(positions)).unflatten(2, (per_group, *kernel)).copy_(windows)
-    columns[:, :, size:] = 1
-    if (phases := math.prod(apart)) > 1:
-        columns *= phases**0.5
-    return columns
 
 
 def merge_images(columns: Tensor, n_data: int, layout: Layout) -> Tensor:

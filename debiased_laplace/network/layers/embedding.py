@@ -12,7 +12,7 @@ from torch import Tensor
 from debiased_laplace._checks import UnsupportedLayerError
 from debiased_laplace.network.arrangement import Arrangement, leading
 from debiased_laplace.network.kinds import DIAGONAL_INPUTS, Kind
-from debiased_laplace.network.layers.call import N_PHASES, Arguments, Call, Layout, See, composite, rule
+from debiased_laplace.network.layers.call import Arguments, Call, Layout, See, composite, rule
 from debiased_laplace.network.selected import SelectedInputs
 
 
@@ -43,12 +43,10 @@ class EmbeddingCall(Call):
     def inputs_memory(self, n_inputs: int) -> int:
         return 2  # an index and a value
 
-    def inputs(self, n_data: int, layout: Layout, *, ones: bool, phase: int | None = None) -> SelectedInputs:
+    def inputs(self, n_data: int, layout: Layout, *, ones: bool) -> SelectedInputs:
         assert self.weight is not None
-        index, value = layout.by_datum(self.input, n_data, 0).long(), 1.0  # [N, S]
-        if phase is not None and index.shape[1] >= N_PHASES:
-            index, value = index[:, phase % N_PHASES :: N_PHASES], N_PHASES**0.5
-        values = torch.full(index.shape, value, dtype=self.weight.dtype, device=index.device)
+        index = layout.by_datum(self.input, n_data, 0).long()  # [N, S]
+        values = self.weight.new_ones(index.shape, device=index.device)
         if self.padding_idx is not None:
             values = values.masked_fill(index == self.padding_idx, 0.0)
         return SelectedInputs(index, values, len(self.weight))

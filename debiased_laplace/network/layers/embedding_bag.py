@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from debiased_laplace.network.layers.call import N_PHASES, Arguments, Call, Layout, See, composite, rule
+from debiased_laplace.network.layers.call import Arguments, Call, Layout, See, composite, rule
 from debiased_laplace.network.layers.embedding import EmbeddingCall
 from debiased_laplace.network.selected import SelectedInputs
 
@@ -39,12 +39,9 @@ class BagCall(EmbeddingCall):
         values = self.values[part.start * copies : part.stop * copies]
         return None if narrowed is None else replace(narrowed, values=values)  # type: ignore[call-arg]
 
-    def inputs(self, n_data: int, layout: Layout, *, ones: bool, phase: int | None = None) -> SelectedInputs:
+    def inputs(self, n_data: int, layout: Layout, *, ones: bool) -> SelectedInputs:
         assert self.weight is not None
         index, values = (layout.by_datum(t, n_data, 1) for t in (self.input, _values_of_tokens(self)))  # [N, k, S]
-        if phase is not None and index.shape[1] >= N_PHASES:
-            some = slice(phase % N_PHASES, None, N_PHASES)
-            index, values = index[:, some], N_PHASES**0.5 * values[:, some]
         return SelectedInputs(index.flatten(1).long(), values.flatten(1), len(self.weight))
 
     def outputs(self, gradient: Tensor, n_data: int, layout: Layout) -> Tensor:

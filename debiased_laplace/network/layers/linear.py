@@ -8,18 +8,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from debiased_laplace.network.layers.call import N_PHASES, Arguments, Call, Layout, rule
+from debiased_laplace.network.layers.call import Arguments, Call, Layout, rule
 
 
 @dataclass
 class LinearCall(Call):
     """``F.linear`` with any leading dimensions."""
 
-    def inputs(self, n_data: int, layout: Layout, *, ones: bool, phase: int | None = None) -> Tensor:
+    def inputs(self, n_data: int, layout: Layout, *, ones: bool) -> Tensor:
         rows = layout.by_datum(self.input, n_data, 1)  # [N, S, I]
-        if phase is not None and rows.shape[1] >= N_PHASES:
-            rows = rows[:, phase % N_PHASES :: N_PHASES]
-            return N_PHASES**0.5 * (F.pad(rows, (0, 1), value=1.0) if ones else rows).mT[:, None]
         return (F.pad(rows, (0, 1), value=1.0) if ones else rows).mT[:, None]
 
     def outputs(self, gradient: Tensor, n_data: int, layout: Layout) -> Tensor:

@@ -34,7 +34,7 @@ class NormalisationCall(Call):
         wanted = [p for p, there in ((self.weight, weight), (self.bias, bias)) if p is not None and there]
         return 1, sum(p.numel() for p in wanted), 1
 
-    def inputs(self, n_data: int, layout: Layout, *, ones: bool, phase: int | None = None) -> Tensor:
+    def inputs(self, n_data: int, layout: Layout, *, ones: bool) -> Tensor:
         parameter = self.bias if self.weight is None else self.weight
         assert parameter is not None
         return parameter.new_ones((n_data, 1, 1, 1))

@@ -17,7 +17,7 @@ from torch import Tensor
 from debiased_laplace._guards import gradients_enabled
 from debiased_laplace.network.arrangement import Arrangement, Stacked
 from debiased_laplace.network.kinds import DENSE, DIAGONAL_INPUTS, MAX_DENSE, Kind
-from debiased_laplace.network.layers.call import N_PHASES, Arguments, Call, IsUsed, Layout, rule_of_used
+from debiased_laplace.network.layers.call import Arguments, Call, IsUsed, Layout, rule_of_used
 from debiased_laplace.network.layers.embedding import RowsAsInputs
 from debiased_laplace.network.selected import SelectedInputs
 from debiased_laplace.network.tables import table_rows
@@ -79,15 +79,12 @@ class PointwiseCall(Call):
     def narrow(self, part: slice, n_data: int, layout: Layout) -> Call:
         return self  # inputs are the same for all data
 
-    def inputs(self, n_data: int, layout: Layout, *, ones: bool, phase: int | None = None) -> Tensor | SelectedInputs:
+    def inputs(self, n_data: int, layout: Layout, *, ones: bool) -> Tensor | SelectedInputs:
         assert self.weight is not None
         if self.rows is None:
             return self.weight.new_ones((n_data, 1, 1, 1))
-        rows, value = self.rows, 1.0
-        if phase is not None and len(rows) >= N_PHASES:
-            rows, value = rows[phase % N_PHASES :: N_PHASES], N_PHASES**0.5
-        index = rows.expand(n_data, -1)
-        values = torch.full(index.shape, value, dtype=self.weight.dtype, device=index.device)
+        index = self.rows.expand(n_data, -1)
+        values = self.weight.new_ones(index.shape, device=index.device)
         return SelectedInputs(index, values, self.weight.numel() // self.weight.shape[-1])
 
     def outputs(self, gradient: Tensor, n_data: int, layout: Layout) -> Tensor:

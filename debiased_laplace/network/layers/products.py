@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from debiased_laplace.network.arrangement import Arrangement, Permuted
-from debiased_laplace.network.layers.call import N_PHASES, Arguments, Call, IsUsed, Layout, See, composite, rule_of_used
+from debiased_laplace.network.layers.call import Arguments, Call, IsUsed, Layout, See, composite, rule_of_used
 from debiased_laplace.network.layers.pointwise import repeated
 
 
@@ -63,15 +63,12 @@ class ProductCall(Call):
         groups, outputs, inputs = self._matrix
         return groups, outputs, inputs * weight + bias
 
-    def inputs(self, n_data: int, layout: Layout, *, ones: bool, phase: int | None = None) -> Tensor:
+    def inputs(self, n_data: int, layout: Layout, *, ones: bool) -> Tensor:
         groups, _, inputs = self._matrix
         rows = layout.by_datum(self.input, n_data, self.sizes[0] + self.sizes[2])
         rows = rows.reshape(*rows.shape[:2], groups, inputs)  # [N, S, G, I]
-        factor = 1.0
-        if phase is not None and rows.shape[1] >= N_PHASES:
-            rows, factor = rows[:, phase % N_PHASES :: N_PHASES], N_PHASES**0.5
         rows = F.pad(rows, (0, 1), value=1.0) if ones else rows
-        return factor * rows.permute(0, 2, 3, 1) if factor != 1 else rows.permute(0, 2, 3, 1)
+        return rows.permute(0, 2, 3, 1)
 
     def outputs(self, gradient: Tensor, n_data: int, layout: Layout) -> Tensor:
         groups, outputs, _ = self._matrix

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from debiased_laplace.network.arrangement import Arrangement, leading
 from debiased_laplace.network.layers.call import Arguments, Call, Layout, rule
-from debiased_laplace.network.layers.convolution import in_every_dimension, merge_images, padded, patches
+from debiased_laplace.network.layers.convolution import in_every_dimension, merge_images
+from debiased_laplace.network.layers.patches import Patches, second_moment
 
 
 @dataclass(frozen=True)
@@ -74,18 +75,21 @@ class TransposedConvolutionCall(Call):
         inputs, outputs, *kernel = self.weight.shape
         return self.groups, outputs, inputs // self.groups * math.prod(kernel) * weight + bias
 
-    def inputs(self, n_data: int, layout: Layout, *, ones: bool, phase: int | None = None) -> Tensor:
+    @property
+    def _patches(self) -> Patches:
         assert self.weight is not None
-        kernel, once = self.weight.shape[2:], [1] * len(self.stride)
-        around = [
+        kernel, positions = tuple(self.weight.shape[2:]), tuple(self.output_shape[2:])
+        around = tuple(
             (apart * (size - 1) - cut, apart * (size - 1) - cut + more)
             for size, apart, cut, more in zip(kernel, self.dilation, self.padding, self.output_padding, strict=True)
-        ]
-        stuffed = padded(self._with_zeros_between(), around)
-        columns = patches(
-            stuffed, kernel, self.output_shape[2:], once, self.dilation, self.groups, ones=ones, phase=phase
         )
-        return merge_images(columns, n_data, layout)
+        return Patches(kernel, positions, (1,) * len(kernel), self.dilation, around, self.groups)
+
+    def inputs(self, n_data: int, layout: Layout, *, ones: bool) -> Tensor:
+        return merge_images(self._patches.columns(self._with_zeros_between(), ones=ones), n_data, layout)
+
+    def second_moment(self, dtype: torch.dtype, *, ones: bool, weights: Tensor | None = None) -> Tensor | None:
+        return second_moment(self._patches, self._with_zeros_between(), dtype, ones, weights)
 
     def outputs(self, gradient: Tensor, n_data: int, layout: Layout) -> Tensor:
         n, channels = gradient.shape[:2]
