@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,7 +11,8 @@ from curvlinops import KFACLinearOperator
 from torch import Tensor, nn
 
 import debiased_laplace as dl
-from debiased_laplace.curvature.structures import Kronecker, KroneckerStatistics
+from debiased_laplace.curvature.structures import Kronecker, KroneckerStatistics, Window
+from debiased_laplace.curvature.structures.kron import POSITIONS_PER_INPUT
 from debiased_laplace.likelihoods import Categorical, Gaussian
 from debiased_laplace.network.network import Network
 from debiased_laplace.sampling.sample import WeightedData
@@ -198,20 +201,29 @@ def test_a_forward_pass_observes_the_inputs_that_are_measured(sharing, name):
     case = ZOO[name]
     structure = Kronecker(sharing=sharing)
     network, _, statistics = measured(case.model(), case.inputs(5), sharing, Categorical(), uniform=True)
-    observed = structure.observe(network, network.factors(case.inputs(5)), slice(0, 5))
+    observed = structure.observe(network, network.factors(case.inputs(5)), lambda _: [Window(slice(0, 5), 1)])
     completed = structure.complete(statistics, observed)
     for found, expected in zip(completed.inputs, statistics.inputs, strict=True):
         assert_equal(found, expected)
 
 
-def test_reduce_is_observed_at_all_positions():
-    """The mean over a coarser grid is not that over all positions, however often it is taken."""
-    case, structure = ZOO["cnn"], Kronecker(sharing=dl.Reduce())
+def test_of_one_position_more_data_are_observed():
+    """What tells enough is counted in positions, of which reduce makes one."""
+    case, asked = ZOO["cnn"], []
     network = Network.discover(case.model(), case.inputs(3))
     factors = network.factors(case.inputs(3))
-    whole, phase = (structure.observe(network, factors, slice(0, 3), phase) for phase in (None, 1))
-    for found, expected in zip(phase.totals, whole.totals, strict=True):
-        assert torch.equal(found, expected)
+    for sharing in SHARINGS:
+
+        def look(enough: int) -> list[Window]:
+            asked.append(enough)
+            return [Window(slice(0, 3), 1)]
+
+        Kronecker(sharing=sharing).observe(network, factors, look)
+    expand, reduce = asked[: len(network.blocks)], asked[len(network.blocks) :]
+    for block, of_positions, of_one in zip(network.blocks, expand, reduce, strict=True):
+        assert of_one == POSITIONS_PER_INPUT * block.inputs
+        assert of_positions == math.ceil(of_one / factors.n_positions(block))
+    assert expand[0] < reduce[0]
 
 
 def test_the_laws_of_structures():

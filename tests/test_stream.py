@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import math
 
 import pytest
 import torch
 
-from debiased_laplace.curvature.structures import Diagonal, Kronecker
+from debiased_laplace.curvature.structures import Diagonal, Kronecker, Window
 from debiased_laplace.curvature.structures import kron as kron_module
 from debiased_laplace.fitting import stream as module
 from debiased_laplace.fitting.fit import fit
-from debiased_laplace.fitting.stream import Observed, Plan, Stream, Window
+from debiased_laplace.fitting.stream import Observed, Plan, Stream
 from debiased_laplace.likelihoods import Categorical
+from debiased_laplace.network.layers import patches as patches_module
 from debiased_laplace.network.network import Network
 from debiased_laplace.sampling.samplers import PrioritySampler, UniformSampler
 from debiased_laplace.sampling.splits import Single
@@ -23,13 +24,16 @@ from tests.tolerances import assert_equal
 CASE = ZOO["cnn"]
 
 
-def looks(plan: Plan, n: int, size: int) -> list[Window]:
-    """How every datum is looked at, in batches of a size."""
-    found: list[Window] = []
+def weights(plan: Plan, n: int, size: int, enough: int | None = None) -> list[int]:
+    """For how many every datum stands, in batches of a size."""
+    found: list[int] = []
     for start in range(0, n, size):
-        for window in plan.windows(start, min(size, n - start)):
-            assert start + window.part.start == len(found)
-            found += [replace(window, part=slice(0, 0))] * (window.part.stop - window.part.start)
+        of_batch = [0] * min(size, n - start)
+        for window in plan.windows(start, len(of_batch), enough):
+            for datum in range(window.part.start, window.part.stop):
+                assert of_batch[datum] == 0
+                of_batch[datum] = window.weight
+        found += of_batch
     return found
 
 
@@ -37,71 +41,55 @@ def looks(plan: Plan, n: int, size: int) -> list[Window]:
 @pytest.mark.parametrize("size", [1, 7, 100, 64, 5000])
 def test_how_a_datum_is_observed_depends_on_its_position_alone(n, size):
     plan = Plan(budget=16, seed=3)
-    found = looks(plan, n, size)
-    assert len(found) == n
-    assert found == looks(plan, n, n)
-    assert found[: plan.whole] == [Window(slice(0, 0), 0, None, 1)] * min(n, plan.whole)
-    for position in range(plan.whole, n):
-        assert found[position].before == position - (position - plan.whole) % module.WINDOW
-        assert found[position].phase is not None
+    found = weights(plan, n, size)
+    assert found == weights(plan, n, n)
+    first = module.OBSERVED_PER_BUDGET * 16
+    assert found[:first] == [1] * min(n, first)
+    for position in range(first, n):
+        start = position - position % module.WINDOW
+        assert found[position] == found[start]
 
 
-@pytest.mark.parametrize("least", [1, 8])
-def test_in_every_stratum_one_window_stands_for_all(least):
-    """Strata double whenever the stream has; of those before, there are as many as the budget deserves."""
-    plan = Plan(budget=16, seed=1, least=least)
-    n_smallest = module.OBSERVED_PER_BUDGET * 16 // module.WINDOW
-    sizes = [least] * n_smallest + [2 * least] * (n_smallest // 2) + [4 * least] * (n_smallest // 2)
-    windows = plan.windows(plan.whole, sum(sizes) * module.WINDOW)
-    weights = [window.weight for window in windows]
+def test_consecutive_windows_are_looked_at_together():
+    assert Plan(budget=16).windows(10, 300) == [Window(slice(0, 300), 1)]
+    assert Plan(budget=16).windows(10, 0) == []
+
+
+@pytest.mark.parametrize(("enough", "first"), [(None, 512), (512, 512), (1, 128), (129, 256), (10**9, 512)])
+def test_in_every_stratum_one_window_stands_for_all(enough, first):
+    """Strata double whenever the stream has: those of the first data have one window."""
+    plan, n_first = Plan(budget=16, seed=1), first // module.WINDOW
+    sizes = [1] * n_first + [2] * (n_first // 2) + [4] * (n_first // 2) + [8] * (n_first // 2)
+    found = weights(plan, sum(sizes) * module.WINDOW, 1000, enough)[:: module.WINDOW]
     for size in sizes:
-        stratum, weights = weights[:size], weights[size:]
+        stratum, found = found[:size], found[size:]
         assert sorted(stratum) == [0] * (size - 1) + [size]
-    assert not weights
+    assert not found
+
+
+def test_where_fewer_data_are_enough_they_are_among_those_where_more_are():
+    plan = Plan(budget=64, seed=5)
+    few, more = (torch.tensor(weights(plan, 9000, 9000, enough)) for enough in (200, 1500))
+    assert 0 < int((few > 0).sum()) < int((more > 0).sum()) < 9000
+    assert bool((more[few > 0] > 0).all())
 
 
 def test_each_window_of_a_stratum_is_as_likely_as_any_other():
-    number = 2 * module.OBSERVED_PER_BUDGET * 16 // module.WINDOW  # the first of a stratum of four
-    chosen = [[Plan(16, seed)._look(number + i)[1] for i in range(4)].index(4) for seed in range(800)]
+    first = 2 * module.OBSERVED_PER_BUDGET * 16  # of a stratum of four
+    starts = [first + i * module.WINDOW for i in range(4)]
+    chosen = [[bool(Plan(16, seed).windows(start, 1)) for start in starts].index(True) for seed in range(800)]
     counts = torch.bincount(torch.tensor(chosen), minlength=4).double()
     assert float(((counts - 200) ** 2 / 200).sum()) < 16.3  # the 99.9 % quantile of chi-squared with three degrees
 
 
-@pytest.mark.parametrize("name", [name for name, case in ZOO.items() if case.n_outputs > 1])
-def test_the_grids_together_have_all_positions(name):
-    """Of every layer: the mean of the outer products over phases is that at all positions."""
-    case = ZOO[name]
-    model, inputs = case.model(), case.inputs(3)
-    network = Network.discover(model, inputs)
-    factors = network.factors(inputs)
-    n_phases = 64  # a multiple of those of every kind of layer
-    for block in network.blocks:
-
-        def gram(phase: int | None, block=block) -> torch.Tensor:
-            columns = factors.inputs(block, phase=phase).to_dense()
-            return torch.einsum("ngis,ngjs->gij", columns, columns)
-
-        assert_equal(sum(gram(phase) for phase in range(n_phases)) / n_phases, gram(None))
-
-
-def test_coarser_grids_have_fewer_positions():
-    case = ZOO["cnn"]
-    inputs = case.inputs(3)
-    network = Network.discover(case.model(), inputs)
-    factors = network.factors(inputs)
-    positions = [factors.inputs(block).shape[-1] for block in network.blocks]
-    fewer = [factors.inputs(block, phase=3).shape[-1] for block in network.blocks]
-    assert all(f <= p for f, p in zip(fewer, positions, strict=True))
-    assert fewer[0] <= positions[0] / 2
-
-
 @pytest.mark.parametrize("size", [1, 4, 60])
 def test_the_sums_of_a_stream(size, monkeypatch):
-    """Of what is observed of every datum, as often as it stands for others; at all positions while a layer saw few."""
+    """Of every datum that is observed, as often as it stands for others; of more data where a layer needs them."""
     monkeypatch.setattr(module, "WINDOW", 3)
     monkeypatch.setattr(module, "OBSERVED_PER_BUDGET", 1)
-    monkeypatch.setattr(kron_module, "POSITIONS_PER_INPUT", 24)
-    plan = Plan(budget=12, seed=2, whole=8)
+    monkeypatch.setattr(kron_module, "POSITIONS_PER_INPUT", 3)
+    monkeypatch.setattr(patches_module, "GAIN", 0.0)
+    plan = Plan(budget=12, seed=2)
     model, n = CASE.model(), 60
     inputs, labels = CASE.inputs(n), targets(Categorical(), n, 2)
     network = Network.discover(model, inputs)
@@ -112,20 +100,17 @@ def test_the_sums_of_a_stream(size, monkeypatch):
     assert isinstance(observed, Observed)
     assert observed.n == n
     assert observed.mean_loss == pytest.approx(float(torch.nn.functional.cross_entropy(model(inputs), labels).detach()))
-    every = looks(plan, n, n)
-    assert observed.statistics.count == sum(window.weight for window in every)
-    assert {window.weight for window in every} >= {0, 1, 2}
     factors, ways = network.factors(inputs), set()
-    for total, block in zip(observed.statistics.totals, network.blocks, strict=True):
-        expected = torch.zeros_like(total)
-        for position, window in enumerate(every):
-            whole = factors.inputs(block, slice(position, position + 1))
-            enough = window.before * whole.shape[-1] >= 24 * block.inputs
-            ways.add((enough, window.phase is None))
-            columns = factors.inputs(block, slice(position, position + 1), window.phase if enough else None)
-            expected += window.weight * torch.einsum("ngis,ngjs->gij", columns, columns)
+    statistics = observed.statistics
+    for total, count, block in zip(statistics.totals, statistics.counts, network.blocks, strict=True):
+        columns = factors.inputs(block)
+        every = weights(plan, n, n, math.ceil(3 * block.inputs / columns.shape[-1]))
+        assert set(every) >= {0, 1, 2}
+        assert count == sum(every)
+        ways.add(tuple(every))
+        expected = torch.einsum("n,ngis,ngjs->gij", torch.tensor(every, dtype=columns.dtype), columns, columns)
         assert_equal(total, expected)
-    assert ways >= {(False, True), (False, False), (True, False)}
+    assert len(ways) > 1
 
 
 def test_layer_inputs_alone_are_those_of_a_forward_pass_with_a_graph():
@@ -183,4 +168,4 @@ def test_half_of_the_data_are_not_all_of_them():
         both.append(stream.observed)
     assert (both[0] + both[1]).statistics is None
     assert (both[0] + both[1]).n == 10
-    assert (both[0] + both[0]).statistics.count == 10
+    assert set((both[0] + both[0]).statistics.counts) == {10}

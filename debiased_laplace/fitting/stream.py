@@ -84,7 +84,7 @@ class Plan:
         most = self.most or OBSERVED_PER_BUDGET * self.budget
         first = 2 * -(-min(most, enough or most) // (2 * WINDOW))  # windows; even, so that strata are whole
         found: list[Window] = []
-        for number in range(start // WINDOW, (start + n + WINDOW - 1) // WINDOW):
+        for number in range(start // WINDOW, -(-(start + n) // WINDOW)) if n else ():
             level = (number // first).bit_length()
             if all(self._is_chosen(number, below) for below in range(level)):
                 before = number * WINDOW - start

@@ -125,7 +125,7 @@ class InputStatistics:
     @staticmethod
     def upgraded(values: Mapping[str, Any]) -> dict[str, Any]:
         """The fields of statistics that an earlier version stored, as tensors."""
-        if "counts" in values:
+        if "count" not in values:
             return dict(values)
         sums = values["of_inputs"] if "of_inputs" in values else [moment(total) for total in values["totals"]]
         return {"of_inputs": sums, "counts": [values["count"]] * len(sums)}

@@ -118,8 +118,11 @@ class Patches:
         return with_ones
 
     def _edges(self, size: Sequence[int]) -> Iterator[tuple[Patches, int, slice, int]]:
-        """The positions outside of those of the layer: their patches, of which lines of the images in a dimension,
-        and the entry of the kernel that is at the first line.
+        """The positions outside of those of the layer.
+
+        Yields:
+            Their patches, of which lines of the images in a dimension, the dimension, these lines, and the entry of the
+            kernel that is at the first of them.
         """
         reach = [step * (k - 1) for step, k in zip(self.dilation, self.kernel, strict=True)]
         for dimension, (k, step, (before, _)) in enumerate(zip(self.kernel, self.dilation, self.padding, strict=True)):
