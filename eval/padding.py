@@ -3,7 +3,7 @@
     python eval/padding.py [--data 8192] [--length 64] [--repeats 3]
 
 Three passes over the same padded batches, alternately: one that observes nothing; one that observes the inputs of every
-datum without a backward pass, on coarser grids of positions, which is right without padding alone; and that of a fit.
+datum without a backward pass, which is right without padding alone; and that of a fit.
 """
 
 from __future__ import annotations
