@@ -26,6 +26,7 @@ from debiased_laplace.curvature.projected import projected_curvatures
 from debiased_laplace.curvature.structures import Diagonal, Full, Isotropic, Kronecker, LowRank, Structure
 from debiased_laplace.fitting.fit import Fit, fit
 from debiased_laplace.likelihoods import Categorical, Gaussian
+from debiased_laplace.network.discovery import unreached
 from debiased_laplace.network.gradients import CurvatureData
 from debiased_laplace.network.kinds import DENSE, DIAGONAL, Kind
 from debiased_laplace.network.layers import RULES
@@ -427,3 +428,25 @@ def test_the_progress_of_a_low_rank_fit_of_an_earlier_version_is_read(module):
     for home in ("basis", "curvature.basis"):
         part = from_plain(to_plain(IdentityBasis(1, 2, 3)) | {"__class__": f"debiased_laplace.{home}:IdentityBasis"})
         assert part == IdentityBasis(1, 2, 3)
+
+
+class Attends(nn.Module):
+    """Attention by the module, in training the same as torch's own, and by the function."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention, self.head = nn.MultiheadAttention(4, 2, batch_first=True), nn.Linear(4, 300)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.attention(x, x, x, need_weights=False)[0]
+        return self.head(F.scaled_dot_product_attention(x, x, x).mean(1))
+
+
+def test_what_has_no_variance_is_found_without_a_backward_pass_for_every_output(monkeypatch):
+    """Fused attention has no second derivative, which tells of all outputs at once."""
+    torch.manual_seed(0)
+    inputs, passes = torch.randn(3, 5, 4), []
+    network, backward = Network.discover(Attends().eval(), inputs), torch.autograd.grad
+    monkeypatch.setattr(torch.autograd, "grad", lambda *a, **k: passes.append(1) or backward(*a, **k))
+    assert unreached(network, inputs) == ([], [], [])
+    assert len(passes) == 2

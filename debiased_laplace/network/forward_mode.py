@@ -14,12 +14,10 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from debiased_laplace.network.attention import scaled_dot_product_attention
-from debiased_laplace.network.tracing import WrittenOut, seen_inside
+from debiased_laplace.network.tracing import WrittenOut
 
 _lock = threading.Lock()
 _users = 0
@@ -105,9 +103,7 @@ def _double_backward(
 
 
 class PlainAttention(WrittenOut):
-    """Writes attention out in plain operations: the fused kernels have neither forward-mode nor second derivatives.
-
-    So it does with recurrent layers and whatever else is a :class:`composite <.WrittenOut>`.
+    """Writes functions out in plain operations, for derivatives in forward mode as well.
 
     Any such mode also turns off the fused layers of Transformers. The row of ``padding_idx`` of an embedding is
     a constant for every derivative, as torch has it for the first backward one alone.
@@ -116,14 +112,8 @@ class PlainAttention(WrittenOut):
     def __torch_function__(
         self, func: Callable[..., Any], types_: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        kwargs = kwargs or {}
-        if func is F.multi_head_attention_forward:
-            with self:
-                return seen_inside(func)(*args, **kwargs)
-        if func is F.scaled_dot_product_attention:
-            return scaled_dot_product_attention(*args, **kwargs)
         if func is torch.embedding:
-            return _embedding(*args, **kwargs)
+            return _embedding(*args, **(kwargs or {}))
         return super().__torch_function__(func, types_, args, kwargs)
 
 

@@ -247,7 +247,7 @@ def leaves(tensor: Tensor) -> set[int]:
 
 
 class WrittenOut(TorchFunctionMode):
-    """Calls composite functions written out: fused ones have no derivatives of one kind or another."""
+    """Calls attention and composite functions written out: fused ones lack some derivatives."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types_: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -256,6 +256,11 @@ class WrittenOut(TorchFunctionMode):
             result = COMPOSITES[func](self._see, *args, **(kwargs or {}))
             if result is not NotImplemented:
                 return result
+        if func is F.scaled_dot_product_attention:
+            return scaled_dot_product_attention(*args, **(kwargs or {}))
+        if func is F.multi_head_attention_forward:
+            with self:
+                return seen_inside(func)(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
 
     def _see(self, function: Callable[..., Any], *arguments: Any) -> Any:
