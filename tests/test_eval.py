@@ -44,10 +44,11 @@ def script(name: str, *arguments: str) -> SimpleNamespace:
 
 @pytest.fixture
 def few_digits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A sixth of the test data of a quick run, two networks in the ensemble, a coarse grid, few resamples."""
+    """Fewer data to train on, a sixth of the test data of a quick run, two networks in the ensemble, a coarse grid, few resamples."""
     original = methods.Options
     few = {"grid_size": 9, "n_resamples": 20}
     monkeypatch.setattr(methods, "Options", lambda **given: original(**given | few))
+    monkeypatch.setattr(digits, "TRAIN_FRACTION", 0.15)
     monkeypatch.setattr(digits, "QUICK_TEST_FRACTION", 0.025)
     monkeypatch.setattr(digits, "MEMBERS", 2)
     digits.split.cache_clear()
