@@ -44,7 +44,7 @@ def script(name: str, *arguments: str) -> SimpleNamespace:
 
 @pytest.fixture
 def few_digits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fewer data to train on, a sixth of the test data of a quick run, two networks in the ensemble, a coarse grid, few resamples."""
+    """Of a quick run fewer data, a smaller ensemble, a coarser grid and fewer resamples."""
     original = methods.Options
     few = {"grid_size": 9, "n_resamples": 20}
     monkeypatch.setattr(methods, "Options", lambda **given: original(**given | few))

@@ -46,7 +46,8 @@ def pair_of_data(name: str, likelihood: Likelihood) -> tuple[Network, WeightedDa
     """A network of the zoo, data to choose directions by, and others to measure curvatures with."""
     case = ZOO[name]
     first, second = (
-        weighted(case.inputs(n, seed=seed), targets(likelihood, n, case.n_outputs, seed)) for n, seed in ((4, 1), (3, 7))
+        weighted(case.inputs(n, seed=seed), targets(likelihood, n, case.n_outputs, seed))
+        for n, seed in ((4, 1), (3, 7))
     )
     return network_of(name), first, second
 
