@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import os
 
@@ -19,6 +20,9 @@ from debiased_laplace.evaluation.report import figures
 from tests.virtual_card import CARD, VirtualCard
 
 torch.set_num_threads(1)
+
+# Nothing here has to survive a loss of power. Tests that look at what is written when put their own in its place.
+os.fsync = lambda file: None
 
 #: The files that take longest come first, so that no process is left with one of them at the end.
 LONGEST = ("eval", "shipped", "online", "drop_in", "bias", "instruments", "tuning", "evaluation", "suite", "demo")
@@ -52,6 +56,12 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     order = {f"test_{name}.py": place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: order.get(item.path.name, len(order)))
+
+
+def pytest_collection_finish() -> None:
+    """What was imported and collected stays: it is not looked through for garbage again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture

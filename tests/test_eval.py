@@ -13,9 +13,11 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import sklearn.datasets
 import torch
 from torch import nn
 
+from debiased_laplace.evaluation import methods
 from debiased_laplace.evaluation.shipped import digits
 from debiased_laplace.likelihoods import Categorical
 from debiased_laplace.testing import dense_ggn, dense_jacobian
@@ -42,7 +44,11 @@ def script(name: str, *arguments: str) -> SimpleNamespace:
 
 @pytest.fixture
 def few_digits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A sixth of the test data of a quick run, two networks in the ensemble."""
+    """Of a quick run fewer data, a smaller ensemble, a coarser grid and fewer resamples."""
+    original = methods.Options
+    few = {"grid_size": 9, "n_resamples": 20}
+    monkeypatch.setattr(methods, "Options", lambda **given: original(**given | few))
+    monkeypatch.setattr(digits, "TRAIN_FRACTION", 0.15)
     monkeypatch.setattr(digits, "QUICK_TEST_FRACTION", 0.025)
     monkeypatch.setattr(digits, "MEMBERS", 2)
     digits.split.cache_clear()
@@ -60,10 +66,17 @@ def results(tmp_path_factory) -> Path:
 
 
 def run_fidelity(out: Path) -> SimpleNamespace:
-    return script(
-        "fidelity.py", "--networks", "digits-cnn", "--budgets", "16", "64", "--seeds", "2", "--methods",
-        "uniform, one batch", "uniform, two batches", "default", "--out", str(out),
-    )  # fmt: skip
+    """On the first digits: as many as always to train on and to tune with, and a hundred to compare on."""
+    original = sklearn.datasets.load_digits
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            sklearn.datasets, "load_digits",
+            lambda: SimpleNamespace(**{key: original()[key][:1398] for key in ("images", "target")}),
+        )  # fmt: skip
+        return script(
+            "fidelity.py", "--networks", "digits-cnn", "--budgets", "16", "64", "--seeds", "2", "--methods",
+            "uniform, one batch", "uniform, two batches", "default", "--out", str(out),
+        )  # fmt: skip
 
 
 def test_records_are_kept_and_not_made_twice(results):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import warnings
 from dataclasses import replace
+from functools import cache
 
 import numpy as np
 import pytest
@@ -27,6 +28,13 @@ from tests.networks import ZOO, Apply, Case, TiedEmbedding, VisionTransformer
 from tests.tolerances import EXACT, FLOAT32, assert_equal
 
 N = 4
+
+
+@cache
+def of_zoo(name: str, **options) -> tuple[nn.Module, Network]:
+    """A network of the zoo, found with five data once for all tests that only look at it."""
+    model = ZOO[name].model()
+    return model, Network.discover(model, ZOO[name].inputs(5, seed=9), **options)
 
 
 def reconstructed(network: Network, inputs, vectors: torch.Tensor, chunk: int = 1) -> torch.Tensor:
@@ -64,8 +72,7 @@ def test_factors_give_the_gradient_of_every_datum(name, device):
 def test_factors_do_not_depend_on_how_many_data_go_together(name, n):
     """What was found with a few data holds for any number, also where it is a multiple of the positions."""
     case: Case = ZOO[name]
-    model, inputs = case.model(), case.inputs(n)
-    network = Network.discover(model, case.inputs(5, seed=9))
+    (model, network), inputs = of_zoo(name), case.inputs(n)
     vectors = torch.ones(1, n, case.n_outputs, dtype=torch.float64)
     assert_equal(reconstructed(network, inputs, vectors), dense_jacobian(model, inputs).sum(1)[None], EXACT)
 
@@ -97,8 +104,7 @@ def test_separate_biases_give_the_same_gradients(name):
 
 @pytest.mark.parametrize("name", ZOO)
 def test_every_parameter_is_in_exactly_one_block(name):
-    model = ZOO[name].model()
-    network = Network.discover(model, ZOO[name].inputs(N))
+    model, network = of_zoo(name)
     trainable = {n: p.shape for n, p in model.named_parameters() if p.requires_grad}
     assert sorted(n for block in network.blocks for n in block.parameters) == sorted(trainable)
     assert sum(block.size for block in network.blocks) == network.n_params

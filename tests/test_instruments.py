@@ -51,10 +51,10 @@ def quadratic_of(model, data, chosen, kind="ggn", **options):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_over_all_subsets_other_batches_are_unbiased_exactly_and_the_own_overstates(kind):
-    """All subsets of three out of six are equally likely: the mean over them is an expectation."""
-    model, data = network(), population(6)
-    reference = quadratic_of(model, data, range(6), kind)
-    batches = [quadratic_of(model, data, chosen, kind) for chosen in itertools.combinations(range(6), 3)]
+    """All subsets of three out of five are equally likely: the mean over them is an expectation."""
+    model, data = network(), population(5)
+    reference = quadratic_of(model, data, range(5), kind)
+    batches = [quadratic_of(model, data, chosen, kind) for chosen in itertools.combinations(range(5), 3)]
     bias = directional_bias(batches, reference, 3)
     for along in (bias.slopes, bias.curvatures):
         # Every batch against every batch, itself included: an independent second batch.
@@ -71,13 +71,13 @@ def test_the_own_batch_overstates_and_a_second_batch_does_not(kind):
     model, data = network(), population(40)
     reference, draw = quadratic_of(model, data, range(40), kind), Subsets(*data, generator=2)
     own, other, slopes = [], [], []
-    for _ in range(150):
-        first, second = (Quadratic(model, draw(8), "classification", kind) for _ in range(2))
-        bias = directional_bias([first, second], reference, 3)
-        own.append((bias.curvatures.own - bias.curvatures.reference)[0])
-        other.append((bias.curvatures.other - bias.curvatures.reference)[0])
-        slopes.append((bias.slopes.other - bias.slopes.reference)[0])
-    zeros = torch.zeros(3).double()
+    for _ in range(40):  # pairs, of which each batch is the other one's second batch
+        pair = [Quadratic(model, draw(8), "classification", kind) for _ in range(2)]
+        bias = directional_bias(pair, reference, 2)
+        own.append((bias.curvatures.own - bias.curvatures.reference).mean(0))
+        other.append((bias.curvatures.other - bias.curvatures.reference).mean(0))
+        slopes.append((bias.slopes.other - bias.slopes.reference).mean(0))
+    zeros = torch.zeros(2).double()
     assert float(z_scores(torch.stack(own), zeros).min()) > MONTE_CARLO_Z
     assert_unbiased(torch.stack(other), zeros)
     assert_unbiased(torch.stack(slopes), zeros)
@@ -279,16 +279,16 @@ def test_the_noise_of_wigner_matrices_is_found():
 
 
 def test_the_noise_of_one_datum_on_a_known_population():
-    """All pairs out of six: the mean over them is an expectation, with a finite population."""
-    model, data = network(), population(6)
-    singles = [quadratic_of(model, data, [n]) for n in range(6)]
+    """All pairs out of five: the mean over them is an expectation, with a finite population."""
+    model, data = network(), population(5)
+    singles = [quadratic_of(model, data, [n]) for n in range(5)]
     vectors = torch.randn(2, singles[0].n_params, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     products = torch.stack([own.matvec(vectors) for own in singles])
     expected = products.var(0).sum(-1)  # with N - 1
     assert_equal(product_noise(singles, vectors), expected)
-    batches = {pair: quadratic_of(model, data, pair) for pair in itertools.combinations(range(6), 2)}
+    batches = {pair: quadratic_of(model, data, pair) for pair in itertools.combinations(range(5), 2)}
     # Independent batches without replacement, with the factor of the population.
-    independent = [product_noise(list(pair), vectors, 6) for pair in itertools.product(batches.values(), repeat=2)]
+    independent = [product_noise(list(pair), vectors, 5) for pair in itertools.product(batches.values(), repeat=2)]
     assert_equal(torch.stack(independent).mean(0), expected)
     # Disjoint ones make up for it by their covariance.
     disjoint = [
@@ -450,21 +450,23 @@ def test_bias_against_batch_size(kind):
 def test_second_order_perturbation_of_a_network_with_one_large_eigenvalue():
     """A linear model with one output: the noise across the top direction predicts its bias."""
     generator = torch.Generator().manual_seed(0)
-    inputs = 0.3 * torch.randn(400, 5, generator=generator, dtype=torch.float64)
+    inputs = 0.3 * torch.randn(100, 5, generator=generator, dtype=torch.float64)
     inputs[:, 0] += 3
-    model, targets = nn.Linear(5, 1, bias=False).double(), torch.zeros(400, 1).double()
+    model, targets = nn.Linear(5, 1, bias=False).double(), torch.zeros(100, 1).double()
     reference = Quadratic(model, (inputs, targets), "regression")
     draw = Subsets(inputs, targets, generator=1)
     top, direction = reference.eigenpairs(1)
-    singles = [Quadratic(model, (inputs[n : n + 1], targets[n : n + 1]), "regression") for n in range(400)]
+    singles = [Quadratic(model, (inputs[n : n + 1], targets[n : n + 1]), "regression") for n in range(100)]
     noise = product_noise(singles, direction, across=True)
-    predicted = spiked_prediction(top, noise, 10, population=400).batch_eigenvalues - top
-    found = []
-    for _ in range(1500):
-        batch = Quadratic(model, draw(10), "regression")
-        # The first order has no bias, and most of the variance.
-        found.append(batch.eigenpairs(1)[0] - batch.curvature(direction))
-    samples = torch.stack(found)
+    predicted = spiked_prediction(top, noise, 10, population=100).batch_eigenvalues - top
+    batches = [draw(10) for _ in range(3000)]
+    drawn = torch.stack([x for x, _ in batches])
+    matrices = drawn.mT @ drawn / 10
+    # The first order has no bias, and most of the variance.
+    samples = torch.linalg.eigvalsh(matrices)[:, -1:] - direction @ matrices @ direction[0]
+    for batch, expected in zip(batches[:5], samples, strict=False):  # the matrices are those of the batches
+        quadratic = Quadratic(model, batch, "regression")
+        assert_equal(quadratic.eigenpairs(1)[0] - quadratic.curvature(direction), expected)
     error = samples.std(0) / len(samples) ** 0.5
     assert float(predicted / error) > 10
     assert float((samples.mean(0) - predicted).abs() / predicted) < 0.1  # higher orders, and lower eigenvalues

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import cache
 
 import pytest
 import torch
@@ -88,6 +89,12 @@ def example(name="mlp", likelihood=None, n=6, seed=1):
     return model, (case.inputs(n, seed=seed), targets(likelihood, n, case.n_outputs, seed)), likelihood
 
 
+@cache
+def dense_of_zoo(name, kind):
+    """The matrix of :func:`example`, once for all tests."""
+    return dense(*example(name), kind)
+
+
 def scalar(number):
     return torch.tensor(number, dtype=torch.float64)
 
@@ -146,9 +153,9 @@ def test_layers_whose_second_derivative_torch_cannot_batch(monkeypatch):
 @pytest.mark.parametrize("name", ZOO)
 def test_products_with_every_network_of_the_zoo(name, vector_chunk):
     """One vector at a time, and as on an accelerator several through one batched backward pass."""
-    model, batch, likelihood = example(name, n=4)
+    model, batch, likelihood = example(name)
     for kind in KINDS:
-        matrix = dense(model, batch, likelihood, kind)
+        matrix = dense_of_zoo(name, kind)
         quadratic = Quadratic(model, batch, likelihood, kind)
         quadratic._network.vector_chunk = vector_chunk
         u = vectors(len(matrix))
@@ -201,7 +208,8 @@ def test_several_batches_are_their_union(kind):
 @pytest.mark.parametrize("name", sorted(ZOO))
 def test_the_quadratic_on_a_span_in_either_mode_of_differentiation(name, kind):
     model, batch, likelihood = example(name)
-    matrix = dense(model, batch, likelihood, kind, L2)
+    matrix = dense_of_zoo(name, kind)
+    matrix = matrix + L2 * torch.eye(len(matrix)).double()
     quadratic = Quadratic(model, batch, likelihood, kind, l2=L2, chunk_size=4)
     u = vectors(quadratic.n_params)
     slopes, curvatures = quadratic.projected(u)

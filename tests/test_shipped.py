@@ -125,8 +125,17 @@ def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 # -- what every task has -----------------------------------------------------------------------
 
 
+@pytest.fixture
+def short_trainings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A few steps each, where it does not matter what was learned."""
+    for task in (digits, trec):
+        monkeypatch.setattr(task, "QUICK_EPOCHS", 1)
+    monkeypatch.setattr(uci, "QUICK_STEPS", 20)
+    monkeypatch.setattr(cifar10, "QUICK_TRAIN", 32)
+
+
 @pytest.mark.parametrize("name", [*names(), *EXPERIMENTS])
-def test_the_interface(name: str, data_dir: Path, tmp_path: Path) -> None:
+def test_the_interface(name: str, data_dir: Path, tmp_path: Path, short_trainings: None) -> None:
     task = EXPERIMENTS.get(name) or load(name)
     context: dict[str, Any] = {
         "seed": 1, "data_dir": data_dir, "cache": tmp_path, "quick": True, "device": torch.device("cpu")
@@ -178,7 +187,9 @@ def test_the_interface(name: str, data_dir: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["digits", "fashion-mnist", "trec", "scenes", "uci-energy", *EXPERIMENTS])
-def test_weights_are_kept(name: str, data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_are_kept(
+    name: str, data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, short_trainings: None
+) -> None:
     task = EXPERIMENTS.get(name) or load(name)
     home = EXPERIMENTS.get(name, {"uci-energy": uci}.get(name, task))
     monkeypatch.setattr(all_cnn_c, "network", small_network)

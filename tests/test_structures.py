@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cache
 
 import pytest
 import torch
@@ -13,11 +14,12 @@ from debiased_laplace.curvature.basis import Basis
 from debiased_laplace.curvature.parts.dense import DenseBasis
 from debiased_laplace.curvature.structures import Diagonal, Full, Kronecker, LowRank
 from debiased_laplace.fitting.fit import fit
-from debiased_laplace.likelihoods import Bernoulli, Categorical, Gaussian
+from debiased_laplace.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood
 from debiased_laplace.network.gradients import CurvatureData
 from debiased_laplace.network.network import Network
 from debiased_laplace.posterior.gaussian import Posterior
 from debiased_laplace.posterior.predictive import functional_moments, joint_covariance, linearized_samples
+from debiased_laplace.sampling.sample import WeightedData
 from debiased_laplace.testing import (
     check_basis,
     check_curvatures,
@@ -27,11 +29,27 @@ from debiased_laplace.testing import (
     dense_jacobian,
     dense_posterior_precision,
 )
-from tests.datasets import example, measure, targets, valid
+from tests.datasets import example, measure, targets, valid, weighted
 from tests.networks import ZOO
 from tests.tolerances import assert_equal
 
 STRUCTURES = [Diagonal(), Full(), LowRank(4), LowRank(2, blocks="layer")]
+
+
+@cache
+def network_of(name: str) -> Network:
+    """Found once for all structures."""
+    return Network.discover(ZOO[name].model(), ZOO[name].inputs(4))
+
+
+def pair_of_data(name: str, likelihood: Likelihood) -> tuple[Network, WeightedData, WeightedData]:
+    """A network of the zoo, data to choose directions by, and others to measure curvatures with."""
+    case = ZOO[name]
+    first, second = (
+        weighted(case.inputs(n, seed=seed), targets(likelihood, n, case.n_outputs, seed))
+        for n, seed in ((4, 1), (3, 7))
+    )
+    return network_of(name), first, second
 
 
 def posterior_of(structure, network: Network, first, second, likelihood, **fields) -> Posterior:
@@ -49,8 +67,7 @@ def test_curvatures_and_predictions_are_the_dense_ones(name, structure):
     likelihood = valid(Categorical(), case)
     if name == "without-influence" and structure == LowRank(2, blocks="layer"):
         structure = LowRank(3)  # a block without curvature has no directions of its own
-    _, network, first = example(case, likelihood, n=4)
-    _, _, second = example(case, likelihood, n=3, seed=7)
+    network, first, second = pair_of_data(name, likelihood)
     assert network.n_params <= 400
     posterior = posterior_of(structure, network, first, second, likelihood)
     check_projection(network, posterior.basis, second.inputs)
@@ -105,8 +122,7 @@ def test_every_formula_with_one_prior_for_each_parameter(make, structure, temper
 @pytest.mark.parametrize("name", ["cnn", "transformer", "lone-parameters", "tied-weights", "embedding"])
 def test_predictions_with_one_prior_for_each_parameter(name, structure):
     case = ZOO[name]
-    _, network, first = example(case, Categorical(), n=4)
-    _, _, second = example(case, Categorical(), n=3, seed=7)
+    network, first, second = pair_of_data(name, Categorical())
     prior = torch.linspace(0.3, 3, network.n_params, dtype=torch.float64)
     posterior = posterior_of(structure, network, first, second, Categorical(), prior_precision=prior)
     check_predictive(network, posterior, case.inputs(2, seed=5))

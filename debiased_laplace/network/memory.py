@@ -13,8 +13,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from debiased_laplace.network.tensors import nested_tensors
 
 
 class HeldMemory(TorchDispatchMode):
@@ -37,9 +38,8 @@ class HeldMemory(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         result = func(*args, **(kwargs or {}))
-        for leaf in _pytree.tree_leaves(result):
-            if isinstance(leaf, Tensor):
-                self._note(leaf)
+        for tensor in nested_tensors(result):
+            self._note(tensor)
         self.held.append(self._now)
         return result
 

@@ -6,9 +6,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree
 
 #: Entries of every tensor that are compared in each call, since a change through ``.data`` leaves no other trace.
 COMPARED = 2**8
+
+_WITHOUT_TENSORS = frozenset((type(None), bool, int, float, complex, str, torch.Size, torch.dtype, torch.device))
 
 
 def aliases_of(model: nn.Module) -> dict[str, str]:
@@ -31,6 +34,23 @@ def detached(tensor: Tensor, *, copied: bool) -> Tensor:
         result = nn.Parameter(result, requires_grad=False)
     result.__dict__.update(tensor.__dict__)  # a buffer is a tensor with attributes
     return result
+
+
+def nested_tensors(value: Any) -> list[Tensor]:
+    """The tensors in arguments or results of a function, in their order.
+
+    Looked for in every call of every forward pass: what most calls are made of is not asked of torch's registry.
+    """
+    if isinstance(value, Tensor):
+        return [value]
+    kind = type(value)
+    if kind is tuple or kind is list:
+        return [tensor for item in value for tensor in nested_tensors(item)]
+    if kind is dict:
+        return [tensor for item in value.values() for tensor in nested_tensors(item)]
+    if kind in _WITHOUT_TENSORS:
+        return []
+    return [leaf for leaf in _pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
 
 
 def tensors_of(module: nn.Module) -> dict[str, Tensor]:

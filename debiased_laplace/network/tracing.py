@@ -18,12 +18,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils import _pytree
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from debiased_laplace.network.attention import scaled_dot_product_attention
 from debiased_laplace.network.layers import COMPOSITES, RULES, Arguments, Call, Layout
 from debiased_laplace.network.layers.recurrent import is_of_packed_sequences
+from debiased_laplace.network.tensors import nested_tensors
 
 _NO_OVERRIDES = {
     name: lambda *_: False for name in ("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic")
@@ -95,7 +95,7 @@ class Recorder(TorchFunctionMode):
         self, func: Callable[..., Any], types_: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        tensors = [leaf for leaf in _pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        tensors = nested_tensors((args, kwargs))
         used = [tensor for tensor in tensors if self.is_used(tensor)]
         self.packs |= is_of_packed_sequences(func, args)
         if func in COMPOSITES and (used or any(tensor.requires_grad for tensor in tensors)):
@@ -174,13 +174,10 @@ class Recorder(TorchFunctionMode):
         return [constant for constant in self.constants.keys() if constant.untyped_storage()._cdata == memory]
 
     def _is_constant(self, value: Any) -> bool:
-        return all(
-            self._is_known(leaf) or self.is_used(leaf)
-            for leaf in _pytree.tree_leaves(value) if isinstance(leaf, Tensor)
-        )  # fmt: skip
+        return all(self._is_known(tensor) or self.is_used(tensor) for tensor in nested_tensors(value))
 
     def _note_derived(self, result: Any) -> tuple[torch.Size, ...]:
-        results = [leaf for leaf in _pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
+        results = nested_tensors(result)
         for tensor in results:
             if tensor.requires_grad:
                 self._derived[id(tensor)] = tensor
@@ -194,9 +191,8 @@ class Recorder(TorchFunctionMode):
             return
         unknown = [tensor for tensor in tensors if not self._is_known(tensor)]
         if not unknown:
-            for leaf in _pytree.tree_leaves(result):
-                if isinstance(leaf, Tensor):
-                    self.constants[leaf] = None
+            for tensor in nested_tensors(result):
+                self.constants[tensor] = None
         elif len(unknown) < len(tensors) and args and isinstance(args[0], Tensor) and args[0] in self.constants:
             if getattr(func, "__name__", "").endswith("_"):  # one that writes, or may write
                 for tensor in self._sharing(args[0]):
@@ -229,7 +225,7 @@ class Recorder(TorchFunctionMode):
 
 
 def _requires_grad(result: Any) -> bool:
-    return any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in _pytree.tree_leaves(result))
+    return any(tensor.requires_grad for tensor in nested_tensors(result))
 
 
 def leaves(tensor: Tensor) -> set[int]:

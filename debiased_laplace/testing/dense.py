@@ -89,10 +89,12 @@ def dense_loss_hessian(likelihood: Likelihood, outputs: Tensor, targets: Tensor 
     def loss(output: Tensor, target: Tensor) -> Tensor:
         return likelihood.curvature_loss(output[None], target[None])[0]
 
+    of_datum, outputs = torch.func.hessian(loss), outputs.detach()
     with torch.inference_mode(False), torch.enable_grad():
-        return torch.stack(
-            [torch.func.hessian(loss)(o, t) for o, t in zip(outputs.detach(), targets, strict=True)]
-        ).detach()
+        try:
+            return torch.func.vmap(of_datum)(outputs, targets).detach()
+        except RuntimeError:  # a loss that looks at values, or an operation that cannot be batched
+            return torch.stack([of_datum(o, t) for o, t in zip(outputs, targets, strict=True)]).detach()
 
 
 def dense_ggn(
