@@ -272,8 +272,9 @@ def test_the_suite_imports_no_other_laplace_no_figures_and_no_compiler():
         "from debiased_laplace.evaluation.suite import preloaded\n"
         "from debiased_laplace.laplace import fit\n"
         "demo.seconds_of_a_step(at_least=0.01)\n"
-        "posterior = fit(torch.nn.Linear(3, 2), [(torch.randn(20, 3), torch.arange(20) % 2)], 'classification')\n"
-        "posterior.tune([(torch.randn(9, 3), torch.arange(9) % 2)])\n"
+        "inputs, targets = torch.rand(20, 1, 8, 8), torch.arange(20) % 10\n"
+        "posterior = fit(demo.digits.network().eval(), [(inputs, targets)], 'classification', parameters='last_layer')\n"
+        "posterior.predict(inputs)\n"
         "heavy = {'laplace', 'torchmetrics', 'torchvision', 'transformers', 'matplotlib', 'jinja2', 'torch._dynamo'}\n"
         "print(sorted(heavy & set(sys.modules)))\n"
     )
