@@ -73,8 +73,8 @@ def judged_blobs(folder: Path, methods: tuple[Method, ...], *replacements: tuple
 @pytest.mark.parametrize(
     ("kind", "place"),
     [
-        ("temperature", "bench.tuned_temperature"), ("ensemble", ""), ("laplace", "posteriors.DebiasedLaplace.fit"),
-        ("laplace", "posteriors.DebiasedLaplace.optimize_prior_precision"), ("laplace", "bench.LaplacePredictor"),
+        ("temperature", "bench.tuned_temperature"), ("ensemble", ""), ("laplace", "posteriors.fit"),
+        ("laplace", "posteriors.Laplace.tune"), ("laplace", "bench.LaplacePredictor"),
         ("laplace", "bench.LaplacePredictor.__call__"), ("laplace-torch", "bench.fitted_peer"),
         ("map", "bench.outputs_of"),
     ],

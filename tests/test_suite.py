@@ -16,11 +16,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from debiased_laplace import DebiasedLaplace, Single, evaluation
+from debiased_laplace import DebiasedLaplace, PrioritySampler, Single, UniformSampler, evaluation
 from debiased_laplace.evaluation import Context, Method, Options, Task, TaskError, records, run, standard_methods
 from debiased_laplace.evaluation.methods import methods_of
 from debiased_laplace.evaluation.predictors import peer
-from debiased_laplace.evaluation.suite import distances, seeds
+from debiased_laplace.evaluation.suite import distances, posteriors, seeds
 from debiased_laplace.evaluation.suite.subject import settings_of
 from debiased_laplace.likelihoods import gaussian_nll
 from debiased_laplace.posterior.noise import best_noise
@@ -51,13 +51,13 @@ def scores(record: dict[str, Any]) -> dict[str, Any]:
 def fits(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     """The arguments of every fit."""
     seen: list[dict[str, Any]] = []
-    original = DebiasedLaplace.fit
+    original = posteriors.fit
 
-    def fit(self: DebiasedLaplace, *arguments: Any, **keywords: Any) -> Any:
+    def fit(*arguments: Any, **keywords: Any) -> Any:
         seen.append(keywords)
-        return original(self, *arguments, **keywords)
+        return original(*arguments, **keywords)
 
-    monkeypatch.setattr(DebiasedLaplace, "fit", fit)
+    monkeypatch.setattr(posteriors, "fit", fit)
     return seen
 
 
@@ -209,8 +209,11 @@ def test_methods_that_share_a_fit_are_fitted_once(tmp_path: Path, fits: list[dic
     (record,) = run(task, tmp_path, [3], Context(), options=OPTIONS)
     assert len(fits) == 6  # last layer, identity, one batch, debiased, all data, one batch by importance
     assert all(keywords["generator"] == 3 for keywords in fits)
-    budgets = sorted(str(keywords.get("budget", "one batch")) for keywords in fits)
-    assert budgets == ["1", "24", "None", "None", "one batch", "one batch"]
+    samplers = [(type(sampler), sampler.budget) for sampler in (keywords["sampler"] for keywords in fits)]
+    assert sorted(samplers, key=repr) == [
+        (PrioritySampler, 24), (PrioritySampler, 24), (UniformSampler, 1), (UniformSampler, 24),
+        (UniformSampler, None), (UniformSampler, None),
+    ]  # fmt: skip
     # what was tuned for one of them has no effect on the next
     names = ("debiased, layers", "debiased, probit", "debiased K-FAC")
     backwards = tuple(method for name in names for method in methods_of(task) if method.name == name)
@@ -233,14 +236,14 @@ STOPS = {
 def resumed(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     """A run that is interrupted before each of these steps in turn: its record, and the fits after each beginning."""
     task, folder, counts = Task.load(TASKS / "blobs.py"), tmp_path_factory.mktemp("resumed"), [0]
-    original = DebiasedLaplace.fit
+    original = posteriors.fit
 
-    def counted(self: DebiasedLaplace, *arguments: Any, **keywords: Any) -> Any:
+    def counted(*arguments: Any, **keywords: Any) -> Any:
         counts[-1] += 1
-        return original(self, *arguments, **keywords)
+        return original(*arguments, **keywords)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(DebiasedLaplace, "fit", counted)
+        patch.setattr(posteriors, "fit", counted)
         for stop in STOPS:
 
             def interrupt(_: int, step: str, stop: str = stop) -> None:

@@ -41,9 +41,9 @@ def fit(
     check_file(out)
     with importing():
         from debiased_laplace import DebiasedLaplace
+        from debiased_laplace.curvature.structures import STRUCTURES
         from debiased_laplace.evaluation.methods import Options, recipe
         from debiased_laplace.evaluation.provenance import seeded
-        from debiased_laplace.laplace_torch.settings import STRUCTURES
     if structure not in STRUCTURES:
         raise typer.BadParameter(
             f"Expected one out of {list(STRUCTURES)}, got {structure!r}.", param_hint="--structure"

@@ -37,7 +37,7 @@ class Method:
     Attributes:
         name: As it appears in tables.
         kind: ``"map"``, ``"temperature"``, ``"ensemble"``, ``"laplace"``, or ``"laplace-torch"``.
-        laplace: Arguments of :class:`~debiased_laplace.DebiasedLaplace`, or of ``laplace.Laplace``.
+        laplace: What the posterior is, as :class:`~debiased_laplace.DebiasedLaplace` and ``laplace.Laplace`` name it.
         fit: Arguments of its ``fit``; methods with equal ones share the fit.
         tune: Further arguments of its ``optimize_prior_precision``; of a temperature ``selection``.
         seconds_of: A method whose fit takes as long as this one's shall: the budget is what fits into that time.

@@ -38,13 +38,15 @@ def write_whole(path: Path, content: bytes | str) -> None:
 
 def encode(value: Any) -> Any:
     """A value with the numbers that standard JSON lacks as strings; :func:`decode` is the inverse."""
-    if isinstance(value, float) and not math.isfinite(value):
+    if isinstance(value, float):  # nearly all of a record: first
+        if math.isfinite(value):
+            return value
         return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
     if isinstance(value, str):
         return "\\" + value if _LOOKS_LIKE_ONE.fullmatch(value) else value
-    if isinstance(value, Mapping):
-        return {key: encode(entry) for key, entry in value.items()}
-    return [encode(entry) for entry in value] if isinstance(value, (list, tuple)) else value
+    if isinstance(value, (list, tuple)):
+        return [encode(entry) for entry in value]
+    return {key: encode(entry) for key, entry in value.items()} if isinstance(value, Mapping) else value
 
 
 def decode(value: Any) -> Any:
@@ -73,11 +75,11 @@ def read_json(path: Path) -> Any:
 
 def jsonable(value: Any) -> Any:
     """The same value with the types that JSON has; objects become their ``repr``."""
-    if isinstance(value, Mapping):
-        return {str(key): jsonable(entry) for key, entry in value.items()}
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
     if isinstance(value, (list, tuple)):
         return [jsonable(entry) for entry in value]
-    return value if value is None or isinstance(value, (bool, int, float, str)) else repr(value)
+    return {str(key): jsonable(entry) for key, entry in value.items()} if isinstance(value, Mapping) else repr(value)
 
 
 def digest(settings: Mapping[str, Any]) -> str:

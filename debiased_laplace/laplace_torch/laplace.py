@@ -21,7 +21,7 @@ from torchmetrics import Metric
 
 from debiased_laplace import _checks, _data, _store
 from debiased_laplace._guards import full_precision, global_random_state, warn_the_caller
-from debiased_laplace.curvature.structures import Structure
+from debiased_laplace.curvature.structures import STRUCTURES, Structure
 from debiased_laplace.fitting.coverage import coverage
 from debiased_laplace.fitting.fit import fit
 from debiased_laplace.fitting.fitted import Fit
@@ -32,7 +32,6 @@ from debiased_laplace.laplace_torch.gaussian import VECTOR_STRUCTURES
 from debiased_laplace.laplace_torch.parameters import SUBSETS, Selection, embed, restrict
 from debiased_laplace.laplace_torch.settings import (
     REWARD_MODELING,
-    STRUCTURES,
     backend_settings,
     check_prior_before_the_fit,
     choice,

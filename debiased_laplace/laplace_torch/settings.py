@@ -10,15 +10,12 @@ from laplace.curvature import EFInterface, GGNInterface
 from torch import Tensor
 
 from debiased_laplace._guards import warn_the_caller
-from debiased_laplace.curvature.structures import Diagonal, Full, Isotropic, Kronecker, LowRank, Structure
+from debiased_laplace.curvature.structures import STRUCTURES, Structure
 from debiased_laplace.fitting.fitted import Fit
 from debiased_laplace.laplace_torch.parameters import embed
 from debiased_laplace.network.reduction import FEATURE_REDUCTIONS
 from debiased_laplace.posterior.gaussian import Posterior
 
-STRUCTURES: dict[str, type[Structure]] = {
-    "kron": Kronecker, "lowrank": LowRank, "diag": Diagonal, "full": Full, "isotropic": Isotropic,
-}  # fmt: skip
 REWARD_MODELING = "reward_modeling"
 
 

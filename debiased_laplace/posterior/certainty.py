@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from scipy.stats import chi2, norm
+from scipy.special import gammaincinv, ndtri
 from torch import Tensor
 
 from debiased_laplace.likelihoods import Likelihood
@@ -75,7 +75,7 @@ class Certainty:
         if self.part < SMALLEST_PART:
             return False
         freedom = self.effective_n * self.part
-        largest = self.left_out * float(freedom / chi2.ppf(1 - CONFIDENCE, freedom)) ** 0.5
+        largest = self.left_out * float(freedom / (2 * gammaincinv(freedom / 2, 1 - CONFIDENCE))) ** 0.5
         return self.certainty > TOLERATED_FACTOR * largest
 
     def message(self, prior_precision: Tensor, sigma_noise: Tensor, remedy: str, otherwise: str = "") -> str:
@@ -201,7 +201,7 @@ def compare(
 
 def wilson_lower(share: float, n: float) -> float:
     """Lower bound of a probability (Wilson's score) from a share of ``n`` trials, which need not be whole."""
-    z = float(norm.ppf(CONFIDENCE))
+    z = float(ndtri(CONFIDENCE))
     centre = share + z**2 / (2 * n)
     return (centre - z * math.sqrt(share * (1 - share) / n + z**2 / (4 * n**2))) / (1 + z**2 / n)
 

@@ -116,7 +116,7 @@ def test_names_that_nothing_can_show_are_refused_at_once(name: Any, tmp_path: Pa
         return
     fitted: list[int] = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("debiased_laplace.DebiasedLaplace.fit", lambda *_, **__: fitted.append(1))
+        patch.setattr("debiased_laplace.evaluation.suite.posteriors.fit", lambda *_, **__: fitted.append(1))
         with pytest.raises((TaskError, ValueError), match=r"Expected .*(shifted or out-of-distribution data|NAME of)"):
             record_with(tmp_path, name, "METHOD")
     assert not fitted

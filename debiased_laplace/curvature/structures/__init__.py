@@ -7,7 +7,13 @@ from debiased_laplace.curvature.structures.isotropic import Isotropic, Isotropic
 from debiased_laplace.curvature.structures.kron import Kronecker, KroneckerStatistics
 from debiased_laplace.curvature.structures.lowrank import LowRank, LowRankStatistics
 
+#: By the names that laplace-torch and task files have for them.
+STRUCTURES: dict[str, type[Structure]] = {
+    "kron": Kronecker, "lowrank": LowRank, "diag": Diagonal, "full": Full, "isotropic": Isotropic,
+}  # fmt: skip
+
 __all__ = [
+    "STRUCTURES",
     "Diagonal",
     "DiagonalStatistics",
     "Full",

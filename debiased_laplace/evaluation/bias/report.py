@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import scipy.stats
+from scipy.special import stdtrit
 
 from debiased_laplace.evaluation import records
 from debiased_laplace.evaluation.bias.measure import Record
@@ -61,7 +61,7 @@ def statement(record: Record) -> dict[str, Any]:
     k = len(about["ratio_own"]["value"])
     where = f"On {record['task']['name']}, batches of {m:,}"
     what = f"the {_kind(record)}'s curvature along their own top {k} directions"
-    quantile = float(scipy.stats.t.ppf(0.975, len(record["directions"]["n_data"]) - 1))
+    quantile = float(stdtrit(len(record["directions"]["n_data"]) - 1, 0.975))
     if None in (same_batch["value"], same_batch["error"], other["value"]):
         same, second, data = (np.mean(about[f"mean_{name}"]["value"]) for name in ("own", "other", "reference"))
         answer = (

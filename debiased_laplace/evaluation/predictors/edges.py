@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from debiased_laplace import DebiasedLaplace
+from debiased_laplace.laplace import Laplace
 from debiased_laplace.posterior.temperature import at_the_end
 
 #: Which end of the search each setting is at: ``"smallest"`` or ``"largest"``.
@@ -50,9 +50,9 @@ def of_prior(values: Sequence[float], grid: Tensor) -> Edges:
     return {f"prior precision ({counts[side]}{of})" if of else "prior precision": side for side in ends if counts[side]}
 
 
-def of_posterior(la: DebiasedLaplace, grid: Tensor) -> Edges:
+def of_posterior(la: Laplace, grid: Tensor) -> Edges:
     """Of a tuned posterior, whose noise has a closed form and no end."""
-    at_an_end = of_prior(la.prior_precision.detach().double().flatten().tolist(), grid)
+    at_an_end = of_prior(la.posterior.prior_precision.detach().double().flatten().tolist(), grid)
     if la.tuned is not None:
         at_an_end |= of_temperature(la.tuned.temperature, la.tuned.temperature_alone[0])
     return at_an_end

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from debiased_laplace import DebiasedLaplace, _data
+from debiased_laplace import _data
 from debiased_laplace.evaluation.predictors.prediction import Prediction, mutual_information
+from debiased_laplace.laplace import Laplace
 from debiased_laplace.likelihoods import Likelihood
 from debiased_laplace.network.network import Network
 from debiased_laplace.posterior.gaussian import Posterior, standard_normals
 from debiased_laplace.posterior.predictive import functional_moments
+
+if TYPE_CHECKING:
+    from debiased_laplace.laplace_torch import DebiasedLaplace
 
 #: Draws of the outputs for the mutual information.
 N_SAMPLES = 30
@@ -54,21 +58,25 @@ class LaplacePredictor:
     """Probabilities, or mean and variance, of a posterior as it is now; later tuning does not change it.
 
     Args:
-        la: A fitted and tuned posterior.
+        la: A fitted and tuned posterior, the native object or the drop-in.
         shared: Where posteriors of the same parameters find each other, so that one set of backward passes serves all.
         n_samples: Draws for the mutual information; the Monte Carlo link uses those of its default number.
     """
 
-    def __init__(self, la: DebiasedLaplace, shared: Shared | None = None, *, n_samples: int = N_SAMPLES) -> None:
-        self.likelihood: Likelihood = la.output_likelihood
-        self.link, self.output_temperature = la.link or la.output_likelihood.links[0], la.output_temperature
-        self.noise_variance = la.sigma_noise.detach().double().square()
+    def __init__(
+        self, la: Laplace | DebiasedLaplace, shared: Shared | None = None, *, n_samples: int = N_SAMPLES
+    ) -> None:
+        native = la if isinstance(la, Laplace) else la.native
+        default = native.default_link if native is la else native.likelihood.links[0]
+        self.likelihood: Likelihood = native.likelihood
+        self.link, self.output_temperature = native.link or default, native.output_temperature
+        self.noise_variance = torch.as_tensor(native.posterior.noise_variance).detach().double()
         self.covariance = self.likelihood.needs_covariance(self.link)
         self.shared = shared or Shared()
-        self.index = self.shared.add(la.network, la.posterior, self.covariance)
-        generator = torch.Generator().manual_seed(la.seed)
+        self.index = self.shared.add(native.network, native.posterior, self.covariance)
+        generator = torch.Generator().manual_seed(native.seed)
         size = 100 if self.link == "mc" else n_samples
-        self.normals = standard_normals((size, la.n_outputs), la.posterior.mean, generator)
+        self.normals = standard_normals((size, native.network.n_outputs), native.posterior.mean, generator)
 
     def __call__(self, inputs: _data.Inputs) -> Prediction:
         """Predict a batch."""

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from matplotlib.artist import Artist
+from matplotlib.axis import Axis
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.text import Text
@@ -83,12 +85,25 @@ def png(figure: Figure) -> bytes:
     return file.getvalue()
 
 
+def tiled(images: Sequence[bytes], columns: int) -> bytes:
+    """Image files of one size side by side, row after row, on white."""
+    from PIL import Image
+
+    tiles = [Image.open(io.BytesIO(image)).convert("RGB") for image in images]
+    (width, height), columns = tiles[0].size, min(columns, len(tiles))
+    whole = Image.new("RGB", (columns * width, -(-len(tiles) // columns) * height), "white")
+    for index, tile in enumerate(tiles):
+        whole.paste(tile, (index % columns * width, index // columns * height))
+    file = io.BytesIO()
+    whole.save(file, "PNG")
+    return file.getvalue()
+
+
 def _show_as_it_is(figure: Figure) -> None:
-    """A dollar in a name is no formula; the labels of ticks are."""
-    ticks = {
-        id(label) for axes in figure.axes for axis in (axes.xaxis, axes.yaxis)
-        for tick in (*axis.get_major_ticks(), *axis.get_minor_ticks()) for label in (tick.label1, tick.label2)
-    }  # fmt: skip
-    for text in figure.findobj(Text):
-        if id(text) not in ticks:
-            text.set_parse_math(False)  # type: ignore[attr-defined]
+    """A dollar in a name is no formula; the labels of ticks are, and are not made before they are drawn."""
+    waiting: list[Artist] = [figure]
+    while waiting:
+        artist = waiting.pop()
+        if isinstance(artist, Text):
+            artist.set_parse_math(False)  # type: ignore[attr-defined]
+        waiting += [artist.label, artist.offsetText] if isinstance(artist, Axis) else artist.get_children()

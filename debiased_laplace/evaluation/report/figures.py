@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from debiased_laplace.evaluation.methods import MAP, TEMPERATURE, is_variant
-from debiased_laplace.evaluation.report.drawing import STYLES, Picture, finite, legend, png
+from debiased_laplace.evaluation.report.drawing import STYLES, Picture, finite, legend, png, tiled
 from debiased_laplace.evaluation.report.numbers import number, plus_minus
 from debiased_laplace.evaluation.report.summary import added
 from debiased_laplace.evaluation.report.verdicts import Summary, by_role, shifts
@@ -51,22 +51,18 @@ def reliability_pictures(summary: Summary) -> list[Picture]:
     return diagrams
 
 
-def reliability_png(summary: Summary) -> bytes:
-    """All reliability diagrams, or calibration curves of a regression, in one image."""
+def reliability_png(summary: Summary, diagrams: Sequence[Picture]) -> bytes:
+    """All reliability diagrams, or calibration curves of a regression, in one image.
+
+    Args:
+        summary: Of a regression what is drawn.
+        diagrams: From :func:`reliability_pictures`; what takes long is drawn once.
+    """
     if summary["regression"]:
         picture = _calibration_curve(summary)
         assert picture is not None
         return picture.png
-    names = drawn(summary)
-    columns = min(3, len(names))
-    rows = math.ceil(len(names) / columns)
-    figure = Figure(figsize=(4 * columns, 4.1 * rows), layout="constrained")
-    panels = np.ravel(figure.subplots(rows, columns, squeeze=False))
-    for panel, name in zip(panels, names, strict=False):
-        _reliability(panel, summary, name)
-    for panel in panels[len(names) :]:
-        panel.set_visible(False)
-    return png(figure)
+    return tiled([diagram.png for diagram in diagrams], 3)
 
 
 def _reliability(axes: Axes, summary: Summary, name: str) -> list[str]:

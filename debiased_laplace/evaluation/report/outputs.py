@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from debiased_laplace.evaluation import records
 from debiased_laplace.evaluation.report import figures, pages
+from debiased_laplace.evaluation.report.drawing import Picture
 from debiased_laplace.evaluation.report.statement import statement
 from debiased_laplace.evaluation.report.tables import tables
 from debiased_laplace.evaluation.report.verdicts import Summary, by_role
@@ -30,8 +32,9 @@ def write_outputs(folder: Path | str, summary: Summary, *, title: str = "", noti
     paths = {name: folder / name for name in ("results.json", "results.md", "reliability.png", "report.html")}
     records.write_json(paths["results.json"], dict(summary) | {"statement": statement(summary)})
     records.write_whole(paths["results.md"], markdown(summary, title=title, notice=notice))
-    records.write_whole(paths["reliability.png"], figures.reliability_png(summary))
-    records.write_whole(paths["report.html"], render(summary, title=title, notice=notice))
+    diagrams = figures.reliability_pictures(summary)
+    records.write_whole(paths["reliability.png"], figures.reliability_png(summary, diagrams))
+    records.write_whole(paths["report.html"], render(summary, diagrams, title=title, notice=notice))
     return paths
 
 
@@ -42,8 +45,10 @@ def markdown(summary: Summary, *, title: str, notice: str = "", level: int = 1) 
     )
 
 
-def render(summary: Summary, *, title: str, notice: str = "") -> str:
-    """The page as text; everything is in it, nothing is loaded."""
+def render(
+    summary: Summary, diagrams: Sequence[Picture] | None = None, *, title: str, notice: str = ""
+) -> str:  # fmt: skip
+    """The page as text; everything is in it, nothing is loaded. Diagrams that were made already are taken."""
     all_tables = tables(summary)
     candidate = by_role(summary, "candidate")
     return pages.render(
@@ -55,7 +60,7 @@ def render(summary: Summary, *, title: str, notice: str = "") -> str:
         first_table=all_tables[0],
         tables=all_tables[1:],
         results=figures.pictures(summary),
-        reliability=figures.reliability_pictures(summary),
+        reliability=figures.reliability_pictures(summary) if diagrams is None else diagrams,
         bins=figures.bins_note(),
         shown=figures.shown(summary),
         classes=summary["task"]["classes"],

@@ -13,9 +13,7 @@ from functools import lru_cache
 
 import numpy as np
 from scipy.optimize import brentq
-from scipy.special import ndtr
-from scipy.stats import beta, norm
-from scipy.stats import t as student
+from scipy.special import betaincinv, ndtr, ndtri, stdtrit
 
 from debiased_laplace.evaluation.scores.checks import Array
 
@@ -31,12 +29,12 @@ Interval = tuple[float, float]
 @lru_cache
 def student_quantile(n: int, confidence: float) -> float:
     """Upper quantile of Student's t with n - 1 degrees of freedom for a central interval."""
-    return float(student.ppf((1 + confidence) / 2, n - 1))
+    return float(stdtrit(n - 1, (1 + confidence) / 2))
 
 
 def normal_quantile(confidence: float) -> float:
     """The same of the standard normal distribution."""
-    return float(norm.ppf((1 + confidence) / 2))
+    return float(ndtri((1 + confidence) / 2))
 
 
 def unseen_share(n: int, confidence: float) -> float:
@@ -60,8 +58,8 @@ def proportion(successes: int, n: int, confidence: float) -> Interval:
         [0.832, 1.0]
     """
     tail = (1 - confidence) / 2
-    low = float(beta.ppf(tail, successes, n - successes + 1)) if successes else 0.0
-    high = float(beta.ppf(1 - tail, successes + 1, n - successes)) if successes < n else 1.0
+    low = float(betaincinv(successes, n - successes + 1, tail)) if successes else 0.0
+    high = float(betaincinv(successes + 1, n - successes, 1 - tail)) if successes < n else 1.0
     return low, high
 
 

@@ -11,8 +11,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from scipy.special import ndtr
-from scipy.stats import norm
+from scipy.special import ndtr, ndtri
 
 from debiased_laplace.evaluation.scores.checks import Array, as_array
 
@@ -21,7 +20,7 @@ LEVELS: Array = np.arange(1, 20) / 20
 #: Central intervals that are reported by themselves, in per cent of expected coverage.
 INTERVALS = (50, 90, 95)
 # Half the width of the central intervals, in standard deviations.
-_HALF_WIDTHS: Array = norm.ppf((1 + LEVELS) / 2)
+_HALF_WIDTHS: Array = ndtri((1 + LEVELS) / 2)
 
 
 def regression_metrics(mean: Any, variance: Any, targets: Any) -> dict[str, float]:
@@ -86,7 +85,8 @@ def datum_scores(mean: Any, variance: Any, targets: Any) -> dict[str, Array]:
     mean, variance, targets = check_gaussian(mean, variance, targets)
     deviation = np.sqrt(variance)
     z = (targets - mean) / deviation
-    crps = deviation * (z * (2 * ndtr(z) - 1) + 2 * norm.pdf(z) - 1 / np.sqrt(np.pi))
+    density = np.exp(-np.square(z) / 2) / np.sqrt(2 * np.pi)
+    crps = deviation * (z * (2 * ndtr(z) - 1) + 2 * density - 1 / np.sqrt(np.pi))
     return {
         "squared_error": np.square(targets - mean).mean(1),
         "nll": (np.square(z) + np.log(2 * np.pi * variance)).sum(1) / 2,

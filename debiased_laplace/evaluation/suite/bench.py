@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ from debiased_laplace.evaluation.predictors.prediction import Predictor, as_pred
 from debiased_laplace.evaluation.suite import draws
 from debiased_laplace.evaluation.suite.data import FUNCTIONS, classifier, loader_of, loaders_of
 from debiased_laplace.evaluation.suite.distances import distances
-from debiased_laplace.evaluation.suite.posteriors import Posteriors, typical_prior, with_warnings
+from debiased_laplace.evaluation.suite.posteriors import Posteriors, noise_of, typical_prior, with_warnings
 from debiased_laplace.evaluation.suite.subject import Subject
 from debiased_laplace.evaluation.tasks import Context, Task, TaskError
 from debiased_laplace.posterior.temperature import undetermined_in
@@ -132,8 +132,8 @@ class Bench:
 
     def _sizes(self, result: Mapping[str, Any]) -> dict[str, int | None]:
         """How many data train, tune and judge; of the first what the posteriors know, since loaders may have no end."""
-        fits = [la for drawn in self.posteriors.fits.values() for la in drawn if la.hessian_structure != "isotropic"]
-        trained = self.task.n_data or (fits[0].n_data if fits else None)
+        fits = [la for drawn in self.posteriors.fits.values() for la in drawn if la.posterior.curvatures.any()]
+        trained = self.task.n_data or (fits[0].posterior.n_data if fits else None)
         tuned = sum(size for *_, size in _data.labelled(self._validation()))
         return {"train": trained, "validation": tuned, "test": result["test"]["n"]}
 
@@ -147,19 +147,20 @@ class Bench:
         """
         compared = [names[role] for role in ("baseline", "candidate") if names.get(role) in self.posteriors.fits]
         of = next((names[role] for role in ("reference", "candidate") if names.get(role) in self.posteriors.fits), None)
-        if len(compared) < 2 or of is None or len(self.posteriors.fits[of][0].prior_precision) > 1:
+        if len(compared) < 2 or of is None or len(self.posteriors.fits[of][0].posterior.prior_precision) > 1:
             return {}
         like = self.posteriors.fits[of][0]
         for name in compared:
             drawn: list[Predictor] = []
-            for la in map(copy.copy, self.posteriors.fits[name]):
-                la.prior_precision, la.link = like.prior_precision, like.link
-                la.output_temperature = like.output_temperature
-                if self.regression:
-                    la.sigma_noise = like.sigma_noise
-                drawn.append(LaplacePredictor(la, self.shared))
+            for la in self.posteriors.fits[name]:
+                posterior = replace(
+                    la.posterior, prior_precision=like.posterior.prior_precision,
+                    noise_variance=like.posterior.noise_variance,
+                )  # fmt: skip
+                equal = replace(la, posterior=posterior, link=like.link, output_temperature=like.output_temperature)
+                drawn.append(LaplacePredictor(equal, self.shared))
             draws.add(predictors, groups, name + draws.EQUAL, drawn)
-        noise = {"noise": float(like.sigma_noise)} if self.regression else {"temperature": like.output_temperature}
+        noise = {"noise": noise_of(like)} if self.regression else {"temperature": like.output_temperature}
         return {"of": of, "prior_precision": typical_prior(like)} | noise
 
     def _prepared(self, method: Method) -> tuple[list[Predictor], dict[str, Any]]:

@@ -10,17 +10,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from debiased_laplace import DebiasedLaplace, _data
+from debiased_laplace import _data
 from debiased_laplace.evaluation.methods import Options
 from debiased_laplace.evaluation.scores.cells import cell, combine
 from debiased_laplace.evaluation.scores.replicates import Replicates
 from debiased_laplace.evaluation.scores.weighted import resample_weights
 from debiased_laplace.evaluation.suite.posteriors import typical_prior
+from debiased_laplace.laplace import Laplace
 from debiased_laplace.posterior.predictive import functional_moments
 
 
 def distances(
-    fits: Mapping[str, Sequence[DebiasedLaplace]],
+    fits: Mapping[str, Sequence[Laplace]],
     roles: Mapping[str, str],
     test: Callable[[], Iterable[Any]],
     options: Options,

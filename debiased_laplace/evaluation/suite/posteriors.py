@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import copy
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from torch import nn
+from torch import Tensor, nn
 
-from debiased_laplace import DebiasedLaplace
 from debiased_laplace._files import StoredFileError
 from debiased_laplace._guards import user_warnings
+from debiased_laplace.curvature.structures import STRUCTURES, Structure
 from debiased_laplace.evaluation import records
 from debiased_laplace.evaluation.methods import Method, Options
 from debiased_laplace.evaluation.predictors import edges
@@ -21,7 +21,11 @@ from debiased_laplace.evaluation.suite import draws
 from debiased_laplace.evaluation.suite.data import loader_of
 from debiased_laplace.evaluation.tasks import Context, Task
 from debiased_laplace.fitting.checkpoint import Checkpoint
-from debiased_laplace.sampling.samplers import UniformSampler
+from debiased_laplace.fitting.fit import fit
+from debiased_laplace.fitting.settings import BUDGET, default_sampler
+from debiased_laplace.laplace import Laplace, load
+from debiased_laplace.likelihoods import resolve_likelihood
+from debiased_laplace.sampling.samplers import Sampler, UniformSampler
 
 _T = TypeVar("_T")
 
@@ -36,18 +40,18 @@ class Posteriors:
     def __init__(self, task: Task, model: nn.Module, context: Context, options: Options, work: Path) -> None:
         self.task, self.model, self.context, self.options, self.work = task, model, context, options, work
         self.regression = task.likelihood == "regression"
-        self.fits: dict[str, list[DebiasedLaplace]] = {}
-        self._untuned: dict[tuple[str, int], DebiasedLaplace] = {}  # by arguments and draw
+        self.fits: dict[str, list[Laplace]] = {}
+        self._untuned: dict[tuple[str, int], Laplace] = {}  # by arguments and draw
         self._seconds: dict[tuple[str, int], float] = {}  # of the fit of a method's draw
         self._budgets: dict[str, int] = {}  # of methods that have the seconds of another
 
-    def of(self, method: Method) -> tuple[list[DebiasedLaplace], dict[str, Any]]:
+    def of(self, method: Method) -> tuple[list[Laplace], dict[str, Any]]:
         """A posterior for each draw of the data; what is known of each, and seconds on the average."""
         drawn = [self._draw(method, number) for number in range(self.options.draws if method.is_random else 1)]
         self.fits[method.name] = [la for la, _ in drawn]
         return self.fits[method.name], draws.joined([result for _, result in drawn])
 
-    def _draw(self, method: Method, number: int) -> tuple[DebiasedLaplace, dict[str, Any]]:
+    def _draw(self, method: Method, number: int) -> tuple[Laplace, dict[str, Any]]:
         path = self.work / f"{records.digest({'name': method.name, 'draw': number})}.safetensors"
         described, key = path.with_suffix(".json"), (method.fit_key, number)
         kept = self._kept(path, described)
@@ -56,7 +60,7 @@ class Posteriors:
             self._seconds[method.name, number] = result["seconds"]["fit"]
             self._budgets[method.name] = result.get("budget", 0)
             if key in self._untuned:  # one basis for all of them, so that projections are shared again
-                la.fitted = self._untuned[key].fitted
+                la = _on_the_basis_of(la, self._untuned[key])
             else:
                 self._untuned[key] = _before_tuning(la)
         else:
@@ -67,20 +71,20 @@ class Posteriors:
             records.write_record(described, result)
         return la, result
 
-    def _kept(self, path: Path, described: Path) -> tuple[DebiasedLaplace, dict[str, Any]] | None:
+    def _kept(self, path: Path, described: Path) -> tuple[Laplace, dict[str, Any]] | None:
         """What an interrupted run has finished, if it is whole."""
         result = records.read_record(described, {})
         try:
-            return None if result is None else (DebiasedLaplace.load(path, self.model), result)
+            return None if result is None else (load(path, self.model), result)
         except (FileNotFoundError, StoredFileError):
             return None
 
-    def _fitted(self, method: Method, number: int) -> tuple[DebiasedLaplace, dict[str, Any]]:
+    def _fitted(self, method: Method, number: int) -> tuple[Laplace, dict[str, Any]]:
         """A posterior that is tuned; one that was fitted for another method is tuned anew."""
         context, key = self.context, (method.fit_key, number)
         arguments, start = dict(method.fit), time.perf_counter()
         if key in self._untuned:
-            la = copy.copy(self._untuned[key])
+            la = self._untuned[key]
         else:
             if method.seconds_of:
                 if method.name not in self._budgets:
@@ -88,15 +92,14 @@ class Posteriors:
                 arguments["sampler"] = UniformSampler(self._budgets[method.name])
             start = time.perf_counter()
             la = self._fit(method, arguments, draws.seed(context.seed, number), f"{method.fit_key}, {number}")
-            self._untuned[key] = copy.copy(la)
+            self._untuned[key] = la
         fitted = time.perf_counter()
         self._seconds[method.name, number] = fitted - start
-        la.optimize_prior_precision(
-            val_loader=loader_of(self.task, "val_loader", self.context), **self.options.search, **method.tune
-        )
-        curve, joint = la.curve, la.tuned
-        assert curve is not None
-        prior = la.prior_precision.detach().double().cpu()
+        validation = loader_of(self.task, "val_loader", self.context)
+        la, is_joint = tuned_by(la, validation, self.options.grid, **method.tune)
+        found = la.tuned
+        assert found is not None
+        curve = found.curve
         result: dict[str, Any] = {
             "seconds": {"fit": fitted - start, "tune": time.perf_counter() - fitted},
             "prior_precision": typical_prior(la),
@@ -106,22 +109,21 @@ class Posteriors:
             "coverage": la.coverage(),
             "link": la.link,
         }
-        if joint is not None:
+        if is_joint:
             result |= {
-                "validation_nll": float(joint.loss),
-                "prior_precisions": [float(value) for value in prior],
-                "temperature": float(joint.temperature),
-                "temperature_alone": list(joint.temperature_alone),
+                "validation_nll": float(found.loss),
+                "prior_precisions": found.prior_precisions.tolist(),
+                "temperature": float(found.temperature),
+                "temperature_alone": list(found.temperature_alone),
             }
         if self.regression:
-            result["noise"] = float(la.sigma_noise)
+            result["noise"] = noise_of(la)
         if method.seconds_of:
             result["budget"] = self._budgets[method.name]
         return la, result
 
-    def _fit(self, method: Method, arguments: Mapping[str, Any], seed: int, name: str | None = None) -> DebiasedLaplace:
+    def _fit(self, method: Method, arguments: Mapping[str, Any], seed: int, name: str | None = None) -> Laplace:
         """A fit of a method; with a name it is kept while it runs."""
-        la = DebiasedLaplace(self.model, self.task.likelihood, seed=self.context.seed, **method.laplace)
         checkpoint = None if name is None else self.work / f"fit-{records.digest({'fit': name})}.progress"
         if checkpoint is not None:
             checkpoint.parent.mkdir(parents=True, exist_ok=True)
@@ -130,8 +132,12 @@ class Posteriors:
             except StoredFileError:  # damaged: it belongs to this run, and is made anew
                 checkpoint.unlink(missing_ok=True)
         loader = loader_of(self.task, "train_loader", self.context)
-        la.fit(loader, generator=seed, checkpoint=checkpoint, n_data=self.task.n_data, **arguments)
-        return la
+        likelihood = resolve_likelihood(self.task.likelihood)
+        fitted = fit(
+            self.model, loader, likelihood, generator=seed, checkpoint=checkpoint, n_data=self.task.n_data,
+            dense=False, **fit_settings(**method.laplace, **arguments),
+        )  # fmt: skip
+        return Laplace(fitted, likelihood, fitted.posterior, seed=self.context.seed)
 
     def _budget_of_equal_seconds(self, method: Method) -> int:
         """Data of a single batch whose fit takes as long as another method's did here, on this machine and seed."""
@@ -147,13 +153,42 @@ class Posteriors:
         return draws.budget_within(wanted, seconds, self.task.budget, first.fitted.n_seen if first.fitted else 1)
 
 
-def _before_tuning(la: DebiasedLaplace) -> DebiasedLaplace:
+def fit_settings(
+    *, hessian_structure: str = "kron", subset_of_weights: str = "all", budget: int | None = BUDGET,
+    sampler: Sampler | None = None, structure: Structure | None = None, **others: Any,
+) -> dict[str, Any]:  # fmt: skip
+    """Arguments of :func:`~debiased_laplace.fitting.fit.fit` from a method's, which have the names of laplace-torch."""
+    structure = structure or STRUCTURES[hessian_structure]()
+    return {
+        "structure": structure, "parameters": None if subset_of_weights == "all" else subset_of_weights,
+        "sampler": sampler or default_sampler(budget, structure, others.get("curvature", "ggn")), **others,
+    }  # fmt: skip
+
+
+def tuned_by(
+    la: Laplace, validation: Iterable[Any], grid: Tensor, *, link_approx: str | None = None,
+    prior_structure: str = "scalar", tune_temperature: bool = False, tune_sigma_noise: bool = False,
+    selection: str = "best",
+) -> tuple[Laplace, bool]:  # fmt: skip
+    """A posterior tuned by the arguments of a method, and whether more than one prior precision was chosen."""
+    found = la.tune(
+        validation, link=link_approx or la.likelihood.links[0], prior_structure=prior_structure,
+        temperature=tune_temperature, noise=tune_sigma_noise, selection=selection, prior_precisions=grid,
+    )  # fmt: skip
+    return found, tune_temperature or prior_structure != "scalar" or selection != "best"
+
+
+def _before_tuning(la: Laplace) -> Laplace:
     """The same fit with the settings that it began with."""
-    la = copy.copy(la)
-    la.output_temperature, la.link, la.prior_precision = 1.0, None, 1.0
-    if la.likelihood == "regression":
-        la.sigma_noise = 1.0
-    return la
+    return Laplace(la.fitted, la.likelihood, la.fitted.posterior, seed=la.seed)
+
+
+def _on_the_basis_of(la: Laplace, other: Laplace) -> Laplace:
+    """A tuned posterior on the basis of another one of the same fit."""
+    posterior = replace(
+        other.posterior, prior_precision=la.posterior.prior_precision, noise_variance=la.posterior.noise_variance
+    )
+    return replace(la, fitted=other.fitted, posterior=posterior)
 
 
 def with_warnings(call: Callable[[], _T]) -> tuple[_T, list[str]]:
@@ -163,6 +198,11 @@ def with_warnings(call: Callable[[], _T]) -> tuple[_T, list[str]]:
     return result, sorted(told)
 
 
-def typical_prior(la: DebiasedLaplace) -> float:
+def typical_prior(la: Laplace) -> float:
     """The prior precision, the geometric mean where there are several."""
-    return float(la.prior_precision.detach().double().log().mean().exp())
+    return float(la.posterior.prior_precision.detach().double().log().mean().exp())
+
+
+def noise_of(la: Laplace) -> float:
+    """Standard deviation of the observations of a regression."""
+    return float(la.posterior.noise_variance) ** 0.5
