@@ -239,13 +239,13 @@ def verdict(record: Mapping[str, Any]) -> str:
             else:
                 of_kind = whole if two.bound == ALL else worse
             of_kind.append(f"{NETWORKS[name]}, {default.budget}")
+    n = sum(map(len, (better, undecided, worse, whole)))
     kinds = {
-        "smaller than that of two uniform batches": better, "larger": worse,
-        "smaller than that of the most data that were tried, which take less time": undecided,
-        "that of a fit that takes longer than all data": whole,
+        "smaller than that of two uniform batches for": better, "larger for": worse,
+        "smaller than that of the most data that were tried, which take less time, for": undecided,
+        "compared with zero, since all data take no longer, for": whole,
     }  # fmt: skip
-    counts = [f"{what} for {len(names)} ({'; '.join(names)})" for what, names in kinds.items() if names]
-    n = sum(map(len, kinds.values()))
+    counts = [f"{what} {len(names)} ({'; '.join(names)})" for what, names in kinds.items() if names]
     return f"Of {n} networks and budgets, the default's error at equal time is {', '.join(counts)}."
 
 
