@@ -40,9 +40,11 @@ def remade() -> dict[str, dict[str, str]]:
         import bench
         import bias
         import classes
+        import equal_time
         import evidence
         import frozen
         import links
+        import max_factor
         import readme
         import report
         import results
@@ -73,7 +75,11 @@ def remade() -> dict[str, dict[str, str]]:
             if (RECORDS / "links.json").exists():
                 result["results.md"] |= links.parts(read_json(RECORDS / "links.json"))
         if "fidelity.md" not in outstanding:
-            result["fidelity.md"] = report.parts(read_json(RECORDS / "fidelity.json"))
+            result["fidelity.md"] = (
+                report.parts(read_json(RECORDS / "fidelity.json"))
+                | equal_time.parts(read_json(RECORDS / "equal_time.json"))
+                | max_factor.parts(read_json(RECORDS / "max_factor.json"))
+            )
         for name in set(sys.modules) - before:  # of the folder with experiments, whose names are anybody's
             if Path(getattr(sys.modules[name], "__file__", None) or "/").parent == ROOT / "eval":
                 del sys.modules[name]

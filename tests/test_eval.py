@@ -145,6 +145,37 @@ def test_the_posterior_without_approximation(experiments):
         assert_equal(variances, torch.einsum("ncd,de,nce->nc", jacobians, covariance, jacobians))
 
 
+def test_what_a_time_affords(experiments):
+    from equal_time import ALL, Afforded, Point, afforded
+
+    points = [Point(16, 2.0, 0.4), Point(64, 8.0, 0.1), Point(256, 18.0, 0.01)]
+    assert afforded(8.0, points[::-1], 50.0) == Afforded(64, 0.1)
+    between = afforded(12.0, points, 50.0)  # half of the way, of the logarithms
+    assert (between.budget, between.error, between.bound) == (pytest.approx(128), pytest.approx(0.1 / 10**0.5), "")
+    assert afforded(1.9, points, 50.0).in_words() == ("below 16", "above 0.4000")
+    assert afforded(49.0, points, 50.0).in_words() == ("at least 256", "at most 0.0100")
+    assert afforded(50.0, points, 50.0).bound == ALL
+    # The largest budget that is affordable, although a smaller one took more.
+    assert afforded(8.0, [Point(8, 9.0, 0.5), *points], 50.0).budget == 64
+
+
+def test_errors_at_equal_time(results, tmp_path):
+    docs = tmp_path / "docs"
+    docs.mkdir()
+    shutil.copy(ROOT / "docs" / "fidelity.md", docs)
+    arguments = ("--networks", "digits-cnn", "--pool", "200", "--budgets", "16", "--draws", "2")
+    done = script("equal_time.py", *arguments, "--scratch", str(results), "--docs", str(docs))
+    assert done.returncode == 0, done.stderr
+    record = json.loads((docs / "records" / "equal_time.json").read_text())["digits-cnn"]
+    assert record["n_pool"] == 200
+    fits = [(run["method"], run["budget"], run["seed"]) for run in record["runs"]]
+    assert len(set(fits)) == len(fits) == 2 * (2 * 2 + 1)
+    rows = (docs / "fidelity.md").read_text().split("<!-- table equal time measured -->")[1].splitlines()
+    (row,) = [line for line in rows if line.startswith("| CNN on digits | default | 16 |")]
+    errors = [run["error"] for run in record["runs"] if run["method"] == "default"]
+    assert float(row.split("|")[5].split("±")[0]) == pytest.approx(sum(errors) / 2, abs=1e-4)
+
+
 def test_how_weights_are_shared(tmp_path):
     arguments = ("--networks", "digits-mlp", "--seeds", "2", "--pool", "8")
     done = script("sharing.py", *arguments, "--out", str(tmp_path))
