@@ -82,6 +82,7 @@ CASES: list[tuple[str, str, int, list[tuple[str, int]], str]] = [
      "the default with 1,000 classes: 60 forward passes of the same inputs"),
     ("grid", "LeNet", 500, [("ours", 5)], "100 prior precisions cost 3 times one prediction"),
     ("stream", "ResNet-20", 2000, [("ours", 3)], "1.5 forward passes over the same data"),
+    ("stream", "ResNet-20", 8000, [("ours", 1)], "1.5 forward passes over the same data"),
     ("stream", "LeNet", 2000, [("ours", 9)], "1.5 forward passes over the same data"),
     ("stream", "ViT", 2000, [("ours", 3)], "1.5 forward passes over the same data"),
     ("statistics", "LeNet", 128, [("ours exact", 31), ("ours one sample", 31), ("laplace curvlinops", 9),
@@ -456,7 +457,7 @@ def main() -> None:
         what, name, n, side, repetitions = options.one
         print(json.dumps(measure(what, name, int(n), side, int(repetitions), options.device)))
         return
-    known_cases = [f"{case[0]} {case[1]}" for case in CASES]
+    known_cases = [f"{what} {name} {n}" for what, name, n, *_ in CASES]
     if not any(options.only.lower() in case.lower() for case in known_cases):
         parser.error(f"expected --only to be part of one of {known_cases}, got {options.only!r}")
     versions = {
@@ -471,9 +472,9 @@ def main() -> None:
         kept = json.loads(path.read_text())
         if {key: kept[key] for key in here} != here:
             parser.error(f"{path} has records of {kept['hardware']}, {kept['versions']}; name another --out or --again")
-        known_records = {f"{record['what']} {record['network']}": record for record in kept["records"]}
+        known_records = {f"{record['what']} {record['network']} {record['n']}": record for record in kept["records"]}
     for what, name, n, sides, target in CASES:
-        case = f"{what} {name}"
+        case = f"{what} {name} {n}"
         if options.only.lower() not in case.lower() or case in known_records:
             continue
         results = measure_case(what, name, n, sides, options)

@@ -489,10 +489,9 @@ def test_targets_and_networks_of_one_logit_are_checked(tmp_path: Path) -> None:
         run(Task.load(tmp_path / "named.py"), tmp_path, [0], Context(), methods=MAP, options=OPTIONS)
 
 
-def test_one_logit_from_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("undrawn")
+def test_one_logit_from_the_command_line(tmp_path: Path) -> None:
     (tmp_path / "one.py").write_text(LOGIT)
-    for module in ("report.figures", "bias.pictures"):  # drawing takes long
-        monkeypatch.setattr(f"debiased_laplace.evaluation.{module}.png", lambda figure: b"")
 
     def invoke(*arguments: object) -> Any:
         result = CliRunner().invoke(app, [str(argument) for argument in arguments])
