@@ -912,8 +912,9 @@ def test_names_of_others_cannot_change_the_page(tmp_path: Path) -> None:
 
 def test_the_figures_are_pictures_and_say_what_they_show(summary: dict[str, Any], wave: list[dict[str, Any]]) -> None:
     for summarised, n, width in ((summary, 5, 500), (summarise(wave), 4, 300)):
-        assert Image.open(io.BytesIO(figures.reliability_png(summarised))).size[0] > width
-        drawn = [*figures.pictures(summarised), *figures.reliability_pictures(summarised)]
+        diagrams = figures.reliability_pictures(summarised)
+        assert Image.open(io.BytesIO(figures.reliability_png(summarised, diagrams))).size[0] > width
+        drawn = [*figures.pictures(summarised), *diagrams]
         assert len(drawn) == n + (0 if summarised["regression"] else len(figures.drawn(summarised)))
         for picture in drawn:
             image = np.asarray(Image.open(io.BytesIO(picture.png)).convert("L"))
