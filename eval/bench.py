@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import functools
 import importlib.metadata
+import io
 import json
 import platform
 import subprocess
@@ -442,6 +443,31 @@ def report(records: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def figure(records: list[dict[str, Any]], path: Path) -> None:
+    """How many times as long as ours every other side takes."""
+    from documents import save_small
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    bars = [
+        (f"{record['what']}, {record['network']}: {side}", median(result["seconds"]) / median(ours["seconds"]))
+        for record in records if record["what"] != "largest batch"
+        for ours in [record["sides"][0][1]] if "seconds" in ours
+        for side, result in record["sides"][1:] if "seconds" in result and not side.startswith("ours")
+    ]  # fmt: skip
+    drawn = Figure(figsize=(8, 0.8 + 0.34 * len(bars)), layout="constrained")
+    axes = drawn.subplots()
+    names, ratios = zip(*reversed(bars), strict=True)
+    axes.barh(names, ratios, color="0.55")
+    axes.bar_label(axes.containers[0], [f" {ratio:.3g}" for ratio in ratios])  # type: ignore[arg-type]
+    axes.axvline(1, color="black")
+    axes.set(xscale="log", xlabel="time, in times of ours", xlim=(min(0.5, *ratios) / 1.5, max(ratios) * 3))
+    axes.spines[["top", "right"]].set_visible(False)
+    image = io.BytesIO()
+    FigureCanvasAgg(drawn).print_png(image)
+    save_small(image.getvalue(), path)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu")
@@ -449,6 +475,7 @@ def main() -> None:
     parser.add_argument("--again", action="store_true", help="measure cases that have a record anew")
     parser.add_argument("--rounds", type=int, default=3, help="fresh processes for each side")
     parser.add_argument("--out", type=Path, default=Path("bench-results"))
+    parser.add_argument("--figure", type=Path, help="draw the times beside ours into this file")
     parser.add_argument(
         "--one", nargs=5, metavar=("WHAT", "NETWORK", "N", "SIDE", "REPETITIONS"), help=argparse.SUPPRESS
     )
@@ -486,6 +513,8 @@ def main() -> None:
     where = f"{here['hardware']}; " + ", ".join(f"{name} {version}" for name, version in versions.items())
     table = f"{where}\n\n{report(records)}"
     path.with_suffix(".md").write_text(table + "\n")
+    if options.figure is not None:
+        figure(records, options.figure)
     print(table)
 
 

@@ -239,12 +239,9 @@ def invoke(*arguments: object) -> Any:
     return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
-def test_the_command_line_says_what_was_used_again_and_when(
-    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.usefixtures("undrawn")
+def test_the_command_line_says_what_was_used_again_and_when(finished: Path, tmp_path: Path) -> None:
     folder = copied(finished, tmp_path)
-    for module in ("report.figures", "bias.pictures"):  # drawing takes long
-        monkeypatch.setattr(f"debiased_laplace.evaluation.{module}.png", lambda figure: b"")
     for command, what in ((["evaluate", "--only", "MAP"], "1 of 1 seeds"), (["bias"], "3 of 4 parts")):
         arguments = [command[0], folder / "task.py", "--quick", "--out", tmp_path / command[0], *command[1:]]
         first = invoke(*arguments)
