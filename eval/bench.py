@@ -61,7 +61,7 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], int]] = {
     "LeNet": (lenet, (1, 28, 28), 10),
     "3C3D": (cifar_3c3d, (3, 32, 32), 10),
     "Head": (wide_head, (64,), 3100),
-    "All-CNN-C": (all_cnn_c, (3, 32, 32), 100),
+    "All-CNN-C": (functools.partial(all_cnn_c, 100), (3, 32, 32), 100),
     "ViT": (vit.network, (1, 28, 28), 10),
     "ResNet-20": (CifarResNet, (3, 32, 32), 10),
     "ResNet-18": (resnet18, (3, 64, 64), 10),
