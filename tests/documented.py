@@ -63,6 +63,7 @@ def remade() -> dict[str, dict[str, str]]:
             "benchmarks.md": {
                 "cpu": bench.report(benchmarks),
                 "growth": scale.growth_table(read_json(RECORDS / "scale.json")),
+                "large": scale.large_table(read_json(RECORDS / "scale.json")),
             },
             "benchmarks_appendix.md": {
                 "frozen": frozen.table(read_json(RECORDS / "frozen.json")),
