@@ -1,11 +1,12 @@
 """How time and memory grow with everything that can grow, and the largest networks, step by step.
 
-    python eval/scale.py [--only growth large] [--out scale-results] [--document docs/benchmarks.md]
+    python eval/scale.py [--only growth large] [--device cuda] [--out scale-results] [--document docs/benchmarks.md]
 
 Growth: perceptrons and a small CNN with random weights; one quantity is doubled again and again, the others stay.
 Every measurement is a fresh process with one thread; the exponent is the slope of a line through the logarithms
 of the last three sizes. Large: ResNet-50 and ViT-B/16 with 1,000 classes at 224 x 224 pixels, 64 data drawn, on all
-cores, with the share of every step. What is complete is kept, and a run that was interrupted goes on after it.
+cores or on a card, with the share of every step. What is complete is kept, and a run that was interrupted goes on after
+it.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench import hardware, peak_memory, reset_peak, timed
+from bench import hardware, peak_memory, reset_peak, synchronise, timed
 from documents import fill, markdown
 from torch import nn
 
@@ -81,20 +82,22 @@ def large(name: str) -> nn.Module:
     return {"ResNet-50": torchvision.models.resnet50, "ViT-B/16": torchvision.models.vit_b_16}[name]().eval()
 
 
-def step_by_step(name: str) -> dict[str, Any]:
+def step_by_step(name: str, device: str) -> dict[str, Any]:
     """Seconds of every step of a fit, and its memory, in this process."""
-    model = large(name)
-    x, y = torch.randn(N_LARGE, 3, 224, 224), torch.randint(1000, (N_LARGE,))
+    model = large(name).to(device)
+    x, y = torch.randn(N_LARGE, 3, 224, 224, device=device), torch.randint(1000, (N_LARGE,), device=device)
     seconds = dict.fromkeys(STEPS, 0.0)
 
     def watched(owner: Any, function: str, step: str) -> None:
         original = getattr(owner, function)
 
         def timed_call(*arguments: Any, **keywords: Any) -> Any:
+            synchronise(device)
             start = time.perf_counter()
             try:
                 return original(*arguments, **keywords)
             finally:
+                synchronise(device)
                 seconds[step] += time.perf_counter() - start
 
         setattr(owner, function, timed_call)
@@ -106,26 +109,26 @@ def step_by_step(name: str) -> dict[str, Any]:
     assert measurement.curvatures_along is not projected.curvatures_along
     with torch.no_grad():
         model(x[:8])
-        forward = timed(lambda: [model(part) for part in x.split(16)], "cpu")
-    before = reset_peak("cpu")
+        forward = timed(lambda: [model(part) for part in x.split(16)], device)
+    before = reset_peak(device)
     whole = timed(
         lambda: dl.fit(
             model, list(zip(x.split(32), y.split(32), strict=True)), "classification",
             sampler=dl.PrioritySampler(BUDGET_LARGE),
-        ), "cpu",
+        ), device,
     )  # fmt: skip
     return {
         "parameters": sum(p.numel() for p in model.parameters()), "forward": forward, "seconds": whole,
-        "steps": seconds, "memory_mb": peak_memory("cpu") - before,
+        "steps": seconds, "memory_mb": peak_memory(device) - before,
     }  # fmt: skip
 
 
-def measure(what: str, value: str) -> dict[str, Any]:
+def measure(what: str, value: str, device: str) -> dict[str, Any]:
     """In this process."""
     warnings.filterwarnings("ignore")
     torch.manual_seed(0)
     if what == "large":
-        return step_by_step(value)
+        return step_by_step(value, device)
     torch.set_num_threads(1)
     function = grown(what, int(value))
     before = reset_peak("cpu")
@@ -170,6 +173,7 @@ def large_table(record: Mapping[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cpu", help="of the largest networks; growth is measured on a CPU")
     parser.add_argument("--out", type=Path, default=Path("scale-results"))
     parser.add_argument(
         "--document", type=Path, help="a document with a place for each table; otherwise they are printed"
@@ -178,18 +182,25 @@ def main() -> None:
     parser.add_argument("--one", nargs=2, metavar=("WHAT", "VALUE"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
-        print(json.dumps(measure(*options.one)))
+        print(json.dumps(measure(*options.one, options.device)))
         return
-    path = options.out / "scale.json"
+    on_cpu = options.device == "cpu"
+    path = options.out / ("scale.json" if on_cpu else f"scale-{options.device}.json")
     record = read_json(path) if path.exists() else {"growth": {}, "large": {}}
-    record |= {"hardware": hardware("cpu"), "torch": torch.__version__, "n_large": N_LARGE, "budget": BUDGET_LARGE}
+    record |= {
+        "hardware": hardware(options.device),
+        "torch": torch.__version__,
+        "n_large": N_LARGE,
+        "budget": BUDGET_LARGE,
+    }
     wanted = [("growth", what, str(size)) for what, (sizes, *_) in GROWTH.items() for size in sizes]
     wanted += [("large", "large", name) for name in ("ResNet-50", "ViT-B/16")]
     for part, what, value in wanted:
         of_part = record[part] if part == "large" else record[part].setdefault(what, {})
         if part not in options.only or value in of_part:
             continue
-        done = subprocess.run([sys.executable, __file__, "--one", what, value], capture_output=True, text=True)
+        command = [sys.executable, __file__, "--device", options.device, "--one", what, value]
+        done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode != 0:
             sys.exit(done.stderr)
         of_part[value] = json.loads(done.stdout.strip().splitlines()[-1])

@@ -357,6 +357,7 @@ SHARES = (
 WITHOUT_RULES = {
     "trainable-frequencies", "class-token-by-assignment", "own-function", "deformable-convolution", "prototypes",
     "quantised-codes", "long-convolution", "fourier-layer", "hard-experts", "ensemble-by-vmap",
+    "scale-used-once-more",
     "gradient-in-the-forward-pass", "token-in-rows-of-other-data", "transformers-timesformer",
     "transformers-beit",  # its table is looked up at places that are kept from one call to the next
 }  # fmt: skip

@@ -204,6 +204,12 @@ def _(net, x):
     return net.head(torch.func.vmap(lambda w, b: F.linear(x, w, b).tanh())(net.weight, net.bias).mean(0))
 
 
+@network("scale-used-once-more", hidden=linear(5, 6), norm=lambda: nn.LayerNorm(6), head=linear(6, 3))
+def _(net, x):
+    h = net.norm(net.hidden(x))
+    return net.head(h + torch.func.vmap(lambda row: torch.atan(row * net.norm.weight))(h))
+
+
 @network("conditional-convolution", images, weight=parameter(3, 4, 3, 3, 3, scale=0.2), gate=linear(3, 3),
          head=linear(4, 3))  # fmt: skip
 def _(net, x):

@@ -443,14 +443,18 @@ CASES: dict[str, Case] = {
 
 
 @functools.cache
-def reference(name: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Mean curvature ``[D, D]``, mean loss, outputs and their Jacobians, of the plain network."""
+def reference(name: str, device: torch.device | str = "cpu") -> tuple[Tensor, ...]:
+    """Mean curvature ``[D, D]``, mean loss, outputs and their Jacobians, of the plain network.
+
+    On the device of the model: ``nn.DataParallel`` takes it to a card if there is one.
+    """
     case = CASES[name]
     network = core(case.c)
     outputs, jacobian = network(case.x).detach(), dense_jacobian(network, case.x)
     hessian = dense_loss_hessian(case.likelihood, outputs, case.targets)
     curvature = torch.einsum("ncp,nck,nkq->pq", jacobian, hessian, jacobian) / len(case.x)
-    return curvature, case.likelihood.loss(outputs, case.targets).mean(), outputs, jacobian
+    loss = case.likelihood.loss(outputs, case.targets).mean()
+    return tuple(each.to(device) for each in (curvature, loss, outputs, jacobian))
 
 
 def fitted(name: str, structure: str = "diag", **settings: Any) -> DebiasedLaplace:
@@ -475,14 +479,14 @@ def test_the_table_names_the_tests():
 def test_row_of_the_table(name, structure):
     """The sampler reads the stream, the layers are found, and curvatures, evidence and predictions are right."""
     case, n = CASES[name], 4
-    curvature, loss, outputs, jacobian = reference(name)
     la = fitted(name, structure, split=Single())
+    curvature, loss, outputs, jacobian = reference(name, la.network.device)
     assert la.n_data == 7
     assert_equal(la.loss, 7 * loss)
     columns = dense_basis(la.fitted.posterior.basis)
     assert_equal(la.fitted.posterior.curvatures, ((curvature @ columns) * columns).sum(0))
     if structure == "full":
-        assert_equal(la.posterior_precision, 7 * curvature + torch.eye(len(curvature), dtype=torch.float64))
+        assert_equal(la.posterior_precision, 7 * curvature + torch.eye(len(curvature)).to(curvature))
     covariance = dense_posterior_precision(la.posterior).inverse()
     expected = jacobian[:n] @ covariance @ jacobian[:n].mT
     for k in (n, 1):  # also one datum alone
@@ -498,8 +502,8 @@ def test_row_of_the_table(name, structure):
 def test_other_draws_and_chunks_of_one(name):
     """All data kept without a forward pass, one datum at a time, and predicted in all ways."""
     case = CASES[name]
-    curvature, _, outputs, jacobian = reference(name)
     la = fitted(name, "full", budget=None, chunk_size=1)
+    curvature, _, outputs, jacobian = reference(name, la.network.device)
     assert_equal(la.H, 7 * curvature)
     again = DebiasedLaplace(case.model(), case.likelihood, hessian_structure="full", dict_key_y=case.key)
     again.fit(case.loader(), chunk_size=1, split=Single())
@@ -508,14 +512,14 @@ def test_other_draws_and_chunks_of_one(name):
     x = case.ask(case.x[:2])
     deviations = la.posterior.deviations(3, torch.Generator().manual_seed(0))
     linear = outputs[:2] + torch.einsum("ncd,sd->snc", jacobian[:2], deviations)
-    plain = core(case.c)
+    plain = core(case.c).to(la.network.device)
     for k in (2, 1):
         own = la.functional_samples(case.ask(case.x[:k]), "linearized", 3, generator=torch.Generator().manual_seed(0))
         assert_equal(own, linear[:, :k])
         sampled = la.functional_samples(case.ask(case.x[:k]), "nn", 3, generator=torch.Generator().manual_seed(0))
         for deviation, found in zip(deviations, sampled, strict=True):
             nn.utils.vector_to_parameters(la.mean + deviation, plain.parameters())
-            assert_equal(found, plain(case.x[:k]))
+            assert_equal(found, plain(case.x[:k].to(la.network.device)))
     if isinstance(case.likelihood, Gaussian):
         mean, joint = la(x, joint=True)
         assert_equal(mean, outputs[:2].flatten())
@@ -530,8 +534,8 @@ def test_other_draws_and_chunks_of_one(name):
 def test_fits_are_added_and_copied(name):
     """What is kept of a stream goes together with more of it, and with a copy of the posterior."""
     case = CASES[name]
-    curvature, loss, outputs, _ = reference(name)
     la = fitted(name, "diag", split=Single(), budget=None)
+    curvature, loss, outputs, _ = reference(name, la.network.device)
     la.fit(case.loader(), override=False, split=Single(), budget=None)
     assert la.n_data == 14
     assert_equal(la.loss, 14 * loss)

@@ -499,7 +499,8 @@ def test_models_of_transformers_take_what_their_collators_make(name, tmp_path):
     assert seen
     assert all(names and "labels" not in names and names & taken for names in seen)
     whole = loader[1]
-    by_hand = {key: value for key, value in whole.items() if key in taken}
+    device = posterior.network.device  # nn.DataParallel takes a model to a card if there is one
+    by_hand = {key: value.to(device) for key, value in whole.items() if key in taken}
     module = inner if inner is model else model.module
     prefix = "module." if inner is not model else ""
     exact(posterior, model, lambda p: torch.func.functional_call(

@@ -407,6 +407,37 @@ def test_products_of_statistics_are_in_full_precision_whatever_the_user_allows(a
     assert (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32) == (allowed, True)
 
 
+class Rounding(nn.Module):
+    """A deep network whose products are rounded as a card rounds them while that is allowed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers, self.head = nn.ModuleList(nn.Linear(32, 32) for _ in range(12)), nn.Linear(32, 3)
+        for layer in self.layers:
+            nn.init.kaiming_normal_(layer.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            hidden = layer(x)
+            if torch.backends.cudnn.allow_tf32:
+                large = hidden.detach() * (2**13 + 1)
+                hidden = hidden + (large - (large - hidden.detach()) - hidden.detach())  # to eleven bits
+            x = hidden.relu()
+        return self.head(x)
+
+
+def test_kinks_are_where_full_precision_has_them(given_back: None) -> None:
+    """Rectifiers that rounding puts on their other side change a gradient by percents."""
+    torch.manual_seed(0)
+    model, x, y = Rounding(), torch.randn(64, 32), classes(64)
+    results = []
+    for allowed in (True, False):
+        torch.backends.cudnn.allow_tf32 = allowed
+        results.append(dl.fit(model, [(x, y)], "classification", sampler=dl.UniformSampler(None)))
+    assert not results[0].network.lone_blocks
+    assert_equal(*(result.posterior.curvatures for result in results), 0.0)
+
+
 @pytest.mark.skipif(not hasattr(torch.backends.cuda.matmul, "fp32_precision"), reason="since torch 2.9")
 def test_newer_settings_of_precision_are_given_back(given_back: None) -> None:
     owners = [torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.mkldnn.matmul]

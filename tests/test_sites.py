@@ -580,7 +580,7 @@ def test_tuning_does_not_depend_on_batches(name, monkeypatch):
     one, other = (posterior.tune(batches, prior_precisions=GRID) for batches in (case.batches, iter(single)))
     assert_equal(one.tuned.curve.losses, other.tuned.curve.losses)
     assert one.tuned.temperature == pytest.approx(other.tuned.temperature, rel=1e-6)
-    assert torch.equal(one.posterior.prior_precision, other.posterior.prior_precision)
+    assert_equal(one.posterior.prior_precision, other.posterior.prior_precision)
     by_layer = [posterior.tune(b, prior_structure="layerwise", link="probit", prior_precisions=GRID) for b in
                 (case.batches, single)]  # fmt: skip
     assert_equal(by_layer[0].tuned.curve.losses, by_layer[1].tuned.curve.losses)

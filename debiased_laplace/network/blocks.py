@@ -134,7 +134,7 @@ def group_parameters(
     formed = _in_several_ways(calls, uses)
     for call, pair in zip(calls, uses, strict=True):
         stacked = [use.name for use in pair if use is not None and not use.derived and call.arrangement.stacked]
-        if any(len(partners[name]) > 1 or name in formed for name in stacked):
+        if any(len(partners[name]) > 1 or name in formed or name in elsewhere for name in stacked):
             formed.update(stacked)
 
     blocks: dict[tuple[str, ...], Block] = {}

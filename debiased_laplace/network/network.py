@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
@@ -293,7 +294,7 @@ class Network:
         """A forward pass that keeps nothing for a backward pass; None if that cannot be, or one is needed."""
         try:
             with saved_tensors_hooks(lambda tensor: tensor.shape, _no_backward):
-                factors, recorder = self.forward(inputs)
+                factors, recorder = self.forward(inputs, differentiated=False)
         except RuntimeError:  # a model with torch.func inside has no such hooks; any other error comes again
             return None
         # Sequences after all, if the network was found with others: only a backward pass tells what is padding.
@@ -378,13 +379,17 @@ class Network:
             per_datum = per_datum * max(self.datum_size, _data.size_of_datum(inputs)) // self.datum_size
         return per_datum
 
-    def forward(self, inputs: _data.Inputs) -> tuple[Factors, Recorder]:
-        """One forward pass, and what was seen of it."""
+    def forward(self, inputs: _data.Inputs, *, differentiated: bool = True) -> tuple[Factors, Recorder]:
+        """One forward pass, and what was seen of it.
+
+        If it is to be differentiated, products are in full precision: a kink (of a ReLU, say) that rounding takes on
+        its other side changes gradients by percents. Otherwise as the user has them.
+        """
         with gradients_enabled():
             recorder = Recorder(self.identities, self.call_types, self.entries, self.apart)
             with self._replicas.one() as model:
                 recorder.note_constants((*model.buffers(), *model.parameters()))
-                with recorder, users_precision():
+                with recorder, nullcontext() if differentiated else users_precision():
                     every, returned = self._run(model, inputs)
             n, n_run = _data.count(inputs), len(every)
             outputs = every if n == n_run else every[:n]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -52,12 +53,18 @@ def dense_jacobian(model: nn.Module, inputs: Any) -> Tensor:
         return _data.USUAL(module, inputs, parameters=parameters).reshape(n, -1)
 
     module = in_evaluation_mode(model)
-    with torch.inference_mode(False), torch.enable_grad():
+    with torch.inference_mode(False), torch.enable_grad(), _with_derivatives(module):
         try:
             jacobians = torch.func.jacrev(outputs)(parameters)
         except RuntimeError:  # an operation that torch.func does not know
             jacobians = _by_backward_passes(outputs, parameters)
     return torch.cat([jacobians[name].reshape(n, jacobians[name].shape[1], -1) for name in parameters], -1).detach()
+
+
+def _with_derivatives(module: nn.Module) -> AbstractContextManager[Any]:
+    """Without cuDNN, whose recurrent layers have no derivatives in evaluation mode."""
+    recurrent = any(isinstance(layer, nn.RNNBase) for layer in module.modules())
+    return torch.backends.cudnn.flags(enabled=False) if recurrent else nullcontext()
 
 
 def _by_backward_passes(

@@ -187,8 +187,8 @@ def test_an_edited_number_of_a_record_is_not_shown(tmp_path: Path) -> None:
 
 def killed(work: Callable[[], Any], point: str, number: int) -> bool:
     """Run in a process that is killed at the n-th time that it comes to a point; whether it came there."""
-    if torch.cuda.is_initialized():
-        pytest.skip("a process that has used CUDA cannot be forked")
+    if torch.cuda.is_available():
+        pytest.skip("autograd's threads, of which every card has one, do not survive a fork")
     child = os.fork()
     if child == 0:
         count, original = 0, getattr(os, point)
