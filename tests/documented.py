@@ -62,6 +62,7 @@ def remade() -> dict[str, dict[str, str]]:
             "steps.md": steps_document.parts_of(read_json(RECORDS / "steps.json")),
             "benchmarks.md": {
                 "cpu": bench.report(benchmarks),
+                "card": bench.report(json.loads((RECORDS / "bench-cuda.json").read_text())["records"]),
                 "growth": scale.growth_table(read_json(RECORDS / "scale.json")),
                 "large": scale.large_table(read_json(RECORDS / "scale.json")),
             },

@@ -98,17 +98,18 @@ def network_of(model: nn.Module) -> Network:
     return Network.discover(model, torch.randn(3, 4, dtype=torch.float64))
 
 
+@pytest.mark.parametrize("vector_chunk", [1, 16])
 @pytest.mark.parametrize(
     "fastest", [Way(), Way(8, copies=True), Way(32, copies=True), Way(128, copies=True), Way(16)], ids=str
 )
-def test_the_way_is_measured_once_for_a_size_and_then_used(clock, fastest):
+def test_the_way_is_measured_once_for_a_size_and_then_used(clock, fastest, vector_chunk):
     seconds, tried = clock
     seconds |= {Way(8, copies=True): 7.0, Way(32, copies=True): 27.0, Way(128, copies=True): 100.0, Way(): 1.0}
     seconds |= {Way(16): 15.9, fastest: 0.5}
     network, inputs = network_of(Counted()), torch.randn(2, 4, dtype=torch.float64)
     vectors = torch.randn(300, 2, 70, dtype=torch.float64)
     expected = back(network, inputs, vectors, Way())
-    network.backward = Backward()
+    network.backward, network.vector_chunk = Backward(), vector_chunk
     for _ in range(2):
         used = []
         of_data = network.factors(inputs)

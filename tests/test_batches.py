@@ -483,7 +483,7 @@ def test_row_of_the_table(name, structure):
     curvature, loss, outputs, jacobian = reference(name, la.network.device)
     assert la.n_data == 7
     assert_equal(la.loss, 7 * loss)
-    columns = dense_basis(la.fitted.posterior.basis)
+    columns = dense_basis(la.fitted.posterior.basis).to(curvature)
     assert_equal(la.fitted.posterior.curvatures, ((curvature @ columns) * columns).sum(0))
     if structure == "full":
         assert_equal(la.posterior_precision, 7 * curvature + torch.eye(len(curvature)).to(curvature))
@@ -539,7 +539,7 @@ def test_fits_are_added_and_copied(name):
     la.fit(case.loader(), override=False, split=Single(), budget=None)
     assert la.n_data == 14
     assert_equal(la.loss, 14 * loss)
-    columns = dense_basis(la.fitted.posterior.basis)
+    columns = dense_basis(la.fitted.posterior.basis).to(curvature)
     assert_equal(la.fitted.posterior.curvatures, ((curvature @ columns) * columns).sum(0))
     assert_equal(copy.deepcopy(la)._glm_predictive_distribution(case.ask(case.x[:2]))[0], outputs[:2])
 

@@ -129,11 +129,11 @@ def _measured(
             if not _same(last, of_blocks, factors.network.precision):
                 factors.forget_copies()
                 continue
-            of_blocks = [g[:, :, 1:] for g in of_blocks]
         durations[way] = duration
         last = [g[:, :, -1] for g in of_blocks]
-        yield slice(done, part.stop), of_blocks
-        done = part.stop
+        if part.stop > done:
+            yield slice(done, part.stop), [g[:, :, done - start :] for g in of_blocks]
+            done = part.stop
         del of_blocks
 
 

@@ -166,8 +166,11 @@ class Patches:
 def second_moment(
     patches: Patches, images: Tensor, dtype: torch.dtype, ones: bool, weights: Tensor | None
 ) -> Tensor | None:
-    """:meth:`Patches.second_moment` in a precision, with a weight for every image; None if it is not fast."""
-    if not len(images) or not patches.sums_displacements(images.shape[2:]):
+    """:meth:`Patches.second_moment` in a precision, with a weight for every image; None if it is not fast.
+
+    Nor is it on a card, where few large products are faster than many small ones.
+    """
+    if not len(images) or images.device.type != "cpu" or not patches.sums_displacements(images.shape[2:]):
         return None
     roots = images.new_ones(len(images), dtype=dtype) if weights is None else weights.to(images.device, dtype).sqrt()
     images = images.to(dtype)
