@@ -267,7 +267,7 @@ def test_the_import_is_light():
 def test_the_suite_imports_no_other_laplace_and_no_figures():
     """Nor does a fit, and the compiler only where processes are forked: else a second or more of every process."""
     code = (
-        "import sys, torch\n"
+        "import gc, sys, torch\n"
         "from debiased_laplace.evaluation import demo\n"
         "from debiased_laplace.laplace import fit\n"
         "demo.seconds_of_a_gradient(at_least=0.01)\n"
@@ -283,6 +283,7 @@ def test_the_suite_imports_no_other_laplace_and_no_figures():
         "before = set(sys.modules)\n"
         "demo.digits.trained(inputs, targets, 0, epochs=1)\n"
         "print(sorted(set(sys.modules) - before))\n"
+        "assert gc.isenabled() and gc.get_freeze_count() > 100_000\n"
     )
     assert run_python(code).split() == ["[]"] * 3
 

@@ -81,6 +81,10 @@ def evaluate(
     An interrupted run goes on where it stopped when the same command is given again.
     """
     check_folder(out)
+    if processes > 1:
+        from debiased_laplace.evaluation.suite import processes as pool
+
+        pool.prepare()
     with importing():
         from debiased_laplace.evaluation import Options, run, summarise
         from debiased_laplace.evaluation.methods import methods_of
