@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 
 
@@ -13,7 +14,10 @@ def main() -> None:
         sys.exit(f"Error: {error}")
     from debiased_laplace.cli import app
 
-    app()
+    try:
+        app()
+    finally:
+        gc.freeze()  # the process ends: looking through all its modules for cycles would take most of a second
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What the demonstration costs, in training steps of its network and in single-precision products, all from one run.
+"""What the demonstration costs, in gradients of its network and in single-precision products, all from one run.
 
     python eval/demonstration.py [--quick] [--seeds 2] [--processes 2]
 
@@ -29,10 +29,10 @@ def main() -> None:
     options = parser.parse_args()
     n_seeds = options.seeds or (demonstration.N_SEEDS_QUICK if options.quick else demonstration.N_SEEDS)
     torch.set_num_threads(1)
-    steps, products = [], []
+    gradients, products = [], []
 
     def units() -> None:
-        steps.append(demonstration.seconds_of_a_step())
+        gradients.append(demonstration.seconds_of_a_gradient())
         products.append(2 * 1024**3 / 1e9 / gigaflops())
 
     units()
@@ -45,10 +45,10 @@ def main() -> None:
         start = time.perf_counter()
         write_outputs(Path(folder), summary)
         of_pages = time.perf_counter() - start
-    step, product = statistics.mean(steps), statistics.mean(products)
-    print(f"a training step {step * 1e3:.2f} ms, a product of 1024 x 1024 {product * 1e3:.1f} ms")
+    gradient, product = statistics.mean(gradients), statistics.mean(products)
+    print(f"a gradient {gradient * 1e3:.2f} ms, a product of 1024 x 1024 {product * 1e3:.1f} ms")
     for name, seconds in (("seeds", of_seeds), ("pages", of_pages)):
-        print(f"{name}: {seconds:.1f} s, {seconds / step:.0f} training steps, {seconds / product:.0f} products")
+        print(f"{name}: {seconds:.1f} s, {seconds / gradient:.0f} gradients, {seconds / product:.0f} products")
     print(f"expected {expected:.1f} s, took {of_seeds + of_pages:.1f} s")
 
 

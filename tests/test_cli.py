@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from typer.testing import CliRunner
 import debiased_laplace
 from debiased_laplace import DebiasedLaplace
 from debiased_laplace.cli import app
+from debiased_laplace.cli.terminal import importing
 from debiased_laplace.evaluation import Context, Task
 from debiased_laplace.evaluation.methods import methods_of
 from debiased_laplace.evaluation.shipped import names
@@ -292,3 +294,10 @@ def test_version_and_help() -> None:
 def test_the_command_line_is_light() -> None:
     code = "import sys, debiased_laplace.cli; sys.exit(any(m in sys.modules for m in ('torch', 'laplace', 'netcal')))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_what_is_imported_is_not_searched_for_garbage() -> None:
+    with pytest.raises(ImportError, match="not there"), importing():
+        assert not gc.isenabled()
+        raise ImportError("not there")
+    assert gc.isenabled()

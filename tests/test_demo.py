@@ -93,19 +93,19 @@ def test_what_takes_long_is_left_out() -> None:
     assert [method.name for method in methods] == NAMES
 
 
-def test_what_it_will_take_is_said_from_training_steps(quick: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_it_will_take_is_said_from_gradients(quick: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
     assert quick.result.stderr.startswith("About ")
     ticks = itertools.count()
-    monkeypatch.setattr(demonstration, "train", lambda model, inputs, targets, loss, batches, optimizer: None)
-    # The clock goes on by 0.1 s with every reading: ten steps between the second and the third, and before the fourth.
-    assert demonstration.seconds_of_a_step(lambda: 0.1 * next(ticks), 0.25) == pytest.approx(0.3 / 20)
-    monkeypatch.setattr(demonstration, "seconds_of_a_step", lambda clock: 0.01)
-    full, rest = demonstration.STEPS_OF_A_SEED, demonstration.STEPS_OF_THE_REST
+    # The clock goes on by 0.1 s with every reading: ten gradients between the second and the third, and before the
+    # fourth.
+    assert demonstration.seconds_of_a_gradient(lambda: 0.1 * next(ticks), 0.25) == pytest.approx(0.3 / 20)
+    monkeypatch.setattr(demonstration, "seconds_of_a_gradient", lambda clock: 0.01)
+    full, rest = demonstration.GRADIENTS_OF_A_SEED, demonstration.GRADIENTS_OF_THE_REST
     for n_seeds, n_processes, rounds in ((6, 1, 6), (6, 2, 3), (5, 2, 3), (1, 4, 1)):
         expected = demonstration.expected_seconds(n_seeds, n_processes, quick=False)
         assert expected == pytest.approx(0.01 * (rounds * full + rest))
     less = demonstration.expected_seconds(2, 2, quick=True)
-    assert less == pytest.approx(0.01 * (demonstration.STEPS_OF_A_SEED_QUICK + rest))
+    assert less == pytest.approx(0.01 * (demonstration.GRADIENTS_OF_A_SEED_QUICK + rest))
 
 
 def test_threads_are_given_back() -> None:

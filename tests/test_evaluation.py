@@ -474,7 +474,8 @@ def test_a_method_that_failed_for_a_seed_has_the_numbers_of_the_others_and_is_to
         said = "laplace-torch did not run in 1 of 2 seeds; its numbers are of the others: RuntimeError: no memory."
         assert said in statement(summarised)["details"]
         assert said in markdown(summarised, title="Failed")
-    assert "Did not run: RuntimeError: no memory" in render(summarised, title="Failed")
+    page = render(summarised, figures.reliability_pictures(summarised), title="Failed")
+    assert "Did not run: RuntimeError: no memory" in page
 
 
 @pytest.mark.parametrize(
@@ -627,7 +628,7 @@ def test_without_a_candidate_nothing_is_compared(two: list[dict[str, Any]]) -> N
     said = statement(summarised)
     assert "none is marked as a candidate" in said["answer"]
     assert said["details"] == []
-    assert render(summarised, title="Alone")
+    assert render(summarised, figures.reliability_pictures(summarised), title="Alone")
 
 
 @pytest.mark.usefixtures("undrawn")

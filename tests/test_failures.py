@@ -24,7 +24,7 @@ from debiased_laplace.evaluation.methods import methods_of
 from debiased_laplace.evaluation.predictors.one_logit import TwoClasses, two_classes
 from debiased_laplace.evaluation.predictors.posterior import LaplacePredictor
 from debiased_laplace.evaluation.predictors.prediction import as_prediction
-from debiased_laplace.evaluation.report.figures import pictures
+from debiased_laplace.evaluation.report.figures import pictures, reliability_pictures
 from debiased_laplace.evaluation.report.numbers import number, plus_minus, with_interval
 from debiased_laplace.evaluation.report.outputs import markdown, render, write_outputs
 from debiased_laplace.evaluation.report.statement import statement
@@ -139,7 +139,7 @@ def test_a_method_that_fails_on_some_data_keeps_the_rest(tmp_path: Path, monkeyp
     summarised = summarise([record])
     (ood,) = [table for table in tables(summarised) if table.title == "Out-of-distribution data"]
     assert "undefined" in ood.markdown()
-    assert render(summarised, title="t")
+    assert render(summarised, reliability_pictures(summarised), title="t")
 
 
 def test_distances_that_fail_take_nothing_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -215,6 +216,25 @@ def test_generators_are_enough() -> None:
     assert without_seconds(result) == without_seconds(expected)
     (read,) = preflight(PREDICTORS, conditions(generator(TEST)))
     assert torch.equal(torch.cat([inputs for inputs, _ in read.loader]), TEST[0])
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_every_predictor_sees_inputs_of_every_look_before_anything_is_read(strict: bool) -> None:
+    """Where one that fails later is no error, loaders like one before need no more than one that works."""
+    seen: dict[str, list[int]] = {"a": [], "b": [], "c": []}
+
+    def predictor(name: str, inputs: Tensor) -> Tensor:
+        seen[name].append(inputs.shape[1])
+        if name == "a" and not strict and float(inputs.abs().max()) > 100:
+            raise RuntimeError("too large")
+        return inputs[:, :3].softmax(1)
+
+    wide = torch.cat([SHIFTED[0], SHIFTED[0]], 1), SHIFTED[1]
+    shifts = {"wide": {1: [wide], 5: [wide]}, "far": [(1000 + SHIFTED[0], SHIFTED[1])]}
+    preflight({name: partial(predictor, name) for name in seen}, conditions([TEST], shifts), strict=strict)
+    everywhere = [3, 6, 6, 3]
+    expected = {name: everywhere for name in seen} if strict else {"a": everywhere, "b": [3, 6, 3], "c": [3, 6]}
+    assert seen == expected
 
 
 def test_what_predictors_and_loaders_may_give() -> None:

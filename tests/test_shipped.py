@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 import debiased_laplace as dl
 from debiased_laplace.evaluation import Task, shifts
-from debiased_laplace.evaluation.shipped import cifar10, common, digits, fashion_mnist, load, names, scenes, trec, uci
+from debiased_laplace.evaluation.shipped import cifar10, digits, fashion_mnist, load, names, scenes, trec, uci
 from tests.tolerances import EXACT, FLOAT32, assert_equal
 
 #: Tasks of the experiments, on the data of shipped ones.
@@ -292,19 +292,6 @@ def test_digits(tmp_path: Path) -> None:
     assert accuracies["test"] > 0.9
     noise, _ = joined(digits.shifted_loaders(**context)["noise"][3])
     assert torch.equal(noise, shifts.gaussian_noise(inputs, 0.3, seed=0))
-
-
-def test_the_steps_of_adam_are_those_of_torch() -> None:
-    inputs = torch.randn(40, 1, 8, 8, generator=torch.Generator().manual_seed(0))
-    batches = [torch.arange(start, start + 20) for start in (0, 20, 10, 5)]
-    before = common.initialised(digits.network, 3)
-    trained = []
-    for make in (lambda p: common.Adam(p, 1e-2), lambda p: torch.optim.Adam(p, lr=1e-2)):
-        network = common.initialised(digits.network, 3)
-        common.train(network, inputs, torch.arange(40) % 10, F.cross_entropy, batches, make(network.parameters()))
-        trained.append(nn.utils.parameters_to_vector(network.parameters()))
-    assert torch.equal(*trained)
-    assert not torch.equal(trained[0], nn.utils.parameters_to_vector(before.parameters()))
 
 
 def test_digits_split_by_seed() -> None:

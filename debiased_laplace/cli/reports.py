@@ -81,6 +81,10 @@ def evaluate(
     An interrupted run goes on where it stopped when the same command is given again.
     """
     check_folder(out)
+    if processes > 1:
+        from debiased_laplace.evaluation.suite import processes as pool
+
+        pool.prepare()
     with importing():
         from debiased_laplace.evaluation import Options, run, summarise
         from debiased_laplace.evaluation.methods import methods_of
@@ -164,18 +168,19 @@ def _evaluate_and_show(
     expected: Callable[[], float] | None = None,
 ) -> None:  # fmt: skip
     """Run and show how far it is, write the files, show the answer and the short tables."""
+    from debiased_laplace.evaluation.demo import QUICK
     from debiased_laplace.evaluation.progress import Seeds
 
     with shown_progress(n_seeds, out) as reporter:
         if expected is not None:
             reporter.expect(expected(), "by the speed of this machine")
+        # Needed in the end alone; imported while the server of processes imports what it needs.
+        from debiased_laplace.evaluation import write_outputs
+        from debiased_laplace.evaluation.report.statement import statement
+        from debiased_laplace.evaluation.report.tables import tables
+
         seeds = Seeds(reporter, n_seeds)
         summary = work(seeds)
-    from debiased_laplace.evaluation import write_outputs
-    from debiased_laplace.evaluation.demo import QUICK
-    from debiased_laplace.evaluation.report.statement import statement
-    from debiased_laplace.evaluation.report.tables import tables
-
     paths = write_outputs(out, summary, title=title, notice=QUICK if quick else "")
     notes = reuse_note(summary["made"], len(seeds.kept), "seeds", out)
     description, short = summary["task"]["description"], tables(summary, short=True)

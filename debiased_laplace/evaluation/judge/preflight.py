@@ -27,19 +27,22 @@ def preflight(
         predictors: As :func:`evaluate` takes them.
         conditions: Data.
         images: As :func:`evaluate` takes it.
-        strict: Whether one predictor that fails is an error; if not, all have to fail.
+        strict: Whether one predictor that fails is an error; if not, all have to fail, and of loaders whose inputs look
+            like those of one before it is enough that one works.
 
     Returns:
         The conditions with loaders that still yield everything, also if they can be read only once.
     """
     read = []
     kinds: dict[str, str] = {}
+    looks: set[Any] = set()
     for condition in conditions:
         what = condition.described
         first, loader = peek(condition.loader, what)
         inputs, targets = inputs_and_targets(first, what)
         few = _data.take(inputs, slice(0, 2))
         errors: list[Exception] = []
+        look = tuple((leaf.shape[1:], leaf.dtype) for leaf in _data.tensors(few))
         for name, predictor in predictors.items():
             try:
                 prediction = _first_prediction(predictor, name, few, inputs, what)
@@ -51,6 +54,9 @@ def preflight(
             kinds[name] = "classification" if prediction.probabilities is not None else "regression"
             if condition.kind != "ood":
                 checked_targets(prediction.arrays(), targets, what)
+            if not strict and look in looks:
+                break
+        looks.add(look)
         if images is not None and condition.kind != "shift" and "regression" not in kinds.values():
             _check_images(images, few, what)
         if len(set(kinds.values())) > 1:

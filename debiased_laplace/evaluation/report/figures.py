@@ -134,10 +134,10 @@ def _severity(summary: Summary) -> Picture | None:
                 panel.plot(places, values, color=color, linestyle=dashes, marker=marker, markersize=4, linewidth=width)
             panel.grid(color="0.9", linewidth=0.6)
             panel.set_xticks(places)
-            panel.set_title(name, fontsize=10)
         row[0].set_ylabel(label)
-    for panel in panels[-1]:
-        panel.set_xlabel("severity")
+    for top, bottom, name in zip(panels[0], panels[-1], by_shift, strict=True):
+        top.set_title(name, fontsize=10)
+        bottom.set_xlabel("severity")
     legend(figure, styles)
     with np.errstate(invalid="ignore"):
         worst = {

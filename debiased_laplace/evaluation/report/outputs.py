@@ -45,10 +45,15 @@ def markdown(summary: Summary, *, title: str, notice: str = "", level: int = 1) 
     )
 
 
-def render(
-    summary: Summary, diagrams: Sequence[Picture] | None = None, *, title: str, notice: str = ""
-) -> str:  # fmt: skip
-    """The page as text; everything is in it, nothing is loaded. Diagrams that were made already are taken."""
+def render(summary: Summary, diagrams: Sequence[Picture], *, title: str, notice: str = "") -> str:
+    """The page as text; everything is in it, nothing is loaded.
+
+    Args:
+        summary: What is shown.
+        diagrams: From :func:`~debiased_laplace.evaluation.report.figures.reliability_pictures`.
+        title: Of the page.
+        notice: A warning shown above everything.
+    """
     all_tables = tables(summary)
     candidate = by_role(summary, "candidate")
     return pages.render(
@@ -60,7 +65,7 @@ def render(
         first_table=all_tables[0],
         tables=all_tables[1:],
         results=figures.pictures(summary),
-        reliability=figures.reliability_pictures(summary) if diagrams is None else diagrams,
+        reliability=diagrams,
         bins=figures.bins_note(),
         shown=figures.shown(summary),
         classes=summary["task"]["classes"],

@@ -205,45 +205,13 @@ def initialised(build: Callable[[], nn.Module], seed: int) -> nn.Module:
         return build()
 
 
-class Adam:
-    """Adam (Kingma and Ba, arXiv 1412.6980) with its usual settings: the same steps as those of ``torch.optim.Adam``.
-
-    That one imports the compiler when the first is made: a second in every process, as long as a small network trains.
-
-    Args:
-        parameters: Of a network.
-        rate: The learning rate.
-    """
-
-    def __init__(self, parameters: Iterable[Tensor], rate: float) -> None:
-        self.rate, self.n_steps = rate, 0
-        self.moments = [(p, torch.zeros_like(p), torch.zeros_like(p)) for p in parameters]
-
-    def zero_grad(self) -> None:
-        """Forget the gradients."""
-        for parameter, _, _ in self.moments:
-            parameter.grad = None
-
-    @torch.no_grad()
-    def step(self, first_decay: float = 0.9, second_decay: float = 0.999, epsilon: float = 1e-8) -> None:
-        """Move the parameters by their gradients."""
-        self.n_steps += 1
-        scale = (1 - second_decay**self.n_steps) ** 0.5
-        rate = self.rate / (1 - first_decay**self.n_steps)
-        for parameter, first, second in self.moments:
-            assert parameter.grad is not None
-            first.lerp_(parameter.grad, 1 - first_decay)
-            second.mul_(second_decay).addcmul_(parameter.grad, parameter.grad, value=1 - second_decay)
-            parameter.addcdiv_(first, (second.sqrt() / scale).add_(epsilon), value=-rate)
-
-
 def train(
     model: nn.Module,
     inputs: Tensor,
     targets: Tensor,
     loss: Callable[[Tensor, Tensor], Tensor],
     batches: Iterable[Tensor],
-    optimizer: torch.optim.Optimizer | Adam,
+    optimizer: torch.optim.Optimizer,
     schedule: torch.optim.lr_scheduler.LRScheduler | None = None,
 ) -> None:
     """Train in place on the given batches of indices; the inputs are on the device of the model."""

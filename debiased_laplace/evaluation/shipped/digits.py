@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from debiased_laplace.evaluation import shifts
 from debiased_laplace.evaluation.shipped.common import (
     CPU,
-    Adam,
     Batches,
     Loader,
     fingerprint,
@@ -116,7 +115,7 @@ def trained(
         model = network()
         order = [torch.randperm(len(images)) for _ in range(epochs)]
     model = model.to(device)
-    optimizer = Adam(model.parameters(), LEARNING_RATE)
+    optimizer = torch.optim.Adam(model.parameters(), LEARNING_RATE)
     batches = (batch for epoch in order for batch in epoch.to(device).split(TRAIN_BATCH))
     with one_thread():
         train(model, images.to(device), targets.to(device), F.cross_entropy, batches, optimizer)
