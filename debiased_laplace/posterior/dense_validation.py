@@ -23,7 +23,7 @@ from debiased_laplace.posterior.dense import MAX_COVARIANCE_OUTPUTS, site_gradie
 from debiased_laplace.posterior.gaussian import Posterior, standard_normals
 from debiased_laplace.posterior.predictive import UnitGradients, linearized_changes, part_variances_of_gradients
 from debiased_laplace.posterior.search import mean_by_datum
-from debiased_laplace.posterior.validation import Validation
+from debiased_laplace.posterior.validation import T, Validation
 
 #: Vectors for the sites of a datum, C of each.
 SITE_VECTORS = 64
@@ -59,6 +59,14 @@ class SiteValidation(Validation):
     def datum(self) -> Tensor | None:
         """Of every chosen site the number of its datum, after a pass over the data."""
         return torch.cat(self._datum).to(self.network.device)
+
+    def __iter__(self) -> Iterator[tuple[_data.Inputs, Tensor]]:
+        """Of several processes all look at all data: which sites are chosen depends on the number of a datum."""
+        yield from super().of_all(super().__iter__())
+
+    def of_all(self, results: Iterator[T]) -> Iterator[T]:
+        """They are of all processes already."""
+        return results
 
     def chosen(self) -> Iterator[tuple[_data.Inputs, Tensor, Tensor]]:
         """Inputs, their sites ``[n, m]`` or -1, and the targets of those that are there, batch after batch."""
