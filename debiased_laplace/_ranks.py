@@ -101,10 +101,10 @@ class Group(Ranks):
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
         # The store by which the processes found each other: it outlives every connection between them.
         store = dist.distributed_c10d._get_default_store()
-        self._store = dist.PrefixStore(f"debiased_laplace/{self._number}", store)
+        self._store = dist.distributed_c10d.PrefixStore(f"debiased_laplace/{self._number}", store)
         self._checked, self._n_begun = time.monotonic(), 0
         self.begin(what)
-        self._group = dist.new_group(backend="gloo", timeout=WAIT)
+        self._group: Any = dist.new_group(backend="gloo", timeout=WAIT)
 
     def begin(self, what: str) -> None:
         """Wait until all of them are here, for a bounded time."""
@@ -156,8 +156,8 @@ class Group(Ranks):
                 time.sleep(0.05)
             if message is None:
                 message = (
-                    f"Lost the connection of process {self.rank} of {self.size} with another one, which ended without a "
-                    f"word: killed, for want of memory say ({str(error).splitlines()[0]})."
+                    f"Lost the connection of process {self.rank} of {self.size} with another one, which ended without "
+                    f"a word: killed, for want of memory say ({str(error).splitlines()[0]})."
                 )
             raise RankError(message) from error
 

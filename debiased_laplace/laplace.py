@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from debiased_laplace import _checks, _data, _store
-from debiased_laplace._ranks import together
 from debiased_laplace._guards import full_precision, global_random_state, warn_the_caller
+from debiased_laplace._ranks import together
 from debiased_laplace.curvature.structures import Structure
 from debiased_laplace.fitting.coverage import coverage
 from debiased_laplace.fitting.fit import fit as fit_posterior

@@ -1,8 +1,8 @@
 """Everything that is assumed about a batch: inputs of any nesting, targets, outputs, loaders (``docs/batches.md``).
 
 ``nesting`` walks through containers, ``batches`` cuts, joins and moves inputs, ``loaders`` reads what a loader yields,
-``shards`` what one of several processes reads, ``calling`` gives inputs to a model and finds its outputs, ``rows`` says what outputs and targets mean. The others use
-them through the names below.
+``shards`` what one of several processes does, ``calling`` gives inputs to a model and finds its outputs, ``rows`` says
+what outputs and targets mean. The others use them through the names below.
 """
 
 from debiased_laplace._data.batches import (

@@ -36,20 +36,21 @@ class Shard:
         loader = getattr(batches, "loader", batches)
         sampler = getattr(loader, "sampler", None)
         self._sampler = sampler if isinstance(sampler, DistributedSampler) else None
-        dataset = getattr(loader, "dataset", None)
+        dataset: Any = getattr(loader, "dataset", None)
         self._size = len(dataset) if hasattr(dataset, "__len__") else None
-        self.n_seen = self._n_mine = self.of_round = 0
+        self.n_seen = self._n_read = self.of_round = 0
         self.mine = torch.empty(0, dtype=torch.int64)
         self.positions: list[Tensor] = []
 
     def without_repeats(self, batch: Any, targets_key: str) -> Any:
         """A batch without what a ``DistributedSampler`` gives again to make shards equally long; None for no data."""
-        if self._sampler is None:
+        if self._sampler is None or current().size == 1:
             return batch
         step, first = self._sampler.num_replicas, self._sampler.rank
         own = -(-(len(self._sampler.dataset) - first) // step)  # type: ignore[arg-type]
         _, _, n = only(batch, targets_key)
-        kept = max(0, min(n, own - self._n_mine))
+        kept = max(0, min(n, own - self._n_read))
+        self._n_read += n
         if not kept:
             return None
         return batch if kept == n else take(batch, slice(0, kept))
@@ -62,7 +63,7 @@ class Shard:
         )  # fmt: skip
         positions = self.n_seen + self.mine
         self.of_round = sum(counts)
-        self.n_seen, self._n_mine = self.n_seen + self.of_round, self._n_mine + counts[rank]
+        self.n_seen += self.of_round
         self.positions.append(positions)
         return positions
 
@@ -95,9 +96,6 @@ def of_this_process(batches: Iterable[Any], targets_key: str = "labels") -> Iter
         return
     for batch in batches:
         if (kept := shard.without_repeats(batch, targets_key)) is not None:
-            counts = [0] * ranks.size
-            counts[ranks.rank] = only(kept, targets_key)[2]
-            shard.advance(counts, ranks.rank)
-            n += counts[ranks.rank]
+            n += only(kept, targets_key)[2]
             yield kept
     shard.check(ranks, sum(ranks.gather(n)))

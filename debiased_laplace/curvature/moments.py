@@ -142,7 +142,8 @@ class OuterProducts(SecondMoment):
         both = OuterProducts(self.scaled() + other.scaled())
         return both if are_few(both.size, both.n_columns) else MatrixMoment(both.dense())
 
-    def _scaled(self) -> tuple[Tensor, ...]:
+    def scaled(self) -> tuple[Tensor, ...]:
+        """The pieces, with the scale in them."""
         return self.values if self.scale == 1 else tuple(self.scale**0.5 * piece for piece in self.values)
 
     @property
@@ -199,7 +200,7 @@ def moment(values: Tensor) -> SecondMoment:
 
 def all_reduced(moments: Sequence[SecondMoment]) -> list[SecondMoment]:
     """Sums over all processes that work together: of few columns those of all of them, otherwise the matrices."""
-    ranks, sums = current(), []
+    ranks, sums = current(), list[SecondMoment]()
     counts = [one.n_columns if isinstance(one, OuterProducts) else None for one in moments]
     for one, *of_ranks in zip(moments, *ranks.gather(counts), strict=True):
         n_columns = None if None in of_ranks else sum(count for count in of_ranks if count is not None)

@@ -273,12 +273,14 @@ class Reading:
         """
         if expected is None:
             return
-        seen = Seen()
+        seen, shard = Seen(), _data.Shard(self._batches)
         try:
-            for index, (inputs, targets, _) in enumerate(_data.labelled(self._begin(), self._targets_key)):
+            for index, batch in enumerate(self._begin()):
                 if self._max_batches is not None and index >= self._max_batches:
                     break
-                seen.add(inputs, targets)
+                kept = shard.without_repeats(batch, self._targets_key)
+                for inputs, targets, _ in [] if kept is None else _data.labelled([kept], self._targets_key):
+                    seen.add(inputs, targets)
             if self._ranks.size > 1:
                 seen = Seen.joined(self._ranks.gather(seen))
         except RankError:
