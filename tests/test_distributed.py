@@ -478,6 +478,29 @@ def test_decompositions_are_spread() -> None:
     assert max(counts) - min(counts) <= 8
 
 
+def test_torchrun_fits_the_posterior_of_a_task(tmp_path: Path) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("a card would be used, and numbers be those of one")
+    task = Path(__file__).parent / "tasks" / "blobs.py"
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    for name, how in (("one", []), ("two", launch)):
+        command = [sys.executable, *how, "-m", "debiased_laplace", "fit", str(task), "--budget", "30"]
+        done = subprocess.run(
+            [*command, "--out", name], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=180
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("Written: ") == 1
+    from debiased_laplace.evaluation import Context, Task
+
+    model = Task.load(str(task)).model(Context())
+    one, two = (dl.DebiasedLaplace.load(tmp_path / name, model) for name in ("one", "two"))
+    assert torch.equal(one.fitted.curvature_indices, two.fitted.curvature_indices)
+    assert_equal(two.fitted.posterior.curvatures, one.fitted.posterior.curvatures, 1e-4)
+    assert_equal(two.prior_precision, one.prior_precision, 1e-3)
+    assert not list(tmp_path.glob("*.progress"))
+
+
 def test_without_a_group_nothing_is_imported() -> None:
     code = (
         "import sys, torch, debiased_laplace as dl\n"

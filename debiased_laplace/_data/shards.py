@@ -88,6 +88,16 @@ class Shard:
         )  # fmt: skip
 
 
+class Dealt:
+    """Batches that every process reads whole, with the data dealt out among them: the order is that of one process."""
+
+    def __init__(self, loader: Iterable[Any], ranks: Ranks) -> None:
+        self._loader, self._ranks = loader, ranks
+
+    def __iter__(self) -> Iterator[Any]:
+        return (take(batch, slice(self._ranks.rank, None, self._ranks.size)) for batch in self._loader)
+
+
 def of_this_process(batches: Iterable[Any], targets_key: str = "labels") -> Iterator[Any]:
     """The batches of this process, without repeats, if several work together; they are read by all of them or none."""
     ranks, shard, n = current(), Shard(batches), 0
