@@ -36,8 +36,8 @@ from debiased_laplace.network.network import Network
 
 SIZES = (1, 2, 4, 8, 16, 64, 256, 1024)
 
-#: Folds of the default split; and data of the default budget, in bytes of an image.
-FOLDS, BUDGET, IMAGE = 4, 1024, 3 * 224 * 224 * 4
+#: Folds of the default split, with the data that belong to all of them; data of the default budget; bytes of an image.
+FOLDS, PARTS, BUDGET, IMAGE = 4, 5, 1024, 3 * 224 * 224 * 4
 
 #: Of the fits that are measured.
 N_DATA, BATCH, REPETITIONS = 2048, 64, 3
@@ -71,8 +71,8 @@ def on_paper(name: str) -> dict[str, Any]:
         result[str(size)] = {
             "largest_share": max(loads) / sum(loads),
             "imbalance": max(loads) * size / sum(loads),
-            "sums": 4 * ring * (numbers_a + FOLDS * numbers_b),
-            "curvatures": 4 * ring * network.n_params * 2 * FOLDS,
+            "sums": 4 * ring * (numbers_a + PARTS * numbers_b),
+            "curvatures": 4 * ring * network.n_params * (PARTS + FOLDS),
             "vectors": 4 * others * sum(one**2 for one in matrices),
             "data": others * BUDGET * IMAGE,
         }
@@ -146,7 +146,7 @@ def measured(size: int) -> dict[str, Any]:
         processes.append(
             subprocess.Popen(
                 [sys.executable, __file__, "--one"], env=environment | of_rank, stdout=subprocess.PIPE, text=True
-            )  # fmt: skip
+            )
         )
     outputs = [process.communicate()[0] for process in processes]
     if any(process.returncode for process in processes):
