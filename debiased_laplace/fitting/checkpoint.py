@@ -185,14 +185,13 @@ class Checkpoint:
         """
         name = self._claim(name, self._results)
         current = self._sums.get(name, Sum(0, len(steps), None))
-        is_whole = current.n_done == current.n_steps
-        if not steps or (current.n_steps != len(steps) and not is_whole):
+        if current.n_steps != len(steps) or not steps:
             raise ValueError(
                 f"Expected {current.n_steps or 'one or more'} steps for {name!r}, got {len(steps)}. Let the settings "
                 "hold all that the steps depend on; delete the file to start over."
             )
         try:
-            for index in range(len(steps) if is_whole else current.n_done, len(steps)):
+            for index in range(current.n_done, len(steps)):
                 value: Any = step(steps[index])
                 total = current.total + value if index else value
                 current = Sum(index + 1, len(steps), total)
