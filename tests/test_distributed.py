@@ -211,6 +211,88 @@ def test_the_same_data_in_every_process_are_refused() -> None:
         assert "Expected 2 processes to read a part of the 83 data each, got all of them" in str(died)
 
 
+# -- data of other kinds ------------------------------------------------------------------------------
+
+
+class Reader(nn.Module):
+    """Sequences with padding, zero, through attention; the mean of their tokens, or an output for each of them."""
+
+    def __init__(self, dense: bool) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(9, 4, padding_idx=0)
+        self.encoder = nn.TransformerEncoderLayer(4, 2, 5, dropout=0.0, batch_first=True)
+        self.head, self.dense = nn.Linear(4, 3), dense
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        hidden = self.encoder(self.embedding(tokens), src_key_padding_mask=tokens == 0)
+        kept = (tokens != 0)[..., None].to(hidden)
+        return self.head(hidden) if self.dense else self.head((hidden * kept).sum(1) / kept.sum(1))
+
+
+def reader(dense: bool) -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        return Reader(dense).double().eval()
+
+
+def sequences(dense: bool) -> list[tuple[Tensor, Tensor]]:
+    """Batches of four, of other lengths each, in which the first datum is the longest."""
+    generator, batches = torch.Generator().manual_seed(8), []
+    for number in range(11):
+        longest = 4 + number % 3
+        tokens = torch.randint(1, 9, (4, longest), generator=generator)
+        lengths = torch.randint(2, longest + 1, (4,), generator=generator)
+        lengths[0] = longest
+        tokens[torch.arange(longest) >= lengths[:, None]] = 0
+        labels = torch.randint(3, tokens.shape if dense else (4,), generator=generator)
+        batches.append((tokens, labels.masked_fill(tokens == 0, -100) if dense else labels))
+    return batches
+
+
+def of_sequences(posterior: dl.Laplace, dense: bool) -> Result:
+    tokens = sequences(dense)[3][0]
+    return {
+        "indices": posterior.fitted.curvature_indices, "curvatures": posterior.posterior.curvatures,
+        "covariance": posterior.predict(tokens).probabilities,
+        "mean_loss": torch.tensor(posterior.fitted.mean_loss, dtype=torch.float64),
+        "prior": posterior.posterior.prior_precision,
+    }  # fmt: skip
+
+
+def read(rank: int, dense: bool) -> Result:
+    batches = [(x[rank::2], y[rank::2]) for x, y in sequences(dense)]
+    posterior = fitted(batches, {"sampler": dl.PrioritySampler(20)}, reader(dense))
+    return of_sequences(posterior.tune(batches, prior_precisions=torch.tensor([0.1, 1.0, 10.0])), dense)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("dense", [False, True])
+def test_sequences_and_dense_outputs(dense: bool) -> None:
+    alone = fitted(sequences(dense), {"sampler": dl.PrioritySampler(20)}, reader(dense))
+    expected = of_sequences(alone.tune(sequences(dense), prior_precisions=torch.tensor([0.1, 1.0, 10.0])), dense)
+    results = worlds.run(2, read, dense)
+    check_bits(results)
+    assert_equal(results[0].pop("prior"), expected.pop("prior"), 1e-4)
+    assert_equal(results[0].pop("covariance"), expected.pop("covariance"), 1e-5)  # at what was tuned
+    check_same(results[0], expected)
+
+
+def added(rank: int) -> Result:
+    x, y = data().tensors
+    first, second = TensorDataset(x[:50], y[:50]), TensorDataset(x[50:], y[50:])
+    settings = {"sampler": dl.PrioritySampler(40)}
+    return result(fitted(sharded(second), settings, previous=fitted(sharded(first), settings)))
+
+
+def test_data_are_added_to_an_earlier_fit() -> None:
+    x, y = data().tensors
+    settings = {"sampler": dl.PrioritySampler(40)}
+    expected = result(fitted([(x[50:], y[50:])], settings, previous=fitted([(x[:50], y[:50])], settings)))
+    results = worlds.run(3, added)
+    check_bits(results)
+    check_same(results[0], expected)
+
+
 # -- tuning -------------------------------------------------------------------------------------------
 
 
@@ -479,10 +561,8 @@ def test_decompositions_are_spread() -> None:
 
 
 def test_torchrun_fits_the_posterior_of_a_task(tmp_path: Path) -> None:
-    if torch.cuda.is_available():
-        pytest.skip("a card would be used, and numbers be those of one")
     task = Path(__file__).parent / "tasks" / "blobs.py"
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "CUDA_VISIBLE_DEVICES": ""}
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     for name, how in (("one", []), ("two", launch)):
         command = [sys.executable, *how, "-m", "debiased_laplace", "fit", str(task), "--budget", "30"]
@@ -499,6 +579,21 @@ def test_torchrun_fits_the_posterior_of_a_task(tmp_path: Path) -> None:
     assert_equal(two.fitted.posterior.curvatures, one.fitted.posterior.curvatures, 1e-4)
     assert_equal(two.prior_precision, one.prior_precision, 1e-3)
     assert not list(tmp_path.glob("*.progress"))
+
+
+def test_torchrun_shares_the_seeds_of_an_evaluation(tmp_path: Path) -> None:
+    task = Path(__file__).parent / "tasks" / "blobs.py"
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "CUDA_VISIBLE_DEVICES": ""}
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m",
+        "debiased_laplace", "evaluate", str(task), "--quick", "--seeds", "2", "--only", "MAP", "--only",
+        "temperature scaling", "--out", "page",
+    ]  # fmt: skip
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=180)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "page" / "report.html").exists()
+    assert len(list((tmp_path / "page" / "records").glob("*.json"))) == 2
+    assert "were finished earlier" not in done.stdout
 
 
 def test_without_a_group_nothing_is_imported() -> None:

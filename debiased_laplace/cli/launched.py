@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ def n_launched() -> int:
 
 def is_first() -> bool:
     """Whether this is the process that writes files and to the terminal."""
-    return n_launched() == 1 or os.environ["RANK"] == "0"
+    return rank_and_size()[0] == 0
 
 
 def device_of_process(device: torch.device) -> torch.device:
@@ -52,6 +53,21 @@ def together(what: str) -> Iterator[Ranks]:
             yield ranks
     finally:
         dist.destroy_process_group()
+
+
+def rank_and_size() -> tuple[int, int]:
+    """Which process this is, of how many that ``torchrun`` has started."""
+    size = n_launched()
+    return (int(os.environ["RANK"]) if size > 1 else 0), size
+
+
+def wait_for_all() -> None:
+    """Until all processes that ``torchrun`` has started have come here, which may take days."""
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo", timeout=timedelta(days=30))
+    dist.barrier()
+    dist.destroy_process_group()
 
 
 def first_alone(ranks: Ranks, make: Callable[[], T]) -> T:
