@@ -170,7 +170,9 @@ class Group(Ranks):
         self._together(lambda: self._dist.all_gather_object(every, buffer.getvalue(), group=self._group))
 
         def moved(storage: Any, place: str) -> Any:
-            return storage if place == "cpu" or device is None else storage.to(device)
+            if place == "cpu":
+                return storage
+            return storage.cuda() if device is None else storage.to(device=device)  # not the other process's card
 
         return [
             value if rank == self.rank else torch.load(io.BytesIO(of_rank or b""), moved, weights_only=False)
@@ -244,6 +246,12 @@ def together(what: str, *, wanted: bool = True) -> Iterator[Ranks]:
     group = _open[-1]
     token = _current.set(group)
     try:
+        calls = group.gather(what)
+        if len(set(calls)) > 1:
+            raise RankError(
+                f"Expected all {group.size} processes to do the same, got " + ", ".join(map(repr, calls)) + " in their "
+                "order. Make the same calls in every process, or pass distributed=False."
+            )
         yield group
         group.gather(None)  # so that no process leaves the others in the middle of something
     except BaseException as error:

@@ -495,6 +495,20 @@ def only_one(rank: int) -> None:
         time.sleep(2)
 
 
+def another_call(rank: int) -> None:
+    loader = sharded(data())
+    posterior = fitted(loader, {})
+    if rank:
+        posterior.tune(loader)
+    else:
+        fitted(loader, {})
+
+
+def test_processes_that_do_different_things_are_told() -> None:
+    for died in worlds.run(2, another_call, results=False):
+        assert "Expected all 2 processes to do the same, got 'fit', 'tune' in their order" in str(died)
+
+
 def for_itself(rank: int) -> Result:
     if rank:
         return {}

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from debiased_laplace import _data
-from debiased_laplace._ranks import RankError, current
+from debiased_laplace._ranks import current
 from debiased_laplace.fitting.checkpoint import Checkpoint
 from debiased_laplace.fitting.stream import Stream
 from debiased_laplace.sampling.reservoir import Reservoir
@@ -283,9 +283,9 @@ class Reading:
                     seen.add(inputs, targets)
             if self._ranks.size > 1:
                 seen = Seen.joined(self._ranks.gather(seen))
-        except RankError:
-            raise
         except Exception as error:  # whatever a loader fails with
+            if self._ranks.size > 1:  # the others wait for what this one has read
+                raise
             logger.warning(
                 "The data could not be read (%s: %s), and so not compared with those that the checkpoint was made "
                 "from.", type(error).__name__, error,
