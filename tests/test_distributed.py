@@ -355,6 +355,25 @@ def test_shards_of_parameters_are_refused(last_layer: bool) -> None:
         assert "full_tensor" in str(died)
 
 
+def gathered(rank: int) -> Result:
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    model, whole = network(), network()
+    for p in whole.parameters():
+        p.data.zero_()
+    fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
+    whole.load_state_dict(get_model_state_dict(model, options=StateDictOptions(full_state_dict=True)))
+    return result(fitted(sharded(data()), SETTINGS["priority"], whole))
+
+
+def test_shards_of_parameters_are_gathered_as_the_error_says(alone: dict[str, Result]) -> None:
+    results = worlds.run(2, gathered)
+    check_bits(results)
+    check_same(results[0], alone["priority"])
+
+
 def of_rank(rank: int, what: str) -> None:
     model = network()
     if what == "weights" and rank == 1:
