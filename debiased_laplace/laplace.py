@@ -419,6 +419,33 @@ class Laplace:
         """The first line of the description."""
         return f"<{str(self).partition(chr(10))[0]}>"
 
+    def offload(self, devices: str | torch.device | Sequence[str | torch.device] = "cpu") -> Laplace:
+        """The same posterior with its directions on other devices than the network.
+
+        A posterior that does not fit beside the network on its device: predictions, tuning and the marginal likelihood
+        bring the directions of one layer after the other there. A file has them as they are, and :func:`load` brings
+        them to the network.
+
+        Args:
+            devices: Where they lie: the memory of the CPU, or several devices, with about as many bytes on each.
+
+        Example:
+            >>> import torch
+            >>> import debiased_laplace as dl
+            >>> x, y = torch.randn(60, 4), torch.randint(3, (60,))
+            >>> posterior = dl.fit(torch.nn.Linear(4, 3), [(x, y)], "classification").offload("cpu")
+            >>> posterior.predict(x[:2]).probabilities.shape
+            torch.Size([2, 3])
+        """
+        named = [devices] if isinstance(devices, (str, torch.device)) else devices
+        places = [torch.device(place) for place in named]
+        if not places:
+            raise ValueError("Expected at least one device to offload to, got none.")
+        basis = self.posterior.basis.offloaded(places, self.network.device)
+        posterior = replace(self.posterior, basis=basis)
+        fitted = replace(self.fitted, posterior=replace(self.fitted.posterior, basis=basis))
+        return replace(self, fitted=fitted, posterior=posterior)
+
     def save(self, path: str | Path) -> None:
         """Write everything but the model and the data to one safetensors file, with a JSON header.
 
