@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -39,6 +39,8 @@ def to_plain(value: Any, path: str = "") -> Any:
         return value
     if type(value) in (list, tuple):
         return type(value)([to_plain(item, f"{path}[{index}]") for index, item in enumerate(value)])
+    if isinstance(value, Sequence) and hasattr(value, "at_rest"):  # parts of a basis that come when they are asked for
+        return [to_plain(item, f"{path}[{index}]") for index, item in enumerate(value.at_rest)]
     if isinstance(value, torch.Size):
         return {"__size__": list(value)}
     if isinstance(value, torch.dtype):

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from debiased_laplace import _checks, _data, _store
 from debiased_laplace._guards import full_precision, global_random_state, warn_the_caller
+from debiased_laplace._ranks import together
 from debiased_laplace.curvature.structures import Structure
 from debiased_laplace.fitting.coverage import coverage
 from debiased_laplace.fitting.fit import fit as fit_posterior
@@ -60,6 +61,7 @@ def fit(
     chunk_size: int | None = None,
     memory_budget: int | None = None,
     max_batches: int | None = None,
+    distributed: bool = True,
     seed: int = 0,
     previous: Laplace | None = None,
     checkpoint: str | Path | None = None,
@@ -103,6 +105,8 @@ def fit(
         memory_budget: Bytes that the fit may take besides the model and the data drawn; bounds also the data at a time
             of predictions (``docs/benchmarks.md`` has the formula). None for chunks of some hundred megabytes.
         max_batches: End the pass over the data after so many, of a stream without an end.
+        distributed: Whether the processes of an initialised group of ``torch.distributed`` fit together, each with its
+            shard of the data (``docs/distributed.md``); otherwise every process for itself.
         seed: Of all randomness, of the fit and of predictions.
         previous: An earlier posterior of the same model to add these data to.
         checkpoint: File that keeps the state of a long fit, to go on from there when it is called again with the same
@@ -134,7 +138,8 @@ def fit(
         sampler=sampler, split=split, n_data=n_data, prior_precision=prior_precision, prior_mean=prior_mean,
         noise_variance=noise_variance, temperature=temperature, curvature=curvature, estimator=estimator,
         mc_samples=mc_samples, separate_bias=separate_bias, targets_key=targets_key, outputs_of=outputs_of,
-        chunk_size=chunk_size, memory_budget=memory_budget, max_batches=max_batches, generator=seed,
+        chunk_size=chunk_size, memory_budget=memory_budget, max_batches=max_batches, distributed=distributed,
+        generator=seed,
         previous=None if previous is None else previous.fitted, checkpoint=checkpoint, progress_bar=progress_bar,
     )  # fmt: skip
     of_network = of_outputs(resolved, fitted.network.sites)
@@ -196,6 +201,7 @@ class Laplace:
         selection: str | None = None,
         prior_precisions: Tensor | None = None,
         n_samples: int = 100,
+        distributed: bool = True,
         progress_bar: bool = False,
     ) -> Laplace:
         r"""Choose the prior precision, and with it the output temperature or the noise of the observations.
@@ -217,6 +223,8 @@ class Laplace:
             prior_precisions: ``[R]``, to look at; 100 from 1e-4 to 1e4 by default (with tuned noise those at the
                 network's mean squared error as the noise).
             n_samples: Draws for ``link="mc"``.
+            distributed: Whether the processes of an initialised group of ``torch.distributed`` tune together, each with
+                its shard of the data; otherwise every process for itself.
             progress_bar: Show a tqdm bar.
 
         Returns:
@@ -238,7 +246,10 @@ class Laplace:
         if temperature is None:
             temperature = self.likelihood.no_temperature is None and link != "bridge_norm"
         selection = selection or ("one_standard_error" if temperature and not layerwise else "best")
-        with global_random_state(), torch.no_grad(), full_precision():  # a loader's order may draw
+        with (
+            together("tune", wanted=distributed), global_random_state(),  # a loader's order may draw
+            torch.no_grad(), full_precision(),
+        ):  # fmt: skip
             tuned = tune(
                 self.network, self.posterior, self.likelihood, self.adapters.batches(val_loader, self.targets_key),
                 GRID if prior_precisions is None else prior_precisions, link=link, temperature=temperature,
@@ -407,6 +418,33 @@ class Laplace:
     def __repr__(self) -> str:
         """The first line of the description."""
         return f"<{str(self).partition(chr(10))[0]}>"
+
+    def offload(self, devices: str | torch.device | Sequence[str | torch.device] = "cpu") -> Laplace:
+        """The same posterior with its directions on other devices than the network.
+
+        A posterior that does not fit beside the network on its device: predictions, tuning and the marginal likelihood
+        bring the directions of one layer after the other there. A file has them as they are, and :func:`load` brings
+        them to the network.
+
+        Args:
+            devices: Where they lie: the memory of the CPU, or several devices, with about as many bytes on each.
+
+        Example:
+            >>> import torch
+            >>> import debiased_laplace as dl
+            >>> x, y = torch.randn(60, 4), torch.randint(3, (60,))
+            >>> posterior = dl.fit(torch.nn.Linear(4, 3), [(x, y)], "classification").offload("cpu")
+            >>> posterior.predict(x[:2]).probabilities.shape
+            torch.Size([2, 3])
+        """
+        named = [devices] if isinstance(devices, (str, torch.device)) else devices
+        places = [torch.device(place) for place in named]
+        if not places:
+            raise ValueError("Expected at least one device to offload to, got none.")
+        basis = self.posterior.basis.offloaded(places, self.network.device)
+        posterior = replace(self.posterior, basis=basis)
+        fitted = replace(self.fitted, posterior=replace(self.fitted.posterior, basis=basis))
+        return replace(self, fitted=fitted, posterior=posterior)
 
     def save(self, path: str | Path) -> None:
         """Write everything but the model and the data to one safetensors file, with a JSON header.

@@ -49,6 +49,7 @@ def remade() -> dict[str, dict[str, str]]:
         import report
         import results
         import scale
+        import scaling
         import serving
         import steps_document
 
@@ -65,6 +66,10 @@ def remade() -> dict[str, dict[str, str]]:
                 "card": bench.report(json.loads((RECORDS / "bench-cuda.json").read_text())["records"]),
                 "growth": scale.growth_table(read_json(RECORDS / "scale.json")),
                 "large": scale.large_table(read_json(RECORDS / "scale.json")),
+            },
+            "distributed.md": {
+                "paper": scaling.paper_table(read_json(RECORDS / "scaling.json")),
+                "measured": scaling.measured_table(read_json(RECORDS / "scaling.json")),
             },
             "benchmarks_appendix.md": {
                 "frozen": frozen.table(read_json(RECORDS / "frozen.json")),

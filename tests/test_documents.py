@@ -9,7 +9,7 @@ from tests.documented import DOCS, RECORDS, ROOT, agree, claims, differing, gene
 
 DOCUMENTS = (
     "README.md", "bias.md", "evidence.md", "posterior.md", "steps.md", "benchmarks.md", "benchmarks_appendix.md",
-    "results.md", "fidelity.md",
+    "results.md", "fidelity.md", "distributed.md",
 )  # fmt: skip
 
 

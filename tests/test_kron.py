@@ -424,19 +424,3 @@ def test_statistics_add_up_across_bases_of_the_same_blocks():
     basis = Kronecker().eigenbasis(network, statistics)
     assert isinstance(basis, Basis)
     assert all(isinstance(part, KroneckerBasis) for part in basis.parts)
-
-
-def test_statistics_sum_over_processes(tmp_path):
-    """One process is the smallest group: the sum leaves the statistics, and the originals, as they are."""
-    import torch.distributed as dist
-
-    case = ZOO["mlp"]
-    _, statistics = measured(case.model(), weighted(case.inputs(4)), Gaussian())
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
-    try:
-        reduced = statistics.all_reduce()
-    finally:
-        dist.destroy_process_group()
-    for a, b in zip(reduced.inputs + reduced.outputs, statistics.inputs + statistics.outputs, strict=True):
-        assert_equal(a, b, 0.0)
-        assert a is not b

@@ -125,7 +125,7 @@ def test_each_matrix_is_decomposed_once_and_small_ones_of_one_shape_together(mon
     large = OuterProducts((columns(5),))
     moments = [small[0], large, small[1] * 0.5, small[0], small[2], large * 3.0]
     first = eigenvectors(moments, list("abcdef"), None, None)
-    assert calls == [(GROUPS, 5, 5), (3 * GROUPS, 9, 9)]
+    assert sorted(calls) == [(GROUPS, 5, 5), (3 * GROUPS, 9, 9)]
     again = eigenvectors([moments[2], large], ["c", "b"], None, None)
     assert len(calls) == 2
     assert again[0] is first[2]

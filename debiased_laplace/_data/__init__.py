@@ -1,8 +1,8 @@
 """Everything that is assumed about a batch: inputs of any nesting, targets, outputs, loaders (``docs/batches.md``).
 
 ``nesting`` walks through containers, ``batches`` cuts, joins and moves inputs, ``loaders`` reads what a loader yields,
-``calling`` gives inputs to a model and finds its outputs, ``rows`` says what outputs and targets mean. The others use
-them through the names below.
+``shards`` what one of several processes does, ``calling`` gives inputs to a model and finds its outputs, ``rows`` says
+what outputs and targets mean. The others use them through the names below.
 """
 
 from debiased_laplace._data.batches import (
@@ -17,6 +17,7 @@ from debiased_laplace._data.batches import (
     map_tensors,
     positions_of_some,
     size_of_datum,
+    sizes,
     slices,
     some,
     take,
@@ -38,6 +39,7 @@ from debiased_laplace._data.loaders import (
     pairs,
 )
 from debiased_laplace._data.rows import rows, target_rows
+from debiased_laplace._data.shards import Dealt, Shard, of_this_process
 from debiased_laplace._data.sites import SiteLayout
 
 __all__ = [
@@ -45,7 +47,9 @@ __all__ = [
     "Adapters",
     "Assorted",
     "CallingConvention",
+    "Dealt",
     "Inputs",
+    "Shard",
     "SiteLayout",
     "as_targets",
     "at_least",
@@ -62,12 +66,14 @@ __all__ = [
     "length",
     "map_tensors",
     "name_of",
+    "of_this_process",
     "one_or_several",
     "only",
     "pairs",
     "positions_of_some",
     "rows",
     "size_of_datum",
+    "sizes",
     "slices",
     "some",
     "take",

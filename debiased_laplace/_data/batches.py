@@ -282,6 +282,14 @@ def size_of_datum(inputs: Inputs) -> int:
     return sum(math.prod(leaf.shape[1:]) for leaf in tensors(inputs) if leaf.ndim)
 
 
+def sizes(inputs: Inputs) -> Tensor:
+    """The same of every datum, ``[n]``."""
+    if not isinstance(inputs, Assorted):
+        return torch.full((count(inputs),), size_of_datum(inputs))
+    of_parts = torch.tensor([size_of_datum(part) for part in inputs.parts])
+    return of_parts[inputs.part_of.cpu()]
+
+
 def to_device(inputs: Inputs, device: torch.device) -> Inputs:
     """Move a batch; tensors created in inference mode are copied, since autograd cannot use them."""
 

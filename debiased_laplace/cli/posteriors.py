@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import io
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -20,6 +21,7 @@ from debiased_laplace.cli.arguments import (
     check_file,
     load_task,
 )
+from debiased_laplace.cli.launched import device_of_process, first_alone, is_first, together
 from debiased_laplace.cli.terminal import clear_errors, importing, shown_warnings
 
 if TYPE_CHECKING:
@@ -37,10 +39,13 @@ def fit(
     device: DeviceOption = None,
     quick: QuickOption = False,
 ) -> None:
-    """Fit and tune a posterior for a task's network, and save it. An interrupted fit goes on where it stopped."""
+    """Fit and tune a posterior for a task's network, and save it. An interrupted fit goes on where it stopped.
+
+    Under torchrun every process reads the task's loaders, and computes its share of the data.
+    """
     check_file(out)
     with importing():
-        from debiased_laplace import DebiasedLaplace
+        from debiased_laplace import DebiasedLaplace, _data
         from debiased_laplace.curvature.structures import STRUCTURES
         from debiased_laplace.evaluation.methods import Options, recipe
         from debiased_laplace.evaluation.provenance import seeded
@@ -49,27 +54,36 @@ def fit(
             f"Expected one out of {list(STRUCTURES)}, got {structure!r}.", param_hint="--structure"
         )
     loaded, context = load_task(task, device, data_dir, cache, quick, seed)
-    with clear_errors(), shown_warnings(), seeded(seed):
-        model = loaded.model(context)
+    context = replace(context, device=device_of_process(context.device))
+    with clear_errors(), shown_warnings(is_first()), together("fit") as ranks, seeded(seed):
+        model = first_alone(ranks, lambda: loaded.model(context))
+
+        def data(name: str) -> Any:
+            loader = loaded.loader(name, context)
+            return loader if ranks.size == 1 else _data.Dealt(loader, ranks)
+
         la = DebiasedLaplace(model, loaded.likelihood, hessian_structure=structure, seed=seed)
         budget = loaded.budget if budget is None else budget or None
         try:
             checkpoint = _checkpoint_path(out, loaded, context, model, {"budget": budget, "structure": structure})
             la.fit(
-                loaded.loader("train_loader", context), budget=budget, n_data=loaded.n_data, generator=seed,
-                progress_bar=True, checkpoint=checkpoint,
+                data("train_loader"), budget=budget, n_data=loaded.n_data, generator=seed, progress_bar=is_first(),
+                checkpoint=checkpoint,
             )  # fmt: skip
         except KeyboardInterrupt:
             typer.echo("Interrupted. Run the same command to go on.", err=True)
             raise typer.Exit(130) from None
         la.optimize_prior_precision(
-            val_loader=loaded.loader("val_loader", context),
-            progress_bar=True,
+            val_loader=data("val_loader"),
+            progress_bar=is_first(),
             **Options().search,
             **recipe(loaded.likelihood),
         )
-        la.save(out)
-        checkpoint.unlink(missing_ok=True)
+        if is_first():
+            la.save(out)
+            checkpoint.unlink(missing_ok=True)
+    if not is_first():
+        return
     typer.echo(la.coverage())
     typer.echo(f"Prior precision {float(la.prior_precision.flatten()[0]):.4g}. Written: {out.resolve()}")
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -22,6 +23,7 @@ from debiased_laplace.cli.arguments import (
     choose_device,
     load_task,
 )
+from debiased_laplace.cli.launched import device_of_process, rank_and_size, wait_for_all
 from debiased_laplace.cli.terminal import clear_errors, importing, reuse_note, show_report, shown_progress
 
 
@@ -78,7 +80,8 @@ def evaluate(
 ) -> None:
     """Judge a trained network with and without posteriors, on test, shifted and out-of-distribution data: one page.
 
-    An interrupted run goes on where it stopped when the same command is given again.
+    An interrupted run goes on where it stopped when the same command is given again. Under torchrun its processes share
+    the seeds, and the first one writes the page.
     """
     check_folder(out)
     if processes > 1:
@@ -98,16 +101,31 @@ def evaluate(
             raise typer.BadParameter(f"Expected methods out of {names}, got {unknown}.", param_hint="--only")
         methods = tuple(method for method in methods if method.name in only)
     options = Options(n_resamples=200 if quick else 1000, draws=draws or (1 if quick else 2))
-    _evaluate_and_show(
-        out, n_seeds, quick,
-        lambda progress: summarise(
-            run(
-                loaded, out, range(seed, seed + n_seeds), context, methods=methods, options=options,
-                n_processes=processes, progress=progress,
-            )
-        ),
-        "",
-    )  # fmt: skip
+    rank, size = rank_and_size()
+    context, every = replace(context, device=device_of_process(context.device)), range(seed, seed + n_seeds)
+
+    def judge(seeds: Sequence[int], progress: Callable[[int, str], None], alone: bool = True) -> list[dict[str, Any]]:
+        return run(
+            loaded, out, seeds, context, methods=methods, options=options, n_processes=processes, alone=alone,
+            progress=progress,
+        )  # fmt: skip
+
+    def silent(_seed: int, _step: str) -> None:
+        """Only the first process says how far it is."""
+
+    def work(progress: Callable[[int, str], None]) -> dict[str, Any]:
+        records = judge(every[::size], progress)
+        if size > 1:
+            wait_for_all()
+            records = judge(every, silent)  # which are all there now
+        return summarise(records)
+
+    if rank:
+        with clear_errors():
+            judge(every[rank::size], silent, alone=False)
+            wait_for_all()
+        return
+    _evaluate_and_show(out, n_seeds, quick, work, "")
 
 
 def bias(

@@ -43,19 +43,20 @@ def importing() -> Iterator[None]:
 def clear_errors() -> Iterator[None]:
     """Show an error of a task as its message; a traceback would be of this program."""
     from debiased_laplace._files import CannotWriteError
+    from debiased_laplace._ranks import RankError
     from debiased_laplace.evaluation.names import FolderInUseError
     from debiased_laplace.evaluation.tasks import TaskError
 
     try:
         yield
-    except (TaskError, ValueError, TypeError, CannotWriteError, FolderInUseError) as error:
+    except (TaskError, ValueError, TypeError, CannotWriteError, FolderInUseError, RankError) as error:
         typer.echo(f"Error: {error}", err=True)
         raise typer.Exit(1) from error
 
 
 @contextmanager
-def shown_warnings() -> Iterator[None]:
-    """Show warnings as lines; a place in the source would be of this program."""
+def shown_warnings(shown: bool = True) -> Iterator[None]:
+    """Show warnings as lines, if at all; a place in the source would be of this program."""
     from debiased_laplace._guards import user_warnings
 
     messages: list[str] = []
@@ -63,7 +64,7 @@ def shown_warnings() -> Iterator[None]:
         with user_warnings() as messages:
             yield
     finally:
-        for message in messages:
+        for message in messages if shown else ():
             typer.echo(f"Warning: {message}", err=True)
 
 

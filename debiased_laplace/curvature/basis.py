@@ -8,7 +8,7 @@ be incomplete (fewer columns than rows); then the complement is orthogonal to ev
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from debiased_laplace.curvature.parts.part import MixedPriorsError, Part, Projected
+from debiased_laplace.curvature.parts.streamed import Streamed
 from debiased_laplace.network.blocks import Block, flatten, unflatten
 from debiased_laplace.network.selected import LayerInputs
 
@@ -41,10 +42,23 @@ class Basis:
         """For each part, the positions of its blocks."""
         return list(self.groups) if self.groups is not None else [(index,) for index in range(len(self.blocks))]
 
+    @property
+    def at_rest(self) -> Sequence[Part]:
+        """The parts where they lie, to be looked at and not to be computed with."""
+        return self.parts.at_rest if isinstance(self.parts, Streamed) else self.parts
+
+    def offloaded(self, places: Sequence[torch.device], device: torch.device) -> Basis:
+        """The same directions with their parts on some devices, from where one after the other comes to another one."""
+        return replace(self, parts=Streamed(self.at_rest, places, device))
+
     @cached_property
     def sizes(self) -> list[int]:
         """Columns of every part."""
-        return [part.rank for part in self.parts]
+        return [part.rank for part in self.at_rest]
+
+    @cached_property
+    def _part_shapes(self) -> list[tuple[int, ...]]:
+        return [part.shape for part in self.at_rest]
 
     @property
     def rank(self) -> int:
@@ -64,12 +78,12 @@ class Basis:
     def split(self, coefficients: Tensor) -> list[Tensor]:
         """Coefficients ``[..., rank]`` of every part, ``[..., *shape]``."""
         parts = coefficients.split(self.sizes, -1)
-        return [c.unflatten(-1, part.shape) for c, part in zip(parts, self.parts, strict=True)]
+        return [c.unflatten(-1, shape) for c, shape in zip(parts, self._part_shapes, strict=True)]
 
     def join(self, coefficients: Sequence[Tensor]) -> Tensor:
         """Inverse of :meth:`split`."""
         return torch.cat(
-            [c.flatten(c.ndim - len(part.shape)) for c, part in zip(coefficients, self.parts, strict=True)], -1
+            [c.flatten(c.ndim - len(shape)) for c, shape in zip(coefficients, self._part_shapes, strict=True)], -1
         )
 
     def averaged(self, values: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from debiased_laplace._ranks import current
 from debiased_laplace.curvature.decomposition import eigenvectors_of_columns, eigh
 
 #: Least size of a matrix of which columns are kept, and share of its size up to which they are few.
@@ -60,6 +61,18 @@ class SecondMoment(ABC):
     def along(self, vectors: Tensor) -> Tensor:
         r"""Diagonal of :math:`Q^\top M Q`, ``[G, k]``, for ``Q: [G, P, k]``."""
 
+    @property
+    def like(self) -> Tensor:
+        """A tensor of its dtype and device."""
+        like: Tensor = self.values
+        return like
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """``(G, P, P)``."""
+        groups, size = self.like.shape[:2]
+        return groups, size, size
+
     def is_finite(self) -> Tensor:
         """Whether all entries are, a Boolean ``[]``: known on the CPU only when it is asked for."""
         values: Tensor = self.values
@@ -77,12 +90,6 @@ class SecondMoment(ABC):
             name: Of the block, for errors.
             dtype: Precision of the decomposition; None for that of the entries.
         """
-
-    def all_reduce(self) -> SecondMoment:
-        """Sum over the processes of ``torch.distributed``."""
-        total = self.dense().clone()
-        torch.distributed.all_reduce(total)
-        return moment(total)
 
 
 class DiagonalMoment(SecondMoment):
@@ -132,11 +139,16 @@ class OuterProducts(SecondMoment):
     def __add__(self, other: SecondMoment) -> SecondMoment:
         if not isinstance(other, OuterProducts):
             return other + self
-        both = OuterProducts(self._scaled() + other._scaled())
+        both = OuterProducts(self.scaled() + other.scaled())
         return both if are_few(both.size, both.n_columns) else MatrixMoment(both.dense())
 
-    def _scaled(self) -> tuple[Tensor, ...]:
+    def scaled(self) -> tuple[Tensor, ...]:
+        """The pieces, with the scale in them."""
         return self.values if self.scale == 1 else tuple(self.scale**0.5 * piece for piece in self.values)
+
+    @property
+    def like(self) -> Tensor:
+        return self.values[0]
 
     @property
     def size(self) -> int:
@@ -184,6 +196,20 @@ def are_few(size: int, n_columns: int) -> bool:
 def moment(values: Tensor) -> SecondMoment:
     """Of a matrix ``[G, P, P]`` or a diagonal ``[G, P]``."""
     return MatrixMoment(values) if values.ndim == 3 else DiagonalMoment(values)
+
+
+def all_reduced(moments: Sequence[SecondMoment]) -> list[SecondMoment]:
+    """Sums over all processes that work together: of few columns those of all of them, otherwise the matrices."""
+    ranks, sums = current(), list[SecondMoment]()
+    counts = [one.n_columns if isinstance(one, OuterProducts) else None for one in moments]
+    for one, *of_ranks in zip(moments, *ranks.gather(counts), strict=True):
+        n_columns = None if None in of_ranks else sum(count for count in of_ranks if count is not None)
+        if isinstance(one, OuterProducts) and n_columns is not None and are_few(one.size, n_columns):
+            pieces = ranks.gather(torch.cat(one.scaled(), 2), one.values[0].device)
+            sums.append(OuterProducts(tuple(pieces)))
+        else:
+            sums.append(moment(ranks.sum(one.dense())))
+    return sums
 
 
 class MomentSum:
@@ -265,23 +291,54 @@ def eigenvectors(
         max_size: Coordinates above which blocks are decomposed; None for no limit.
     """
     key = dtype, max_size
+    jobs: list[list[int]] = []
     batches: dict[tuple[int, torch.dtype, torch.device], list[int]] = {}
-    for index, one in enumerate(moments):
-        if key in one.known:
-            continue
+    distinct = {id(one.known): index for index, one in enumerate(moments) if key not in one.known}
+    for index in distinct.values():
+        one = moments[index]
         if isinstance(one, MatrixMoment) and (size := one.values.shape[-1]) <= min(MAX_BATCHED, max_size or size):
-            batches.setdefault((size, one.values.dtype, one.values.device), []).append(index)
+            of_shape = size, one.values.dtype, one.values.device
+            if of_shape not in batches:
+                jobs.append(batches.setdefault(of_shape, []))
+            batches[of_shape].append(index)
         else:
-            one.known[key] = _of_blocks(one, names[index], dtype, max_size)
-    for indices in batches.values():
-        distinct = list({id(moments[index].known): index for index in indices}.values())
-        matrices = [moments[index].values for index in distinct]
-        together = MatrixMoment(torch.cat(matrices))
-        every = together.eigenvectors(", ".join(dict.fromkeys(names[index] for index in distinct)), dtype)
-        split = _cleaned(every, together.values.dtype).split([len(matrix) for matrix in matrices])
-        for index, vectors in zip(distinct, split, strict=True):
-            moments[index].known[key] = vectors
+            jobs.append([index])
+    ranks = current()
+    owners = ranks.owners([sum(_cost(moments[index], max_size) for index in job) for job in jobs])
+    for job, owner in zip(jobs, owners, strict=True):
+        if owner == ranks.rank:
+            of_job = [moments[index] for index in job]
+            vectors = _decomposed(of_job, [names[index] for index in job], dtype, max_size)
+            for one, of_one in zip(of_job, vectors, strict=True):
+                one.known[key] = of_one
+    for job, owner in zip(jobs, owners, strict=True) if ranks.size > 1 else ():
+        for one in (moments[index] for index in job):
+            mine = one.known[key] if owner == ranks.rank else one.like.new_empty(one.shape)
+            one.known[key] = ranks.broadcast(mine, owner)
     return [one.known[key] for one in moments]
+
+
+def _cost(one: SecondMoment, max_size: int | None) -> float:
+    """Of its decomposition, up to a factor: the cube of its size, or of its number of columns."""
+    groups, size, _ = one.shape
+    if isinstance(one, OuterProducts):
+        return groups * float(min(size, one.n_columns)) ** 2 * size
+    n_blocks = -(-size // (max_size or size))
+    return groups * n_blocks * float(size / n_blocks) ** 3
+
+
+def _decomposed(
+    moments: Sequence[SecondMoment], names: Sequence[str], dtype: torch.dtype | None, max_size: int | None
+) -> list[Tensor]:
+    """Eigenvectors of small matrices of one shape, in one call; or of a single moment."""
+    if len(moments) == 1 and not (isinstance(moments[0], MatrixMoment) and moments[0].shape[-1] <= MAX_BATCHED):
+        return [_of_blocks(moments[0], names[0], dtype, max_size)]
+    if max_size is not None and moments[0].shape[-1] > max_size:
+        return [_of_blocks(one, name, dtype, max_size) for one, name in zip(moments, names, strict=True)]
+    matrices = [one.values for one in moments]
+    together = MatrixMoment(torch.cat(matrices))
+    every = together.eigenvectors(", ".join(dict.fromkeys(names)), dtype)
+    return list(_cleaned(every, together.values.dtype).split([len(matrix) for matrix in matrices]))
 
 
 def _of_blocks(one: SecondMoment, name: str, dtype: torch.dtype | None, max_size: int | None) -> Tensor:

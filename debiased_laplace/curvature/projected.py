@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from debiased_laplace import _checks, _data
@@ -57,6 +58,8 @@ def curvatures_along(
                 totals[which] = [a.add_(b) for a, b in zip(known, moments, strict=True)] if known else moments
             del vectors, weighted  # so that the next ones find their memory free
     for basis, of_basis in zip(bases, totals, strict=True):
+        if not of_basis:  # of no data
+            of_basis += basis.split(torch.zeros(basis.rank, dtype=network.dtype, device=network.device))
         for members, total in zip(basis.members, of_basis, strict=True):
             names = ", ".join(network.blocks[i].name for i in members)
             _checks.finite(total, f"the curvatures of {names!r}", "Look for NaN in the data that measure them.")

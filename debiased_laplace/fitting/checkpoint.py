@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from debiased_laplace import _files, _store
+from debiased_laplace import _files, _ranks, _store
 
 __all__ = ["Checkpoint"]
 
@@ -66,7 +66,11 @@ class Checkpoint:
             FileNotFoundError: If the directory does not exist.
             CannotWriteError: If the file could not be written there.
         """
-        self._path = None if path is None else _files.check_writable(path)
+        #: Of several processes the first one reads and writes the file.
+        self._ranks = _ranks.current()
+        self._path: Path | None = None
+        if path is not None:
+            self._path = Path(path) if self._ranks.rank else _files.check_writable(path)
         self._interval = interval
         self._results: dict[str, Any] = {}
         self._sums: dict[str, Sum] = {}
@@ -79,8 +83,10 @@ class Checkpoint:
         if self._path is not None:
             self._settings = _store.to_plain(settings)
             _store.pack_header(self._settings)  # fails now rather than when it is written
-            if self._path.exists():
+            if not self._ranks.rank and self._path.exists():
                 self._continue(self._path)
+            kept = self._results, self._sums, self._completed, self._is_complete
+            self._results, self._sums, self._completed, self._is_complete = self._ranks.gather(kept)[0]
 
     @staticmethod
     def check(path: str | Path) -> None:
@@ -202,6 +208,30 @@ class Checkpoint:
             raise
         return current.total
 
+    def whole(self, name: str, n_steps: int, compute: Callable[[], T]) -> T:
+        """A sum that is kept as a whole, as :meth:`accumulate` would end with; what is kept of its terms is not used.
+
+        Args:
+            name: What it is called in the file; no other piece may have the name.
+            n_steps: How many terms it has for one process.
+            compute: Called unless the sum is kept already.
+        """
+        name = self._claim(name, self._results)
+        known = self._sums.get(name)
+        if known is not None and known.n_done == known.n_steps:
+            total: T = known.total
+            return total
+        try:
+            total = compute()
+        except BaseException:
+            self._used.clear()
+            raise
+        if self._path is not None:
+            _store.to_plain(total, name)
+            self._sums[name] = Sum(n_steps, n_steps, total)
+            self._write()
+        return total
+
     def complete(self, value: T) -> T:
         """Replace all pieces by the final value, which the file holds from now on; returns it."""
         if self._path is not None:
@@ -226,7 +256,7 @@ class Checkpoint:
         return name
 
     def _write(self) -> None:
-        if self._path is None:
+        if self._path is None or self._ranks.rank:
             return
         header = {
             "kind": "progress",

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from debiased_laplace import _checks, _data
 from debiased_laplace._guards import full_precision, global_random_state, warn_the_caller
+from debiased_laplace._ranks import together
 from debiased_laplace.curvature.structures import Structure
 from debiased_laplace.fitting.checkpoint import Checkpoint
 from debiased_laplace.fitting.fitted import Fit
@@ -107,12 +108,18 @@ def fit(
     chosen = FitSettings(**settings).completed(previous)
     generator, snapshot = make_generator(generator), Snapshot.of(model)
     chosen.check_parameters(snapshot)
-    identity = {} if checkpoint is None else chosen.identity(likelihood, generator, previous, snapshot)
     words = chosen.in_words(likelihood, generator.initial_seed(), previous)
-    progress = Checkpoint(checkpoint, identity)
     if previous is not None and previous.network.sites is not None:
         likelihood = of_outputs(likelihood, previous.network.sites)  # where sites are need not be found again
-    with torch.inference_mode(False), global_random_state(), full_precision():
+    with (
+        together("fit", wanted=chosen.distributed) as ranks,
+        torch.inference_mode(False), global_random_state(), full_precision(),
+    ):  # fmt: skip
+        identity = {}
+        if checkpoint is not None or ranks.size > 1:
+            identity = chosen.identity(likelihood, generator, previous, snapshot)
+            ranks.agree("fit", {key: str(value) for key, value in identity.items()} | {"checkpoint": str(checkpoint)})
+        progress = Checkpoint(checkpoint, identity)
         discover = partial(chosen.discover, snapshot, likelihood=likelihood)
         budget = getattr(chosen.sampler, "budget", None)  # of the sampler's own making, it may have none
         plan = Plan(seed=generator.initial_seed()) if budget is None else Plan(budget, generator.initial_seed())
@@ -136,8 +143,8 @@ def fit(
             network = stream.network(data.inputs, data.targets)
         of_network = of_outputs(likelihood, network.sites)
         fitted = _measured(network, drawn, of_network, generator, chosen, previous, progress, words, progress_bar)
-    if checkpoint is not None:
-        progress.complete({"fit": fitted.state(), "seen": drawn.seen})
+        if checkpoint is not None:
+            progress.complete({"fit": fitted.state(), "seen": drawn.seen})
     return fitted
 
 
@@ -168,6 +175,11 @@ def _draw(
     except BaseException:
         reading.save()
         raise
+    if not reading.is_merged:
+        raise ValueError(
+            f"Expected a sampler that draws from the data of all processes, got {settings.sampler!r}, which drew from "
+            "those of one. Use PrioritySampler or UniformSampler, or fit in one process with distributed=False."
+        )
     sample = sample.part_of(settings.n_data, generator)
     network, observed, uniform = (
         stream.network(sample.data.inputs, sample.data.targets),

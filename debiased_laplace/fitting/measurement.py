@@ -25,7 +25,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from debiased_laplace import _data
 from debiased_laplace._guards import warn_the_caller
+from debiased_laplace._ranks import current
 from debiased_laplace.curvature.basis import Basis
 from debiased_laplace.curvature.projected import curvatures_along
 from debiased_laplace.curvature.structures import Structure
@@ -225,7 +227,18 @@ class Measurement:
     def _summed(self, name: str, fold: int, weights: Tensor, of: Callable[[CurvatureData, slice | Tensor], Any]) -> Any:
         data = copy.copy(self._parts[fold])
         data.data = replace(data.data, weights=weights)
-        return self._checkpoint.accumulate(name, data.slices(STEP_CHUNKS), lambda part: of(data.take(part), part))
+        steps, ranks = data.slices(STEP_CHUNKS), current()
+        if ranks.size == 1:
+            return self._checkpoint.accumulate(name, steps, lambda part: of(data.take(part), part))
+
+        def of_all() -> Any:
+            index = torch.arange(len(data))[ranks.share(_data.sizes(data.data.inputs))]
+            mine = data.take(index)
+            parts = [index[part] for part in mine.slices(STEP_CHUNKS)] or [index]  # of no data, a sum of zeros
+            total = _sum(of(data.take(part), part) for part in parts)
+            return ranks.sum(total) if isinstance(total, Tensor) else total.all_reduce()
+
+        return self._checkpoint.whole(name, len(steps), of_all)
 
 
 def _sum(statistics: Iterable[Any]) -> Any:

@@ -10,9 +10,10 @@ loader gives.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import logging
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor
 
 from debiased_laplace import _data
+from debiased_laplace._ranks import current
 from debiased_laplace.fitting.checkpoint import Checkpoint
 from debiased_laplace.fitting.stream import Stream
 from debiased_laplace.sampling.reservoir import Reservoir
@@ -29,6 +31,9 @@ from debiased_laplace.sampling.sample import Sample, WeightedData
 logger = logging.getLogger(__name__)
 
 _BITS = 128
+
+#: Data of one process that all find the network with.
+SHARED = 64
 
 
 @dataclass
@@ -52,6 +57,12 @@ class Seen:
         self.batches.append(hashlib.sha256(b"".join(rows)).hexdigest()[:16])
         added = sum(int.from_bytes(row, "little") for row in rows)
         self.total = f"{(int(self.total, 16) + added) % 2**_BITS:x}"
+
+    @staticmethod
+    def joined(parts: Sequence[Seen]) -> Seen:
+        """Of several parts of a stream."""
+        total = sum(int(part.total, 16) for part in parts) % 2**_BITS
+        return Seen(sum(part.n for part in parts), [one for part in parts for one in part.batches], f"{total:x}")
 
     def copy(self) -> Seen:
         """As it is now."""
@@ -108,6 +119,8 @@ class Reading:
         self._iterator: Iterator[Any] | None = None
         self._boundary: dict[str, Any] | None = None
         self._n_batches, self._promised = 0, _data.length(batches) if hasattr(batches, "__len__") else None
+        self._ranks, self._shard = current(), _data.Shard(batches)
+        self.is_merged = self._ranks.size == 1
         #: What there was; only with a file.
         self.seen = Seen()
 
@@ -116,7 +129,8 @@ class Reading:
 
     def resume(self, reservoir: Reservoir) -> Reservoir:
         """The sampler's reservoir of an interrupted pass, or this one, which is then kept with the pass."""
-        kept = self._checkpoint.kept("pass") if self._checkpoint.has_file else None
+        several = self._ranks.size > 1  # which go on with a pass that was interrupted from its beginning
+        kept = self._checkpoint.kept("pass") if self._checkpoint.has_file and not several else None
         if kept is not None and self._follow(kept["seen"]):
             self._generator.set_state(kept["generator"])
             self._uniform_generator.set_state(kept["own"])
@@ -158,17 +172,11 @@ class Reading:
 
     def __iter__(self) -> Iterator[Any]:
         iterator = self._begin() if self._iterator is None else self._iterator
+        batches = self._promised_ones(iterator)
         try:
-            for batch in iterator:
-                if self._max_batches is not None and self._n_batches >= self._max_batches:
-                    return
-                if self._n_batches == self._promised:
-                    logger.warning(
-                        "The loader gives more than the %d batches that it promised, and goes on. Give max_batches "
-                        "if it has no end.", self._promised,
-                    )  # fmt: skip
+            for batch in batches if self._ranks.size == 1 else self._in_rounds(batches):
                 for inputs, targets, n in _data.labelled([batch], self._targets_key):
-                    keys = torch.rand(n, generator=self._uniform_generator, dtype=torch.float64)
+                    keys = self.uniforms(n, self._uniform_generator)
                     self._uniform.offer(inputs, targets, keys, torch.ones(n, dtype=torch.float64))
                     if self._checkpoint.has_file:
                         self.seen.add(inputs, targets)
@@ -179,9 +187,65 @@ class Reading:
             self.save()
             raise
 
+    def _promised_ones(self, iterator: Iterator[Any]) -> Iterator[Any]:
+        for batch in iterator:
+            if self._max_batches is not None and self._n_batches >= self._max_batches:
+                return
+            if self._n_batches == self._promised:
+                logger.warning(
+                    "The loader gives more than the %d batches that it promised, and goes on. Give max_batches "
+                    "if it has no end.", self._promised,
+                )  # fmt: skip
+            yield batch
+
+    def _in_rounds(self, batches: Iterator[Any]) -> Iterator[Any]:
+        """This process's batches, each at the same time as those of the others, which may have more or fewer."""
+        shard, ranks = self._shard, self._ranks
+        for batch in itertools.chain(batches, itertools.repeat(None)):
+            ended = batch is None
+            batch = None if ended else shard.without_repeats(batch, self._targets_key)
+            labelled = [] if batch is None else list(_data.labelled([batch], self._targets_key))
+            counts = ranks.gather(None if ended else sum(n for *_, n in labelled))
+            if all(count is None for count in counts):
+                break
+            self._stream.positions = shard.advance([count or 0 for count in counts], ranks.rank)
+            if self._stream.first is None and any(counts):
+                self._stream.first = self._first_of_all(labelled)
+            if labelled:
+                yield batch
+                continue
+            self.uniforms(0, self._uniform_generator)  # every process draws the numbers of all data
+            if self._sampler is not None:
+                self.uniforms(0, self._generator)
+        shard.check(ranks, shard.n_seen)
+
+    def _first_of_all(self, labelled: list[tuple[_data.Inputs, Tensor, int]]) -> tuple[_data.Inputs, Tensor]:
+        """Some of the first data of the first process that has any, for all of them to find the same network with."""
+        mine = None
+        for inputs, targets, _ in labelled:
+            index = _data.positions_of_some(inputs, SHARED)
+            mine = _data.copy(_data.take(inputs, index)), targets[index].clone()
+        return next(one for one in self._ranks.gather(mine) if one is not None)
+
+    def uniforms(self, n: int, generator: torch.Generator) -> Tensor:
+        """Numbers for the n data of the batch that was given last, ``[n]``; the same whoever has which data."""
+        if self._ranks.size == 1:
+            return torch.rand(n, generator=generator, dtype=torch.float64)
+        return torch.rand(self._shard.of_round, generator=generator, dtype=torch.float64)[self._shard.mine]
+
+    def merge(self, reservoir: Reservoir) -> Reservoir:
+        """The reservoir of the sampler for the streams of all processes; what else was kept is merged with it."""
+        if self._ranks.size == 1:
+            return reservoir
+        positions = torch.cat([torch.empty(0, dtype=torch.int64), *self._shard.positions])
+        self._uniform, self.is_merged = self._uniform.merged(self._ranks, positions), True
+        self._stream.merge(self._ranks)
+        self.seen = Seen.joined(self._ranks.gather(self.seen))
+        return reservoir.merged(self._ranks, positions)
+
     def _at_a_boundary(self) -> None:
         """Everything that was read has been worked on: remember how things are."""
-        if self._sampler is None or not self._checkpoint.has_file:
+        if self._sampler is None or not self._checkpoint.has_file or self._ranks.size > 1:
             return
         self._boundary = {
             "n_batches": self._n_batches, "seen": self.seen.copy(), "observed": self._stream.observed,
@@ -209,13 +273,19 @@ class Reading:
         """
         if expected is None:
             return
-        seen = Seen()
+        seen, shard = Seen(), _data.Shard(self._batches)
         try:
-            for index, (inputs, targets, _) in enumerate(_data.labelled(self._begin(), self._targets_key)):
+            for index, batch in enumerate(self._begin()):
                 if self._max_batches is not None and index >= self._max_batches:
                     break
-                seen.add(inputs, targets)
+                kept = shard.without_repeats(batch, self._targets_key)
+                for inputs, targets, _ in [] if kept is None else _data.labelled([kept], self._targets_key):
+                    seen.add(inputs, targets)
+            if self._ranks.size > 1:
+                seen = Seen.joined(self._ranks.gather(seen))
         except Exception as error:  # whatever a loader fails with
+            if self._ranks.size > 1:  # the others wait for what this one has read
+                raise
             logger.warning(
                 "The data could not be read (%s: %s), and so not compared with those that the checkpoint was made "
                 "from.", type(error).__name__, error,

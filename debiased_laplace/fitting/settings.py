@@ -59,6 +59,8 @@ class FitSettings:
         outputs_of: A function of what the model returns that gives its outputs, if they are neither that, nor its
             ``logits``, nor the first of a tuple.
         max_batches: End the pass over the data after so many, of a stream without an end.
+        distributed: Whether the processes of an initialised group of ``torch.distributed`` fit together, each with its
+            shard of the data.
         prior_precision: One number, one for each part of the basis, or one for each parameter.
         prior_mean: One number, or one for each parameter ``[D]``.
         temperature: Of the likelihood, in the posterior.
@@ -85,6 +87,7 @@ class FitSettings:
     targets_key: str = "labels"
     outputs_of: Callable[[Any], Any] | None = None
     max_batches: int | None = None
+    distributed: bool = True
     prior_precision: Any = 1.0
     prior_mean: float | Tensor = 0.0
     temperature: float = 1.0

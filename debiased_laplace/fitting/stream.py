@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from debiased_laplace import _data
+from debiased_laplace._ranks import Ranks
 from debiased_laplace.curvature.structures import Structure, Window
 from debiased_laplace.likelihoods import Likelihood, of_outputs
 from debiased_laplace.network.network import Network
@@ -79,6 +80,18 @@ class Plan:
     seed: int = 0
     most: int | None = None
 
+    def among(self, positions: Tensor, enough: int | None = None) -> list[Window]:
+        """Those of some data of the stream, at ascending positions ``[n]``."""
+        if not len(positions):
+            return []
+        first, found = int(positions[0]), []
+        for window in self.windows(first, int(positions[-1]) + 1 - first, enough):
+            bounds = torch.tensor([window.part.start, window.part.stop]) + first
+            part = slice(*torch.searchsorted(positions, bounds).tolist())
+            if part.start < part.stop:
+                found.append(replace(window, part=part))
+        return found
+
     def windows(self, start: int, n: int, enough: int | None = None) -> list[Window]:
         """Those of the n data at a position of the stream, of which ``enough`` would do if they were the first."""
         most = self.most or OBSERVED_PER_BUDGET * self.budget
@@ -128,11 +141,15 @@ class Stream:
         self._network: Network | None = None
         #: None until a sampler asks for outputs.
         self.observed: Observed | None = None
+        #: Positions of the next batch in the stream, ``[n]``; None for those that follow.
+        self.positions: Tensor | None = None
+        #: What the network is found with, inputs and targets; None for the first that are asked for.
+        self.first: tuple[_data.Inputs, Tensor] | None = None
 
     def network(self, inputs: _data.Inputs, targets: _data.Inputs) -> Network:
         """The network, found with these data unless it was found before."""
         if self._network is None:
-            self._network = self._discover(inputs, targets)
+            self._network = self._discover(*(self.first or (inputs, targets)))
             self.likelihood = of_outputs(self.likelihood, self._network.sites)
             if self._network.has_sequences:
                 most = min(OF_SEQUENCES, OBSERVED_PER_BUDGET * self._plan.budget)
@@ -147,26 +164,31 @@ class Stream:
         outputs = []
         backward = int(network.has_sequences and self._structure.observes)
         size = self._chunk_size or network.chunk_size(memory, backward, inputs=inputs)
-        for part in _data.slices(_data.count(inputs), size):
-            chunk, new = self._look(network, _data.take(inputs, part), targets[part])
+        n, start = _data.count(inputs), 0 if self.observed is None else self.observed.n
+        positions = torch.arange(start, start + n) if self.positions is None else self.positions
+        for part in _data.slices(n, size):
+            chunk, new = self._look(network, _data.take(inputs, part), targets[part], positions[part])
             outputs.append(chunk)
             self.observed = new if self.observed is None else self.observed.followed_by(new)
         return torch.cat(outputs)
 
-    def _look(self, network: Network, inputs: _data.Inputs, targets: Tensor) -> tuple[Tensor, Observed]:
+    def _look(
+        self, network: Network, inputs: _data.Inputs, targets: Tensor, positions: Tensor
+    ) -> tuple[Tensor, Observed]:  # fmt: skip
         if not self._structure.observes:  # no need to know the layers
             outputs = network.outputs(inputs).to(network.dtype)
             return outputs, self._observed(network, outputs, targets)
-        start = 0 if self.observed is None else self.observed.n
-        outputs, statistics = self._observe_some(network, inputs, targets, start)
+        outputs, statistics = self._observe_some(network, inputs, targets, positions)
         outputs = outputs.to(network.dtype)
         return outputs, replace(self._observed(network, outputs, targets), statistics=statistics)
 
-    def _observe_some(self, network: Network, inputs: _data.Inputs, targets: Tensor, start: int) -> tuple[Tensor, Any]:
-        """Outputs of all data at a position of the stream, and what the structure observes of some of them."""
+    def _observe_some(
+        self, network: Network, inputs: _data.Inputs, targets: Tensor, positions: Tensor
+    ) -> tuple[Tensor, Any]:  # fmt: skip
+        """Outputs of all data, and what the structure observes of some of them."""
         n = len(targets)
         is_seen = torch.zeros(n, dtype=torch.bool)
-        for window in self._plan.windows(start, n):
+        for window in self._plan.among(positions):
             is_seen[window.part] = True
         seen, others = is_seen.nonzero()[:, 0], (~is_seen).nonzero()[:, 0]
         if not len(seen):
@@ -177,7 +199,7 @@ class Stream:
         place = (is_seen.cumsum(0) - 1).tolist()  # among those that are seen
 
         def look(enough: int) -> list[Window]:
-            windows = self._plan.windows(start, n, enough)
+            windows = self._plan.among(positions, enough)
             return [replace(w, part=slice(place[w.part.start], place[w.part.stop - 1] + 1)) for w in windows]
 
         statistics = self._structure.observe(network, factors, look)
@@ -186,6 +208,22 @@ class Stream:
         outputs = torch.cat([factors.outputs, network.outputs(_data.take(inputs, others))])
         order = torch.cat([seen, others]).argsort()
         return outputs[order.to(outputs.device)], statistics
+
+    def merge(self, ranks: Ranks) -> None:
+        """Let :attr:`observed` be that of the streams of all processes, the same in each of them."""
+        if not any(ranks.gather(self.observed is not None)):
+            return
+        assert self.first is not None
+        network, mine = self.network(*self.first), self.observed or Observed(0, 0.0, None)
+        statistics = mine.statistics
+        if self._structure.observes:
+            if statistics is None:  # of no data
+                factors = network.factors(self.first[0], backward=network.has_sequences)
+                statistics = self._structure.observe(network, factors, lambda _: [])
+            statistics = statistics.all_reduce()
+        sums = ranks.gather((mine.n, float(mine.loss)))
+        loss = torch.tensor(sum(loss for _, loss in sums), dtype=torch.float64, device=network.device)
+        self.observed = Observed(sum(n for n, _ in sums), loss, statistics)
 
     def _observed(self, network: Network, outputs: Tensor, targets: Tensor) -> Observed:
         losses = self.likelihood.loss(outputs, targets.to(network.device))

@@ -21,6 +21,7 @@ from torchmetrics import Metric
 
 from debiased_laplace import _checks, _data, _store
 from debiased_laplace._guards import full_precision, global_random_state, warn_the_caller
+from debiased_laplace._ranks import together
 from debiased_laplace.curvature.structures import STRUCTURES, Structure
 from debiased_laplace.fitting.coverage import coverage
 from debiased_laplace.fitting.fit import fit
@@ -1100,7 +1101,9 @@ class DebiasedLaplace(ParametricLaplace):
             search = tuning.GridSearch(
                 pred_type, link, structure, loss, grid, n_samples, tune_temperature, tune_sigma_noise, selection
             )
-            with global_random_state(), torch.no_grad():  # a loader's order, and metrics, may draw
+            with together("tune") as ranks, global_random_state(), torch.no_grad():  # an order, and metrics, may draw
+                if ranks.size > 1 and not search.is_joint:  # a loss of the user's is of all data
+                    val_loader = ranks.rounds(_data.of_this_process(val_loader, self.native.targets_key))
                 tuned = search.on(self.native, val_loader, self.likelihood == "regression", progress_bar)
             self.curve = tuned.curve
             if tuned.noise_variance is not None:

@@ -68,6 +68,20 @@ class Changes(NamedTuple):
         return "; ".join(f"{what}: {listed(names)}" for what, names in zip(words, self, strict=True) if names)
 
 
+def _refuse_shards(model: nn.Module) -> None:
+    """Raise a ``ValueError`` for parameters of which this process has a part only."""
+    of_shards = {"DTensor", "FlatParameter"}
+    shards = [name for name, p in model.named_parameters() if {c.__name__ for c in type(p).__mro__} & of_shards]
+    shards += [name for name, module in model.named_modules() if type(module).__name__ == "FullyShardedDataParallel"]
+    if shards:
+        raise ValueError(
+            f"Expected whole parameters, got shards of them (DTensor) in {listed(shards)}: a posterior would be about "
+            "one shard. Gather them, by get_model_state_dict(model, options=StateDictOptions(full_state_dict=True)) of "
+            "torch.distributed.checkpoint.state_dict or full_tensor(), into a model that is not sharded, and fit that; "
+            "if it is too large for one device, its last layer on its features, or its adapters."
+        )
+
+
 class Snapshot:
     """A network as it was: module tree, weights, buffers.
 
@@ -89,6 +103,7 @@ class Snapshot:
     """
 
     def __init__(self, model: nn.Module, trainable: Iterable[str] | None = None) -> None:
+        _refuse_shards(model)
         self.origin = model
         self._told: tuple[Any, Changes | None] | None = None
         self._watched: list[tuple[list[Tensor], Tensor]] | None = None

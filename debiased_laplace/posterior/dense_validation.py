@@ -11,19 +11,20 @@ samples, the same draws for all: a coarse grid, at the temperature of the networ
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from debiased_laplace import _data
+from debiased_laplace._ranks import current
 from debiased_laplace.likelihoods import Likelihood
 from debiased_laplace.posterior.dense import MAX_COVARIANCE_OUTPUTS, site_gradients, site_moments
 from debiased_laplace.posterior.gaussian import Posterior, standard_normals
 from debiased_laplace.posterior.predictive import UnitGradients, linearized_changes, part_variances_of_gradients
 from debiased_laplace.posterior.search import mean_by_datum
-from debiased_laplace.posterior.validation import Validation
+from debiased_laplace.posterior.validation import T, Validation
 
 #: Vectors for the sites of a datum, C of each.
 SITE_VECTORS = 64
@@ -60,6 +61,20 @@ class SiteValidation(Validation):
         """Of every chosen site the number of its datum, after a pass over the data."""
         return torch.cat(self._datum).to(self.network.device)
 
+    def __iter__(self) -> Iterator[tuple[_data.Inputs, Tensor]]:
+        """Of several processes all read all data: which sites are chosen depends on the number of a datum."""
+        yield from self.of_all(super().__iter__())
+
+    def dealt(self, compute: Callable[[_data.Inputs, Tensor, Tensor], T]) -> Iterator[T]:
+        """What is computed of every batch of :meth:`chosen`, each by one of the processes that tune together."""
+        ranks = current()
+        for number, batch in enumerate(self.chosen()):
+            owner = number % ranks.size
+            mine = compute(*batch) if owner == ranks.rank else None
+            computed = ranks.gather(mine, self.network.device)[owner]
+            assert computed is not None
+            yield computed
+
     def chosen(self) -> Iterator[tuple[_data.Inputs, Tensor, Tensor]]:
         """Inputs, their sites ``[n, m]`` or -1, and the targets of those that are there, batch after batch."""
         self._datum.clear()
@@ -86,28 +101,33 @@ class SiteValidation(Validation):
 
     def with_outputs(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Outputs ``[P, C]`` of the chosen sites and their targets, batch after batch."""
-        for inputs, sites, targets in self.chosen():
-            yield _at(self.network.outputs(inputs), sites, self.network.n_outputs), targets
+
+        def outputs(inputs: _data.Inputs, sites: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+            return _at(self.network.outputs(inputs), sites, self.network.n_outputs), targets
+
+        yield from self.dealt(outputs)
 
     def with_moments(
         self, posteriors: Sequence[Posterior], *, covariance: bool
     ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Of the chosen sites, as of data."""
-        for inputs, sites, targets in self.chosen():
+
+        def of_batch(inputs: _data.Inputs, sites: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             which, mean, moments = zip(
                 *site_moments(self.network, posteriors, inputs, sites, covariance=covariance), strict=True
             )
             order = torch.cat(which).argsort().to(self.network.device)
-            yield torch.cat(mean)[order], torch.cat(moments, 1)[:, order], targets
+            return torch.cat(mean)[order], torch.cat(moments, 1)[:, order], targets
+
+        yield from self.dealt(of_batch)
 
     def with_part_variances(self, precisions: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Of the chosen sites, as of data."""
-        for inputs, sites, targets in self.chosen():
+
+        def of_batch(inputs: _data.Inputs, sites: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             positions: list[Tensor] = []
 
-            def gradients(
-                formed: bool, inputs: _data.Inputs = inputs, sites: Tensor = sites, positions: list[Tensor] = positions
-            ) -> Iterator[UnitGradients]:
+            def gradients(formed: bool) -> Iterator[UnitGradients]:
                 for of_sites, which in site_gradients(self.network, inputs, sites, formed=formed):
                     positions.append(which)
                     yield of_sites
@@ -115,13 +135,16 @@ class SiteValidation(Validation):
             chunks = part_variances_of_gradients(self.network, self.posterior, gradients, precisions)
             mean, variances = zip(*chunks, strict=True)
             order = torch.cat(positions).argsort()[-len(targets) :].to(self.network.device)  # -1 is of none
-            yield torch.cat(mean)[order], torch.cat(variances, 2)[:, :, order], targets
+            return torch.cat(mean)[order], torch.cat(variances, 2)[:, :, order], targets
+
+        yield from self.dealt(of_batch)
 
     def losses(self, precisions: Tensor, temperature: float) -> Tensor:
         """Mean losses of the sites of every datum with every prior precision, ``[R, n]``, by linearised samples."""
         n_samples = min(self.n_samples, N_SAMPLES)
-        network, candidates, of_batches = self.network, self.at(precisions), []
-        for inputs, sites, targets in self.chosen():
+        network, candidates = self.network, self.at(precisions)
+
+        def of_batch(inputs: _data.Inputs, sites: Tensor, targets: Tensor) -> Tensor:
             totals: list[Tensor | None] = [None] * len(candidates)
             for number in range(n_samples):
                 generator = torch.Generator().manual_seed((self.seed + number) % 2**63)
@@ -134,7 +157,9 @@ class SiteValidation(Validation):
                     before = totals[index]
                     totals[index] = value if before is None else torch.logaddexp(before, value)
             sums = torch.stack([total for total in totals if total is not None]).double()
-            of_batches.append(torch.as_tensor(n_samples, dtype=torch.float64).log() - sums.cpu())
+            return torch.as_tensor(n_samples, dtype=torch.float64).log() - sums.cpu()
+
+        of_batches = list(self.dealt(of_batch))
         datum = torch.cat(self._datum)
         return torch.stack([mean_by_datum(losses, datum) for losses in torch.cat(of_batches, 1)])
 

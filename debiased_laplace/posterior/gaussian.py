@@ -87,7 +87,7 @@ class Posterior:
         if self.coordinates is not None:
             return self
         if self.fixed is not None and len(self.prior_precision) in (1, len(basis.parts)):
-            if all(part.zero_where_fixed for part in basis.parts):
+            if all(part.zero_where_fixed for part in basis.at_rest):
                 return replace(self, coordinates=(~self.fixed).double(), fixed=None)
         if len(prior) in (1, len(basis.parts)):
             return self

@@ -213,7 +213,7 @@ def _part_moments(
                 total = total + (factors.covariances if covariance else factors.variances)(variance)
             yield total
 
-    for chunk in gradients(any(part.forms_gradients for basis in bases for part in basis.parts)):
+    for chunk in gradients(any(part.forms_gradients for basis in bases for part in basis.at_rest)):
         projections = _project(network, bases, chunk)
         yield chunk.outputs, (contracted(which, of_basis) for which, of_basis in enumerate(projections))
 

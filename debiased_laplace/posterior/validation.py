@@ -4,19 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from debiased_laplace import _data
+from debiased_laplace._ranks import current
 from debiased_laplace.likelihoods import Likelihood
 from debiased_laplace.network.network import Network
 from debiased_laplace.posterior.curve import EMPTY, PriorCurve, check_losses
 from debiased_laplace.posterior.gaussian import Posterior, standard_normals
 from debiased_laplace.posterior.search import ValidationLoss
 from debiased_laplace.posterior.top_k import MANY_OUTPUTS, exact_outputs, top_k_moments, top_k_part_variances
+
+T = TypeVar("T")
 
 #: Bytes of covariances of all candidates at a time, where they are compared datum by datum.
 COVARIANCE_MEMORY = 2**28
@@ -55,7 +58,7 @@ class Validation:
 
     def __iter__(self) -> Iterator[tuple[_data.Inputs, Tensor]]:
         """Inputs and prepared targets, batch after batch."""
-        stream = _data.labelled(self.batches, self.targets_key)
+        stream = _data.labelled(_data.of_this_process(self.batches, self.targets_key), self.targets_key)
         for inputs, targets, _ in tqdm(
             stream, desc="Validation", unit="batch", disable=not self.progress_bar, leave=False
         ):  # fmt: skip
@@ -68,24 +71,31 @@ class Validation:
 
     def with_outputs(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Outputs ``[n, C]`` of the network and targets, batch after batch."""
-        for inputs, targets in self:
-            yield self.network.outputs(inputs), targets
+        yield from self.of_all((self.network.outputs(inputs), targets) for inputs, targets in self)
+
+    def of_all(self, results: Iterator[T]) -> Iterator[T]:
+        """What was computed batch after batch, of the batches of all processes that tune together."""
+        return current().rounds(results, self.network.device)
 
     def with_moments(
         self, posteriors: Sequence[Posterior], *, covariance: bool
     ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Outputs, their (co)variances under R posteriors ``[R, n, ...]``, and targets, batch after batch."""
         k = exact_outputs(self.network, self.likelihood)
-        for inputs, targets in self:
-            moments = top_k_moments(self.network, posteriors, self.likelihood, inputs, k, covariance=covariance)
-            yield *moments, targets
+
+        def moments(inputs: _data.Inputs) -> tuple[Tensor, Tensor]:
+            return top_k_moments(self.network, posteriors, self.likelihood, inputs, k, covariance=covariance)
+
+        yield from self.of_all((*moments(inputs), targets) for inputs, targets in self)
 
     def with_part_variances(self, precisions: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Outputs, variances ``[R, n_parts, n, C]`` by part, and targets, batch after batch."""
         k = exact_outputs(self.network, self.likelihood)
-        for inputs, targets in self:
-            variances = top_k_part_variances(self.network, self.posterior, self.likelihood, inputs, k, precisions)
-            yield *variances, targets
+
+        def variances(inputs: _data.Inputs) -> tuple[Tensor, Tensor]:
+            return top_k_part_variances(self.network, self.posterior, self.likelihood, inputs, k, precisions)
+
+        yield from self.of_all((*variances(inputs), targets) for inputs, targets in self)
 
     @property
     def is_coarse(self) -> bool:
@@ -97,8 +107,9 @@ class Validation:
         candidates, normals, c = self.at(precisions), self.normals(), self.network.n_outputs
         k = exact_outputs(self.network, self.likelihood)
         of_datum = len(candidates) * c**2 * torch.finfo(self.network.dtype).bits // 8
-        losses = []
-        for inputs, targets in self:
+
+        def of_batch(inputs: _data.Inputs, targets: Tensor) -> Tensor:
+            losses = []
             for part in _data.slices(len(targets), max(1, COVARIANCE_MEMORY // of_datum)):
                 mean, covariances = top_k_moments(
                     self.network, candidates, self.likelihood, _data.take(inputs, part), k
@@ -111,7 +122,9 @@ class Validation:
                     for covariance in covariances
                 ]  # fmt: skip
                 losses.append(torch.stack(of_part).double().cpu())
-        return torch.cat(losses, 1)
+            return torch.cat(losses, 1)
+
+        return torch.cat(list(self.of_all(of_batch(*batch) for batch in self)), 1)
 
     @property
     def datum(self) -> Tensor | None:

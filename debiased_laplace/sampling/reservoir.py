@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from debiased_laplace import _data
+from debiased_laplace._ranks import Ranks
 
 
 class Reservoir:
@@ -77,10 +78,29 @@ class Reservoir:
                 joined._keep(*part.content(), part.keys, part.scores, part.indices + offset)
         return joined
 
+    def merged(self, ranks: Ranks, positions: Tensor) -> Reservoir:
+        """That of the streams of all processes together, the same in each of them.
+
+        Args:
+            ranks: The processes.
+            positions: In the stream of all of them, of the data of this one's.
+        """
+        keys, mine = torch.cat(ranks.gather(self.keys)), self
+        if self.capacity is not None and len(keys) > self.capacity:
+            mine = self.take((self.keys <= keys.sort().values[self.capacity - 1]).nonzero()[:, 0])
+        joined = Reservoir(self.capacity)
+        for part in map(Reservoir.of, ranks.gather(mine.state() | {"indices": positions[mine.indices]})):
+            joined.n_seen, joined.total = joined.n_seen + part.n_seen, joined.total + part.total
+            if len(part.keys):
+                joined._keep(*part.content(), part.keys, part.scores, part.indices)
+        return joined.take(joined.indices.argsort())
+
     def take(self, index: Tensor) -> Reservoir:
         """Some of what is kept; of the same stream."""
         taken = Reservoir(self.capacity)
         taken.n_seen, taken.total = self.n_seen, self.total
+        if not len(self.keys):
+            return taken
         inputs, targets = self.content()
         taken._keep(
             _data.take(inputs, index),

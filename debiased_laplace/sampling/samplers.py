@@ -92,8 +92,9 @@ class UniformSampler:
         _check_folds(self.budget, folds)
         reservoir = _begun(batches, Reservoir(self.budget))
         for inputs, targets, n in _stream(batches, targets_key, progress_bar):
-            keys = torch.rand(n, generator=generator, dtype=torch.float64)
+            keys = _uniforms(batches, n, generator)
             reservoir.offer(inputs, targets, keys, torch.ones(n, dtype=torch.float64))
+        reservoir = _ended(batches, reservoir)
         _check_counts(reservoir.n_seen, self.budget, folds)
         n = len(reservoir.keys)
         weights = torch.full((n,), 1 / n, dtype=torch.float64)
@@ -147,13 +148,14 @@ class PrioritySampler:
         _check_folds(self.budget, folds)
         reservoir = _begun(batches, Reservoir(self.budget + 1))  # the next priority is the threshold
         for inputs, targets, n in _stream(batches, targets_key, progress_bar):
-            uniforms = torch.rand(n, generator=generator, dtype=torch.float64).clamp_min_(1e-300)
+            uniforms = _uniforms(batches, n, generator).clamp_min_(1e-300)
             outputs = observe(inputs, targets)
             prepared = likelihood.prepare_targets(targets, outputs.shape[1]).to(outputs.device)
             traces = likelihood.curvature(outputs, prepared).double().cpu()
             _checks.finite(traces, "the curvature of the loss", "Look for NaN in the outputs of the model.")
             scores = traces + self.floor
             reservoir.offer(inputs, targets, uniforms / scores, scores)
+        reservoir = _ended(batches, reservoir)
         # The whole stream within the budget belongs to all folds, however few data it has.
         _check_counts(reservoir.n_seen, self.budget, folds if reservoir.n_seen > self.budget else 1)
         return self._weighted(reservoir, folds, generator)
@@ -193,6 +195,18 @@ def _begun(batches: Any, reservoir: Reservoir) -> Reservoir:
     """The reservoir of a pass that was interrupted, if the batches know of one; or this, which they then know of."""
     resume = getattr(batches, "resume", None)
     return reservoir if resume is None else resume(reservoir)
+
+
+def _uniforms(batches: Any, n: int, generator: torch.Generator) -> Tensor:
+    """Numbers for the data of the next batch, ``[n]``, which several processes draw by the positions of theirs."""
+    uniforms = getattr(batches, "uniforms", None)
+    return torch.rand(n, generator=generator, dtype=torch.float64) if uniforms is None else uniforms(n, generator)
+
+
+def _ended(batches: Any, reservoir: Reservoir) -> Reservoir:
+    """The reservoir of the streams of all processes, if the batches know of others."""
+    merge = getattr(batches, "merge", None)
+    return reservoir if merge is None else merge(reservoir)
 
 
 def _stream(batches: Iterable[Any], targets_key: str, progress_bar: bool) -> Iterable[tuple[_data.Inputs, Tensor, int]]:

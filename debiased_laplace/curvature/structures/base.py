@@ -32,7 +32,7 @@ class Statistics(Protocol):
         ...
 
     def all_reduce(self) -> Any:
-        """Sum over the processes of ``torch.distributed``; each process weighs its data for all of them."""
+        """Sum over all processes that work together; each weighs its data for all of them."""
         ...
 
     def curvatures(self, basis: Basis) -> Tensor:

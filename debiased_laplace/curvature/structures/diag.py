@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from debiased_laplace import _checks
+from debiased_laplace._ranks import current
 from debiased_laplace.curvature.basis import Basis
 from debiased_laplace.curvature.block_gradients import block_gradients
 from debiased_laplace.curvature.hesscale import APPROXIMATIONS, hessian_diagonal
@@ -45,11 +46,8 @@ class DiagonalStatistics:
         return DiagonalStatistics([factor * d for d in self.diagonals])
 
     def all_reduce(self) -> DiagonalStatistics:
-        """Sum over the processes of ``torch.distributed``; each process weighs its data for all of them."""
-        reduced = DiagonalStatistics([d.clone() for d in self.diagonals])
-        for diagonal in reduced.diagonals:
-            torch.distributed.all_reduce(diagonal)
-        return reduced
+        """Sum over all processes that work together; each weighs its data for all of them."""
+        return DiagonalStatistics([current().sum(diagonal) for diagonal in self.diagonals])
 
     def curvatures(self, basis: Basis) -> Tensor:
         """The diagonal, ``[rank]``."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from debiased_laplace import _checks
+from debiased_laplace._ranks import current
 from debiased_laplace.curvature.basis import Basis
 from debiased_laplace.curvature.block_gradients import block_gradients
 from debiased_laplace.curvature.decomposition import eigh
@@ -46,11 +47,8 @@ class FullStatistics:
         return FullStatistics([factor * matrix for matrix in self.matrices], self.groups, self.free)
 
     def all_reduce(self) -> FullStatistics:
-        """Sum over the processes of ``torch.distributed``; each process weighs its data for all of them."""
-        reduced = FullStatistics([matrix.clone() for matrix in self.matrices], self.groups, self.free)
-        for matrix in reduced.matrices:
-            torch.distributed.all_reduce(matrix)
-        return reduced
+        """Sum over all processes that work together; each weighs its data for all of them."""
+        return FullStatistics([current().sum(matrix) for matrix in self.matrices], self.groups, self.free)
 
     def curvatures(self, basis: Basis) -> Tensor:
         r""":math:`\mathrm{diag}(U^\top G U)`, ``[rank]``."""

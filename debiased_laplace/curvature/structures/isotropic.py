@@ -15,6 +15,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from debiased_laplace._ranks import current
 from debiased_laplace.curvature.basis import Basis
 from debiased_laplace.curvature.parts.identity import IdentityBasis
 from debiased_laplace.curvature.structures.base import Held, Structure
@@ -43,10 +44,8 @@ class IsotropicStatistics:
         return IsotropicStatistics(factor * self.weight)
 
     def all_reduce(self) -> IsotropicStatistics:
-        """Sum over the processes of ``torch.distributed``; each process weighs its data for all of them."""
-        weight = self.weight.clone()
-        torch.distributed.all_reduce(weight)
-        return IsotropicStatistics(weight)
+        """Sum over all processes that work together; each weighs its data for all of them."""
+        return IsotropicStatistics(current().sum(self.weight))
 
     def curvatures(self, basis: Basis) -> Tensor:
         """Zero along every direction, ``[rank]``."""

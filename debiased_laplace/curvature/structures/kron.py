@@ -24,8 +24,9 @@ from torch import Tensor
 
 from debiased_laplace import _checks
 from debiased_laplace._checks import NonFiniteError
+from debiased_laplace._ranks import current
 from debiased_laplace.curvature.basis import Basis
-from debiased_laplace.curvature.moments import MomentSum, SecondMoment, eigenvectors, moment
+from debiased_laplace.curvature.moments import MomentSum, SecondMoment, all_reduced, eigenvectors, moment
 from debiased_laplace.curvature.parts.identity import IdentityBasis
 from debiased_laplace.curvature.parts.kronecker import KroneckerBasis
 from debiased_laplace.curvature.parts.output import OutputBasis
@@ -93,10 +94,9 @@ class KroneckerStatistics:
         return KroneckerStatistics([a * factor for a in self.of_inputs], [b * factor for b in self.of_outputs])
 
     def all_reduce(self) -> KroneckerStatistics:
-        """Sum over the processes of ``torch.distributed``; each process weighs its data for all of them."""
-        return KroneckerStatistics(
-            [a.all_reduce() for a in self.of_inputs], [b.all_reduce() for b in self.of_outputs]
-        )  # fmt: skip
+        """Sum over all processes that work together; each weighs its data for all of them."""
+        every = all_reduced([*self.of_inputs, *self.of_outputs])
+        return KroneckerStatistics(every[: len(self.of_inputs)], every[len(self.of_inputs) :])
 
     def curvatures(self, basis: Basis) -> Tensor:
         r"""The factored estimate, :math:`\mathrm{diag}(Q_B^\top B Q_B) \otimes \mathrm{diag}(Q_A^\top A Q_A)`.
@@ -139,6 +139,11 @@ class InputStatistics:
         """Of both data together."""
         totals = [a + b for a, b in zip(self.of_inputs, other.of_inputs, strict=True)]
         return InputStatistics(totals, [a + b for a, b in zip(self.counts, other.counts, strict=True)])
+
+    def all_reduce(self) -> InputStatistics:
+        """Sum over all processes that work together."""
+        counts = [sum(of_block) for of_block in zip(*current().gather(self.counts), strict=True)]
+        return InputStatistics(all_reduced(self.of_inputs), counts)
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from debiased_laplace import _checks
+from debiased_laplace._ranks import current
 from debiased_laplace.curvature.basis import Basis
 from debiased_laplace.curvature.block_gradients import BlockGradients, block_gradients, gram
 from debiased_laplace.curvature.decomposition import eigh
@@ -63,10 +64,8 @@ class LowRankStatistics:
         return LowRankStatistics([[g.scaled(factor**0.5) for g in of_block] for of_block in self.columns], self.groups)
 
     def all_reduce(self) -> LowRankStatistics:
-        """The columns of all processes of ``torch.distributed``; each process weighs its data for all of them."""
-        gathered: list[LowRankStatistics | None] = [None] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(gathered, self)
-        first, *others = [statistics for statistics in gathered if statistics is not None]
+        """The columns of all processes that work together; each weighs its data for all of them."""
+        first, *others = current().gather(self)
         for other in others:
             first = first + other
         return first

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -35,6 +36,7 @@ def run(
     methods: Sequence[Method] | None = None,
     options: Options | None = None,
     n_processes: int = 1,
+    alone: bool = True,
     progress: Callable[[int, str], None] = lambda seed, step: None,
 ) -> list[dict[str, Any]]:
     """One record for each seed, written when it is complete; one that was made from the same is used again.
@@ -48,6 +50,8 @@ def run(
         options: How to tune and judge.
         n_processes: Seeds at a time, each in a separate process with one thread; 1 for none but this one. A script
             that asks for more needs the usual ``if __name__ == "__main__":``.
+        alone: Whether no other process may write to the folder at the same time: those that do other seeds of the same
+            run may.
         progress: Called with the seed and what begins, as ``"stage: detail"``; ``"kept"`` for a record that was there,
             ``"done"`` for one that was made.
 
@@ -60,7 +64,7 @@ def run(
         methods = methods_of(task)
     check_methods(methods)
     work = partial(_seed, task.source if n_processes > 1 else task, folder, context, methods, options)
-    with locked(folder):
+    with locked(folder) if alone else nullcontext():
         if n_processes > 1:
             return in_processes(work, list(seeds), n_processes, progress)
         return [work(seed, partial(progress, seed)) for seed in seeds]

@@ -1,0 +1,271 @@
+"""Processes of ``torch.distributed`` that fit or tune one posterior together; one process alone is the usual case.
+
+Code asks for :func:`current` and writes what every process does: to one alone, sums and what is gathered are its own.
+Everything that is exchanged goes through a group of its own over gloo, in the memory of the CPU: when a process raises
+an error, it leaves its message in the store of the group and its connections close, so that the others stop with it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import itertools
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+T = TypeVar("T")
+
+#: Seconds in which all processes have to begin with a computation, and to say why one of them ended.
+CONTACT, LAST_WORDS = 300.0, 3.0
+
+#: How long a process waits for the others in the middle of one.
+WAIT = timedelta(hours=2)
+
+#: Seconds between two looks at whether another process has raised an error.
+EVERY = 1.0
+
+
+class RankError(RuntimeError):
+    """Another process of the group has ended, with its message if it left one."""
+
+
+class Ranks:
+    """One process alone."""
+
+    #: Which one this is, and how many there are.
+    rank, size = 0, 1
+
+    def check(self) -> None:
+        """Raise a :class:`RankError` if another process has raised an error."""
+
+    def gather(self, value: T, device: torch.device | None = None) -> list[T]:
+        """What every process has, in their order; tensors of a device are moved to this one."""
+        return [value]
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Sum of a tensor of one shape over all processes, the same bits in each of them."""
+        return tensor
+
+    def broadcast(self, tensor: Tensor, source: int) -> Tensor:
+        """A tensor of one process; the others give one of its shape and dtype."""
+        return tensor
+
+    def rounds(self, items: Iterator[T], device: torch.device | None = None) -> Iterator[T]:
+        """Items of all processes: the first of each, then the second of each that has one, and so on."""
+        return items
+
+    def agree(self, what: str, settings: Mapping[str, str]) -> None:
+        """Raise a ``ValueError`` if another process has other settings."""
+
+    def share(self, costs: Tensor) -> slice:
+        """Consecutive pieces for this process, of pieces with some costs ``[n]``, in parts that cost about the same."""
+        ends = costs.double().cumsum(0)
+        bounds = torch.arange(1, self.size, dtype=torch.float64) * (float(ends[-1]) / self.size if len(ends) else 0.0)
+        # A piece belongs to the part that its middle falls into.
+        cuts = [0, *torch.searchsorted(ends - costs.double() / 2, bounds).tolist(), len(costs)]
+        return slice(cuts[self.rank], cuts[self.rank + 1])
+
+    def owners(self, costs: Sequence[float]) -> list[int]:
+        """A process for every piece of work: the largest first, each to the one that has least to do."""
+        loads, owners = [0.0] * self.size, [0] * len(costs)
+        for index in sorted(range(len(costs)), key=lambda index: -costs[index]):
+            owners[index] = min(range(self.size), key=loads.__getitem__)
+            loads[owners[index]] += costs[index]
+        return owners
+
+
+class Group(Ranks):
+    """Some processes, each of which makes the same calls in the same order.
+
+    Args:
+        what: What they begin with, for errors.
+
+    Raises:
+        RankError: If some of the processes do not begin with it.
+    """
+
+    _numbers = itertools.count()
+
+    def __init__(self, what: str) -> None:
+        dist = torch.distributed
+        self._dist, self._number = dist, next(Group._numbers)
+        self.world = dist.group.WORLD
+        self.rank, self.size = dist.get_rank(), dist.get_world_size()
+        # The store by which the processes found each other: it outlives every connection between them.
+        store = dist.distributed_c10d._get_default_store()
+        self._store = dist.distributed_c10d.PrefixStore(f"debiased_laplace/{self._number}", store)
+        self._checked, self._n_begun = time.monotonic(), 0
+        self.begin(what)
+        self._group: Any = dist.new_group(backend="gloo", timeout=WAIT)
+
+    def begin(self, what: str) -> None:
+        """Wait until all of them are here, for a bounded time."""
+        self._n_begun += 1
+        key, until = f"begun {self._n_begun}", time.monotonic() + CONTACT
+        arrived = self._store.add(key, 1)
+        while arrived < self.size:
+            self.check()
+            if time.monotonic() > until:
+                raise RankError(
+                    f"Expected all {self.size} processes of the group to {what} together, got {arrived} of them within "
+                    f"{CONTACT:.0f} s. Call it in every process, or with distributed=False for one process alone."
+                )
+            time.sleep(0.01)
+            arrived = self._store.add(key, 0)
+
+    # -- errors ----------------------------------------------------------------------------------
+
+    def check(self) -> None:
+        if time.monotonic() - self._checked > EVERY:
+            self._checked = time.monotonic()
+            if (message := self._message()) is not None:
+                raise RankError(message)
+
+    def _message(self) -> str | None:
+        try:
+            return str(self._store.get("error").decode()) if self._store.check(["error"]) else None
+        except RuntimeError as error:  # the process with the store is gone
+            return f"Another of the {self.size} processes ended, with the store of the group ({error})."
+
+    def tell(self, error: BaseException) -> None:
+        """Leave an error for the other processes, unless they have one already."""
+        message = f"Process {self.rank} of {self.size} stopped: {type(error).__name__}: {error}"
+        with contextlib.suppress(RuntimeError):
+            self._store.compare_set("error", "", message)
+
+    def close(self) -> None:
+        """Close the connections, which stops the processes that wait for this one."""
+        with contextlib.suppress(RuntimeError, ValueError, AssertionError):
+            self._dist.destroy_process_group(self._group)
+        self._group = None
+
+    def _together(self, call: Callable[[], T]) -> T:
+        try:
+            return call()
+        except RuntimeError as error:
+            until = time.monotonic() + LAST_WORDS
+            while (message := self._message()) is None and time.monotonic() < until:
+                time.sleep(0.05)
+            if message is None:
+                message = (
+                    f"Lost the connection of process {self.rank} of {self.size} with another one, which ended without "
+                    f"a word: killed, for want of memory say ({str(error).splitlines()[0]})."
+                )
+            raise RankError(message) from error
+
+    # -- what is exchanged ------------------------------------------------------------------------
+
+    def gather(self, value: T, device: torch.device | None = None) -> list[T]:
+        buffer = io.BytesIO()
+        torch.save(value, buffer)
+        every: list[bytes | None] = [None] * self.size
+        self._together(lambda: self._dist.all_gather_object(every, buffer.getvalue(), group=self._group))
+
+        def moved(storage: Any, place: str) -> Any:
+            if place == "cpu":
+                return storage
+            return storage.cuda() if device is None else storage.to(device=device)  # not the other process's card
+
+        return [
+            value if rank == self.rank else torch.load(io.BytesIO(of_rank or b""), moved, weights_only=False)
+            for rank, of_rank in enumerate(every)
+        ]
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        total = tensor.detach().to("cpu", copy=True).contiguous()
+        self._together(lambda: self._dist.all_reduce(total, group=self._group))
+        return total.to(tensor.device)
+
+    def broadcast(self, tensor: Tensor, source: int) -> Tensor:
+        sent = tensor.detach().cpu().contiguous()
+        self._together(lambda: self._dist.broadcast(sent, self._dist.get_global_rank(self._group, source), self._group))
+        return tensor if self.rank == source else sent.to(tensor.device)
+
+    def rounds(self, items: Iterator[T], device: torch.device | None = None) -> Iterator[T]:
+        while True:
+            every = self.gather(tuple(itertools.islice(items, 1)), device)
+            if not any(every):
+                return
+            for of_rank in every:
+                yield from of_rank
+
+    def agree(self, what: str, settings: Mapping[str, str]) -> None:
+        every = self.gather(dict(settings))
+        for rank, others in enumerate(every):
+            different = sorted(key for key in settings.keys() | others.keys() if every[0].get(key) != others.get(key))
+            if different:
+                lines = "; ".join(f"{key}: {every[0].get(key)} and {others.get(key)}" for key in different[:5])
+                raise ValueError(
+                    f"Expected all {self.size} processes to {what} with the same model and settings, got others in "
+                    f"process {rank} than in process 0: {lines}. Seed every process alike before the model is made, "
+                    "load the same weights, and give the same arguments."
+                )
+
+
+ALONE = Ranks()
+
+_current: ContextVar[Ranks] = ContextVar("ranks", default=ALONE)
+_open: list[Group] = []
+
+
+def current() -> Ranks:
+    """The processes that the code that asks is run by together."""
+    return _current.get()
+
+
+@contextmanager
+def together(what: str, *, wanted: bool = True) -> Iterator[Ranks]:
+    """Let all processes of the group that the program has initialised, if it has, run the code within together.
+
+    Args:
+        what: What it is, for errors: "fit".
+        wanted: Whether to; otherwise every process is alone.
+    """
+    if not wanted or _world_size() == 1:
+        token = _current.set(ALONE)
+        try:
+            yield ALONE
+        finally:
+            _current.reset(token)
+        return
+    if isinstance(current(), Group):  # a part of something larger
+        yield current()
+        return
+    if not _open or _open[-1].world is not torch.distributed.group.WORLD:
+        _open[:] = [Group(what)]
+    else:
+        _open[-1].begin(what)
+    group = _open[-1]
+    token = _current.set(group)
+    try:
+        calls = group.gather(what)
+        if len(set(calls)) > 1:
+            raise RankError(
+                f"Expected all {group.size} processes to do the same, got " + ", ".join(map(repr, calls)) + " in their "
+                "order. Make the same calls in every process, or pass distributed=False."
+            )
+        yield group
+        group.gather(None)  # so that no process leaves the others in the middle of something
+    except BaseException as error:
+        if not isinstance(error, RankError):
+            group.tell(error)
+        _open.clear()
+        group.close()
+        raise
+    finally:
+        _current.reset(token)
+
+
+def _world_size() -> int:
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is None or not distributed.is_available() or not distributed.is_initialized():
+        return 1
+    return int(distributed.get_world_size())
