@@ -35,6 +35,9 @@ from debiased_laplace.network.uses import first_row
 if TYPE_CHECKING:
     from debiased_laplace.network.network import Network
 
+#: What a back-propagated number costs to be kept, in multiplications of a product of matrices.
+KEPT = 64
+
 #: Bytes of layer inputs at a time on the CPU: larger ones fall out of the cache between two uses.
 CACHE_MEMORY = 2**23
 
@@ -309,11 +312,12 @@ class Factors:
         return _joined(of_blocks for _, of_blocks in self.backpropagate(vectors, again=again))
 
     def gradients(self, vectors: Tensor) -> tuple[Callable[[Block], LayerInputs], list[Tensor]]:
-        r"""Inputs and vectors of every block with no more positions than inputs, where the vectors are many.
+        r"""Inputs and vectors of every block, with as many positions as inputs if there are many more of them.
 
         Their products, :math:`\sum_s g_s a_s^\top = \sum_i J_i e_i^\top`, are those of :meth:`inputs` and
-        :meth:`backpropagate_all`: of a layer with more positions than inputs the gradient takes the place of the
-        vectors, and the identity that of the inputs. Vectors at all positions exist for some of them at a time.
+        :meth:`backpropagate_all`: where the vectors are many, the gradient of a layer with many more positions than
+        inputs takes the place of the vectors, and the identity that of the inputs. Vectors at all positions exist for
+        some of them at a time.
 
         Args:
             vectors: ``[V, N, C]``.
@@ -326,7 +330,7 @@ class Factors:
         inputs: dict[tuple[str, ...], Tensor] = {}
 
         def summed(block: Block, g: Tensor, first: bool) -> Tensor:
-            if first and g.shape[-1] > block.inputs and isinstance(a := self.inputs(block), Tensor):
+            if first and _pays_forming(block, g.shape[-1]) and isinstance(a := self.inputs(block), Tensor):
                 inputs[block.parameters] = a
             if block.parameters not in inputs:
                 return g
@@ -395,6 +399,14 @@ class Factors:
             self._lone = LoneGradients(self.network, self.model_inputs)
         gradients = self._lone.backpropagate(vectors)
         return {name: gradient.to(self.network.dtype) for name, gradient in gradients.items()}
+
+
+def _pays_forming(block: Block, n_positions: int) -> bool:
+    """Whether gradients are cheaper to keep, and to rotate, than vectors at all positions.
+
+    Products with the identity in the place of the inputs come on top.
+    """
+    return (n_positions - block.inputs) * (KEPT + block.outputs) > block.inputs**2
 
 
 def _joined(chunks: Iterable[list[Tensor]]) -> list[Tensor]:
