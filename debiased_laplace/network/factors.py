@@ -309,7 +309,7 @@ class Factors:
         """
         if self.network.is_head and vectors.stride(1) == 0:
             return [vectors[:, 0].to(self.network.dtype)[None, None, :, :, None]]
-        return _joined(of_blocks for _, of_blocks in self.backpropagate(vectors, again=again))
+        return _joined(self.backpropagate(vectors, again=again), len(vectors))
 
     def gradients(self, vectors: Tensor) -> tuple[Callable[[Block], LayerInputs], list[Tensor]]:
         r"""Inputs and vectors of every block, with as many positions as inputs if there are many more of them.
@@ -337,10 +337,11 @@ class Factors:
             return (g.flatten(2, 3) @ inputs[block.parameters].mT).unflatten(2, g.shape[2:4])
 
         blocks = self.network.blocks
-        joined = _joined(
-            [summed(block, g, part.start == 0) for block, g in zip(blocks, of_blocks, strict=True)]
+        chunks = (
+            (part, [summed(block, g, part.start == 0) for block, g in zip(blocks, of_blocks, strict=True)])
             for part, of_blocks in self.backpropagate(vectors)
         )
+        joined = _joined(chunks, len(vectors))
         units = {names: torch.eye(a.shape[2]).to(a).expand(*a.shape[:2], -1, -1) for names, a in inputs.items()}
         inputs.clear()
         return lambda block: units[block.parameters] if block.parameters in units else self.inputs(block), joined
@@ -409,15 +410,13 @@ def _pays_forming(block: Block, n_positions: int) -> bool:
     return (n_positions - block.inputs) * (KEPT + block.outputs) > block.inputs**2
 
 
-def _joined(chunks: Iterable[list[Tensor]]) -> list[Tensor]:
-    """Vectors of every block in chunks as one, ``[N, G, V, O, S]``."""
-    gathered: list[list[Tensor]] = []
-    for of_blocks in chunks:
-        gathered = gathered or [[] for _ in of_blocks]
-        for of_block, g in zip(gathered, of_blocks, strict=True):
-            of_block.append(g)
-    joined = []
-    for of_block in gathered:
-        joined.append(of_block[0] if len(of_block) == 1 else torch.cat(of_block, 2))
-        of_block.clear()
+def _joined(chunks: Iterable[tuple[slice, list[Tensor]]], n_vectors: int) -> list[Tensor]:
+    """Vectors of every block in chunks as one, ``[N, G, V, O, S]``; chunks are not held until all are there."""
+    joined: list[Tensor] = []
+    for part, of_blocks in chunks:
+        if part == slice(0, n_vectors):
+            return of_blocks
+        joined = joined or [g.new_empty(*g.shape[:2], n_vectors, *g.shape[3:]) for g in of_blocks]
+        for whole, g in zip(joined, of_blocks, strict=True):
+            whole[:, :, part] = g
     return joined
