@@ -68,10 +68,12 @@ class PairsOfPositions:
         total = self.inputs.new_zeros(self._groups, self._height, self._width)
         first, second = self._pairs()
         twice = 2.0 - (first == second).to(total)
-        for part in self._parts():
+        for part in self._parts(0):
             vectors = self.vectors[part].transpose(2, 3)
             of_vectors = (vectors.mT @ vectors).flatten(-2).index_select(-1, first * self._positions + second)
-            total += torch.einsum("ngop,ngpi->goi", of_vectors.mul_(twice), self._products(part))
+            of_vectors *= twice
+            for some, products in self._products(part):
+                total += torch.einsum("ngop,ngpi->goi", of_vectors[..., some], products)
         return total.clamp_min_(0)  # sums of squares: below zero only by rounding
 
     def covariances(self, scales: Tensor) -> Tensor:
@@ -93,25 +95,30 @@ class PairsOfPositions:
         first, second = self._pairs()
         place = first.new_empty(self._positions, self._positions)  # of a pair among all
         place[first, second] = place[second, first] = torch.arange(self._n_pairs, device=place.device)
-        for part in self._parts():
-            products, vectors = self._products(part), self.vectors[part].transpose(2, 3)
-            for index, of_posterior in enumerate(scales):
-                weights = (products @ of_posterior.mT).index_select(-2, place.flatten())  # rows are copied whole
-                yield part, index, vectors @ weights.mT.unflatten(-1, place.shape), vectors
+        for part in self._parts(len(scales)):
+            vectors = self.vectors[part].transpose(2, 3)
+            weights = scales.new_empty(len(scales), *vectors.shape[:2], self._n_pairs, self._height)
+            for some, products in self._products(part):
+                for of_posterior, scale in zip(weights, scales, strict=True):
+                    of_posterior[..., some, :] = products @ scale.mT
+            for index, of_posterior in enumerate(weights):
+                of_all = of_posterior.index_select(-2, place.flatten())  # rows are copied whole
+                yield part, index, vectors @ of_all.mT.unflatten(-1, place.shape), vectors
 
     def _pairs(self) -> Tensor:
         """The first and the second position of all pairs, ``[2, P]``."""
         return torch.triu_indices(self._positions, self._positions, device=self.inputs.device)
 
-    def _products(self, part: slice) -> Tensor:
-        """Products of the inputs at the two positions of all pairs, ``[n, G, P, i]``."""
+    def _products(self, part: slice) -> Iterator[tuple[slice, Tensor]]:
+        """Some pairs, and the products of the inputs at their two positions, ``[n, G, p, i]``."""
         rows = self.inputs[part].mT.contiguous()  # rows that are copied whole are copied ten times faster
         first, second = self._pairs()
-        return rows.index_select(-2, first).mul_(rows.index_select(-2, second))
+        per_pair = rows[..., 0, :].numel() * rows.element_size()
+        for some in _data.slices(self._n_pairs, max(1, self._memory // per_pair)):
+            yield some, rows.index_select(-2, first[some]).mul_(rows.index_select(-2, second[some]))
 
-    def _parts(self) -> Iterator[slice]:
+    def _parts(self, n_scales: int) -> Iterator[slice]:
         """Data at a time within the memory."""
-        numbers = 2 * self._n_pairs * self._width
-        numbers += 2 * self._height * self._positions * (self._positions + self._n_vectors)
+        numbers = self._height * (n_scales * self._n_pairs + 2 * self._positions * (self._positions + self._n_vectors))
         per_datum = self._groups * numbers * self.inputs.element_size()
         return _data.slices(self._n, max(1, self._memory // per_datum))
