@@ -117,12 +117,23 @@ def test_variances_take_scales_of_any_sign(positions):
         assert_equal(FactoredGradients(inputs, vectors).variances(scales), expected)
 
 
-def test_the_cheaper_way_with_several_positions():
-    """Few positions and many vectors by pairs; many positions and few vectors with formed gradients."""
-    for n_vectors, positions, second, covariance in ((1000, 4, True, True), (10, 400, False, False)):
-        pairs = PairsOfPositions(normals(2, 1, 90, positions), normals(2, 1, n_vectors, 8, positions), 2**24)
-        assert pairs.give_second_moment() is second
-        assert pairs.give_covariances(1) is covariance
+@pytest.mark.parametrize(
+    ("n_vectors", "positions", "height", "width", "by_pairs"),
+    [
+        (1000, 4, 8, 90, True),
+        (100, 36, 192, 1729, True),
+        (100, 256, 192, 1729, False),  # as many pairs as products of formed gradients
+        (10, 400, 8, 90, False),
+        (10, 4, 24, 25, False),  # so small that what operations cost to be called decides
+    ],
+)
+def test_the_cheaper_way_with_several_positions(n_vectors, positions, height, width, by_pairs):
+    """Few positions and many vectors by pairs; many positions or few vectors with formed gradients."""
+    inputs = torch.empty(2, 1, width, positions, device="meta")
+    pairs = PairsOfPositions(inputs, torch.empty(2, 1, n_vectors, height, positions, device="meta"), 2**24)
+    assert pairs.give_second_moment() is by_pairs
+    for diagonal in (False, True):
+        assert pairs.give_covariances(1, diagonal=diagonal) is by_pairs
 
 
 @every

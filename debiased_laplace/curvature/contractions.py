@@ -18,8 +18,9 @@ from torch import Tensor
 from debiased_laplace import _data
 from debiased_laplace.curvature.pairs import PairsOfPositions
 
-#: Bytes of formed gradients at a time: what a processor's cache holds, and more on an accelerator.
-PROJECTION_MEMORY = {"cpu": 2**24, "accelerator": 2**28}
+#: Bytes of formed gradients at a time: what a core's own cache holds, and more on an accelerator. Products of matrices
+#: that leave it take half as long again, if their rows begin anywhere in memory.
+PROJECTION_MEMORY = {"cpu": 2**21, "accelerator": 2**28}
 
 #: Most positions of all data that are rotated in a single product of matrices.
 MAX_JOINED = 32

@@ -12,15 +12,18 @@ convolutional network, with a thousand classes.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from debiased_laplace import _data
 
-#: What writing an entry of a gradient, and reading it again, costs in multiplications.
-WRITTEN = 64
+#: What writing a number and reading it again costs, in multiplications of a product of matrices.
+MOVED = 24
+
+#: What the operations of this way cost to be called, beyond those of formed gradients, likewise.
+CALLED = 4_000_000
 
 
 class PairsOfPositions:
@@ -36,26 +39,41 @@ class PairsOfPositions:
         self.inputs, self.vectors = inputs, vectors
         self._memory = memory
         self._n, self._groups, self._n_vectors, self._height, self._positions = vectors.shape
+        self._width = inputs.shape[2]
         self._n_pairs = self._positions * (self._positions + 1) // 2
 
     def give_second_moment(self) -> bool:
         """Whether :meth:`second_moment` is cheaper than squares of formed gradients."""
-        return self._n_pairs < self._n_vectors * (self._positions + WRITTEN)
+        n_vectors, height, width = self._n_vectors, self._height, self._width
+        by_pairs = self._n_pairs * (height * width + height * n_vectors + 3 * MOVED * width)
+        return self._cheaper(by_pairs, n_vectors * height * width * (self._positions + MOVED))
 
     def give_covariances(self, n_scales: int, *, diagonal: bool = False) -> bool:
         """Whether :meth:`covariances`, or :meth:`variances`, of so many posteriors are cheaper."""
-        n_vectors, positions, n_rows = self._n_vectors, self._positions, 1 if diagonal else self._n_vectors
-        by_pairs = self._n_pairs + n_vectors * positions * (positions + n_rows) / self.inputs.shape[2]
-        formed = n_vectors * (positions + WRITTEN)
-        return n_scales * by_pairs < formed + n_scales * n_vectors * (WRITTEN if diagonal else n_vectors)
+        n_vectors, height, width, positions = self._n_vectors, self._height, self._width, self._positions
+        n_others = 0 if diagonal else n_vectors
+        weights = height * (self._n_pairs * width + 2 * MOVED * positions**2)
+        weighted = n_vectors * height * positions * (positions + n_others + 3 * MOVED)
+        by_pairs = 3 * MOVED * self._n_pairs * width + n_scales * (weights + weighted)
+        of_posterior = 0 if diagonal else n_vectors + MOVED
+        formed = n_vectors * height * width * (positions + MOVED + n_scales * of_posterior)
+        return self._cheaper(by_pairs, formed)
+
+    def _cheaper(self, by_pairs: int, formed: int) -> bool:
+        """Of one datum and group each, in multiplications."""
+        return self._n * self._groups * by_pairs + CALLED < self._n * self._groups * formed
 
     def second_moment(self) -> Tensor:
         """``[G, o, i]``."""
-        total = self.inputs.new_zeros(self._groups, self._height, self.inputs.shape[2])
+        total = self.inputs.new_zeros(self._groups, self._height, self._width)
+        first, second = self._pairs()
+        twice = 2.0 - (first == second).to(total)
         for part in self._parts(0):
-            of_vectors = products(self.vectors[part].unbind(2), twice=True).transpose(0, 1).flatten(1, 2)
-            of_inputs = products([self.inputs[part]]).transpose(0, 1).flatten(1, 2)
-            total += of_vectors.mT @ of_inputs
+            vectors = self.vectors[part].transpose(2, 3)
+            of_vectors = (vectors.mT @ vectors).flatten(-2).index_select(-1, first * self._positions + second)
+            of_vectors *= twice
+            for some, products in self._products(part):
+                total += torch.einsum("ngop,ngpi->goi", of_vectors[..., some], products)
         return total.clamp_min_(0)  # sums of squares: below zero only by rounding
 
     def covariances(self, scales: Tensor) -> Tensor:
@@ -74,34 +92,33 @@ class PairsOfPositions:
 
     def _weighted(self, scales: Tensor) -> Iterator[tuple[slice, int, Tensor, Tensor]]:
         r"""Data, a posterior, and :math:`\sum_t g_t \sum_i h_i a_{is} a_{it}` beside g, ``[n, G, o, V, S]``."""
-        position = torch.arange(self._positions, device=self.inputs.device)
-        low, high = torch.minimum(position[:, None], position), torch.maximum(position[:, None], position)
-        pair = low * self._positions - low * (low - 1) // 2 + high - low  # its place among upper triangular ones
+        first, second = self._pairs()
+        place = first.new_empty(self._positions, self._positions)  # of a pair among all
+        place[first, second] = place[second, first] = torch.arange(self._n_pairs, device=place.device)
         for part in self._parts(len(scales)):
-            weights = torch.einsum("rgoi,ngpi->rngop", scales, products([self.inputs[part]]))[..., pair]
             vectors = self.vectors[part].transpose(2, 3)
+            weights = scales.new_empty(len(scales), *vectors.shape[:2], self._n_pairs, self._height)
+            for some, products in self._products(part):
+                for of_posterior, scale in zip(weights, scales, strict=True):
+                    of_posterior[..., some, :] = products @ scale.mT
             for index, of_posterior in enumerate(weights):
-                yield part, index, vectors @ of_posterior, vectors
+                of_all = of_posterior.index_select(-2, place.flatten())  # rows are copied whole
+                yield part, index, vectors @ of_all.mT.unflatten(-1, place.shape), vectors
+
+    def _pairs(self) -> Tensor:
+        """The first and the second position of all pairs, ``[2, P]``."""
+        return torch.triu_indices(self._positions, self._positions, device=self.inputs.device)
+
+    def _products(self, part: slice) -> Iterator[tuple[slice, Tensor]]:
+        """Some pairs, and the products of the inputs at their two positions, ``[n, G, p, i]``."""
+        rows = self.inputs[part].mT.contiguous()  # rows that are copied whole are copied ten times faster
+        first, second = self._pairs()
+        per_pair = rows[..., 0, :].numel() * rows.element_size()
+        for some in _data.slices(self._n_pairs, max(1, self._memory // per_pair)):
+            yield some, rows.index_select(-2, first[some]).mul_(rows.index_select(-2, second[some]))
 
     def _parts(self, n_scales: int) -> Iterator[slice]:
         """Data at a time within the memory."""
-        numbers = (self._height + self.inputs.shape[2]) * self._n_pairs
-        if n_scales:
-            numbers += self._height * self._positions * (n_scales * self._positions + 2 * self._n_vectors)
+        numbers = self._height * (n_scales * self._n_pairs + 2 * self._positions * (self._positions + self._n_vectors))
         per_datum = self._groups * numbers * self.inputs.element_size()
         return _data.slices(self._n, max(1, self._memory // per_datum))
-
-
-def products(columns: Sequence[Tensor], *, twice: bool = False) -> Tensor:
-    """Sums over columns ``[..., P, S]`` of the products of all pairs of their positions, ``[..., S * (S + 1) / 2, P]``.
-
-    Args:
-        columns: At least one.
-        twice: Count those of two different positions twice, as the square of a sum does.
-    """
-    rows = [column.mT.contiguous() for column in columns]  # rows that are copied whole are copied ten times faster
-    first, second = torch.triu_indices(rows[0].shape[-2], rows[0].shape[-2], device=rows[0].device)
-    total = rows[0].index_select(-2, first) * rows[0].index_select(-2, second)
-    for row in rows[1:]:
-        total.addcmul_(row.index_select(-2, first), row.index_select(-2, second))
-    return total * (2.0 - (first == second).to(total))[:, None] if twice else total

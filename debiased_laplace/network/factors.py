@@ -35,6 +35,9 @@ from debiased_laplace.network.uses import first_row
 if TYPE_CHECKING:
     from debiased_laplace.network.network import Network
 
+#: What a back-propagated number costs to be kept, in multiplications of a product of matrices.
+KEPT = 64
+
 #: Bytes of layer inputs at a time on the CPU: larger ones fall out of the cache between two uses.
 CACHE_MEMORY = 2**23
 
@@ -306,14 +309,15 @@ class Factors:
         """
         if self.network.is_head and vectors.stride(1) == 0:
             return [vectors[:, 0].to(self.network.dtype)[None, None, :, :, None]]
-        return _joined(of_blocks for _, of_blocks in self.backpropagate(vectors, again=again))
+        return _joined(self.backpropagate(vectors, again=again), len(vectors))
 
     def gradients(self, vectors: Tensor) -> tuple[Callable[[Block], LayerInputs], list[Tensor]]:
-        r"""Inputs and vectors of every block with no more positions than inputs, where the vectors are many.
+        r"""Inputs and vectors of every block, with as many positions as inputs if there are many more of them.
 
         Their products, :math:`\sum_s g_s a_s^\top = \sum_i J_i e_i^\top`, are those of :meth:`inputs` and
-        :meth:`backpropagate_all`: of a layer with more positions than inputs the gradient takes the place of the
-        vectors, and the identity that of the inputs. Vectors at all positions exist for some of them at a time.
+        :meth:`backpropagate_all`: where the vectors are many, the gradient of a layer with many more positions than
+        inputs takes the place of the vectors, and the identity that of the inputs. Vectors at all positions exist for
+        some of them at a time.
 
         Args:
             vectors: ``[V, N, C]``.
@@ -326,17 +330,18 @@ class Factors:
         inputs: dict[tuple[str, ...], Tensor] = {}
 
         def summed(block: Block, g: Tensor, first: bool) -> Tensor:
-            if first and g.shape[-1] > block.inputs and isinstance(a := self.inputs(block), Tensor):
+            if first and _pays_forming(block, g.shape[-1]) and isinstance(a := self.inputs(block), Tensor):
                 inputs[block.parameters] = a
             if block.parameters not in inputs:
                 return g
             return (g.flatten(2, 3) @ inputs[block.parameters].mT).unflatten(2, g.shape[2:4])
 
         blocks = self.network.blocks
-        joined = _joined(
-            [summed(block, g, part.start == 0) for block, g in zip(blocks, of_blocks, strict=True)]
+        chunks = (
+            (part, [summed(block, g, part.start == 0) for block, g in zip(blocks, of_blocks, strict=True)])
             for part, of_blocks in self.backpropagate(vectors)
         )
+        joined = _joined(chunks, len(vectors))
         units = {names: torch.eye(a.shape[2]).to(a).expand(*a.shape[:2], -1, -1) for names, a in inputs.items()}
         inputs.clear()
         return lambda block: units[block.parameters] if block.parameters in units else self.inputs(block), joined
@@ -397,15 +402,21 @@ class Factors:
         return {name: gradient.to(self.network.dtype) for name, gradient in gradients.items()}
 
 
-def _joined(chunks: Iterable[list[Tensor]]) -> list[Tensor]:
-    """Vectors of every block in chunks as one, ``[N, G, V, O, S]``."""
-    gathered: list[list[Tensor]] = []
-    for of_blocks in chunks:
-        gathered = gathered or [[] for _ in of_blocks]
-        for of_block, g in zip(gathered, of_blocks, strict=True):
-            of_block.append(g)
-    joined = []
-    for of_block in gathered:
-        joined.append(of_block[0] if len(of_block) == 1 else torch.cat(of_block, 2))
-        of_block.clear()
+def _pays_forming(block: Block, n_positions: int) -> bool:
+    """Whether gradients are cheaper to keep, and to rotate, than vectors at all positions.
+
+    Products with the identity in the place of the inputs come on top.
+    """
+    return (n_positions - block.inputs) * (KEPT + block.outputs) > block.inputs**2
+
+
+def _joined(chunks: Iterable[tuple[slice, list[Tensor]]], n_vectors: int) -> list[Tensor]:
+    """Vectors of every block in chunks as one, ``[N, G, V, O, S]``; chunks are not held until all are there."""
+    joined: list[Tensor] = []
+    for part, of_blocks in chunks:
+        if part == slice(0, n_vectors):
+            return of_blocks
+        joined = joined or [g.new_empty(*g.shape[:2], n_vectors, *g.shape[3:]) for g in of_blocks]
+        for whole, g in zip(joined, of_blocks, strict=True):
+            whole[:, :, part] = g
     return joined

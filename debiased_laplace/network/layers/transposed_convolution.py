@@ -89,15 +89,20 @@ class TransposedConvolutionCall(Call):
         return merge_images(self._patches.columns(self._with_zeros_between(), ones=ones), n_data, layout)
 
     def second_moment(self, dtype: torch.dtype, *, ones: bool, weights: Tensor | None = None) -> Tensor | None:
+        if not self._patches.sums_displacements(self._size_with_zeros):
+            return None
         return second_moment(self._patches, self._with_zeros_between(), dtype, ones, weights)
 
     def outputs(self, gradient: Tensor, n_data: int, layout: Layout) -> Tensor:
         n, channels = gradient.shape[:2]
         return merge_images(gradient.reshape(n, self.groups, channels // self.groups, -1), n_data, layout)
 
+    @property
+    def _size_with_zeros(self) -> list[int]:
+        return [(size - 1) * step + 1 for size, step in zip(self.input.shape[2:], self.stride, strict=True)]
+
     def _with_zeros_between(self) -> Tensor:
-        sizes = [(size - 1) * step + 1 for size, step in zip(self.input.shape[2:], self.stride, strict=True)]
-        stuffed = self.input.new_zeros(*self.input.shape[:2], *sizes)
+        stuffed = self.input.new_zeros(*self.input.shape[:2], *self._size_with_zeros)
         stuffed[(slice(None), slice(None), *(slice(None, None, step) for step in self.stride))] = self.input
         return stuffed
 
