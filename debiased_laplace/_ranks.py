@@ -47,7 +47,7 @@ class Ranks:
         """Raise a :class:`RankError` if another process has raised an error."""
 
     def gather(self, value: T, device: torch.device | None = None) -> list[T]:
-        """What every process has, in their order; tensors of a device are moved to this one."""
+        """What every process has, in their order; tensors of a device come to this one, or to the CPU."""
         return [value]
 
     def sum(self, tensor: Tensor) -> Tensor:
@@ -64,6 +64,17 @@ class Ranks:
 
     def agree(self, what: str, settings: Mapping[str, str]) -> None:
         """Raise a ``ValueError`` if another process has other settings."""
+
+    def of_one(self, compute: Callable[[], T]) -> T:
+        """What the first process computes, in all of them."""
+        return compute()
+
+    def meet(self, what: str, limit: float | None = None) -> None:
+        """Wait until all processes are here, for so many seconds at most.
+
+        Raises:
+            RankError: If one does not come, or has raised an error.
+        """
 
     def share(self, costs: Tensor) -> slice:
         """Consecutive pieces for this process, of pieces with some costs ``[n]``, in parts that cost about the same."""
@@ -83,18 +94,11 @@ class Ranks:
 
 
 class Group(Ranks):
-    """Some processes, each of which makes the same calls in the same order.
-
-    Args:
-        what: What they begin with, for errors.
-
-    Raises:
-        RankError: If some of the processes do not begin with it.
-    """
+    """Some processes, each of which makes the same calls in the same order."""
 
     _numbers = itertools.count()
 
-    def __init__(self, what: str) -> None:
+    def __init__(self) -> None:
         dist = torch.distributed
         self._dist, self._number = dist, next(Group._numbers)
         self.world = dist.group.WORLD
@@ -102,24 +106,28 @@ class Group(Ranks):
         # The store by which the processes found each other: it outlives every connection between them.
         store = dist.distributed_c10d._get_default_store()
         self._store = dist.distributed_c10d.PrefixStore(f"debiased_laplace/{self._number}", store)
-        self._checked, self._n_begun = time.monotonic(), 0
-        self.begin(what)
-        self._group: Any = dist.new_group(backend="gloo", timeout=WAIT)
+        self._checked, self._n_met, self._group = time.monotonic(), 0, None
 
-    def begin(self, what: str) -> None:
-        """Wait until all of them are here, for a bounded time."""
-        self._n_begun += 1
-        key, until = f"begun {self._n_begun}", time.monotonic() + CONTACT
-        arrived = self._store.add(key, 1)
+    def open(self) -> None:
+        """Connect the processes, all of which are here."""
+        self._group = self._together(lambda: self._dist.new_group(backend="gloo", timeout=WAIT))
+
+    def meet(self, what: str, limit: float | None = None) -> None:
+        self._n_met += 1
+        key, begun = f"met {self._n_met}", time.monotonic()
+        arrived = self._together(lambda: self._store.add(key, 1))
         while arrived < self.size:
             self.check()
-            if time.monotonic() > until:
+            waited = time.monotonic() - begun
+            if limit is not None and waited > limit:
                 raise RankError(
                     f"Expected all {self.size} processes of the group to {what} together, got {arrived} of them within "
-                    f"{CONTACT:.0f} s. Call it in every process, or with distributed=False for one process alone."
+                    f"{limit:.0f} s. Call it in every process, or with distributed=False for one process alone."
                 )
-            time.sleep(0.01)
-            arrived = self._store.add(key, 0)
+            time.sleep(0.01 if waited < 1 else 0.1)
+            arrived = self._together(lambda: self._store.add(key, 0))
+        if (message := self._message()) is not None:  # of one that has not waited any longer
+            raise RankError(message)
 
     # -- errors ----------------------------------------------------------------------------------
 
@@ -138,13 +146,16 @@ class Group(Ranks):
     def tell(self, error: BaseException) -> None:
         """Leave an error for the other processes, unless they have one already."""
         message = f"Process {self.rank} of {self.size} stopped: {type(error).__name__}: {error}"
+        if isinstance(error, RankError):
+            message = str(error)
         with contextlib.suppress(RuntimeError):
             self._store.compare_set("error", "", message)
 
     def close(self) -> None:
         """Close the connections, which stops the processes that wait for this one."""
-        with contextlib.suppress(RuntimeError, ValueError, AssertionError):
-            self._dist.destroy_process_group(self._group)
+        if self._group is not None:
+            with contextlib.suppress(RuntimeError, ValueError, AssertionError):
+                self._dist.destroy_process_group(self._group)
         self._group = None
 
     def _together(self, call: Callable[[], T]) -> T:
@@ -154,6 +165,8 @@ class Group(Ranks):
             until = time.monotonic() + LAST_WORDS
             while (message := self._message()) is None and time.monotonic() < until:
                 time.sleep(0.05)
+            if message is None and "imed out" in str(error):
+                message = f"Process {self.rank} of {self.size} has waited {WAIT} for another one, which did not come."
             if message is None:
                 message = (
                     f"Lost the connection of process {self.rank} of {self.size} with another one, which ended without "
@@ -170,9 +183,7 @@ class Group(Ranks):
         self._together(lambda: self._dist.all_gather_object(every, buffer.getvalue(), group=self._group))
 
         def moved(storage: Any, place: str) -> Any:
-            if place == "cpu":
-                return storage
-            return storage.cuda() if device is None else storage.to(device=device)  # not the other process's card
+            return storage if place == "cpu" or device is None else storage.to(device=device)
 
         return [
             value if rank == self.rank else torch.load(io.BytesIO(of_rank or b""), moved, weights_only=False)
@@ -186,8 +197,18 @@ class Group(Ranks):
 
     def broadcast(self, tensor: Tensor, source: int) -> Tensor:
         sent = tensor.detach().cpu().contiguous()
-        self._together(lambda: self._dist.broadcast(sent, self._dist.get_global_rank(self._group, source), self._group))
+        self._together(lambda: self._dist.broadcast(sent, source, self._group))  # the group is of all ranks
         return tensor if self.rank == source else sent.to(tensor.device)
+
+    def of_one(self, compute: Callable[[], T]) -> T:
+        made = [compute() if self.rank == 0 else None]
+        buffer = io.BytesIO()
+        torch.save(made[0], buffer)
+        sent: list[bytes | None] = [buffer.getvalue() if self.rank == 0 else None]
+        self._together(lambda: self._dist.broadcast_object_list(sent, 0, group=self._group))
+        if self.rank:
+            made = [torch.load(io.BytesIO(sent[0] or b""), lambda storage, place: storage, weights_only=False)]
+        return made[0]  # type: ignore[return-value]
 
     def rounds(self, items: Iterator[T], device: torch.device | None = None) -> Iterator[T]:
         while True:
@@ -202,11 +223,14 @@ class Group(Ranks):
         for rank, others in enumerate(every):
             different = sorted(key for key in settings.keys() | others.keys() if every[0].get(key) != others.get(key))
             if different:
-                lines = "; ".join(f"{key}: {every[0].get(key)} and {others.get(key)}" for key in different[:5])
+                lines = [f"{key}: {every[0].get(key)} and {others.get(key)}"[:300] for key in different[:5]]
+                lines += [f"{len(different) - 5} more"] if len(different) > 5 else []
                 raise ValueError(
                     f"Expected all {self.size} processes to {what} with the same model and settings, got others in "
-                    f"process {rank} than in process 0: {lines}. Seed every process alike before the model is made, "
-                    "load the same weights, and give the same arguments."
+                    f"process {rank} than in process 0: {'; '.join(lines)}. Load the same weights, or seed every "
+                    "process alike before the model is made, and give the same arguments; running statistics, which "
+                    "differ after a training in several processes, come from the first one by "
+                    "torch.distributed.broadcast(buffer, 0) for each of model.buffers()."
                 )
 
 
@@ -239,13 +263,15 @@ def together(what: str, *, wanted: bool = True) -> Iterator[Ranks]:
     if isinstance(current(), Group):  # a part of something larger
         yield current()
         return
-    if not _open or _open[-1].world is not torch.distributed.group.WORLD:
-        _open[:] = [Group(what)]
-    else:
-        _open[-1].begin(what)
+    new = not _open or _open[-1].world is not torch.distributed.group.WORLD
+    if new:
+        _open[:] = [Group()]
     group = _open[-1]
     token = _current.set(group)
     try:
+        group.meet(what, CONTACT)
+        if new:
+            group.open()
         calls = group.gather(what)
         if len(set(calls)) > 1:
             raise RankError(
@@ -255,8 +281,7 @@ def together(what: str, *, wanted: bool = True) -> Iterator[Ranks]:
         yield group
         group.gather(None)  # so that no process leaves the others in the middle of something
     except BaseException as error:
-        if not isinstance(error, RankError):
-            group.tell(error)
+        group.tell(error)
         _open.clear()
         group.close()
         raise

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from torch.utils.data.distributed import DistributedSampler
 
 import debiased_laplace as dl
-from debiased_laplace import _ranks
+from debiased_laplace import _data, _ranks
 from debiased_laplace._ranks import RankError, Ranks
 from debiased_laplace.fitting import fit as fitting
 from debiased_laplace.fitting.measurement import Measurement
@@ -208,7 +208,41 @@ def unsharded(rank: int) -> None:
 
 def test_the_same_data_in_every_process_are_refused() -> None:
     for died in worlds.run(2, unsharded, results=False):
-        assert "Expected 2 processes to read a part of the 83 data each, got all of them" in str(died)
+        assert "Expected 2 processes to read a part of the data each, got the same 83 data in every process" in str(
+            died
+        )
+
+
+def of_two_datasets(rank: int) -> int:
+    x, y = data().tensors
+    loader = DataLoader(TensorDataset(x[rank:80:2], y[rank:80:2]), 8)
+    return int(fitted(loader, {}).tune(loader).fitted.n_seen)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_every_process_may_have_a_dataset_of_its_own() -> None:
+    assert worlds.run(2, of_two_datasets) == [80, 80]
+
+
+def in_batch_sampler(rank: int) -> int:
+    dataset = data()
+    sampler = torch.utils.data.BatchSampler(DistributedSampler(dataset, shuffle=False), 4, drop_last=False)
+    return int(fitted(DataLoader(dataset, batch_sampler=sampler), {}).fitted.n_seen)
+
+
+def test_repeats_are_noticed_in_a_sampler_of_batches() -> None:
+    assert worlds.run(2, in_batch_sampler) == [N, N]
+
+
+def another_order(rank: int) -> None:
+    generator = torch.Generator().manual_seed(rank)
+    loader = DataLoader(data(), 8, shuffle=True, generator=generator)
+    fitted(_data.Dealt(loader, Of(rank, 2)), {})
+
+
+def test_batches_that_are_dealt_have_to_be_the_same() -> None:
+    for died in worlds.run(2, another_order, results=False):
+        assert "got others or in another order" in str(died)
 
 
 # -- data of other kinds ------------------------------------------------------------------------------
@@ -325,6 +359,55 @@ def test_tuning_is_that_of_one_process() -> None:
         assert float(found["temperature"]) == pytest.approx(posterior.output_temperature, rel=1e-5)
 
 
+def tuned_unevenly(rank: int, counts: list[int]) -> Result:
+    posterior = fitted(sharded(data()), {})
+    return result(posterior.tune(of_counts(counts, rank)))
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("counts", [[20, 11], [0, 83]], ids=str)
+def test_shards_of_validation_data_may_be_uneven_and_empty(counts: list[int]) -> None:
+    x, y = data().tensors
+    n = sum(counts)
+    expected = fitted(DataLoader(data(), 8), {}).tune([(x[:n], y[:n])])
+    results = worlds.run(2, tuned_unevenly, counts)
+    check_bits(results)
+    assert_equal(results[0]["prior"], expected.posterior.prior_precision, 1e-4)
+
+
+def tuned_otherwise(rank: int) -> None:
+    fitted(sharded(data()), {}).tune(sharded(data()), temperature=bool(rank))
+
+
+def test_other_settings_of_tuning_are_refused() -> None:
+    for died in worlds.run(2, tuned_otherwise, results=False):
+        assert "Expected all 2 processes to tune with the same model and settings" in str(died)
+
+
+def by_the_drop_in(rank: int, metric: bool) -> tuple[Tensor, Tensor]:
+    la = dl.DebiasedLaplace(network(), "classification", hessian_structure="kron")
+    la.fit(sharded(data()), generator=4)
+    la.optimize_prior_precision(
+        method="gridsearch", val_loader=sharded(data(n=31)), grid_size=5,
+        loss=nn.functional.nll_loss if metric else None, pred_type="glm",
+    )  # fmt: skip
+    return la.prior_precision, la(X)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("metric", [False, True])
+def test_the_drop_in_class_tunes_on_all_data(metric: bool) -> None:
+    la = dl.DebiasedLaplace(network(), "classification", hessian_structure="kron")
+    la.fit(DataLoader(data(), 8), generator=4)
+    la.optimize_prior_precision(
+        method="gridsearch", val_loader=DataLoader(data(n=31), 8), grid_size=5,
+        loss=nn.functional.nll_loss if metric else None, pred_type="glm",
+    )  # fmt: skip
+    for prior, prediction in worlds.run(2, by_the_drop_in, metric):
+        assert_equal(prior, la.prior_precision, 1e-5)
+        assert_equal(prediction, la(X), 1e-6)
+
+
 # -- models -------------------------------------------------------------------------------------------
 
 
@@ -353,6 +436,30 @@ def test_shards_of_parameters_are_refused(last_layer: bool) -> None:
     for died in worlds.run(2, shards_of_parameters, last_layer, results=False):
         assert "Expected whole parameters, got shards of them (DTensor)" in str(died)
         assert "full_tensor" in str(died)
+
+
+def with_statistics(rank: int) -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 3)).double()
+    torch.manual_seed(0)
+    for p in model.parameters():
+        p.data.normal_()
+    model[1].running_mean += rank  # as after a training in which every process sees other data
+    fitted(sharded(data()), {}, model)
+
+
+def test_running_statistics_of_a_training_are_named() -> None:
+    for died in worlds.run(2, with_statistics, results=False):
+        assert "weights of 1.running_mean" in str(died)
+        assert "torch.distributed.broadcast(buffer, 0) for each of model.buffers()" in str(died)
+
+
+def on_threads(rank: int) -> Result:
+    torch.set_num_threads(1 + rank)
+    return result(fitted(sharded(data()), SETTINGS["full"])) | result(fitted(sharded(data()), SETTINGS["low rank"]))
+
+
+def test_bits_are_the_same_whatever_a_process_rounds() -> None:
+    check_bits(worlds.run(2, on_threads))
 
 
 def gathered(rank: int) -> Result:
@@ -506,12 +613,18 @@ def test_a_fit_of_one_process_is_finished_by_two(tmp_path: Path, alone: dict[str
     check_same(results[0], {key: alone["priority"][key] for key in results[0]})
 
 
-def only_one(rank: int) -> None:
+def only_one(rank: int) -> int:
+    """The second process comes too late; then both come together."""
     _ranks.CONTACT = 0.5
-    if rank == 0:
-        fitted(DataLoader(data(), 8), {})
-    else:
-        time.sleep(2)
+    time.sleep(1.0 * rank)
+    with pytest.raises(
+        RankError, match="Expected all 2 processes of the group to fit together, got 1 of them"
+    ) as caught:
+        fitted(sharded(data()), {})
+    assert "distributed=False" in str(caught.value)
+    time.sleep(1.0 - rank)
+    _ranks.CONTACT = 30.0
+    return int(fitted(sharded(data()), {}).fitted.n_seen)
 
 
 def another_call(rank: int) -> None:
@@ -536,9 +649,7 @@ def for_itself(rank: int) -> Result:
 
 
 def test_one_process_may_be_meant_and_has_to_be_said(alone: dict[str, Result]) -> None:
-    died, _ = worlds.run(2, only_one, results=False)
-    assert "Expected all 2 processes of the group to fit together, got 1 of them within" in str(died)
-    assert "distributed=False" in str(died)
+    assert worlds.run(2, only_one) == [N, N]
     found, _ = worlds.run(2, for_itself)
     check_same(found | {"prior": alone["priority"]["prior"], "covariance": alone["priority"]["covariance"]},
                alone["priority"])  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -10,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils.data.distributed import DistributedSampler
 
-from debiased_laplace._data.batches import take
-from debiased_laplace._data.loaders import only
+from debiased_laplace._data.batches import Inputs, take, tensors
+from debiased_laplace._data.loaders import dataset_length, only
 from debiased_laplace._ranks import Ranks, current
 
 
@@ -33,12 +34,12 @@ class Shard:
     """
 
     def __init__(self, batches: Any) -> None:
-        loader = getattr(batches, "loader", batches)
-        sampler = getattr(loader, "sampler", None)
-        self._sampler = sampler if isinstance(sampler, DistributedSampler) else None
-        dataset: Any = getattr(loader, "dataset", None)
-        self._size = len(dataset) if hasattr(dataset, "__len__") else None
-        self.n_seen = self._n_read = self.of_round = 0
+        self._loader = getattr(batches, "loader", batches)
+        samplers = self._loader, getattr(self._loader, "batch_sampler", None)
+        found = [getattr(owner, "sampler", None) for owner in samplers]
+        self._sampler = next((one for one in found if isinstance(one, DistributedSampler)), None)
+        self.n_seen = self._n_read = self._n_mine = self.of_round = 0
+        self._sum = 0.0
         self.mine = torch.empty(0, dtype=torch.int64)
         self.positions: list[Tensor] = []
 
@@ -48,12 +49,17 @@ class Shard:
             return batch
         step, first = self._sampler.num_replicas, self._sampler.rank
         own = -(-(len(self._sampler.dataset) - first) // step)  # type: ignore[arg-type]
-        _, _, n = only(batch, targets_key)
+        inputs, targets, n = only(batch, targets_key)
         kept = max(0, min(n, own - self._n_read))
         self._n_read += n
         if not kept:
             return None
-        return batch if kept == n else take(batch, slice(0, kept))
+        return batch if kept == n else (take(inputs, slice(0, kept)), targets[:kept])
+
+    def look(self, inputs: Inputs, targets: Tensor) -> None:
+        """Note what this process has read, so that :meth:`check` knows it from what others have."""
+        self._n_mine += len(targets)
+        self._sum += sum(float(leaf.detach().double().sum()) for leaf in (*tensors(inputs), targets) if leaf.numel())
 
     def advance(self, counts: Sequence[int], rank: int) -> Tensor:
         """Positions of the data of this process in the next round, of which every process has some."""
@@ -67,45 +73,72 @@ class Shard:
         self.positions.append(positions)
         return positions
 
-    def check(self, ranks: Ranks, n_seen: int) -> None:
-        """Raise a ``ValueError`` if every process has read all data, and warn of some that were read several times."""
-        sizes = ranks.gather(self._size)
-        size = sizes[0]
-        if size is None or any(other != size for other in sizes) or n_seen <= size:
-            return
+    def check(self, ranks: Ranks) -> None:
+        """What all processes have read: an error if it is the same data, a warning if some were read several times.
+
+        Raises:
+            ValueError: Likewise.
+        """
+        order = self._loader.order if isinstance(self._loader, Dealt) else 0.0
+        size = dataset_length(self._loader)
+        every = ranks.gather((self._n_mine, self._sum, size, order))
+        counts, sums, sizes, orders = zip(*every, strict=True)
+        if any(not _equal(one, orders[0]) for one in orders):
+            raise ValueError(
+                "Expected the loader to give every process the same batches, of which each computes its share, got "
+                "others or in another order. Let it shuffle by the global generators, or not at all."
+            )
         remedy = (
             "Give every process its shard: DataLoader(dataset, sampler=DistributedSampler(dataset, shuffle=False)), "
             "whose repeats are left out."
         )
-        if n_seen >= ranks.size * size:
+        if counts[0] > 1 and all(n == counts[0] for n in counts) and all(_equal(one, sums[0]) for one in sums):
             raise ValueError(
-                f"Expected {ranks.size} processes to read a part of the {size} data each, got all of them in every "
-                f"process: they would count {ranks.size} times. {remedy}"
+                f"Expected {ranks.size} processes to read a part of the data each, got the same {counts[0]} data in "
+                f"every process: they would count {ranks.size} times. {remedy}"
             )
-        warnings.warn(
-            f"The {ranks.size} processes have read {n_seen} data, and their dataset has {size}: some count "
-            f"several times. {remedy}", stacklevel=2,
-        )  # fmt: skip
+        parts = all(of_rank is not None and n < of_rank == sizes[0] for n, of_rank in zip(counts, sizes, strict=True))
+        if parts and sizes[0] is not None and sum(counts) > sizes[0]:
+            warnings.warn(
+                f"The {ranks.size} processes have read {sum(counts)} data, and their dataset has {sizes[0]}: some "
+                f"count several times. {remedy}", stacklevel=2,
+            )  # fmt: skip
+
+
+def _equal(one: float, other: float) -> bool:
+    """Sums of the same numbers, in whatever order."""
+    return math.isclose(one, other, rel_tol=1e-9) or (math.isnan(one) and math.isnan(other))
 
 
 class Dealt:
-    """Batches that every process reads whole, with the data dealt out among them: the order is that of one process."""
+    """Batches that every process reads whole, with the data dealt out among them: the order is that of one process.
+
+    Attributes:
+        order: A number that depends on what was read, and in which order.
+    """
 
     def __init__(self, loader: Iterable[Any], ranks: Ranks) -> None:
-        self._loader, self._ranks = loader, ranks
+        self._loader, self._ranks, self.order = loader, ranks, 0.0
 
     def __iter__(self) -> Iterator[Any]:
-        return (take(batch, slice(self._ranks.rank, None, self._ranks.size)) for batch in self._loader)
+        self.order = 0.0
+        for number, batch in enumerate(self._loader, 1):
+            leaves = [leaf.detach().double() for leaf in tensors(batch) if leaf.numel()]
+            weighted = [(leaf.flatten() * torch.arange(1, leaf.numel() + 1)).sum() for leaf in leaves]
+            self.order += number * float(sum(weighted))
+            yield take(batch, slice(self._ranks.rank, None, self._ranks.size))
 
 
-def of_this_process(batches: Iterable[Any], targets_key: str = "labels") -> Iterator[Any]:
-    """The batches of this process, without repeats, if several work together; they are read by all of them or none."""
-    ranks, shard, n = current(), Shard(batches), 0
-    if ranks.size == 1:
+def of_this_process(batches: Iterable[Any], shard: Shard, targets_key: str = "labels") -> Iterator[Any]:
+    """The batches of this process, without repeats, if several work together, of which the shard notes what they are.
+
+    Processes reach the end of theirs at different times: nothing is exchanged here.
+    """
+    if current().size == 1:
         yield from batches
         return
     for batch in batches:
         if (kept := shard.without_repeats(batch, targets_key)) is not None:
-            n += only(kept, targets_key)[2]
+            inputs, targets, _ = only(kept, targets_key)
+            shard.look(inputs, targets)
             yield kept
-    shard.check(ranks, sum(ranks.gather(n)))

@@ -61,17 +61,19 @@ def rank_and_size() -> tuple[int, int]:
     return (int(os.environ["RANK"]) if size > 1 else 0), size
 
 
-def wait_for_all() -> None:
-    """Until all processes that ``torchrun`` has started have come here, which may take days."""
+def of_all(value: T) -> list[T]:
+    """What every process that ``torchrun`` has started comes here with, which may take them days."""
     import torch.distributed as dist
 
     dist.init_process_group("gloo", timeout=timedelta(days=30))
-    dist.barrier()
+    every: list[T | None] = [None] * n_launched()
+    dist.all_gather_object(every, value)
     dist.destroy_process_group()
+    return [one for one in every if one is not None]
 
 
 def first_alone(ranks: Ranks, make: Callable[[], T]) -> T:
     """What every process makes, after the first one has made it, and kept it for the others if it keeps it."""
     made = make() if ranks.rank == 0 else None
-    ranks.gather(None)
+    ranks.meet("train")  # which may take days
     return make() if made is None else made

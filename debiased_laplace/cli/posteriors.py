@@ -55,8 +55,9 @@ def fit(
         )
     loaded, context = load_task(task, device, data_dir, cache, quick, seed)
     context = replace(context, device=device_of_process(context.device))
-    with clear_errors(), shown_warnings(is_first()), together("fit") as ranks, seeded(seed):
-        model = first_alone(ranks, lambda: loaded.model(context))
+    with clear_errors(), shown_warnings(is_first()), together("fit") as ranks:
+        with seeded(seed):
+            model = first_alone(ranks, lambda: loaded.model(context))
 
         def data(name: str) -> Any:
             loader = loaded.loader(name, context)
@@ -66,19 +67,18 @@ def fit(
         budget = loaded.budget if budget is None else budget or None
         try:
             checkpoint = _checkpoint_path(out, loaded, context, model, {"budget": budget, "structure": structure})
-            la.fit(
-                data("train_loader"), budget=budget, n_data=loaded.n_data, generator=seed, progress_bar=is_first(),
-                checkpoint=checkpoint,
-            )  # fmt: skip
+            with seeded(seed):
+                la.fit(
+                    data("train_loader"), budget=budget, n_data=loaded.n_data, generator=seed, progress_bar=is_first(),
+                    checkpoint=checkpoint,
+                )  # fmt: skip
         except KeyboardInterrupt:
             typer.echo("Interrupted. Run the same command to go on.", err=True)
             raise typer.Exit(130) from None
-        la.optimize_prior_precision(
-            val_loader=data("val_loader"),
-            progress_bar=is_first(),
-            **Options().search,
-            **recipe(loaded.likelihood),
-        )
+        with seeded(seed):  # in every process the same, also in one that has trained the network
+            la.optimize_prior_precision(
+                val_loader=data("val_loader"), progress_bar=is_first(), **Options().search, **recipe(loaded.likelihood)
+            )
         if is_first():
             la.save(out)
             checkpoint.unlink(missing_ok=True)

@@ -23,7 +23,7 @@ from debiased_laplace.cli.arguments import (
     choose_device,
     load_task,
 )
-from debiased_laplace.cli.launched import device_of_process, rank_and_size, wait_for_all
+from debiased_laplace.cli.launched import device_of_process, of_all, rank_and_size
 from debiased_laplace.cli.terminal import clear_errors, importing, reuse_note, show_report, shown_progress
 
 
@@ -116,14 +116,12 @@ def evaluate(
     def work(progress: Callable[[int, str], None]) -> dict[str, Any]:
         records = judge(every[::size], progress)
         if size > 1:
-            wait_for_all()
-            records = judge(every, silent)  # which are all there now
+            records = sorted((one for some in of_all(records) for one in some), key=lambda record: record["seed"])
         return summarise(records)
 
     if rank:
         with clear_errors():
-            judge(every[rank::size], silent, alone=False)
-            wait_for_all()
+            of_all(judge(every[rank::size], silent, alone=False))
         return
     _evaluate_and_show(out, n_seeds, quick, work, "")
 

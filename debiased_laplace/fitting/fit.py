@@ -15,7 +15,8 @@ from tqdm import tqdm
 
 from debiased_laplace import _checks, _data
 from debiased_laplace._guards import full_precision, global_random_state, warn_the_caller
-from debiased_laplace._ranks import together
+from debiased_laplace._ranks import current, together
+from debiased_laplace.curvature.parts.streamed import moved
 from debiased_laplace.curvature.structures import Structure
 from debiased_laplace.fitting.checkpoint import Checkpoint
 from debiased_laplace.fitting.fitted import Fit
@@ -118,7 +119,9 @@ def fit(
         identity = {}
         if checkpoint is not None or ranks.size > 1:
             identity = chosen.identity(likelihood, generator, previous, snapshot)
-            ranks.agree("fit", {key: str(value) for key, value in identity.items()} | {"checkpoint": str(checkpoint)})
+            words_of = {key: str(value) for key, value in identity.items() if key != "weights"}
+            weights = {f"weights of {name}": str(value) for name, value in identity["weights"].items()}
+            ranks.agree("fit", words_of | weights | {"checkpoint": str(checkpoint)})
         progress = Checkpoint(checkpoint, identity)
         discover = partial(chosen.discover, snapshot, likelihood=likelihood)
         budget = getattr(chosen.sampler, "budget", None)  # of the sampler's own making, it may have none
@@ -219,15 +222,24 @@ def _measured(
         )  # fmt: skip
         factored = settings.estimator == "factored"
         if previous is not None and previous.sample is None:
-            basis, curvatures = updated_curvature(
-                previous, network, settings.structure, data, sample.size,
-                None if observed is None else observed.statistics, factored=factored,
+            basis, curvatures = current().of_one(
+                partial(
+                    updated_curvature, previous, network, settings.structure, data, sample.size,
+                    None if observed is None else observed.statistics, factored=factored,
+                )
             )  # fmt: skip
+            if current().size > 1:
+                basis = replace(basis, blocks=network.blocks, parts=[moved(p, network.device) for p in basis.parts])
+                curvatures = curvatures.to(network.device)
             left_out = errors = None
         else:
             measurement = Measurement(settings.structure, network, data, sample, observed, progress)
             basis, curvatures = measurement.cross(split, factored=factored)
             left_out, errors = measurement.left_out(split, basis, curvatures), measurement.errors
+    # What every process has computed by itself is that of the first one: others may round otherwise.
+    curvatures = current().broadcast(curvatures, 0)
+    left_out, errors = (None if one is None else current().broadcast(one, 0) for one in (left_out, errors))
+    loss = current().broadcast(_loss(network, likelihood, sample, observed), 0)
     priors = _checks.prior_precisions(settings.prior_precision, len(basis.parts), basis.n_params).to(network.device)
     posterior = Posterior(
         network.mean(), basis, curvatures, sample.size, priors, settings.temperature, settings.noise_variance,
@@ -237,7 +249,7 @@ def _measured(
     fitted = Fit(
         posterior=posterior,
         network=network,
-        mean_loss=mean_loss(network, likelihood, sample) if observed is None else observed.mean_loss,
+        mean_loss=float(loss),
         n_seen=sample.n_seen,
         direction_indices=sample.fold(split.final).indices,
         curvature_indices=sample.fold(measured_folds).indices,
@@ -251,6 +263,12 @@ def _measured(
         n_observed=n_observed,
     )
     return fitted if previous is None or previous.sample is not None else _joined(previous, fitted)
+
+
+def _loss(network: Network, likelihood: Likelihood, sample: Sample, observed: Observed | None) -> Tensor:
+    """Mean loss of the stream, ``[]``."""
+    loss = mean_loss(network, likelihood, sample) if observed is None else observed.mean_loss
+    return torch.tensor(loss, dtype=torch.float64)
 
 
 def _joined(previous: Fit, fitted: Fit) -> Fit:

@@ -211,13 +211,15 @@ class Reading:
             self._stream.positions = shard.advance([count or 0 for count in counts], ranks.rank)
             if self._stream.first is None and any(counts):
                 self._stream.first = self._first_of_all(labelled)
+            for inputs, targets, _ in labelled:
+                shard.look(inputs, targets)
             if labelled:
                 yield batch
                 continue
             self.uniforms(0, self._uniform_generator)  # every process draws the numbers of all data
             if self._sampler is not None:
                 self.uniforms(0, self._generator)
-        shard.check(ranks, shard.n_seen)
+        shard.check(ranks)
 
     def _first_of_all(self, labelled: list[tuple[_data.Inputs, Tensor, int]]) -> tuple[_data.Inputs, Tensor]:
         """Some of the first data of the first process that has any, for all of them to find the same network with."""

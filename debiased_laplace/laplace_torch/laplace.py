@@ -366,6 +366,7 @@ class DebiasedLaplace(ParametricLaplace):
         memory_budget: int | None = None,
         checkpoint: str | Path | None = None,
         max_batches: int | None = None,
+        distributed: bool = True,
     ) -> None:
         """Fit the posterior at the model's parameters; the loader is read once.
 
@@ -397,6 +398,8 @@ class DebiasedLaplace(ParametricLaplace):
             checkpoint: File that keeps the state of a long fit, to go on from there when it is called again with the
                 same data.
             max_batches: End the pass over the data after so many batches, of a stream without an end.
+            distributed: Whether the processes of an initialised group of ``torch.distributed`` fit together, each with
+                its shard of the data; otherwise every process for itself.
 
         Raises:
             ValueError: For an empty loader, targets that do not fit, or a prior precision of the wrong length.
@@ -425,6 +428,7 @@ class DebiasedLaplace(ParametricLaplace):
             generator=self.seed if generator is None else generator, chunk_size=chunk_size,
             memory_budget=memory_budget, targets_key=self.dict_key_y, progress_bar=progress_bar, previous=previous,
             checkpoint=checkpoint, max_batches=max_batches, n_data=n_data, dense=False,
+            distributed=distributed,
         )  # fmt: skip
         if self.feature_reduction is not None and reduction is None:
             few = None if fitted.sample is None else fitted.sample.data.inputs
@@ -1009,6 +1013,7 @@ class DebiasedLaplace(ParametricLaplace):
         tune_temperature: bool = False,
         tune_sigma_noise: bool = False,
         selection: str = "best",
+        distributed: bool = True,
     ) -> None:
         """Choose the prior precision after the fit; on validation data also output temperature or observation noise.
 
@@ -1054,6 +1059,9 @@ class DebiasedLaplace(ParametricLaplace):
                 ``"one_standard_error"``, the smallest prior precision whose loss is within one standard error of the
                 best. Together with ``tune_temperature`` and ``link_approx="mean_field"`` it keeps uncertainty for data
                 that are unlike the validation data (docs/results.md).
+
+            distributed: For the grid search, whether the processes of an initialised group of ``torch.distributed``
+                tune together, each with its shard of the data; otherwise every process for itself.
 
         Raises:
             ValueError: If an argument has no meaning; the prior precision stays.
@@ -1101,9 +1109,16 @@ class DebiasedLaplace(ParametricLaplace):
             search = tuning.GridSearch(
                 pred_type, link, structure, loss, grid, n_samples, tune_temperature, tune_sigma_noise, selection
             )
-            with together("tune") as ranks, global_random_state(), torch.no_grad():  # an order, and metrics, may draw
-                if ranks.size > 1 and not search.is_joint:  # a loss of the user's is of all data
-                    val_loader = ranks.rounds(_data.of_this_process(val_loader, self.native.targets_key))
+            with (  # a loader's order, and metrics, may draw
+                together("tune", wanted=distributed) as ranks, global_random_state(), torch.no_grad(),
+            ):  # fmt: skip
+                if ranks.size > 1:
+                    ranks.agree("tune", self.native.words(replace(search, loss=None), type(loss).__name__))
+                if ranks.size > 1 and (pred_type != "glm" or loss is not None):  # a loss of the user's is of all data
+                    shard = _data.Shard(val_loader)
+                    mine = _data.of_this_process(val_loader, shard, self.native.targets_key)
+                    val_loader = list(ranks.rounds(mine))
+                    shard.check(ranks)
                 tuned = search.on(self.native, val_loader, self.likelihood == "regression", progress_bar)
             self.curve = tuned.curve
             if tuned.noise_variance is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import torch
@@ -50,6 +50,7 @@ class Validation:
     seed: int = 0
     targets_key: str = "labels"
     progress_bar: bool = False
+    _shards: list[_data.Shard] = field(default_factory=list, init=False, repr=False, compare=False)
 
     @property
     def of_targets(self) -> Likelihood:
@@ -58,7 +59,9 @@ class Validation:
 
     def __iter__(self) -> Iterator[tuple[_data.Inputs, Tensor]]:
         """Inputs and prepared targets, batch after batch."""
-        stream = _data.labelled(_data.of_this_process(self.batches, self.targets_key), self.targets_key)
+        self._shards[:] = [_data.Shard(self.batches)]
+        mine = _data.of_this_process(self.batches, self._shards[0], self.targets_key)
+        stream = _data.labelled(mine, self.targets_key)
         for inputs, targets, _ in tqdm(
             stream, desc="Validation", unit="batch", disable=not self.progress_bar, leave=False
         ):  # fmt: skip
@@ -75,7 +78,10 @@ class Validation:
 
     def of_all(self, results: Iterator[T]) -> Iterator[T]:
         """What was computed batch after batch, of the batches of all processes that tune together."""
-        return current().rounds(results, self.network.device)
+        ranks = current()
+        yield from ranks.rounds(results, self.network.device)
+        if ranks.size > 1:  # all have come to the end, and those without a batch have begun
+            self._shards[0].check(ranks)
 
     def with_moments(
         self, posteriors: Sequence[Posterior], *, covariance: bool

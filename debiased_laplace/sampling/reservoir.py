@@ -89,7 +89,10 @@ class Reservoir:
         if self.capacity is not None and len(keys) > self.capacity:
             mine = self.take((self.keys <= keys.sort().values[self.capacity - 1]).nonzero()[:, 0])
         joined = Reservoir(self.capacity)
-        for part in map(Reservoir.of, ranks.gather(mine.state() | {"indices": positions[mine.indices]})):
+        state = mine.state() | {"indices": positions[mine.indices]}
+        if state["content"] is not None:  # of all processes in one memory
+            state["content"] = tuple(_data.to_device(part, torch.device("cpu")) for part in state["content"])
+        for part in map(Reservoir.of, ranks.gather(state)):
             joined.n_seen, joined.total = joined.n_seen + part.n_seen, joined.total + part.total
             if len(part.keys):
                 joined._keep(*part.content(), part.keys, part.scores, part.indices)

@@ -83,6 +83,9 @@ class Structure(ABC):
     #: Whether a forward pass over the whole stream tells something (:meth:`observe`).
     observes: ClassVar[bool] = False
 
+    #: Whether :meth:`eigenbasis` deals its work to all processes; otherwise one of them does it for all.
+    deals_work: ClassVar[bool] = False
+
     @property
     def projects(self) -> bool:
         """Whether equation (2) measures its curvatures; otherwise its statistics always do."""

@@ -171,6 +171,7 @@ class Kronecker(Structure):
     sharing: WeightSharing = field(default_factory=Expand)
 
     observes: ClassVar[bool] = True
+    deals_work: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         _checks.whole(self.max_factor, "max_factor", otherwise="None for no limit")

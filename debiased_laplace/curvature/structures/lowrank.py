@@ -65,7 +65,7 @@ class LowRankStatistics:
 
     def all_reduce(self) -> LowRankStatistics:
         """The columns of all processes that work together; each weighs its data for all of them."""
-        first, *others = current().gather(self)
+        first, *others = current().gather(self, self.columns[0][0].device if self.columns[0] else None)
         for other in others:
             first = first + other
         return first
