@@ -172,13 +172,14 @@ def paper_table(record: dict[str, Any]) -> str:
 
 def measured_table(record: dict[str, Any]) -> str:
     """One row for each number of processes."""
-    alone = median(one["seconds"] / one["forward"] for one in record["measured"]["1"])
+    alone = record["measured"]["1"]
+    unit, whole = (median(one[key] for one in alone) for key in ("forward", "seconds"))
     rows = []
     for size in ("1", "2"):
         runs = record["measured"][size]
-        ratio = median(one["seconds"] / one["forward"] for one in runs)
+        seconds = median(one["seconds"] for one in runs)
         sent = f"{runs[0]['sent'] / 1e6:.0f} MB" if size != "1" else ""
-        rows.append([size, f"{ratio:.1f}", f"{alone / ratio:.2f}", sent])
+        rows.append([size, f"{seconds / unit:.1f}", f"{whole / seconds:.2f}", sent])
     return markdown(
         ["processes", "fit, in forward passes of all data by one process", "times faster", "given to gloo"], rows
     )
