@@ -240,7 +240,12 @@ class Measurement:
             index = torch.arange(len(data))[ranks.share(_data.sizes(data.data.inputs))]
             mine = data.take(index)
             parts = [index[part] for part in mine.slices(STEP_CHUNKS)] or [index]  # of no data, a sum of zeros
-            total = _sum(of(data.take(part), part) for part in parts)
+
+            def measured(part: Tensor) -> Any:
+                ranks.check()  # whether another process has failed, long before the next exchange
+                return of(data.take(part), part)
+
+            total = _sum(map(measured, parts))
             return ranks.sum(total) if isinstance(total, Tensor) else total.all_reduce()
 
         return self._checkpoint.whole(name, len(steps), of_all)
