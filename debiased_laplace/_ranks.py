@@ -65,8 +65,8 @@ class Ranks:
     def agree(self, what: str, settings: Mapping[str, str]) -> None:
         """Raise a ``ValueError`` if another process has other settings."""
 
-    def of_one(self, compute: Callable[[], T]) -> T:
-        """What the first process computes, in all of them."""
+    def of_one(self, compute: Callable[[], T], device: torch.device | None = None) -> T:
+        """What the first process computes, in all of them; tensors of a device come to this one, or to the CPU."""
         return compute()
 
     def meet(self, what: str, limit: float | None = None) -> None:
@@ -177,18 +177,9 @@ class Group(Ranks):
     # -- what is exchanged ------------------------------------------------------------------------
 
     def gather(self, value: T, device: torch.device | None = None) -> list[T]:
-        buffer = io.BytesIO()
-        torch.save(value, buffer)
         every: list[bytes | None] = [None] * self.size
-        self._together(lambda: self._dist.all_gather_object(every, buffer.getvalue(), group=self._group))
-
-        def moved(storage: Any, place: str) -> Any:
-            return storage if place == "cpu" or device is None else storage.to(device=device)
-
-        return [
-            value if rank == self.rank else torch.load(io.BytesIO(of_rank or b""), moved, weights_only=False)
-            for rank, of_rank in enumerate(every)
-        ]
+        self._together(lambda: self._dist.all_gather_object(every, _packed(value), group=self._group))
+        return [value if rank == self.rank else _unpacked(of_rank, device) for rank, of_rank in enumerate(every)]
 
     def sum(self, tensor: Tensor) -> Tensor:
         total = tensor.detach().to("cpu", copy=True).contiguous()
@@ -200,15 +191,11 @@ class Group(Ranks):
         self._together(lambda: self._dist.broadcast(sent, source, self._group))  # the group is of all ranks
         return tensor if self.rank == source else sent.to(tensor.device)
 
-    def of_one(self, compute: Callable[[], T]) -> T:
-        made = [compute() if self.rank == 0 else None]
-        buffer = io.BytesIO()
-        torch.save(made[0], buffer)
-        sent: list[bytes | None] = [buffer.getvalue() if self.rank == 0 else None]
+    def of_one(self, compute: Callable[[], T], device: torch.device | None = None) -> T:
+        made = [compute()] if self.rank == 0 else []
+        sent: list[bytes | None] = [_packed(made[0]) if made else None]
         self._together(lambda: self._dist.broadcast_object_list(sent, 0, group=self._group))
-        if self.rank:
-            made = [torch.load(io.BytesIO(sent[0] or b""), lambda storage, place: storage, weights_only=False)]
-        return made[0]  # type: ignore[return-value]
+        return made[0] if made else _unpacked(sent[0], device)
 
     def rounds(self, items: Iterator[T], device: torch.device | None = None) -> Iterator[T]:
         while True:
@@ -232,6 +219,19 @@ class Group(Ranks):
                     "differ after a training in several processes, come from the first one by "
                     "torch.distributed.broadcast(buffer, 0) for each of model.buffers()."
                 )
+
+
+def _packed(value: Any) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    return buffer.getvalue()
+
+
+def _unpacked(data: bytes | None, device: torch.device | None) -> Any:
+    def moved(storage: Any, place: str) -> Any:
+        return storage if place == "cpu" or device is None else storage.to(device=device)
+
+    return torch.load(io.BytesIO(data or b""), moved, weights_only=False)
 
 
 ALONE = Ranks()

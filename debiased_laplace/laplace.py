@@ -28,7 +28,7 @@ from debiased_laplace.posterior.evidence import maximise_marginal_likelihood, ma
 from debiased_laplace.posterior.gaussian import Posterior
 from debiased_laplace.posterior.prediction import Predictive, predict
 from debiased_laplace.posterior.temperature import warn_of_no_evidence
-from debiased_laplace.posterior.tune import Tuned, tune
+from debiased_laplace.posterior.tune import Tuned, agree, tune
 from debiased_laplace.sampling.samplers import Sampler
 from debiased_laplace.sampling.splits import Split
 
@@ -247,12 +247,11 @@ class Laplace:
             temperature = self.likelihood.no_temperature is None and link != "bridge_norm"
         selection = selection or ("one_standard_error" if temperature and not layerwise else "best")
         with (
-            together("tune", wanted=distributed) as ranks, global_random_state(),  # a loader's order may draw
+            together("tune", wanted=distributed), global_random_state(),  # a loader's order may draw
             torch.no_grad(), full_precision(),
         ):  # fmt: skip
-            if ranks.size > 1:
-                settings = link, layerwise, temperature, noise, selection, prior_precisions, n_samples
-                ranks.agree("tune", self.words(*settings))
+            settings = link, layerwise, temperature, noise, selection, prior_precisions, n_samples
+            agree(self.posterior, self.likelihood, *settings)
             tuned = tune(
                 self.network, self.posterior, self.likelihood, self.adapters.batches(val_loader, self.targets_key),
                 GRID if prior_precisions is None else prior_precisions, link=link, temperature=temperature,
@@ -268,11 +267,6 @@ class Laplace:
             self, posterior=posterior, output_temperature=tuned.temperature, link=link, tuned=tuned,
             prior_source="tuned on validation data",
         )  # fmt: skip
-
-    def words(self, *settings: Any) -> dict[str, str]:
-        """What several processes have to have in common."""
-        state = {"mean": self.posterior.mean, "curvatures": self.posterior.curvatures}
-        return {"settings": str(settings), "likelihood": repr(self.likelihood), **_store.fingerprint(state)}
 
     def _of_marginal_likelihood(
         self, link: str, layerwise: bool, temperature: bool | None, noise: bool | None

@@ -16,7 +16,7 @@ from PIL import Image
 
 from debiased_laplace.evaluation.records import write_json, write_whole
 
-__all__ = ["fill", "markdown", "save_run", "save_small"]
+__all__ = ["fill", "markdown", "save_run", "save_small", "show"]
 
 
 def fill(document: Path, parts: Mapping[str, str]) -> None:
@@ -28,6 +28,14 @@ def fill(document: Path, parts: Mapping[str, str]) -> None:
         if count != 1:
             sys.exit(f"Expected one place <!-- {name} --> in {document}, found {count}.")
     document.write_text(text)
+
+
+def show(parts: Mapping[str, str], document: Path | None) -> None:
+    """Put parts into their places in a document, or print them."""
+    if document is None:
+        print("\n\n".join(parts.values()))
+    else:
+        fill(document, parts)
 
 
 def markdown(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

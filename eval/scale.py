@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 from bench import hardware, peak_memory, reset_peak, synchronise, timed
-from documents import fill, markdown
+from documents import markdown, show
 from torch import nn
 
 import debiased_laplace as dl
@@ -209,10 +209,7 @@ def main() -> None:
     parts = {"growth": growth_table} if "growth" in options.only else {}
     parts |= {"large": large_table} if "large" in options.only else {}
     tables = {name: table(record) for name, table in parts.items()}
-    if options.document is None:
-        print("\n\n".join(tables.values()))
-    else:
-        fill(options.document, tables)
+    show(tables, options.document)
 
 
 if __name__ == "__main__":

@@ -24,11 +24,10 @@ from typing import Any
 
 import torch
 from bench import hardware
-from documents import fill, markdown
+from documents import markdown, show
 from scale import large
 
 import debiased_laplace as dl
-from debiased_laplace import _ranks
 from debiased_laplace._ranks import Group, Ranks
 from debiased_laplace.evaluation.records import read_json, write_json
 from debiased_laplace.evaluation.shipped.cifar10 import CifarResNet
@@ -110,7 +109,7 @@ def fit_once() -> dict[str, Any]:
         Group.gather, Group.sum, Group.broadcast = gather, total, broadcast  # type: ignore[assignment, method-assign]
     dataset = torch.utils.data.TensorDataset(x, y)
     sampler: Any = torch.utils.data.DistributedSampler(dataset, shuffle=False) if several else None
-    size = _ranks._world_size()
+    size = int(os.environ.get("WORLD_SIZE", "1"))
     loader = torch.utils.data.DataLoader(dataset, batch_size=BATCH // size, sampler=sampler)
     start = time.perf_counter()
     dl.fit(model, loader, "classification", sampler=dl.PrioritySampler(256))
@@ -209,10 +208,7 @@ def main() -> None:
             write_json(path, record)
     tables = {"paper": paper_table(record)} if record["paper"] else {}
     tables |= {"measured": measured_table(record)} if record["measured"] else {}
-    if options.document is None:
-        print("\n\n".join(tables.values()))
-    else:
-        fill(options.document, tables)
+    show(tables, options.document)
 
 
 if __name__ == "__main__":

@@ -123,9 +123,9 @@ class Dealt:
     def __iter__(self) -> Iterator[Any]:
         self.order = 0.0
         for number, batch in enumerate(self._loader, 1):
-            leaves = [leaf.detach().double() for leaf in tensors(batch) if leaf.numel()]
-            weighted = [(leaf.flatten() * torch.arange(1, leaf.numel() + 1)).sum() for leaf in leaves]
-            self.order += number * float(sum(weighted))
+            for leaf in tensors(batch):
+                places = torch.arange(1, leaf.numel() + 1, device=leaf.device)
+                self.order += number * float((leaf.detach().double().flatten() * places).sum())
             yield take(batch, slice(self._ranks.rank, None, self._ranks.size))
 
 

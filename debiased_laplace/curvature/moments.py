@@ -205,7 +205,7 @@ def all_reduced(moments: Sequence[SecondMoment]) -> list[SecondMoment]:
     for one, *of_ranks in zip(moments, *ranks.gather(counts), strict=True):
         n_columns = None if None in of_ranks else sum(count for count in of_ranks if count is not None)
         if isinstance(one, OuterProducts) and n_columns is not None and are_few(one.size, n_columns):
-            pieces = ranks.gather(torch.cat(one.scaled(), 2), one.values[0].device)
+            pieces = ranks.gather(torch.cat(one.scaled(), 2), one.like.device)
             sums.append(OuterProducts(tuple(pieces)))
         else:
             sums.append(moment(ranks.sum(one.dense())))
@@ -296,8 +296,8 @@ def eigenvectors(
     distinct = {id(one.known): index for index, one in enumerate(moments) if key not in one.known}
     for index in distinct.values():
         one = moments[index]
-        if isinstance(one, MatrixMoment) and (size := one.values.shape[-1]) <= min(MAX_BATCHED, max_size or size):
-            of_shape = size, one.values.dtype, one.values.device
+        if _is_small(one, max_size):
+            of_shape = one.shape[-1], one.like.dtype, one.like.device
             if of_shape not in batches:
                 jobs.append(batches.setdefault(of_shape, []))
             batches[of_shape].append(index)
@@ -318,6 +318,11 @@ def eigenvectors(
     return [one.known[key] for one in moments]
 
 
+def _is_small(one: SecondMoment, max_size: int | None) -> bool:
+    """Whether it is decomposed together with others of its shape."""
+    return isinstance(one, MatrixMoment) and one.shape[-1] <= min(MAX_BATCHED, max_size or MAX_BATCHED)
+
+
 def _cost(one: SecondMoment, max_size: int | None) -> float:
     """Of its decomposition, up to a factor: the cube of its size, or of its number of columns."""
     groups, size, _ = one.shape
@@ -331,9 +336,7 @@ def _decomposed(
     moments: Sequence[SecondMoment], names: Sequence[str], dtype: torch.dtype | None, max_size: int | None
 ) -> list[Tensor]:
     """Eigenvectors of small matrices of one shape, in one call; or of a single moment."""
-    if len(moments) == 1 and not (isinstance(moments[0], MatrixMoment) and moments[0].shape[-1] <= MAX_BATCHED):
-        return [_of_blocks(moments[0], names[0], dtype, max_size)]
-    if max_size is not None and moments[0].shape[-1] > max_size:
+    if not _is_small(moments[0], max_size):
         return [_of_blocks(one, name, dtype, max_size) for one, name in zip(moments, names, strict=True)]
     matrices = [one.values for one in moments]
     together = MatrixMoment(torch.cat(matrices))
@@ -342,8 +345,7 @@ def _decomposed(
 
 
 def _of_blocks(one: SecondMoment, name: str, dtype: torch.dtype | None, max_size: int | None) -> Tensor:
-    values = one.values if isinstance(one, MatrixMoment) else one.values[0]
-    groups, size = values.shape[:2]
+    values, (groups, size, _) = one.like, one.shape
     n_blocks = -(-size // (max_size or size))
     if n_blocks == 1:
         return _cleaned(one.eigenvectors(name, dtype), values.dtype)

@@ -16,7 +16,6 @@ from tqdm import tqdm
 from debiased_laplace import _checks, _data
 from debiased_laplace._guards import full_precision, global_random_state, warn_the_caller
 from debiased_laplace._ranks import current, together
-from debiased_laplace.curvature.parts.streamed import moved
 from debiased_laplace.curvature.structures import Structure
 from debiased_laplace.fitting.checkpoint import Checkpoint
 from debiased_laplace.fitting.fitted import Fit
@@ -226,11 +225,8 @@ def _measured(
                 partial(
                     updated_curvature, previous, network, settings.structure, data, sample.size,
                     None if observed is None else observed.statistics, factored=factored,
-                )
+                ), network.device,
             )  # fmt: skip
-            if current().size > 1:
-                basis = replace(basis, blocks=network.blocks, parts=[moved(p, network.device) for p in basis.parts])
-                curvatures = curvatures.to(network.device)
             left_out = errors = None
         else:
             measurement = Measurement(settings.structure, network, data, sample, observed, progress)

@@ -29,7 +29,6 @@ from debiased_laplace import _data
 from debiased_laplace._guards import warn_the_caller
 from debiased_laplace._ranks import current
 from debiased_laplace.curvature.basis import Basis
-from debiased_laplace.curvature.parts.streamed import moved
 from debiased_laplace.curvature.projected import curvatures_along
 from debiased_laplace.curvature.structures import Structure
 from debiased_laplace.fitting.checkpoint import Checkpoint
@@ -192,8 +191,7 @@ class Measurement:
         statistics, ranks = self._estimate(folds), current()
         if ranks.size == 1 or self._structure.deals_work:
             return self._structure.eigenbasis(self._network, statistics, like)
-        basis = ranks.of_one(lambda: self._structure.eigenbasis(self._network, statistics, like))
-        return replace(basis, blocks=self._network.blocks, parts=[moved(p, self._network.device) for p in basis.parts])
+        return ranks.of_one(lambda: self._structure.eigenbasis(self._network, statistics, like), self._network.device)
 
     def _estimate(self, folds: Sequence[int]) -> Any:
         """Statistics of some folds and of the data that belong to all, which stand for the whole stream."""

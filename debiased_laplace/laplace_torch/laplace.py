@@ -54,7 +54,7 @@ from debiased_laplace.network.snapshot import Snapshot
 from debiased_laplace.posterior.curve import PriorCurve
 from debiased_laplace.posterior.gaussian import Posterior
 from debiased_laplace.posterior.temperature import warn_of_no_evidence
-from debiased_laplace.posterior.tune import Tuned
+from debiased_laplace.posterior.tune import Tuned, agree
 from debiased_laplace.sampling.samplers import Sampler
 from debiased_laplace.sampling.splits import Split
 
@@ -1112,8 +1112,8 @@ class DebiasedLaplace(ParametricLaplace):
             with (  # a loader's order, and metrics, may draw
                 together("tune", wanted=distributed) as ranks, global_random_state(), torch.no_grad(),
             ):  # fmt: skip
-                if ranks.size > 1:
-                    ranks.agree("tune", self.native.words(replace(search, loss=None), type(loss).__name__))
+                native = self.native
+                agree(native.posterior, native.likelihood, replace(search, loss=None), type(loss).__name__)
                 if ranks.size > 1 and (pred_type != "glm" or loss is not None):  # a loss of the user's is of all data
                     shard = _data.Shard(val_loader)
                     mine = _data.of_this_process(val_loader, shard, self.native.targets_key)

@@ -27,7 +27,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from debiased_laplace import _checks
+from debiased_laplace import _checks, _store
+from debiased_laplace._ranks import current
 from debiased_laplace.likelihoods import Likelihood
 from debiased_laplace.network.network import Network
 from debiased_laplace.posterior.curve import EMPTY, PriorCurve, check_losses, warn_of_the_edge
@@ -69,6 +70,15 @@ class Tuned:
     noise_variance: float | None
     temperature_alone: tuple[float, float]
     undetermined: tuple[str, ...] = ()
+
+
+def agree(posterior: Posterior, likelihood: Likelihood, *settings: Any) -> None:
+    """Raise a ``ValueError`` if the processes that tune together do not have all of it in common."""
+    ranks = current()
+    if ranks.size > 1:
+        state = {"mean": posterior.mean, "curvatures": posterior.curvatures}
+        words = {"settings": str(settings), "likelihood": repr(likelihood)}
+        ranks.agree("tune", words | _store.fingerprint(state))
 
 
 def tune(
