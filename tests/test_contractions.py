@@ -136,6 +136,14 @@ def test_the_cheaper_way_with_several_positions(n_vectors, positions, height, wi
         assert pairs.give_covariances(1, diagonal=diagonal) is by_pairs
 
 
+def test_many_posteriors_share_products_of_formed_gradients():
+    """A grid of a tuning, over a small convolution: pairs of positions would be weighted anew for each posterior."""
+    inputs, vectors = torch.empty(64, 1, 145, 16, device="meta"), torch.empty(64, 1, 10, 32, 16, device="meta")
+    assert not PairsOfPositions(inputs, vectors, 2**24).give_covariances(100)
+    inputs, vectors = torch.empty(64, 1, 1729, 4, device="meta"), torch.empty(64, 1, 100, 192, 4, device="meta")
+    assert PairsOfPositions(inputs, vectors, 2**24).give_covariances(100)
+
+
 @every
 @pytest.mark.parametrize("k", [1, 4, 30])
 def test_projecting_on_matrices(name, shared, k, memory, order):

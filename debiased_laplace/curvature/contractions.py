@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from debiased_laplace import _data
-from debiased_laplace.curvature.pairs import PairsOfPositions
+from debiased_laplace.curvature.pairs import PairsOfPositions, many_scales
 
 #: Bytes of formed gradients at a time: what a core's own cache holds, and more on an accelerator. Products of matrices
 #: that leave it take half as long again, if their rows begin anywhere in memory.
@@ -128,7 +128,7 @@ class FactoredGradients:
             return (vectors * weights[:, :, None]).flatten(3) @ vectors.flatten(2).mT
         if self._pairs is not None and self._pairs.give_covariances(len(scales)):
             return self._pairs.covariances(scales)
-        if many_scales(scales, n_vectors):
+        if many_scales(len(scales), n_vectors):
             return self._covariances_of_pairs(scales)
         covariances = scales.new_zeros(len(scales), n, n_vectors, n_vectors)
         roots = scales.sqrt()[:, :, None]
@@ -310,11 +310,6 @@ class FactoredGradients:
 def projection_memory(device: torch.device) -> int:
     """Bytes of formed gradients at a time on a device."""
     return PROJECTION_MEMORY["cpu" if device.type == "cpu" else "accelerator"]
-
-
-def many_scales(scales: Tensor, n_vectors: int) -> bool:
-    """Whether there are more of them than pairs of vectors for each vector, so that pairs are the cheaper order."""
-    return 2 * len(scales) > n_vectors + 1
 
 
 def covariances_of_rows(rows: Tensor, scales: Tensor) -> Tensor:

@@ -26,6 +26,11 @@ MOVED = 24
 CALLED = 4_000_000
 
 
+def many_scales(n_scales: int, n_vectors: int) -> bool:
+    """Whether there are more of them than pairs of vectors for each vector, so that pairs are the cheaper order."""
+    return 2 * n_scales > n_vectors + 1
+
+
 class PairsOfPositions:
     """Gradients of one block by pairs of positions.
 
@@ -55,11 +60,13 @@ class PairsOfPositions:
         weights = height * (self._n_pairs * width + 2 * MOVED * positions**2)
         weighted = n_vectors * height * positions * (positions + n_others + 3 * MOVED)
         by_pairs = 3 * MOVED * self._n_pairs * width + n_scales * (weights + weighted)
-        of_posterior = 0 if diagonal else n_vectors + MOVED
-        formed = n_vectors * height * width * (positions + MOVED + n_scales * of_posterior)
+        # Formed gradients are weighted for one posterior after the other, or their products for all of them at once.
+        one_by_one, at_once = n_scales * (n_vectors + MOVED), (n_vectors + 1) / 2 * (n_scales + MOVED)
+        of_posteriors = n_scales if diagonal else at_once if many_scales(n_scales, n_vectors) else one_by_one
+        formed = n_vectors * height * width * (positions + MOVED + of_posteriors)
         return self._cheaper(by_pairs, formed)
 
-    def _cheaper(self, by_pairs: int, formed: int) -> bool:
+    def _cheaper(self, by_pairs: float, formed: float) -> bool:
         """Of one datum and group each, in multiplications."""
         return self._n * self._groups * by_pairs + CALLED < self._n * self._groups * formed
 

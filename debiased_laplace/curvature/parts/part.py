@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from debiased_laplace.curvature.block_gradients import BlockGradients, block_gradients
-from debiased_laplace.curvature.contractions import covariances_of_rows, many_scales
+from debiased_laplace.curvature.contractions import covariances_of_rows
 from debiased_laplace.curvature.moments import SecondMoment
+from debiased_laplace.curvature.pairs import many_scales
 from debiased_laplace.network.blocks import Block
 from debiased_laplace.network.selected import LayerInputs
 
@@ -212,7 +213,7 @@ class DenseProjection:
     def covariances(self, scales: Tensor) -> Tensor:
         """``[R, *shape] -> [R, N, V, V]``."""
         scales = scales.flatten(1).to(self.values.dtype)
-        if many_scales(scales, self.values.shape[1]):
+        if many_scales(len(scales), self.values.shape[1]):
             return covariances_of_rows(self.values, scales)
         return (self.values * scales[:, None, None]) @ self.values.mT
 
