@@ -56,7 +56,7 @@ def remade() -> dict[str, dict[str, str]]:
         names = {name: f"bias-{name}.json" for name in bias.OPTIONS}
         benchmarks = json.loads((RECORDS / "bench-cpu.json").read_text())["records"]
         result = {
-            "README.md": readme.parts(DOCS),
+            **readme.parts(DOCS),
             "bias.md": bias.parts({name: read_json(RECORDS / file) for name, file in names.items()}),
             "evidence.md": evidence.parts(read_json(RECORDS / "evidence.json")),
             "posterior.md": {"classes": classes.table(read_json(RECORDS / "classes.json"))},

@@ -23,6 +23,9 @@ PUBLIC = (
     "debiased_laplace.laplace_torch", "debiased_laplace.quadratic.instruments", "debiased_laplace.quadratic.optim",
     "debiased_laplace.evaluation", "debiased_laplace.testing",
 )  # fmt: skip
+#: Pages that are files outside of docs, which code hosts show.
+ABOVE = {"index.md": "README.md", "contributing.md": "CONTRIBUTING.md", "changelog.md": "CHANGELOG.md"}
+PAGE_OF = {name.removesuffix(".md"): page for page, name in ABOVE.items()}
 OUTPUT = re.compile(r"^```text\n.*?^```\n", re.DOTALL | re.MULTILINE)
 EQUATION = re.compile(r'<(span|div) class="arithmatex">(.*?)</\1>', re.DOTALL)
 
@@ -53,7 +56,9 @@ def on_pre_build(config: Any) -> None:
 
 
 def on_files(files: Any, config: Any) -> Any:
-    """Tutorials as notebooks, without their outputs."""
+    """Pages outside of docs, and tutorials as notebooks, without their outputs."""
+    for page in ABOVE:
+        files.append(File.generated(config, page, content="..."))  # until its Markdown is asked for
     for file in list(files.documentation_pages()):
         if Path(file.src_uri).parent.name == "tutorials" and file.name != "index":
             source = Path(file.abs_src_path).read_text()
@@ -63,10 +68,10 @@ def on_files(files: Any, config: Any) -> Any:
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """The README is the first page; a tutorial says that it is a notebook, too."""
-    if page.file.src_uri == "index.md":
-        markdown = (ROOT / "README.md").read_text()
-        return re.sub(r"\]\(docs/", "](", markdown)
+    """Files outside of docs are pages, too; a tutorial says that it is a notebook, too."""
+    if page.file.src_uri in ABOVE:
+        markdown = re.sub(r"\]\((?:docs/)?", "](", (ROOT / ABOVE[page.file.src_uri]).read_text())
+        return re.sub(r"\]\((README|CONTRIBUTING|CHANGELOG)\.md", lambda match: f"]({PAGE_OF[match[1]]}", markdown)
     if page.file.src_uri.startswith("tutorials/") and not page.is_index:
         title, _, rest = markdown.partition("\n")
         name = Path(page.file.src_uri).with_suffix(".ipynb").name
