@@ -2,12 +2,12 @@
 
     python eval/pages.py docs/tutorials/images.md [...]
 
-runs the code blocks of a page one after the other, as a reader does, in an empty folder, and fills in what they print and
-the figures that they save. ``tests/test_pages.py`` runs the same, and compares.
+runs the code blocks of a page one after the other, as a reader does, in an empty folder, and fills in what they print
+and the figures that they save. ``tests/test_pages.py`` runs the same, and compares.
 
-Blocks that count: ``python``, run in one process; ``python title="fit.py"``, written to a file; ``bash``, run by a shell;
-``text`` straight after one of them, its output. Others are not run. Figures saved as ``NAME.png`` lie in ``images/``
-beside the page.
+Blocks that count: ``python``, run in one process; ``python title="fit.py"``, written to a file; ``bash``, run by a
+shell; ``text`` straight after one of them, its output. Others are not run. Figures saved as ``NAME.png`` lie in
+``images/`` beside the page.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
     python eval/readme.py [--demo] [--docs docs]
 
 With ``--demo`` the demonstration is run, its record is written to ``<docs>/records/demo.json`` and its figure to
-``<docs>/demo-reliability.png``. The table between ``<!-- demo -->`` and ``<!-- end -->`` is made from that record, the one
+``<docs>/demo-reliability.png``. The table between ``<!-- demo -->`` and ``<!-- end -->`` is made from that record, that
 after ``<!-- costs -->`` from ``<docs>/records/bench-cpu.json``.
 """
 

@@ -53,5 +53,8 @@ def test_a_page_that_fails_says_where(tmp_path):
 
 
 def test_files_and_outputs_are_told_apart():
-    text = '```python title="a.py"\nx\n```\n\n```bash\npython a.py\n```\n\n```text\nx\n```\n\n```text\nnot an output\n```\n'
-    assert [(b.language, b.file, b.output) for b in pages.blocks(text)] == [("python", "a.py", None), ("bash", None, "x\n")]
+    text = '```python title="a.py"\nx\n```\n\n```bash\npython a.py\n```\n\n```text\nx\n```\n\n```text\nno output\n```\n'
+    assert [(b.language, b.file, b.output) for b in pages.blocks(text)] == [
+        ("python", "a.py", None),
+        ("bash", None, "x\n"),
+    ]

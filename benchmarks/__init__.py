@@ -1,0 +1,1 @@
+"""Costs that asv follows from commit to commit."""
