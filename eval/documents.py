@@ -20,14 +20,23 @@ __all__ = ["fill", "markdown", "save_run", "save_small", "show"]
 
 
 def fill(document: Path, parts: Mapping[str, str]) -> None:
-    """Replace the named parts of a document; every one needs exactly one place."""
-    text = document.read_text()
+    """Replace the named parts of a document and its appendix; every one needs exactly one place in them."""
+    pages = {page: page.read_text() for page in with_appendix(document)}
     for name, content in parts.items():
         pattern = re.compile(rf"(<!-- {re.escape(name)} -->\n).*?(<!-- end -->)", re.DOTALL)
-        text, count = pattern.subn(lambda match, new=content: f"{match[1]}{new}\n{match[2]}", text)  # type: ignore[misc]
+        count = sum(len(pattern.findall(text)) for text in pages.values())
         if count != 1:
-            sys.exit(f"Expected one place <!-- {name} --> in {document}, found {count}.")
-    document.write_text(text)
+            sys.exit(f"Expected one place <!-- {name} --> in {' and '.join(map(str, pages))}, found {count}.")
+        for page, text in pages.items():
+            pages[page] = pattern.sub(lambda match, new=content: f"{match[1]}{new}\n{match[2]}", text)  # type: ignore[misc]
+    for page, text in pages.items():
+        page.write_text(text)
+
+
+def with_appendix(document: Path) -> list[Path]:
+    """A document, and ``NAME_appendix.md`` beside it if there is one."""
+    appendix = document.with_name(f"{document.stem}_appendix.md")
+    return [document, appendix] if appendix.exists() else [document]
 
 
 def show(parts: Mapping[str, str], document: Path | None) -> None:

@@ -27,8 +27,10 @@ NAMES = {"abs": abs, "exp": math.exp, "len": len, "max": max, "mean": statistics
 
 
 def generated(document: Path) -> dict[str, str]:
-    """What stands between the marks of a document."""
-    result = re.findall(r"<!-- (?!end -->)([\w -]+?) -->\n(.*?)<!-- end -->", document.read_text(), re.DOTALL)
+    """What stands between the marks of a document and its appendix."""
+    pages = [document, document.with_name(f"{document.stem}_appendix.md")]
+    text = "\n".join(page.read_text() for page in pages if page.exists())
+    result = re.findall(r"<!-- (?!end -->)([\w -]+?) -->\n(.*?)<!-- end -->", text, re.DOTALL)
     return {name: content.strip() for name, content in result}
 
 
@@ -66,14 +68,12 @@ def remade() -> dict[str, dict[str, str]]:
                 "card": bench.report(json.loads((RECORDS / "bench-cuda.json").read_text())["records"]),
                 "growth": scale.growth_table(read_json(RECORDS / "scale.json")),
                 "large": scale.large_table(read_json(RECORDS / "scale.json")),
+                "frozen": frozen.table(read_json(RECORDS / "frozen.json")),
+                "serving": serving.table(read_json(RECORDS / "serving.json")["records"]),
             },
             "distributed.md": {
                 "paper": scaling.paper_table(read_json(RECORDS / "scaling.json")),
                 "measured": scaling.measured_table(read_json(RECORDS / "scaling.json")),
-            },
-            "benchmarks_appendix.md": {
-                "frozen": frozen.table(read_json(RECORDS / "frozen.json")),
-                "serving": serving.table(read_json(RECORDS / "serving.json")["records"]),
             },
         }
         outstanding = claims()["outstanding"]

@@ -8,7 +8,7 @@ from tests import documented
 from tests.documented import DOCS, RECORDS, ROOT, agree, claims, differing, generated, prose, unclaimed, wrong
 
 DOCUMENTS = (
-    "README.md", "bias.md", "evidence.md", "posterior.md", "steps.md", "benchmarks.md", "benchmarks_appendix.md",
+    "README.md", "bias.md", "evidence.md", "posterior.md", "steps.md", "benchmarks.md",
     "results.md", "fidelity.md", "distributed.md", "demonstration.md",
 )  # fmt: skip
 #: Those where every number has its claim.
