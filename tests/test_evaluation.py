@@ -603,7 +603,7 @@ def test_verdicts_are_words_with_a_mark(summary: dict[str, Any], cell: list[floa
     values = [number(changed["test"]["scores"][TEMPERATURE]["nll"][0], 3),
               number(changed["strong_shift"]["scores"][TEMPERATURE_RULE]["nll"][0], 3) + " *"]  # fmt: skip
     assert [rows[i][3].splitlines()[0] for i in (0, 2)] == [f"{verdict} {value}" for value in values]
-    assert "* Away from the training data" in table.caption
+    assert "* The largest temperature" in table.caption
     marks = [mark for mark in verdicts.MARK.values()]
     assert len(set(marks)) == len(marks) - 1  # of two that say that nothing is lost
 
@@ -639,6 +639,9 @@ def test_without_a_temperature_nothing_is_said_of_it(summary: dict[str, Any]) ->
     assert table is not None
     assert table.columns == ["", CANDIDATE, "against the network"]
     assert "emperature" not in table.caption
+    ruled = with_differences(summary, {MAP: BETTER})  # by the other rule alone
+    del ruled["test"]["scores"][TEMPERATURE]
+    assert list(statement(ruled)["rows"][0]["against"]) == [MAP, TEMPERATURE_RULE]
     for entry in (changed["test"], *changed["ood"]):
         entry["differences"] = {}
     assert statement(changed)["answer"] == f"On blobs there is nothing to compare {CANDIDATE} with."

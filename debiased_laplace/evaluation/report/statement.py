@@ -14,14 +14,20 @@ from debiased_laplace.evaluation.report.numbers import number, plus_minus, seeds
 from debiased_laplace.evaluation.report.table import Table
 from debiased_laplace.evaluation.report.verdicts import HOW, MARK, Summary, by_role, comparisons, judged_in
 
-#: Title, number of digits and factor of the scores that decide.
+#: Title, number of digits, factor and meaning of the scores that decide.
 DECIDING = {
-    "nll": ("Loss (NLL)", 3, 1.0),
-    "ece": ("Calibration error, ECE %", 1, 100.0),
-    "crps": ("CRPS, in units of the target", 3, 1.0),
-    "calibration_error": ("Interval calibration error, %", 1, 100.0),
-    "maximum probability, auroc": ("AUROC, %", 1, 100.0),
-}
+    "nll": ("Loss (NLL)", 3, 1.0, "NLL: minus the logarithm of the probability (or density) of the right answer"),
+    "ece": ("Calibration error, ECE %", 1, 100.0, "ECE: how far the confidence is from the share that is right"),
+    "crps": ("CRPS, in units of the target", 3, 1.0, "CRPS: the absolute error, for a whole distribution"),
+    "calibration_error": (
+        "Interval calibration error, %", 1, 100.0,
+        "interval calibration error: how far the share of targets in an interval is from the stated one",
+    ),
+    "maximum probability, auroc": (
+        "AUROC, %", 1, 100.0,
+        "AUROC: how often an unknown input is less confident than one of the test data, 50 by chance",
+    ),
+}  # fmt: skip
 #: At numbers of the temperature that is chosen by the rule of the posteriors.
 SAME_RULE = "*"
 
@@ -52,17 +58,11 @@ def deciding_table(summary: Summary) -> Table | None:
     rows = [] if candidate is None else _rows(summary, candidate)
     if not rows or candidate is None:
         return None
-    seconds = [
-        second for second in (MAP, TEMPERATURE) if any(_is(second, name) for row in rows for name in row["against"])
-    ]
-    cells = [
-        [_title(summary, row), _value(row, row["value"]), *(_against(row, second) for second in seconds)]
-        for row in rows
-    ]
+    seconds = list(dict.fromkeys(_column(name) for row in rows for name in row["against"]))
     return Table(
-        "The numbers that decide", _caption(summary, rows),
+        "The numbers that decide", _caption(rows),
         ["", candidate, *(f"against {'the network' if second == MAP else second}" for second in seconds)],
-        [("", cells)],
+        [("", [[_title(summary, row), _value(row), *(_against(row, second) for second in seconds)] for row in rows])],
     )  # fmt: skip
 
 
@@ -78,10 +78,9 @@ def _rows(summary: Summary, candidate: str) -> list[dict[str, Any]]:
         if score not in entry["scores"].get(candidate, {}):
             continue  # it failed there
         # Away from the training data it is harder to be better than the temperature that leaves more uncertainty.
-        rule = TEMPERATURE_RULE if entry is not test and TEMPERATURE_RULE in test["scores"] else TEMPERATURE
-        differences = {
-            second: entry["differences"].get(second, {}).get(candidate, {}).get(score) for second in (MAP, rule)
-        }
+        temperatures = (TEMPERATURE, TEMPERATURE_RULE) if entry is test else (TEMPERATURE_RULE, TEMPERATURE)
+        seconds = [MAP, *[name for name in temperatures if name in entry["scores"]][:1]]
+        differences = {second: entry["differences"].get(second, {}).get(candidate, {}).get(score) for second in seconds}
         against = {
             second: {
                 "value": entry["scores"][second][score], "difference": cell,
@@ -104,13 +103,13 @@ def _answer(summary: Summary, candidate: str | None, rows: Sequence[Mapping[str,
         why = f"{failed[0]} did not run" if failed else "none is marked as a candidate"
         return f"The tables show each method by itself: {why}."
     what = "predictive distributions" if summary["regression"] else "probabilities"
-    said = [(row["on"], _compared(summary, row["against"])) for row in rows if row["score"] == "nll" and row["against"]]
+    said = [_compared(summary, row["against"]) for row in rows if row["score"] == "nll" and row["against"]]
     if not said:
         return f"On {name} there is nothing to compare {candidate} with."
-    answer = f"On the test data of {name}, the {what} of {candidate} are {said[0][1]}"
-    if len(said) > 1:
-        same = said[1][1] == said[0][1]
-        answer += "; the same holds under strong shift" if same else f"; under strong shift they are {said[1][1]}"
+    answer = f"On the test data of {name}, the {what} of {candidate} are {said[0]}"
+    for there in said[1:]:
+        same = there == said[0]
+        answer += "; the same holds under strong shift" if same else f"; under strong shift they are {there}"
     if summary["regression"]:
         held = plus_minus(summary["test"]["scores"][candidate]["coverage_95"], 1, scale=100)
         answer += f"; the 95 % intervals hold {held} % of the targets"
@@ -127,52 +126,52 @@ def _compared(summary: Summary, against: Mapping[str, Mapping[str, Any]]) -> str
     return " but ".join(f"{how} {' and '.join(whose)}" for how, whose in together.items())
 
 
-def _is(column: str, name: str) -> bool:
-    return (column == MAP) == (name == MAP)
-
-
 def _title(summary: Summary, row: Mapping[str, Any]) -> str:
     title, lower = DECIDING[row["score"]][0], "lower is better"
-    if row["on"] == "test data":
-        return f"{title}\n{lower}"
-    if row["score"] == "nll":
-        n = len(summary["strong_shift"]["shifts"])
-        return f"{title}, strong shift\nmean of {n}, {lower}"
-    several = f" (first of {len(summary['ood'])} sets)" if len(summary["ood"]) > 1 else ""
-    return f"Telling {row['on']} apart{several}\n{title}, higher is better"
+    if row["score"].endswith("auroc"):
+        several = f" (first of {len(summary['ood'])} sets)" if len(summary["ood"]) > 1 else ""
+        return f"Telling {row['on']} apart{several}\n{title}, higher is better"
+    if row["on"] == "strong shift":
+        return f"{title}, strong shift\nmean of {len(summary['strong_shift']['shifts'])}, {lower}"
+    return f"{title}\n{lower}"
 
 
-def _value(row: Mapping[str, Any], cell: Sequence[float]) -> str:
-    _, digits, scale = DECIDING[row["score"]]
-    return plus_minus(cell, digits, scale=scale)
+def _value(row: Mapping[str, Any]) -> str:
+    _, digits, scale, _ = DECIDING[row["score"]]
+    return plus_minus(row["value"], digits, scale=scale)
 
 
-def _against(row: Mapping[str, Any], column: str) -> str:
+def _against(row: Mapping[str, Any], second: str) -> str:
     """Such as ``"✓ better than 0.31"`` and, in a second line, the difference."""
-    _, digits, scale = DECIDING[row["score"]]
+    _, digits, scale, _ = DECIDING[row["score"]]
     for name, about in row["against"].items():
-        if _is(column, name):
-            mark = f" {SAME_RULE}" * (name == TEMPERATURE_RULE)
+        if _column(name) == second:
+            mark = f" {SAME_RULE}" if name == TEMPERATURE_RULE else ""
             value = number(about["value"][0], digits, scale=scale)
             verdict = f"{MARK[about['verdict']]} {HOW[about['verdict']]} {value}{mark}"
             return f"{verdict}\n{with_interval(about['difference'], digits, scale=scale)}"
     return ""
 
 
-def _caption(summary: Summary, rows: Sequence[Mapping[str, Any]]) -> str:
+def _column(name: str) -> str:
+    """Both temperatures are in one."""
+    return MAP if name == MAP else TEMPERATURE
+
+
+def _caption(rows: Sequence[Mapping[str, Any]]) -> str:
     every = [(name, about["verdict"]) for row in rows for name, about in row["against"].items()]
+    meanings = "; ".join(dict.fromkeys(DECIDING[row["score"]][3] for row in rows))
     said = [
-        "Below each verdict: the difference and its 95 % interval. Better or worse is said only where the interval "
-        "leaves out zero, and practically as good where all of it is within 0.001 (or 0.1 %, also of a score in units)."
+        f"{meanings}.",
+        "Below each verdict: the difference and its 95 % interval; better or worse only where that leaves out zero, "
+        "practically as good only where all of it is within 0.001 (or 0.1 %, also of a score in units).",
     ]
     if any(verdict == "both as if calibrated" for _, verdict in every):
-        said.append(
-            "As well calibrated: both errors are within what calibrated probabilities would have on these data."
-        )
+        said.append("As well calibrated: both errors are within what calibrated probabilities have on so many data.")
     if any(name == TEMPERATURE_RULE for name, _ in every):
         said.append(
-            f"{SAME_RULE} Away from the training data: the largest temperature that the validation data do not tell "
-            "from the best, the rule that also tunes the posterior."
+            f"{SAME_RULE} The largest temperature that the validation data do not tell from the best, as the posterior "
+            "is tuned too; it is harder to do better away from the training data."
         )
     return " ".join(said)
 
