@@ -608,18 +608,30 @@ def test_verdicts_are_words_with_a_mark(summary: dict[str, Any], cell: list[floa
     assert len(set(marks)) == len(marks) - 1  # of two that say that nothing is lost
 
 
+def test_what_debiasing_changes_is_told(summary: dict[str, Any]) -> None:
+    changed = copy.deepcopy(summary)
+    for name, log_ratio in ((CANDIDATE, math.log(1.03)), (BASELINE, math.log(1.42))):
+        changed["distances"]["equal"][name]["absolute"] = [log_ratio, 0.01, 0.0, 0.0]
+    assert statement(changed)["details"][0] == (
+        "At prior precision 1, output variances are off those of all the training data by a typical factor of 1.03 "
+        f"with {CANDIDATE} and 1.42 with {BASELINE}."
+    )
+    del changed["distances"]["equal"][BASELINE]
+    assert not any("typical factor" in sentence for sentence in statement(changed)["details"])
+
+
 def test_data_that_are_not_there_have_no_row_and_are_asked_for(summary: dict[str, Any]) -> None:
     bare = copy.deepcopy(summary) | {"strong_shift": None, "ood": [], "shifts": []}
     said = statement(bare)
     assert [row["on"] for row in said["rows"]] == ["test data", "test data"]
-    assert said["details"] == [
+    assert said["details"][1:] == [
         "No shifted data were given: add shifted_loaders() to the task file to see how the uncertainty holds up when "
         "inputs change.",
         "No out-of-distribution data were given: add ood_loaders() to the task file to see whether unknown inputs are "
         "noticed.",
     ]
     assert "strong shift" not in said["answer"]
-    weak = statement(bare | {"shifts": summary["shifts"]})["details"][0]
+    weak = statement(bare | {"shifts": summary["shifts"]})["details"][1]
     assert weak.startswith("No shifted data of severity 3 or more were given")
     several = copy.deepcopy(summary)
     several["ood"] *= 2

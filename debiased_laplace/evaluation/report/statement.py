@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from debiased_laplace.evaluation.judge.conditions import STRONG
 from debiased_laplace.evaluation.methods import CHOSEN_ON, MAP, TEMPERATURE, TEMPERATURE_RULE
 from debiased_laplace.evaluation.report.numbers import number, plus_minus, seeds, unit, with_interval
@@ -41,14 +43,15 @@ def statement(summary: Summary) -> dict[str, Any]:
     Returns:
         ``answer``, a sentence; ``rows``, at most four: ``score``, ``on`` (which data), ``value`` of the candidate, and
         ``against``, for every other method its ``value``, the ``difference`` and the ``verdict``; ``details``,
-        sentences about data that are not there and methods that failed.
+        sentences about what debiasing changes, data that are not there and methods that failed.
     """
     candidate = by_role(summary, "candidate")
     rows = [] if candidate is None else _rows(summary, candidate)
+    details = [] if candidate is None else [*_effect(summary, candidate), *_missing(summary)]
     return {
         "answer": _answer(summary, candidate, rows),
         "rows": rows,
-        "details": [*([] if candidate is None else _missing(summary)), *failures(summary)],
+        "details": [*details, *failures(summary)],
     }
 
 
@@ -177,6 +180,20 @@ def _caption(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 # -- what else to know -----------------------------------------------------------------------------
+
+
+def _effect(summary: Summary, candidate: str) -> list[str]:
+    """What debiasing changes, which tuning may hide from every score: uncertainties before they are tuned."""
+    log_ratios, baseline = summary["distances"].get("equal", {}), by_role(summary, "baseline")
+    if candidate not in log_ratios or baseline not in log_ratios:
+        return []
+    with np.errstate(over="ignore"):
+        factors = [(float(np.exp(log_ratios[name]["absolute"][0])), name) for name in (candidate, baseline)]
+    said = " and ".join(f"{number(factor, 2)} with {name}" for factor, name in factors)
+    return [
+        f"At prior precision {log_ratios['prior_precision'][0]:g}, output variances are off those of all the training "
+        f"data by a typical factor of {said}."
+    ]
 
 
 def _missing(summary: Summary) -> list[str]:
