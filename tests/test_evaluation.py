@@ -613,8 +613,8 @@ def test_what_debiasing_changes_is_told(summary: dict[str, Any]) -> None:
     for name, log_ratio in ((CANDIDATE, math.log(1.03)), (BASELINE, math.log(1.42))):
         changed["distances"]["equal"][name]["absolute"] = [log_ratio, 0.01, 0.0, 0.0]
     assert statement(changed)["details"][0] == (
-        "At prior precision 1, output variances are off those of all the training data by a typical factor of 1.03 "
-        f"with {CANDIDATE} and 1.42 with {BASELINE}."
+        "At prior precision 1, output variances differ from those of all the training data by a typical factor of "
+        f"1.03 with {CANDIDATE} and 1.42 with {BASELINE}."
     )
     del changed["distances"]["equal"][BASELINE]
     assert not any("typical factor" in sentence for sentence in statement(changed)["details"])

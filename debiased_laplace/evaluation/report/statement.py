@@ -191,8 +191,8 @@ def _effect(summary: Summary, candidate: str) -> list[str]:
         factors = [(float(np.exp(log_ratios[name]["absolute"][0])), name) for name in (candidate, baseline)]
     said = " and ".join(f"{number(factor, 2)} with {name}" for factor, name in factors)
     return [
-        f"At prior precision {log_ratios['prior_precision'][0]:g}, output variances are off those of all the training "
-        f"data by a typical factor of {said}."
+        f"At prior precision {log_ratios['prior_precision'][0]:g}, output variances differ from those of all the "
+        f"training data by a typical factor of {said}."
     ]
 
 
