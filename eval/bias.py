@@ -16,7 +16,7 @@ from typing import Any
 
 from documents import fill, markdown, save_small
 
-from debiased_laplace.evaluation.bias import BiasOptions, statement, study, tables, write_outputs
+from debiased_laplace.evaluation.bias import BiasOptions, findings, statement, study, tables, write_outputs
 from debiased_laplace.evaluation.bias.report import at, shared_span, times, uphill_steps
 from debiased_laplace.evaluation.records import write_json
 from debiased_laplace.evaluation.tasks import Context, Task, resolve_device
@@ -77,7 +77,8 @@ def parts(records: Mapping[str, dict[str, Any]]) -> dict[str, str]:
     for name, record in records.items():
         said = statement(record)
         made[f"bias {name}"] = "\n".join([
-            f"**{said['answer']}**", "", *(f"- {sentence}" for sentence in said["details"]), "",
+            f"**{said['answer']}**", "",
+            *(f"- {sentence}" for sentence in [*said["details"], *findings(record).values()]), "",
             *(table.markdown(4) for table in tables(record)),
         ])  # fmt: skip
     return made | ({"networks": summary(dict(records))} if set(records) == set(OPTIONS) else {})

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from debiased_laplace.evaluation.report.numbers import plus_minus, unit, with_in
 from debiased_laplace.evaluation.report.outputs import write_outputs
 from debiased_laplace.evaluation.report.statement import statement
 from debiased_laplace.evaluation.report.summary import summarise
+from debiased_laplace.evaluation.report.table import Table
 from debiased_laplace.evaluation.report.tables import tables
 from debiased_laplace.evaluation.report.verdicts import by_role, verdict
 from debiased_laplace.evaluation.tasks import Context, Task, resolve_device
@@ -83,9 +85,20 @@ def parts(summaries: Mapping[str, Summary]) -> dict[str, str]:
         made["uci"] = uci(regressions)
     for name, summary in classifiers.items():
         shown = [table for table in tables(summary) if table.title in titles(summary)]
-        ood = [table for table in tables(summary, short=True) if table.title == "Out-of-distribution data"]
+        ood = [by_maximum(table) for table in tables(summary) if table.title == "Out-of-distribution data"]
         made[f"task {name}"] = "\n".join(table.markdown(3) for table in [*shown, *ood])
     return made
+
+
+def by_maximum(table: Table) -> Table:
+    """What the document shows of out-of-distribution data: the most common score alone."""
+    score = ": maximum probability"
+    sections = [
+        (section, [[row[0].removesuffix(score), *row[1:]] for row in rows if row[0].endswith(score)])
+        for section, rows in table.sections
+    ]
+    caption = f"{table.caption} Score: one minus the maximum probability."
+    return replace(table, caption=caption, columns=["method", *table.columns[1:]], sections=sections)
 
 
 def titles(summary: Summary) -> list[str]:

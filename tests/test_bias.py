@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import html
 import json
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,18 @@ from typer.testing import CliRunner
 from debiased_laplace import Quadratic
 from debiased_laplace.cli import app
 from debiased_laplace.evaluation import Context, Task
-from debiased_laplace.evaluation.bias import BiasOptions, statement, study, tables, write_outputs
+from debiased_laplace.evaluation.bias import (
+    BiasOptions,
+    deciding_table,
+    findings,
+    statement,
+    study,
+    tables,
+    write_outputs,
+)
 from debiased_laplace.evaluation.bias import measure as source
 from debiased_laplace.evaluation.bias.pictures import pictures
+from debiased_laplace.evaluation.bias.report import at, times
 from debiased_laplace.sampling.samplers import UniformSampler
 
 BLOBS, WAVE = (Path(__file__).parent / "tasks" / f"{name}.py" for name in ("blobs", "wave"))
@@ -273,7 +283,23 @@ def test_steps_that_were_not_taken_are_told(measured: dict[str, Any]) -> None:
     changed = copy.deepcopy(measured)
     for entry in changed["steps"]:
         entry |= {"own": [], "others": [[], []], "reference": [], "uphill": {"others": [[], []], "reference": []}}
-    assert any("took no step: all the steps" in sentence for sentence in statement(changed)["details"])
+    assert "took no step: all the steps" in findings(changed)["steps"]
+
+
+def test_the_numbers_that_decide_have_a_verdict(measured: dict[str, Any]) -> None:
+    changed = copy.deepcopy(measured)
+    about = changed["directions"]["curvatures"]
+    about["ratio_own"] |= {"value": [3.0, 1.0, 1.0, 0.5], "error": [0.2, 0.1, 0.1, 0.1]}
+    about["typical_ratio_own"] = {"value": 1.5, "error": 0.2}
+    table = deciding_table(changed)
+    rows = {row[0]: row[1:] for row in table.sections[0][1]}
+    assert [rows[title][0] for title in rows] == ["3.00 ± 0.20", "0.50 ± 0.10", "1.50 ± 0.20"]
+    assert [rows[title][1] for title in rows] == [
+        times(at(about["ratio_other"], 0)), times(at(about["ratio_other"], -1)), times(about["typical_ratio_other"])
+    ]  # fmt: skip
+    assert [rows[title][2] for title in rows] == ["✗ overstated", "✗ understated", "○ not shown to be biased"]
+    about["typical_ratio_own"] = {"value": None, "error": None}
+    assert deciding_table(changed).sections[0][1][2][3] == "? has no ratio"
 
 
 def test_outputs(measured: dict[str, Any], tmp_path: Path) -> None:
@@ -286,7 +312,12 @@ def test_outputs(measured: dict[str, Any], tmp_path: Path) -> None:
         assert "Curvature along a batch" in text_of
         assert str(measured["task"]["n_seen"]) in text_of
     assert "A warning &lt;b&gt;here" in page
-    assert page.count("data:image/png;base64,") == 6
+    assert page.count("data:image/png;base64,") == page.count('alt="') == 6
+    places = [page.index(part) for part in ('class="answer"', "<table", "<figure", "<details")]
+    assert places == sorted(places)
+    assert all(
+        html.escape(sentence, quote=False) in page.replace("&#39;", "'") for sentence in findings(measured).values()
+    )
     assert "http" not in page.replace("http-equiv", "")
     assert {path.name for path in tmp_path.glob("*.png")} == {f"bias-{name}.png" for name in pictures(measured)}
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in tmp_path.glob("*.png"))

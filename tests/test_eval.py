@@ -220,7 +220,7 @@ def test_the_results_of_the_shipped_tasks(tmp_path, few_digits, request):
     part = text.split("<!-- task digits -->")[1].split("<!-- end -->")[0]
     row = next(line for line in part.splitlines() if line.startswith("| debiased K-FAC |"))
     assert float(row.split("|")[3].split("±")[0]) == pytest.approx(loss[0], abs=1e-3)
-    assert "* **digits**: On data like the training data" in text
+    assert "* **digits**: On the test data of digits, the probabilities of debiased K-FAC are " in text
     assert "<!-- task cifar10 -->" in text  # other parts stay
     assert (docs / "results-digits.png").stat().st_size > 5000
     assert (out / "digits" / "report.html").exists()

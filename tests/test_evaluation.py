@@ -25,9 +25,9 @@ from debiased_laplace.evaluation.judge import conditions
 from debiased_laplace.evaluation.methods import MAP, TEMPERATURE, TEMPERATURE_RULE
 from debiased_laplace.evaluation.names import markdown as escaped
 from debiased_laplace.evaluation.report import figures, verdicts
-from debiased_laplace.evaluation.report.numbers import MINUS, plus_minus, with_interval
+from debiased_laplace.evaluation.report.numbers import MINUS, number, plus_minus, with_interval
 from debiased_laplace.evaluation.report.outputs import markdown, render
-from debiased_laplace.evaluation.report.statement import statement
+from debiased_laplace.evaluation.report.statement import deciding_table, protocol, statement
 from debiased_laplace.evaluation.report.table import Table
 from debiased_laplace.evaluation.report.tables import tables
 from debiased_laplace.evaluation.report.verdicts import verdict
@@ -324,6 +324,7 @@ OPTIONS = Options(grid_size=9, log_prior_prec_min=-2, log_prior_prec_max=4, n_re
 CANDIDATE, BASELINE, REFERENCE = "debiased K-FAC", "single-batch K-FAC", "full-data K-FAC"
 BETTER, WORSE, NEITHER = [-0.02, 0.004, -0.03, -0.01], [0.02, 0.004, 0.01, 0.03], [0.01, 0.02, -0.03, 0.05]
 NEGLIGIBLE = [-5e-4, 2e-4, -9e-4, -1e-4]
+UNDEFINED = [math.nan] * 4
 
 
 def task_of(folder: Path, *replacements: tuple[str, str], name: str = "blobs") -> Task:
@@ -531,92 +532,155 @@ def with_differences(
 
 
 @pytest.mark.parametrize(
-    ("point", "temperature", "strong", "words"),
+    ("point", "temperature", "strong", "said"),
     [
         (
             BETTER, BETTER, BETTER,
-            ["are better than the network's own", ", and are better than with the", "is better than a"],
+            "better than the network's own and those of temperature scaling; the same holds under strong shift.",
         ),
         (
-            BETTER, NEITHER, NEITHER,
-            [", but no difference to dividing the outputs", "strong shift no difference to a temperature that is"],
+            BETTER, NEITHER, WORSE,
+            "better than the network's own but not shown to differ from those of temperature scaling; under strong "
+            "shift they are better than the network's own but worse than those of temperature scaling.",
         ),
-        (BETTER, NEGLIGIBLE, None, [", but dividing the outputs", "does practically the same"]),
-        (BETTER, WORSE, WORSE, [", but dividing the outputs", "does better (", "under strong shift it is worse than"]),
-        (WORSE, WORSE, None, ["are worse than the network's", ", and dividing", "does better"]),
-        (WORSE, BETTER, None, ["are worse than the network's own", ", but are better than with the simplest remedy"]),
-        (NEITHER, NEITHER, None, ["are not shown to differ in quality from the network's own (", ", and no diff"]),
-        (NEGLIGIBLE, WORSE, None, ["are practically as good as the network's own (", ", and dividing", "does better"]),
+        (
+            WORSE, NEGLIGIBLE, None,
+            "worse than the network's own but practically as good as those of temperature scaling.",
+        ),
+        (
+            UNDEFINED, BETTER, None,
+            "not comparable with the network's own but better than those of temperature scaling.",
+        ),
     ],
 )  # fmt: skip
 def test_the_answer_follows_the_numbers(
-    summary: dict[str, Any], point: list[float], temperature: list[float], strong: list[float] | None, words: list[str]
+    summary: dict[str, Any], point: list[float], temperature: list[float], strong: list[float] | None, said: str
 ) -> None:
-    rule = {TEMPERATURE_RULE: strong} if strong else None
-    changed = with_differences(summary, {MAP: point, TEMPERATURE: temperature}, rule)
-    said = statement(changed)
-    assert said["answer"].startswith("On data like the training data of blobs, the probabilities of debiased K-FAC")
-    assert said["answer"].endswith(".")
-    for part in [*words, *(with_interval(cell, 3) for cell in (point, temperature, strong) if cell is not None)]:
-        assert part in said["answer"]
-    assert "as good" not in said["answer"].replace("practically as good", "")
-    for second, cell in ((MAP, point), (TEMPERATURE, temperature)):
-        sentence = next(d for d in said["details"] if f"{CANDIDATE} minus {second}, test data" in d)
-        assert with_interval(cell, 4) in sentence
-        assert verdict("nll", cell) in sentence
+    there = {MAP: BETTER, TEMPERATURE_RULE: strong} if strong else None
+    changed = with_differences(summary, {MAP: point, TEMPERATURE: temperature}, there)
+    answer = statement(changed)["answer"]
+    assert answer == f"On the test data of blobs, the probabilities of {CANDIDATE} are {said}"
+
+
+def test_the_numbers_that_decide_are_those_of_the_summary(summary: dict[str, Any], wave: list[dict[str, Any]]) -> None:
+    rows = statement(summary)["rows"]
+    assert [(row["score"], row["on"]) for row in rows] == [
+        ("nll", "test data"), ("ece", "test data"), ("nll", "strong shift"), ("maximum probability, auroc", "far")
+    ]  # fmt: skip
+    entries = [summary["test"], summary["test"], summary["strong_shift"], summary["ood"][0]]
+    for row, entry, second in zip(rows, entries, (TEMPERATURE, TEMPERATURE, *[TEMPERATURE_RULE] * 2), strict=True):
+        assert row["value"] == entry["scores"][CANDIDATE][row["score"]]
+        assert list(row["against"]) == [MAP, second]
+        for name, about in row["against"].items():
+            assert about["value"] == entry["scores"][name][row["score"]]
+            assert about["difference"] == entry["differences"][name][CANDIDATE][row["score"]]
+    summarised = summarise(wave)
+    on_wave = statement(summarised)["rows"]
+    assert [row["score"] for row in on_wave] == ["nll", "crps", "calibration_error", "nll"]
+    assert {name for row in on_wave for name in row["against"]} == {MAP}
+    table = deciding_table(summary)
+    assert table is not None
+    for row, cells in zip(rows, table.sections[0][1], strict=True):
+        digits, scale = (3, 1) if row["score"] == "nll" else (1, 100)
+        assert cells[1] == plus_minus(row["value"], digits, scale=scale)
+        for about, cell in zip(row["against"].values(), cells[2:], strict=True):
+            assert f" {number(about['value'][0], digits, scale=scale)}" in cell.splitlines()[0]
+            assert cell.splitlines()[1] == with_interval(about["difference"], digits, scale=scale)
+
+
+@pytest.mark.parametrize(
+    ("cell", "verdict"),
+    [
+        (BETTER, "✓ better than"), (WORSE, "✗ worse than"), (NEITHER, "○ not shown to differ from"),
+        (NEGLIGIBLE, "≈ practically as good as"), (UNDEFINED, "? not comparable with"),
+    ],
+)  # fmt: skip
+def test_verdicts_are_words_with_a_mark(summary: dict[str, Any], cell: list[float], verdict: str) -> None:
+    changed = with_differences(summary, {TEMPERATURE: cell}, {TEMPERATURE_RULE: cell})
+    table = deciding_table(changed)
+    assert table is not None
+    rows = table.sections[0][1]
+    values = [number(changed["test"]["scores"][TEMPERATURE]["nll"][0], 3),
+              number(changed["strong_shift"]["scores"][TEMPERATURE_RULE]["nll"][0], 3) + " *"]  # fmt: skip
+    assert [rows[i][3].splitlines()[0] for i in (0, 2)] == [f"{verdict} {value}" for value in values]
+    assert "* The largest temperature" in table.caption
+    marks = [mark for mark in verdicts.MARK.values()]
+    assert len(set(marks)) == len(marks) - 1  # of two that say that nothing is lost
+
+
+def test_what_debiasing_changes_is_told(summary: dict[str, Any]) -> None:
+    changed = copy.deepcopy(summary)
+    for name, log_ratio in ((CANDIDATE, math.log(1.03)), (BASELINE, math.log(1.42))):
+        changed["distances"]["equal"][name]["absolute"] = [log_ratio, 0.01, 0.0, 0.0]
+    assert statement(changed)["details"][0] == (
+        "At prior precision 1, output variances differ from those of all the training data by a typical factor of "
+        f"1.03 with {CANDIDATE} and 1.42 with {BASELINE}."
+    )
+    del changed["distances"]["equal"][BASELINE]
+    assert not any("typical factor" in sentence for sentence in statement(changed)["details"])
+
+
+def test_data_that_are_not_there_have_no_row_and_are_asked_for(summary: dict[str, Any]) -> None:
+    bare = copy.deepcopy(summary) | {"strong_shift": None, "ood": [], "shifts": []}
+    said = statement(bare)
+    assert [row["on"] for row in said["rows"]] == ["test data", "test data"]
+    assert said["details"][1:] == [
+        "No shifted data were given: add shifted_loaders() to the task file to see how the uncertainty holds up when "
+        "inputs change.",
+        "No out-of-distribution data were given: add ood_loaders() to the task file to see whether unknown inputs are "
+        "noticed.",
+    ]
+    assert "strong shift" not in said["answer"]
+    weak = statement(bare | {"shifts": summary["shifts"]})["details"][1]
+    assert weak.startswith("No shifted data of severity 3 or more were given")
+    several = copy.deepcopy(summary)
+    several["ood"] *= 2
+    table = deciding_table(several)
+    assert table is not None
+    assert len(table.sections[0][1]) == 4
+    assert table.sections[0][1][3][0].startswith("Telling far apart (first of 2 sets)")
 
 
 def test_without_a_temperature_nothing_is_said_of_it(summary: dict[str, Any]) -> None:
     changed = with_differences(summary, {MAP: BETTER})
-    for name in (TEMPERATURE, TEMPERATURE_RULE):
-        for entry in (changed["test"], *changed["shifts"], *changed["ood"]):
+    for entry in (changed["test"], *changed["ood"]):
+        for name in (TEMPERATURE, TEMPERATURE_RULE):
             del entry["scores"][name], entry["differences"][name]
-            for others in entry["differences"].values():
-                del others[name]
-        del changed["predictors"][name]
-    for name in ("debiased, probit", "debiased, layers"):
-        del changed["predictors"][name]
-        for entry in (changed["test"], *changed["shifts"], *changed["ood"]):
-            del entry["scores"][name]
-    for about in changed["predictors"].values():  # that of a posterior is another thing
-        about["edges"] = [{}, {}]
-    said = statement(changed)
-    assert said["answer"].endswith(f"are better than the network's own (NLL {with_interval(BETTER, 3)}).")
-    assert "temperature" not in " ".join([said["answer"], *said["details"]])
-
-
-def test_posteriors_are_compared_with_one_another(summary: dict[str, Any]) -> None:
-    changed = with_differences(summary, {BASELINE: BETTER, REFERENCE: NEITHER}, {BASELINE: BETTER, REFERENCE: WORSE})
-    details = statement(changed)["details"]
-    (first,) = [d for d in details if "the single batch at the same budget (single-batch K-FAC)" in d]
-    assert f"{with_interval(BETTER, 4)} (better)." in first
-    (second,) = [d for d in details if "all the training data (full-data K-FAC)" in d]
-    assert f"{with_interval(NEITHER, 4)} (no difference shown)." in second
-    (there,) = [d for d in details if d.startswith(f"There, {CANDIDATE} minus others: ")]
-    assert f"; {BASELINE} {with_interval(BETTER, 3)} (better); " in there
-    assert f"; {REFERENCE} {with_interval(WORSE, 3)} (worse); " in there
-
-
-def test_the_best_method_is_named(summary: dict[str, Any]) -> None:
-    changed = copy.deepcopy(summary)
-    changed["test"]["scores"]["laplace-torch"]["nll"] = [0.0, 0.001, 0.0, 0.0]
-    start = "The lowest NLL on test data has laplace-torch (0.000 ± 0.001), the lowest of "
-    assert any(sentence.startswith(start) for sentence in statement(changed)["details"])
+    said, table = statement(changed), deciding_table(changed)
+    assert said["answer"].endswith("are better than the network's own.")
+    assert table is not None
+    assert table.columns == ["", CANDIDATE, "against the network"]
+    assert "emperature" not in table.caption
+    ruled = with_differences(summary, {MAP: BETTER})  # by the other rule alone
+    del ruled["test"]["scores"][TEMPERATURE]
+    assert list(statement(ruled)["rows"][0]["against"]) == [MAP, TEMPERATURE_RULE]
+    for entry in (changed["test"], *changed["ood"]):
+        entry["differences"] = {}
+    assert statement(changed)["answer"] == f"On blobs there is nothing to compare {CANDIDATE} with."
 
 
 def test_sentences_of_a_regression(wave: list[dict[str, Any]]) -> None:
     summarised = summarise(wave)
+    coverage = plus_minus(summarised["test"]["scores"][CANDIDATE]["coverage_95"], 1, scale=100)
     for cell, words in (
-        (BETTER, "describes the errors better than one noise level for all inputs does"),
-        (WORSE, "describes the errors worse than one noise level"),
-        (NEITHER, "is not shown to describe the errors better than one noise level"),
-        (NEGLIGIBLE, "describes the errors practically as well as one noise level"),
-    ):
+        (BETTER, "better than"), (WORSE, "worse than"), (NEITHER, "not shown to differ from"),
+        (NEGLIGIBLE, "practically as good as"),
+    ):  # fmt: skip
         said = statement(with_differences(summarised | {"shifts": []}, {MAP: cell}))
-        assert said["answer"].startswith(f"On wave, the uncertainty of {CANDIDATE} {words}")
-        coverage = plus_minus(summarised["test"]["scores"][CANDIDATE]["coverage_95"], 1, scale=100)
-        assert f"its 95 % intervals hold {coverage} % of the test targets." in said["answer"]
-        assert with_interval(cell, 3) in said["details"][0]
+        assert said["answer"] == (
+            f"On the test data of wave, the predictive distributions of {CANDIDATE} are {words} those of the network "
+            f"with one noise level for all inputs; the 95 % intervals hold {coverage} % of the targets."
+        )
+    assert not any("ood_loaders" in sentence for sentence in statement(summarised)["details"])
+
+
+def test_scores_in_units_have_a_relative_margin(wave: list[dict[str, Any]]) -> None:
+    summarised = summarise(wave)
+    entry = summarised["test"]
+    value = entry["scores"][MAP]["crps"][0]
+    for factor, word in ((0.9, "negligible"), (1.1, "better")):
+        cell = [-1e-3 * factor * value, 0.0, -1e-3 * factor * value, -1e-4 * value]
+        assert verdicts.judged_in(entry, "crps", cell, CANDIDATE, MAP) == word
 
 
 @pytest.mark.usefixtures("undrawn")
@@ -627,7 +691,8 @@ def test_without_a_candidate_nothing_is_compared(two: list[dict[str, Any]]) -> N
     summarised = summarise(changed)
     said = statement(summarised)
     assert "none is marked as a candidate" in said["answer"]
-    assert said["details"] == []
+    assert said["details"] == said["rows"] == []
+    assert deciding_table(summarised) is None
     assert render(summarised, figures.reliability_pictures(summarised), title="Alone")
 
 
@@ -642,19 +707,14 @@ def test_edges_of_the_grid_are_told(summary: dict[str, Any]) -> None:
     }
     for name, about in changed["predictors"].items():
         about["edges"] = marked.get(name, [{}, {}])
-    (said,) = [d for d in statement(changed)["details"] if d.startswith("At the end of their search")]
-    for part in (
-        f"{CANDIDATE} (prior precision, largest, 1 of 2 seeds)", f"{CANDIDATE} (temperature, smallest, 1 of 2 seeds)",
-        "debiased, layers (prior precision of some layers, largest, 2 of 2 seeds)",
-        f"{BASELINE} (prior precision, smallest, 2 of 2 seeds)", f"{TEMPERATURE_RULE} (temperature, largest, 1 of 2",
-    ):  # fmt: skip
-        assert part in said
     (table,) = [table for table in tables(changed) if table.title == "Tuning and cost"]
     tuned = {row[0]: row[1] for row in table.sections[0][1]}
     assert re.fullmatch(r"prior \S+ ↑, temperature \S+ ↓", tuned[CANDIDATE])
     assert re.fullmatch(r"prior \S+ ↓, temperature \S+", tuned[BASELINE])
     assert re.fullmatch(r"temperature \S+ ↑", tuned[TEMPERATURE_RULE])
     assert re.fullmatch(r"temperature \S+", tuned[TEMPERATURE])
+    assert re.fullmatch(r"prior \S+ to \S+ ↑, temperature \S+", tuned["debiased, layers"])
+    assert "a wider one might change it" in table.caption
 
 
 def test_the_prior_precision_of_distances_is_the_one_that_was_asked_for(tmp_path: Path) -> None:
@@ -667,10 +727,9 @@ def test_the_prior_precision_of_distances_is_the_one_that_was_asked_for(tmp_path
         Method(CANDIDATE, fit={"budget": 50}, role="candidate"), Method(MAP, "map"),
     )  # fmt: skip
     summarised = summarise(run(task_of(tmp_path), tmp_path, [0], Context(), methods=methods, options=options))
-    details = " ".join(statement(summarised)["details"])
-    assert "at prior precision 20" in details
-    assert "at prior precision 1," not in details
-    assert any("prior precision 20" in section for table in tables(summarised) for section, _ in table.sections)
+    sections = [section for table in tables(summarised) for section, _ in table.sections]
+    assert "prior precision 20" in sections
+    assert "prior precision 1" not in sections
 
 
 def test_numbers_as_text() -> None:
@@ -683,9 +742,9 @@ def test_numbers_as_text() -> None:
 # -- tables ------------------------------------------------------------------------------------
 
 INTERVAL = re.compile(rf"[+{MINUS}][\d.]+ \[[+{MINUS}][\d.]+, [+{MINUS}][\d.]+\]")
-CALIBRATED = r" \(calibrated: [\d.]+ \[[\d.]+, [\d.]+\]\)"
+CALIBRATED = r"\n\(calibrated: [\d.]+ \[[\d.]+, [\d.]+\]\)"
 ERROR = re.compile(rf"[+{MINUS}]?[\d.]+ ± [\d.]+({CALIBRATED})?( †)?")
-VERDICT = re.compile(rf"({INTERVAL.pattern} \([a-z ]+\))?")
+VERDICT = re.compile(rf"({INTERVAL.pattern}\n\([a-z ]+\))?")
 
 
 def lines_of(text: str) -> list[list[str]]:
@@ -703,7 +762,7 @@ def lines_of(text: str) -> list[list[str]]:
 def test_every_number_has_its_error(summary: dict[str, Any], wave: list[dict[str, Any]], kind: str) -> None:
     summarised = tables(summary if kind == "classification" else summarise(wave))
     titles = [table.title for table in summarised]
-    assert titles[:3] == ["Test data", f"{CANDIDATE} against the others, test data", "Shifted data: NLL"]
+    assert titles[:3] == ["Test data", f"{CANDIDATE} against the others, test data", "Strong shift: mean NLL"]
     assert titles[-1] == "Tuning and cost"
     assert len(set(titles)) == len(titles)
     kinds_of_cells = {
@@ -745,7 +804,9 @@ def test_rows_have_as_many_cells_as_the_head(
     summary: dict[str, Any], wave: list[dict[str, Any]], tmp_path: Path
 ) -> None:
     for summarised in (summary, summarise(wave), ragged(tmp_path)):
-        for table in [*tables(summarised), *tables(summarised, short=True)]:
+        decides = deciding_table(summarised)
+        assert decides is not None
+        for table in [decides, *tables(summarised)]:
             assert {len(row) for _, rows in table.sections for row in rows} == {len(table.columns)}, table.title
         for lines in lines_of(markdown(summarised, title="All")):
             assert len({line.replace("\\|", "").count("|") for line in lines}) == 1, lines[0]
@@ -775,16 +836,18 @@ def test_tables_in_markdown() -> None:
     ]  # fmt: skip
 
 
-def test_tables_fit_a_terminal_of_100_columns(summary: dict[str, Any]) -> None:
+def test_the_numbers_that_decide_fit_a_terminal_of_100_columns(
+    summary: dict[str, Any], wave: list[dict[str, Any]]
+) -> None:
     from rich.console import Console
 
-    console = Console(width=100, record=True, file=io.StringIO())
-    for table in tables(summary, short=True):
-        console.print(table)
-    text = console.export_text()
-    assert max(map(len, text.splitlines())) <= 100
-    assert "…" not in text
-    assert CANDIDATE in text
+    for summarised in (summary, summarise(wave)):
+        console = Console(width=100, record=True, file=io.StringIO())
+        console.print(deciding_table(summarised))
+        text = console.export_text()
+        assert max(map(len, text.splitlines())) <= 100
+        assert "…" not in text
+        assert CANDIDATE in text
 
 
 # -- files -------------------------------------------------------------------------------------
@@ -848,23 +911,31 @@ def test_files(summary: dict[str, Any], tmp_path: Path) -> None:
     notes = paths["results.md"].read_text()
     assert notes.startswith("# A &lt;toy&gt;\n")
     assert "> Mind &amp; gap" in notes
-    assert all(escaped(sentence) in notes for sentence in [said["answer"], *said["details"]])
+    assert all(escaped(sentence) in notes for sentence in [said["answer"], *protocol(summary)])
     text = paths["report.html"].read_text()
     page = check_page(text)
     assert "A &lt;toy&gt;" in text
     assert "Mind &amp; gap" in text
     for part in [
-        said["answer"],
-        *said["details"],
+        *protocol(summary),
         *(table.title for table in tables(summary)),
         "Shifted to the right.",
     ]:
         assert part in page.text
     pictures = [attributes for tag, attributes in page.tags if tag == "img"]
     assert (
-        len(pictures) == len(figures.drawn(summary)) + len(figures.pictures(summary)) + 8 + 8
-    )  # most uncertain inputs
-    assert page.text.index(said["answer"]) < page.text.index("How to read this")
+        len(pictures) == len(figures.drawn(summary)) + len(figures.pictures(summary)) + 2 + 8 + 8
+    )  # two folded ones, and the most uncertain inputs
+    tags = [tag for tag, _ in page.tags]
+    first_details = tags.index("details")
+    assert page.text.index(said["answer"]) < page.text.index("against the network")
+    assert tags.index("table") < tags.index("figure") < first_details  # sentence, numbers, figures, the rest
+    assert tags[:first_details].count("table") == 1
+    assert tags[tags.index("table") : tags.index("figure")].count("tr") <= 1 + 4
+    assert tags[:first_details].count("figure") == 3 + len(figures.pictures(summary))
+    assert "figure" not in tags[len(tags) - tags[::-1].index("details") :]  # none after the last fold
+    scopes = [attributes.get("scope") for tag, attributes in page.tags if tag == "th"]
+    assert set(scopes) == {"col", "row", "colgroup"}
     assert "“north”" in page.text
     for name in summary["test"]["scores"]:
         assert summary["predictors"][name]["description"] in page.text
@@ -915,13 +986,15 @@ def test_the_figures_are_pictures_and_say_what_they_show(summary: dict[str, Any]
     for summarised, n, width in ((summary, 5, 500), (summarise(wave), 4, 300)):
         diagrams = figures.reliability_pictures(summarised)
         assert Image.open(io.BytesIO(figures.reliability_png(summarised, diagrams))).size[0] > width
-        drawn = [*figures.pictures(summarised), *diagrams]
+        folded = [figures.risk_coverage(summarised), figures.tuning(summarised)]
+        drawn = [*figures.pictures(summarised), *(picture for picture in folded if picture), *diagrams.values()]
         assert len(drawn) == n + (0 if summarised["regression"] else len(figures.drawn(summarised)))
         for picture in drawn:
             image = np.asarray(Image.open(io.BytesIO(picture.png)).convert("L"))
             assert min(image.shape) > 200
             assert image.std() > 3
             assert re.search(r"\d|far", picture.alternative)
+            assert len(picture.caption) < 180
     assert set(figures.style(summary)) < set(summary["test"]["scores"])
     looks = [str(look) for look in figures.style(summary).values()]
     assert len(set(looks)) == len(looks)

@@ -23,7 +23,7 @@ from debiased_laplace.evaluation.predictors.baselines import NOISE_RANGE, tuned_
 from debiased_laplace.evaluation.predictors.edges import near_the_end, of_prior, of_temperature, told
 from debiased_laplace.evaluation.report.numbers import MINUS, unit
 from debiased_laplace.evaluation.report.outputs import markdown
-from debiased_laplace.evaluation.report.statement import statement
+from debiased_laplace.evaluation.report.statement import deciding_table, protocol, statement
 from debiased_laplace.evaluation.report.tables import OF_NO_USE, tables
 from debiased_laplace.evaluation.report.verdicts import comparisons, is_worse_than_uniform
 from debiased_laplace.evaluation.scores.calibrated import expected_errors
@@ -215,10 +215,8 @@ def test_equal_settings_are_those_of_the_reference(tmp_path: Path) -> None:
     assert cell[0] == pytest.approx(difference[0] - difference[1], rel=1e-6, abs=1e-12)
     assert not [name for name in record["test"]["scores"] if name.endswith(EQUAL)]
     summarised = summarise([record])
-    assert any(
-        f"With the settings of {REFERENCE} for both" in sentence for sentence in statement(summarised)["details"]
-    )
     (table,) = [table for table in tables(summarised) if table.title.endswith("at equal settings")]
+    assert f"of {REFERENCE} for both" in table.caption
     assert [row[0] for row in table.sections[0][1]] == [
         "test data, tuned, each by itself", "test data, equal settings", "strong shift, tuned, each by itself",
         "strong shift, equal settings",
@@ -318,7 +316,7 @@ def test_the_unit_of_splits_is_said(drawn: dict[str, Any]) -> None:
         "2 splits with 70 data each (they overlap: corrected for 70 test data to 100 training data) and 2 networks and "
         "3 draws of the curvature data"
     )
-    assert any("2 splits with 70 data each" in sentence for sentence in statement(summarised)["details"])
+    assert any("2 splits with 70 data each" in sentence for sentence in protocol(summarised))
     other["inputs"]["network"] = drawn["inputs"]["network"]  # then the data that tune and judge are what is split
     summarised = summarise([drawn, other])
     assert summarised["units"]["rest"] == 60
@@ -370,8 +368,6 @@ def test_scores_worse_than_saying_nothing_are_marked(drawn: dict[str, Any]) -> N
         for scores in entry["scores"].values():
             scores["nll"] = [0.5, 0.1, 0.3, 0.7]
     summarised["shifts"][2]["scores"][MAP]["nll"] = [1.2, 0.1, 1.0, 1.4]
-    (said,) = [d for d in statement(summarised)["details"] if d.startswith("Worse than saying 1/3")]
-    assert said == "Worse than saying 1/3 for every class, by NLL (1.099): moved 5 (MAP)."
     (table,) = [table for table in tables(summarised) if table.title == "Shifted data: NLL"]
     marked = [cell for _, rows in table.sections for row in rows for cell in row if OF_NO_USE in cell]
     assert marked == [f"1.200 ± 0.100 {OF_NO_USE}"]
@@ -421,9 +417,14 @@ def test_noise_is_not_told_as_a_gain(drawn: dict[str, Any]) -> None:
         return next(row[2] for row in rows if row[0] == "ECE %")
 
     assert verdict() == "both as if calibrated"
-    assert any(
-        "ECE 2.2 ± 0.1 % (calibrated: 2.4 [1.4, 3.7])" in sentence for sentence in statement(summarised)["details"]
-    )
+    (ece,) = [row for row in statement(summarised)["rows"] if row["score"] == "ece"]
+    assert ece["against"][MAP]["verdict"] == "both as if calibrated"
+    shown, decides = tables(summarised)[0], deciding_table(summarised)
+    cells = dict(zip(shown.columns, next(row for row in shown.sections[0][1] if row[0] == MAP), strict=True))
+    assert cells["ECE %"] == "2.2 ± 0.1\n(calibrated: 2.4 [1.4, 3.7])"
+    assert decides is not None
+    assert decides.sections[0][1][1][2].startswith("≈ as well calibrated as 2.2")
+    assert "As well calibrated: both errors" in decides.caption
     summarised["test"]["scores"][MAP]["ece"] = [0.05, 0.001, 0.02, 0.024]
     assert verdict() == "better"
 
@@ -442,21 +443,21 @@ def test_nothing_counts_cells(drawn: dict[str, Any]) -> None:
 
 def test_data_that_tune_and_judge_are_named_and_comparisons_counted(drawn: dict[str, Any]) -> None:
     summarised = summarise([copy.deepcopy(drawn)])
-    details = statement(summarised)["details"]
+    details = protocol(summarised)
     expected = (
         "tuned on 60 validation data and judged on 70 other test data, and on 70 in each shift. Trained on 100 data."
     )
     assert any(expected in sentence for sentence in details)
-    count = comparisons(summarised)
+    count = comparisons(summarised) + 2  # and out-of-distribution data against two methods
     shown = next(table for table in tables(summarised) if table.title == f"{CANDIDATE} against the others, test data")
     rows = sum(len(rows) for _, rows in shown.sections)
     strong = next(table for table in tables(summarised) if table.title == "Strong shift: mean NLL")
     cells = sum(bool(cell) for _, rows in strong.sections for row in rows for cell in row[2:])
-    assert count == rows + cells + 2  # and two at equal settings
+    assert count == rows + cells + 2 + 2  # and two at equal settings
     assert any(f"make {count} comparisons with a verdict" in sentence for sentence in details)
     assert not any("was chosen on this task" in sentence for sentence in details)
     summarised["task"]["name"] = CHOSEN_ON[0]
-    assert any("was chosen on this task" in sentence for sentence in statement(summarised)["details"])
+    assert any("was chosen on this task" in sentence for sentence in protocol(summarised))
 
 
 def test_no_difference_shown_has_its_interval_and_is_not_as_good_as(drawn: dict[str, Any]) -> None:
@@ -465,10 +466,12 @@ def test_no_difference_shown_has_its_interval_and_is_not_as_good_as(drawn: dict[
     for second in (MAP, TEMPERATURE):
         summarised["test"]["differences"][second][CANDIDATE]["nll"] = neither
     summarised["strong_shift"]["differences"][TEMPERATURE_RULE][CANDIDATE]["nll"] = neither
-    said = statement(summarised)["answer"]
-    assert said.count(f"[{MINUS}0.020, +0.018]") == 3
+    said, decides = statement(summarised)["answer"], deciding_table(summarised)
+    assert "not shown to differ from the network's own and those of temperature scaling" in said
     assert "as good" not in said
-    assert "would have done" not in said
+    assert decides is not None
+    cells = [cell for row in decides.sections[0][1] for cell in row]
+    assert sum(f"[{MINUS}0.020, +0.018]" in cell for cell in cells) == 3
 
 
 def test_groups_are_of_predictors_that_are_there() -> None:

@@ -20,7 +20,6 @@ from debiased_laplace import DebiasedLaplace
 from debiased_laplace._checks import NonFiniteError
 from debiased_laplace.evaluation import Context, Method, run, summarise, tuned_temperature
 from debiased_laplace.evaluation.predictors.baselines import tuned_noise
-from debiased_laplace.evaluation.report.statement import statement
 from debiased_laplace.evaluation.report.tables import tables
 from debiased_laplace.likelihoods import Bernoulli, Categorical, Gaussian
 from debiased_laplace.posterior.curve import PriorCurve
@@ -331,12 +330,11 @@ def test_what_is_not_determined_is_in_the_record_and_the_report(tmp_path: Path) 
         first, second = (record["test"]["scores"][name] for name in ("MAP", "temperature scaling"))
         assert first == second
     summary = summarise(records)
-    (sentence,) = [s for s in statement(summary)["details"] if "do not determine the temperature" in s]
-    assert "of temperature scaling, debiased: it is a choice" in sentence
     (cost,) = [table for table in tables(summary) if table.title == "Tuning and cost"]
     rows = {row[0]: row[1] for row in cost.sections[0][1]}
     assert "not determined" not in rows["MAP"]
     assert rows["temperature scaling"] == "temperature 1.00, not determined: temperature"
+    assert "Not determined: the validation data do not say it, and it is a choice." in cost.caption
 
 
 def test_undetermined_quantities_are_found_in_warnings() -> None:

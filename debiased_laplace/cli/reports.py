@@ -152,7 +152,7 @@ def bias(
     """
     check_folder(out)
     with importing():
-        from debiased_laplace.evaluation.bias import BiasOptions, statement, study, tables, write_outputs
+        from debiased_laplace.evaluation.bias import BiasOptions, deciding_table, statement, study, write_outputs
         from debiased_laplace.evaluation.demo import QUICK
     if not tolerance > 0:
         raise typer.BadParameter(f"Expected a number above zero, got {tolerance:g}.", param_hint="--tolerance")
@@ -175,7 +175,7 @@ def bias(
     paths = write_outputs(out, result, notice=QUICK if quick else "")
     seconds = time.perf_counter() - start
     notes = reuse_note(list(result["made"].values()), result["kept"], "parts", out)
-    show_report(statement(result), tables(result), result["task"]["description"], paths, seconds, quick, notes)
+    show_report(statement(result), deciding_table(result), result["task"]["description"], paths, seconds, quick, notes)
 
 
 def _evaluate_and_show(
@@ -183,7 +183,7 @@ def _evaluate_and_show(
     work: Callable[[Callable[[int, str], None]], dict[str, Any]], title: str,
     expected: Callable[[], float] | None = None,
 ) -> None:  # fmt: skip
-    """Run and show how far it is, write the files, show the answer and the short tables."""
+    """Run and show how far it is, write the files, show the answer and the numbers that decide."""
     from debiased_laplace.evaluation.demo import QUICK
     from debiased_laplace.evaluation.progress import Seeds
 
@@ -192,12 +192,11 @@ def _evaluate_and_show(
             reporter.expect(expected(), "by the speed of this machine")
         # Needed in the end alone; imported while the server of processes imports what it needs.
         from debiased_laplace.evaluation import write_outputs
-        from debiased_laplace.evaluation.report.statement import statement
-        from debiased_laplace.evaluation.report.tables import tables
+        from debiased_laplace.evaluation.report.statement import deciding_table, statement
 
         seeds = Seeds(reporter, n_seeds)
         summary = work(seeds)
     paths = write_outputs(out, summary, title=title, notice=QUICK if quick else "")
     notes = reuse_note(summary["made"], len(seeds.kept), "seeds", out)
-    description, short = summary["task"]["description"], tables(summary, short=True)
-    show_report(statement(summary), short, description, paths, reporter.elapsed, quick, notes)
+    description, decides = summary["task"]["description"], deciding_table(summary)
+    show_report(statement(summary), decides, description, paths, reporter.elapsed, quick, notes)

@@ -96,10 +96,10 @@ def reuse_note(made: Sequence[str], reused: int, what: str, out: Path) -> list[s
 
 
 def show_report(
-    statement: Mapping[str, Any], tables: Sequence[Any], description: str, paths: Mapping[str, Path], seconds: float,
+    statement: Mapping[str, Any], decides: Any | None, description: str, paths: Mapping[str, Path], seconds: float,
     quick: bool, notes: Sequence[str] = (),
 ) -> None:  # fmt: skip
-    """Show tables, the statement and the paths of the files."""
+    """Show the answer, the table of the numbers that decide, and the paths of the files."""
     from rich.console import Console
     from rich.text import Text
 
@@ -107,9 +107,9 @@ def show_report(
     if not console.is_terminal:
         console = Console(width=WIDTH)
     console.print(Text(f"\n{description}\n"))
-    for table in tables:
-        console.print(table)
-    console.print(Text(statement["answer"], style="bold"))
+    console.print(Text(f"{statement['answer']}\n", style="bold"))
+    if decides is not None:
+        console.print(decides)
     for sentence in statement["details"]:
         console.print(Text(f"- {sentence}"))
     if quick:

@@ -4,6 +4,6 @@
 """
 
 from debiased_laplace.evaluation.bias.measure import BiasOptions, study
-from debiased_laplace.evaluation.bias.report import statement, tables, write_outputs
+from debiased_laplace.evaluation.bias.report import deciding_table, findings, statement, tables, write_outputs
 
-__all__ = ["BiasOptions", "statement", "study", "tables", "write_outputs"]
+__all__ = ["BiasOptions", "deciding_table", "findings", "statement", "study", "tables", "write_outputs"]

@@ -97,8 +97,7 @@ def _directions(record: Record) -> Picture:
     )
     return Picture(
         "Slopes and curvatures along a batch's own top eigenvectors",
-        f"The first {n} batches; slopes in the order of the batch's own. Where orange lies above the black crosses, a "
-        "batch overstates what it was searched for; the other batches scatter around them.",
+        "Where orange lies above the black crosses, a batch overstates; other batches scatter around the crosses.",
         f"Mean curvatures, from the first direction on. {means}.",
         png(figure),
         wide=True,
@@ -137,8 +136,7 @@ def _planes(record: Record) -> Picture:
     _legend(figure, [("mini-batch", OWN, "-"), (_labels(record)[2], DATA, "--")])
     return Picture(
         "The two quadratics on the plane of the batch's top two eigenvectors",
-        "Contours of equal steps in height, and the minima where they are in view (the network is at the cross). "
-        "Denser, narrower orange contours mean too small steps and too much certainty.",
+        "The network is at the cross. Denser, narrower orange contours: too small steps and too much certainty.",
         f"Curvatures on the plane. {'; '.join(said)}.",
         png(figure),
         wide=True,
@@ -190,9 +188,7 @@ def _alignment(record: Record) -> Picture:
     bar.ax.set_yticklabels([f"$\\leq 10^{{{tick}}}$" if tick == -8 else f"$10^{{{tick}}}$" for tick in ticks])
     return Picture(
         "How far the eigenvectors of two batches point the same way",
-        "Squared inner products of the directions of one batch (rows) with those of another (columns). A row sum says "
-        "how much of a direction lies in the span of the other's; the other batch's curvature along it is the mean of "
-        "its eigenvalues with the row as weights.",
+        "Squared inner products of the directions of one batch (rows) with those of another (columns).",
         f"Row sums. {'; '.join(said)}.",
         png(figure),
         wide=True,
@@ -222,8 +218,7 @@ def _steps(record: Record) -> Picture:
     )
     return Picture(
         "How far to go along the directions of conjugate gradients",
-        "Minus slope over curvature at the points of the batch's own path, without damping. Below zero, the data would "
-        "go the other way.",
+        "Minus slope over curvature along the batch's own path, undamped; below zero the data would go the other way.",
         f"Steps that go uphill on the data: {wrong}.",
         png(figure),
         wide=True,
@@ -270,10 +265,8 @@ def _sizes(record: Record) -> Picture:
     said = "; ".join(f"{size}: {_listed(row)}" for size, row in zip(sizes, values, strict=True))
     return Picture(
         "Bias against batch size",
-        "Left: curvature of a batch along its own top directions over that of the data along the same. Right: its "
-        "eigenvalues, and those of the reference as thin lines. Dashed and dotted: where spiked random-matrix theory "
-        "puts them, with the noise measured along each direction and averaged over all; no dashed line where it finds "
-        "the direction lost in noise.",
+        "Left: curvature over that of the data. Right: eigenvalues, thin lines those of the data. Dashed and dotted: "
+        "spiked random-matrix theory, with the noise along each direction and averaged.",
         f"Overstatement by batch size, from the first direction on. {said}.",
         png(figure),
         wide=True,

@@ -15,7 +15,7 @@ from debiased_laplace.evaluation.bias.pictures import pictures
 from debiased_laplace.evaluation.report import pages
 from debiased_laplace.evaluation.report.table import Table
 
-__all__ = ["statement", "tables", "write_outputs"]
+__all__ = ["deciding_table", "findings", "statement", "tables", "write_outputs"]
 
 TEMPLATE = "bias.html.jinja"
 
@@ -34,12 +34,14 @@ def write_outputs(folder: Path | str, record: Record, *, notice: str = "") -> di
     folder, said, drawn = Path(folder), statement(record), pictures(record)
     title = f"The bias of mini-batches: {record['task']['name']}"
     page = pages.render(
-        TEMPLATE, title=title, notice=notice, record=record, statement=said, tables=tables(record),
-        pictures=list(drawn.values()), settings=pages.rows(record["settings"]),
-        environments=record["environments"],
+        TEMPLATE, title=title, notice=notice, record=record, statement=said, decides=deciding_table(record),
+        tables=tables(record), pictures=drawn, findings=findings(record),
+        settings=pages.rows(record["settings"]), environments=record["environments"],
     )  # fmt: skip
+    notes = [*findings(record).values(), record["task"]["description"]]
+    every = [deciding_table(record), *tables(record)]
     contents: dict[str, bytes | str] = {
-        "bias.md": pages.markdown(title, said, record["task"]["description"], tables(record), notice=notice),
+        "bias.md": pages.markdown(title, said, notes, every, notice=notice),
         **{f"bias-{name}.png": picture.png for name, picture in drawn.items()},
         "bias.html": page,
     }
@@ -51,24 +53,24 @@ def write_outputs(folder: Path | str, record: Record, *, notice: str = "") -> di
     return paths
 
 
-# -- sentences -------------------------------------------------------------------------------------
+# -- the answer ------------------------------------------------------------------------------------
 
 
 def statement(record: Record) -> dict[str, Any]:
-    """The finding in one sentence, and what else to know: ``answer`` and ``details``."""
+    """The finding in one sentence, and the batch that would do: ``answer`` and ``details``."""
     about, m = record["directions"]["curvatures"], record["directions"]["n_data"][0]
     same_batch, other = about["typical_ratio_own"], about["typical_ratio_other"]
     k = len(about["ratio_own"]["value"])
     where = f"On {record['task']['name']}, batches of {m:,}"
     what = f"the {_kind(record)}'s curvature along their own top {k} directions"
-    quantile = float(stdtrit(len(record["directions"]["n_data"]) - 1, 0.975))
-    if None in (same_batch["value"], same_batch["error"], other["value"]):
+    verdict = _verdict(record, same_batch)
+    if verdict is None or other["value"] is None:
         same, second, data = (np.mean(about[f"mean_{name}"]["value"]) for name in ("own", "other", "reference"))
         answer = (
             f"{where} measure {same:.3g} for {what}, on average, where the data have {data:.3g} and a second batch has "
             f"{second:.3g}; they have no common ratio, since not all are positive."
         )
-    elif same_batch["value"] - quantile * same_batch["error"] > 1:
+    elif verdict == OVERSTATED:
         answer = (
             f"{where} overstate {what} {times(same_batch)} times (geometric mean); a second batch of the same size "
             f"brings that to {times(other)}."
@@ -78,7 +80,38 @@ def statement(record: Record) -> dict[str, Any]:
             f"{where} are not shown to overstate {what}: {times(same_batch)} times that of the data (geometric mean); "
             f"a second batch has {times(other)}."
         )
-    return {"answer": answer, "details": [*_details(record), *_steps(record), *_sizes(record)]}
+    return {"answer": answer, "details": [_enough(record)]}
+
+
+def deciding_table(record: Record) -> Table:
+    """Curvatures over those of the data, of the first and the last direction and typically."""
+    about = record["directions"]["curvatures"]
+    k = len(about["ratio_own"]["value"])
+    pairs = {
+        "Top direction": [at(about[f"ratio_{which}"], 0) for which in ("own", "other")],
+        f"Direction {k}": [at(about[f"ratio_{which}"], -1) for which in ("own", "other")],
+        f"Top {k}, typically": [about[f"typical_ratio_{which}"] for which in ("own", "other")],
+    }
+    return Table(
+        "Curvature along a batch's own directions, times that of the data",
+        "One would be right. Typically: the geometric mean. Errors are standard errors over batches; overstated or "
+        "understated is said only where the 95 % interval leaves out one.",
+        ["", "measured on the same batch", "on a second batch", "the same batch is"],
+        [("", [[title, times(same), times(other), _verdict(record, same) or "? has no ratio"]
+               for title, (same, other) in pairs.items()])],
+    )  # fmt: skip
+
+
+#: What is said of the curvature of the same batch.
+OVERSTATED, UNDERSTATED, NEITHER = "✗ overstated", "✗ understated", "○ not shown to be biased"
+
+
+def _verdict(record: Record, ratio: Record) -> str | None:
+    """By Student's t over batches; None for what has no ratio or no error."""
+    if ratio["value"] is None or ratio["error"] is None:
+        return None
+    half = float(stdtrit(len(record["directions"]["n_data"]) - 1, 0.975)) * ratio["error"]
+    return OVERSTATED if ratio["value"] - half > 1 else UNDERSTATED if ratio["value"] + half < 1 else NEITHER
 
 
 def _kind(record: Record) -> str:
@@ -110,41 +143,34 @@ def uphill_steps(record: Record) -> list[bool]:
     return [value for entry in record["steps"] for value in entry["uphill"]["reference"]]
 
 
-def _details(record: Record) -> list[str]:
-    ratio, slopes = record["directions"]["curvatures"]["ratio_own"], record["directions"]["slopes"]["reference"]
-    k = len(ratio["value"])
-    signs = [value > 0 for row in slopes for value in row]
-    first, last = (times(at(ratio, rank)) for rank in (0, -1))
-    return [
-        f"The largest curvature alone is overstated {first} times, that along direction {k} {last}.",
-        f"{sum(signs)} of {len(signs)} directions that go uphill on their own batch go uphill on the data; half would "
-        "be chance.",
-        f"On average {shared_span(record):.0f} % of a top direction of one batch lies in the span of another's top "
-        f"{k}.",
-    ]
+def findings(record: Record) -> dict[str, str]:
+    """What figures show, in a sentence each, by the names of :func:`~.pictures.pictures`."""
+    k, uphill = len(record["directions"]["curvatures"]["ratio_own"]["value"]), uphill_steps(record)
+    signs = [value > 0 for row in record["directions"]["slopes"]["reference"] for value in row]
+    steps = f"Conjugate gradients took no step: {record['steps'][0]['stopped']}."
+    if uphill:
+        agree = [
+            value == right
+            for entry in record["steps"]
+            for other in entry["uphill"]["others"]
+            for value, right in zip(other, entry["uphill"]["reference"], strict=True)
+        ]
+        early = sorted({entry["stopped"] for entry in record["steps"] if "curvature" in entry["stopped"]})
+        steps = (
+            f"{sum(uphill)} of {len(uphill)} steps of conjugate gradients go uphill on the data; a second batch agrees "
+            f"with them in {100 * sum(agree) / len(agree):.0f} % of the cases whether a step does."
+        ) + "".join(f" Some runs ended early: {reason}." for reason in early)
+    return {
+        "directions": f"{sum(signs)} of {len(signs)} directions that go uphill on their own batch go uphill on the "
+        "data; half would be chance.",
+        "alignment": f"On average {shared_span(record):.0f} % of a top direction of one batch lies in the span of "
+        f"another's top {k}.",
+        "steps": steps,
+    }
 
 
-def _steps(record: Record) -> list[str]:
-    entries = record["steps"]
-    uphill = uphill_steps(record)
-    if not uphill:
-        return [f"Conjugate gradients took no step: {entries[0]['stopped']}."]
-    pairs = [
-        (value, right)
-        for entry in entries
-        for other in entry["uphill"]["others"]
-        for value, right in zip(other, entry["uphill"]["reference"], strict=True)
-    ]
-    agree = 100 * sum(value == right for value, right in pairs) / len(pairs)
-    early = sorted({entry["stopped"] for entry in entries if "curvature" in entry["stopped"]})
-    said = (
-        f"{sum(uphill)} of {len(uphill)} steps of conjugate gradients go uphill on the data; a second batch agrees "
-        f"with them in {agree:.0f} % of the cases whether a step does."
-    )
-    return [said, *(f"Some runs ended early: {reason}." for reason in early)]
-
-
-def _sizes(record: Record) -> list[str]:
+def _enough(record: Record) -> str:
+    """The batch that overstates by no more than is tolerated."""
     suggestion, sizes = record["suggestion"], record["sizes"]["sizes"]
     predicted = suggestion["predicted"]
 
@@ -156,10 +182,10 @@ def _sizes(record: Record) -> list[str]:
     measured = [seen(value) for value in suggestion["measured"] or [None] * len(predicted)]
     theory = ["no size at all" if value is None else f"{value:,.0f}" for value in predicted]
     ranks = f"the top {len(theory)} directions, one after the other" if len(theory) > 1 else "the top direction"
-    return [
+    return (
         f"To overstate the curvature by no more than {100 * suggestion['tolerance']:g} % along {ranks}, a batch needs "
         f"{'; '.join(measured)} data as measured, and {'; '.join(theory)} by spiked random-matrix theory."
-    ]
+    )
 
 
 # -- tables ----------------------------------------------------------------------------------------

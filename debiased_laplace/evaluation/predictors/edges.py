@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from torch import Tensor
 
@@ -14,7 +12,6 @@ from debiased_laplace.posterior.temperature import at_the_end
 
 #: Which end of the search each setting is at: ``"smallest"`` or ``"largest"``.
 Edges = dict[str, str]
-_COUNT = re.compile(r" \(\d+ of \d+\)")
 #: In tables.
 MARK = {"smallest": "↓", "largest": "↑"}
 #: A warning of what is tuned without a posterior; :func:`told` finds it.
@@ -56,27 +53,3 @@ def of_posterior(la: Laplace, grid: Tensor) -> Edges:
     if la.tuned is not None:
         at_an_end |= of_temperature(la.tuned.temperature, la.tuned.temperature_alone[0])
     return at_an_end
-
-
-def sentence(predictors: Mapping[str, Mapping[str, Any]]) -> str:
-    """All settings at the end of their search, in a sentence; empty if there is none.
-
-    Args:
-        predictors: Of a summary: ``edges`` has one dictionary for each seed.
-    """
-    said = []
-    for name, about in predictors.items():
-        every = [
-            {_COUNT.sub(" of some layers", what): side for what, side in ends.items()}
-            for ends in about.get("edges", [])
-        ]
-        for what, side in sorted({item for ends in every for item in ends.items()}):
-            count = sum(ends.get(what) == side for ends in every)
-            some = f", {count} of {len(every)} seeds" if len(every) > 1 else ""
-            said.append(f"{name} ({what}, {side}{some})")
-    if not said:
-        return ""
-    return (
-        f"At the end of their search, so that a wider one might change them: {'; '.join(said)}. A largest prior "
-        "precision leaves hardly any posterior uncertainty."
-    )

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from debiased_laplace.evaluation.methods import MAP, TEMPERATURE, is_variant
+from debiased_laplace.evaluation.methods import MAP, TEMPERATURE, TEMPERATURE_RULE, is_variant
 from debiased_laplace.evaluation.report.drawing import STYLES, Picture, finite, legend, png, tiled
 from debiased_laplace.evaluation.report.numbers import number, plus_minus
 from debiased_laplace.evaluation.report.summary import added
@@ -31,27 +31,32 @@ def drawn(summary: Summary) -> list[str]:
     return [name for name in summary["test"]["scores"] if not is_variant(name)]
 
 
+def deciding(summary: Summary) -> list[str]:
+    """Of these the network, temperatures, and posteriors that have a role."""
+    points, about = (MAP, TEMPERATURE, TEMPERATURE_RULE), summary["predictors"]
+    return [name for name in drawn(summary) if name in points or about[name]["role"]] or drawn(summary)
+
+
 def pictures(summary: Summary) -> list[Picture]:
-    """All figures of the report but the reliability diagrams."""
-    makers = (_severity, _risk_coverage, _calibration_curve, _out_of_distribution, _tuning, _distances)
-    made = [maker(summary) for maker in makers]
-    return [picture for picture in made if picture is not None]
+    """The figures that show what the numbers that decide are made of."""
+    makers = (_severity, _calibration_curve, _out_of_distribution, _distances)
+    return [picture for maker in makers if (picture := maker(summary)) is not None]
 
 
-def reliability_pictures(summary: Summary) -> list[Picture]:
+def reliability_pictures(summary: Summary) -> dict[str, Picture]:
     """One reliability diagram for each method: test data, and the strongest shift of each kind together."""
     if summary["regression"]:
-        return []
-    diagrams = []
+        return {}
+    diagrams = {}
     for name in drawn(summary):
         figure = Figure(figsize=(4.2, 4.2), layout="constrained")
         lines = _reliability(figure.subplots(), summary, name)
         alternative = f"Reliability diagram of {name}: accuracy against confidence. {'; '.join(lines)}."
-        diagrams.append(Picture(name, "", alternative, png(figure)))
+        diagrams[name] = Picture(name, "", alternative, png(figure))
     return diagrams
 
 
-def reliability_png(summary: Summary, diagrams: Sequence[Picture]) -> bytes:
+def reliability_png(summary: Summary, diagrams: Mapping[str, Picture]) -> bytes:
     """All reliability diagrams, or calibration curves of a regression, in one image.
 
     Args:
@@ -62,7 +67,7 @@ def reliability_png(summary: Summary, diagrams: Sequence[Picture]) -> bytes:
         picture = _calibration_curve(summary)
         assert picture is not None
         return picture.png
-    return tiled([diagram.png for diagram in diagrams], 3)
+    return tiled([diagram.png for diagram in diagrams.values()], 3)
 
 
 def _reliability(axes: Axes, summary: Summary, name: str) -> list[str]:
@@ -104,7 +109,7 @@ def _severity(summary: Summary) -> Picture | None:
     by_shift = {name: entries for name, entries in shifts(summary).items() if len(entries) > 1}
     if not by_shift:
         return None
-    styles = style(summary)
+    styles = {name: look for name, look in style(summary).items() if name in deciding(summary)}
     zero, candidate = TEMPERATURE if TEMPERATURE in styles else next(iter(styles)), by_role(summary, "candidate")
     last = "RMSE" if summary["regression"] else "ECE"
     rows: list[tuple[str, Callable[[Any, str], float]]] = [
@@ -146,9 +151,9 @@ def _severity(summary: Summary) -> Picture | None:
     listed = ", ".join(f"{method} {number(float(value), 2)}" for method, value in worst.items())
     return Picture(
         "How scores change under shift",
-        "Severity 0 is the test data. Every panel has another scale, and differences are without the network "
-        "itself; intervals are in the tables."
-        + (f" The thick line is {candidate}." if candidate else "")
+        "Severity 0 is the test data"
+        + (f", the thick line {candidate}" if candidate else "")
+        + "; every panel has its own scale, and intervals are in the tables."
         + (f" Not all finite, and not drawn where they are not: {', '.join(missing)}." if missing else ""),
         f"NLL and {last} against severity for the shifts {', '.join(by_shift)}. Mean NLL at the highest severity: "
         f"{listed}.",
@@ -157,7 +162,8 @@ def _severity(summary: Summary) -> Picture | None:
     )  # fmt: skip
 
 
-def _risk_coverage(summary: Summary) -> Picture | None:
+def risk_coverage(summary: Summary) -> Picture | None:
+    """Error rate against the share of the data that is answered."""
     if summary["regression"]:
         return None
     styles = style(summary)
@@ -180,7 +186,7 @@ def _risk_coverage(summary: Summary) -> Picture | None:
 def _calibration_curve(summary: Summary) -> Picture | None:
     if not summary["regression"]:
         return None
-    styles = style(summary)
+    styles = {name: look for name, look in style(summary).items() if name in deciding(summary)}
     figure = Figure(figsize=(5.4, 5.4), layout="constrained")
     axes = figure.subplots()
     axes.plot([0, 1], [0, 1], color="0.55", linewidth=1)
@@ -228,7 +234,7 @@ def _out_of_distribution(summary: Summary) -> Picture | None:
     panels[0][0].legend(fontsize=9)
     names = ", ".join(entry["name"] for entry in summary["ood"])
     return Picture(
-        "Out-of-distribution data", "First seed. The further apart the two, the better the score tells them.",
+        "Are unknown inputs noticed?", "First seed. The further apart the histograms, the better the score tells them.",
         f"Histograms of out-of-distribution scores of test data and of {names}; the AUROC is in the table.",
         png(figure),
         wide=True,
@@ -239,7 +245,7 @@ def _score(name: str) -> str:
     return "1 \N{MINUS SIGN} maximum probability" if name == "maximum probability" else name
 
 
-def _tuning(summary: Summary) -> Picture | None:
+def tuning(summary: Summary) -> Picture | None:
     """Validation loss against prior precision."""
     styles = style(summary)
     curves = {
@@ -284,10 +290,8 @@ def _tuning(summary: Summary) -> Picture | None:
     legend(figure, {name: styles.get(name, STYLES[0]) for name in lines})
     return Picture(
         "Choosing the prior precision",
-        "Mean validation loss over seeds for one prior precision, at temperature one. A marker is the value that was "
-        "chosen, where there is a temperature together with it. "
-        + ("The grey line is the network itself. " if point is not None else "")
-        + "Far to the right every posterior is the network itself; the rise to the left is cut off.",
+        "Mean over seeds, at temperature one; markers: what was chosen, together with the temperature if there is one"
+        + ("; the grey line is the network itself." if point is not None else "."),
         f"Validation NLL against prior precision. Chosen: {'; '.join(said)}.", png(figure),
     )  # fmt: skip
 
@@ -319,7 +323,7 @@ def _distances(summary: Summary) -> Picture | None:
     panels[0].set_ylabel("mean absolute log ratio")
     return Picture(
         "Distance to the posterior of all training data",
-        "Zero would be that posterior. Bars are standard errors. What is infinite or undefined is not drawn.",
+        "How far output variances are from those of the full-data posterior (zero: equal); bars are standard errors.",
         f"Mean absolute log ratio of output variances: {'; '.join(said)}.", png(figure),
     )  # fmt: skip
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 from debiased_laplace.evaluation import records
-from debiased_laplace.evaluation.report import figures, pages
+from debiased_laplace.evaluation.methods import MAP, TEMPERATURE
+from debiased_laplace.evaluation.report import figures, pages, tables
 from debiased_laplace.evaluation.report.drawing import Picture
-from debiased_laplace.evaluation.report.statement import statement
-from debiased_laplace.evaluation.report.tables import tables
+from debiased_laplace.evaluation.report.statement import deciding_table, protocol, statement
 from debiased_laplace.evaluation.report.verdicts import Summary, by_role
 
 TEMPLATE = "report.html.jinja"
@@ -39,13 +39,14 @@ def write_outputs(folder: Path | str, summary: Summary, *, title: str = "", noti
 
 
 def markdown(summary: Summary, *, title: str, notice: str = "", level: int = 1) -> str:
-    """The answer and the tables as Markdown."""
-    return pages.markdown(
-        title, statement(summary), summary["task"]["description"], tables(summary), notice=notice, level=level
-    )
+    """The answer, the numbers that decide, and all tables as Markdown."""
+    said, decides = statement(summary), deciding_table(summary)
+    every = [*([decides] if decides else []), *tables.tables(summary)]
+    notes = [summary["task"]["description"], *protocol(summary)]
+    return pages.markdown(title, said, notes, every, notice=notice, level=level)
 
 
-def render(summary: Summary, diagrams: Sequence[Picture], *, title: str, notice: str = "") -> str:
+def render(summary: Summary, diagrams: Mapping[str, Picture], *, title: str, notice: str = "") -> str:
     """The page as text; everything is in it, nothing is loaded.
 
     Args:
@@ -54,21 +55,27 @@ def render(summary: Summary, diagrams: Sequence[Picture], *, title: str, notice:
         title: Of the page.
         notice: A warning shown above everything.
     """
-    all_tables = tables(summary)
     candidate = by_role(summary, "candidate")
+    first = {MAP, TEMPERATURE, candidate}
+    folded = {"All scores on the test data": figures.risk_coverage, "Tuning and cost": figures.tuning}
     return pages.render(
         TEMPLATE,
         title=title,
         notice=notice,
         summary=summary,
         statement=statement(summary),
-        first_table=all_tables[0],
-        tables=all_tables[1:],
-        results=figures.pictures(summary),
-        reliability=diagrams,
+        decides=deciding_table(summary),
+        reliability=[picture for name, picture in diagrams.items() if name in first],
+        more_reliability=[picture for name, picture in diagrams.items() if name not in first],
         bins=figures.bins_note(),
+        pictures=figures.pictures(summary),
+        topics=[
+            (topic, group, folded[topic](summary) if topic in folded else None)
+            for topic, group in tables.by_topic(summary).items()
+        ],
         shown=figures.shown(summary),
         classes=summary["task"]["classes"],
+        protocol=protocol(summary),
         coverage=None if candidate is None else summary["predictors"][candidate].get("coverage"),
         settings=pages.rows(summary["settings"]),
     )

@@ -29,20 +29,28 @@ def render(template: str, **values: Any) -> str:
     """A page as text; everything is in it, nothing is loaded.
 
     Args:
-        template: Its file name; it extends ``page.html.jinja``, which wants ``title``, ``notice`` and ``statement``.
+        template: Its file name; it extends ``page.html.jinja``, which wants ``title``, ``notice``, ``statement`` and
+            ``decides``, the table below the answer or None.
         **values: What the template uses.
     """
     return _environment().get_template(template).render(**values)
 
 
 def markdown(
-    title: str, said: Mapping[str, Any], description: str, tables: Sequence[Table], *, notice: str = "", level: int = 1
+    title: str,
+    said: Mapping[str, Any],
+    notes: Sequence[str],
+    tables: Sequence[Table],
+    *,
+    notice: str = "",
+    level: int = 1,
 ) -> str:
-    """The same as Markdown: the answer, what else to know, and the tables."""
-    notices = [f"> {names.markdown(notice)}", ""] if notice else []
-    lines = [f"{'#' * level} {names.markdown(title)}", "", *notices, f"**{names.markdown(said['answer'])}**", ""]
-    lines += [*(f"- {names.markdown(sentence)}" for sentence in said["details"]), "", names.markdown(description), ""]
-    return "\n".join([*lines, *(table.markdown(level + 1) for table in tables)])
+    """The same as Markdown: the answer, the first table, what else to know, and the other tables."""
+    first, others = [table.markdown(level + 1) for table in tables[:1]], tables[1:]
+    lines = [f"{'#' * level} {names.markdown(title)}", "", *([f"> {names.markdown(notice)}", ""] if notice else [])]
+    lines += [f"**{names.markdown(said['answer'])}**", "", *first, ""]
+    lines += [*(f"- {names.markdown(sentence)}" for sentence in [*said["details"], *notes]), ""]
+    return "\n".join([*lines, *(table.markdown(level + 1) for table in others)])
 
 
 def rows(settings: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:

@@ -1,8 +1,10 @@
-"""Plain sentences made from the numbers of a summary; where they show nothing, the sentences say so."""
+"""The answer to "does it help?": one sentence, the few numbers that decide, and what else to know.
+
+The page, the terminal and the Markdown open with it; everything else is in :mod:`.tables`.
+"""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,314 +12,203 @@ import numpy as np
 
 from debiased_laplace.evaluation.judge.conditions import STRONG
 from debiased_laplace.evaluation.methods import CHOSEN_ON, MAP, TEMPERATURE, TEMPERATURE_RULE
-from debiased_laplace.evaluation.predictors import edges
 from debiased_laplace.evaluation.report.numbers import number, plus_minus, seeds, unit, with_interval
-from debiased_laplace.evaluation.report.verdicts import (
-    Summary,
-    by_role,
-    comparisons,
-    is_worse_than_uniform,
-    judged,
-    title,
-)
+from debiased_laplace.evaluation.report.table import Table
+from debiased_laplace.evaluation.report.verdicts import HOW, MARK, Summary, by_role, comparisons, judged_in
+
+#: Title, number of digits, factor and meaning of the scores that decide.
+DECIDING = {
+    "nll": ("Loss (NLL)", 3, 1.0, "NLL: minus the logarithm of the probability (or density) of the right answer"),
+    "ece": ("Calibration error, ECE %", 1, 100.0, "ECE: how far the confidence is from the share that is right"),
+    "crps": ("CRPS, in units of the target", 3, 1.0, "CRPS: the absolute error, for a whole distribution"),
+    "calibration_error": (
+        "Interval calibration error, %", 1, 100.0,
+        "interval calibration error: how far the share of targets in an interval is from the stated one",
+    ),
+    "maximum probability, auroc": (
+        "AUROC, %", 1, 100.0,
+        "AUROC: how often an unknown input is less confident than one of the test data, 50 by chance",
+    ),
+}  # fmt: skip
+#: At numbers of the temperature that is chosen by the rule of the posteriors.
+SAME_RULE = "*"
 
 
 def statement(summary: Summary) -> dict[str, Any]:
-    """The answer in one sentence for everybody, and what else to know.
+    """The answer in one sentence for everybody, and the numbers behind it.
 
     Args:
         summary: From :func:`~debiased_laplace.evaluation.report.summary.summarise`.
 
     Returns:
-        ``answer``, a sentence, and ``details``, a list of sentences.
+        ``answer``, a sentence; ``rows``, at most four: ``score``, ``on`` (which data), ``value`` of the candidate, and
+        ``against``, for every other method its ``value``, the ``difference`` and the ``verdict``; ``details``,
+        sentences about what debiasing changes, data that are not there and methods that failed.
     """
     candidate = by_role(summary, "candidate")
+    rows = [] if candidate is None else _rows(summary, candidate)
+    details = [] if candidate is None else [*_effect(summary, candidate), *_missing(summary)]
+    return {
+        "answer": _answer(summary, candidate, rows),
+        "rows": rows,
+        "details": [*details, *failures(summary)],
+    }
+
+
+def deciding_table(summary: Summary) -> Table | None:
+    """The numbers that decide; none without a candidate."""
+    candidate = by_role(summary, "candidate")
+    rows = [] if candidate is None else _rows(summary, candidate)
+    if not rows or candidate is None:
+        return None
+    seconds = list(dict.fromkeys(_column(name) for row in rows for name in row["against"]))
+    return Table(
+        "The numbers that decide", _caption(rows),
+        ["", candidate, *(f"against {'the network' if second == MAP else second}" for second in seconds)],
+        [("", [[_title(summary, row), _value(row), *(_against(row, second) for second in seconds)] for row in rows])],
+    )  # fmt: skip
+
+
+def _rows(summary: Summary, candidate: str) -> list[dict[str, Any]]:
+    """At most four: two or three scores on test data, strong shift, out-of-distribution data."""
+    test, strong, ood = summary["test"], summary["strong_shift"], summary["ood"]
+    on_test = ("nll", "crps", "calibration_error") if summary["regression"] else ("nll", "ece")
+    wanted = [("test data", test, score) for score in on_test]
+    wanted += [("strong shift", strong, "nll")] if strong is not None else []
+    wanted += [(entry["name"], entry, "maximum probability, auroc") for entry in ood[:1]]
+    rows = []
+    for on, entry, score in wanted:
+        if score not in entry["scores"].get(candidate, {}):
+            continue  # it failed there
+        # Away from the training data it is harder to be better than the temperature that leaves more uncertainty.
+        temperatures = (TEMPERATURE, TEMPERATURE_RULE) if entry is test else (TEMPERATURE_RULE, TEMPERATURE)
+        seconds = [MAP, *[name for name in temperatures if name in entry["scores"]][:1]]
+        differences = {second: entry["differences"].get(second, {}).get(candidate, {}).get(score) for second in seconds}
+        against = {
+            second: {
+                "value": entry["scores"][second][score], "difference": cell,
+                "verdict": judged_in(entry, score, cell, candidate, second),
+            }
+            for second, cell in differences.items()
+            if cell is not None
+        }  # fmt: skip
+        rows.append({"score": score, "on": on, "value": entry["scores"][candidate][score], "against": against})
+    return rows
+
+
+# -- as text ---------------------------------------------------------------------------------------
+
+
+def _answer(summary: Summary, candidate: str | None, rows: Sequence[Mapping[str, Any]]) -> str:
+    name = summary["task"]["name"]
     if candidate is None:
         failed = [name for name, about in summary["predictors"].items() if about["role"] == "candidate"]
         why = f"{failed[0]} did not run" if failed else "none is marked as a candidate"
-        answer = f"The tables show each method by itself: {why}."
-        return {"answer": answer, "details": failures(summary)}
-    if summary["regression"]:
-        answer, details = _regression(summary, candidate)
-    else:
-        answer, details = _classification(summary, candidate)
-    details += [*_strong_shift(summary, candidate), *_posteriors(summary, candidate), *_equal(summary, candidate)]
-    details += [*_distance(summary, candidate), *_tuning(summary), *_of_no_use(summary), *_protocol(summary)]
-    return {"answer": answer, "details": details + failures(summary)}
-
-
-def same_rule(summary: Summary) -> str | None:
-    """The temperature that was chosen by the rule of the posteriors, or the best one, or none."""
-    return next((name for name in (TEMPERATURE_RULE, TEMPERATURE) if name in summary["test"]["scores"]), None)
-
-
-def _classification(summary: Summary, candidate: str) -> tuple[str, list[str]]:
-    name = summary["task"]["name"]
-    against_point = _test(summary, candidate, MAP, "nll")
-    against_temperature = _test(summary, candidate, TEMPERATURE, "nll")
-    if against_point is None:
-        return f"On {name} there is no point network to compare with.", []
-    point = judged("nll", against_point)
-    temperature = None if against_temperature is None else judged("nll", against_temperature)
-    helped = {
-        "better": "are better than the network's own",
-        "worse": "are worse than the network's own",
-        "no difference shown": "are not shown to differ in quality from the network's own",
-        "negligible": "are practically as good as the network's own",
-        "not defined": "cannot be compared with the network's own, since neither loss is finite",
-    }[point]
-    answer = f"On data like the training data of {name}, the probabilities of {candidate} {helped}"
-    answer += _interval(against_point)
-    if temperature is not None and against_temperature is not None:
-        joint = ", but" if (point == "better") != (temperature == "better") else ", and"
-        answer += (
-            joint
-            + {
-                "better": " are better than with the simplest remedy, dividing the outputs by one tuned number",
-                "worse": " dividing the outputs by one tuned number (a temperature) does better",
-                "no difference shown": " no difference to dividing the outputs by one tuned number (a temperature) is "
-                "shown",
-                "negligible": " dividing the outputs by one tuned number (a temperature) does practically the same",
-                "not defined": " there is no comparison with dividing the outputs by one tuned number (a temperature)",
-            }[temperature]
-            + _interval(against_temperature)
-        )
-    strong, rule = summary["strong_shift"], same_rule(summary)
-    cell = None if strong is None or rule is None else strong["differences"].get(rule, {}).get(candidate, {}).get("nll")
-    if cell is not None:
-        of = " that is chosen by the same rule" if rule == TEMPERATURE_RULE else ""
-        answer += {
-            "better": f"; under strong shift it is better than a temperature{of}",
-            "worse": f"; under strong shift it is worse than a temperature{of}",
-            "no difference shown": f"; under strong shift no difference to a temperature{of} is shown",
-            "negligible": f"; under strong shift it does practically the same as a temperature{of}",
-            "not defined": f"; under strong shift there is no comparison with a temperature{of}",
-        }[judged("nll", cell)] + _interval(cell, "mean NLL")  # fmt: skip
-    details = [_scores(summary, [MAP, TEMPERATURE, TEMPERATURE_RULE, candidate])]
-    for second in (MAP, TEMPERATURE, TEMPERATURE_RULE):
-        difference = _test(summary, candidate, second, "nll")
-        if difference is not None:
-            details.append(
-                f"Negative log-likelihood, {candidate} minus {second}, test data: {with_interval(difference, 4)} "
-                f"({judged('nll', difference)})."
-            )
-    details += _best(summary)
-    details += _out_of_distribution(summary, candidate)
-    return answer + ".", details
-
-
-def _interval(cell: Sequence[float], what: str = "NLL") -> str:
-    """In brackets, for sentences that everybody reads."""
-    return "" if math.isnan(cell[0]) else f" ({what} {with_interval(cell, 3)})"
-
-
-def _scores(summary: Summary, names: Sequence[str]) -> str:
-    cells = summary["test"]["scores"]
-    parts = [
-        f"{name} NLL {plus_minus(cells[name]['nll'], 3)}, ECE {plus_minus(cells[name]['ece'], 1, scale=100)} %"
-        f"{if_calibrated(summary['test'], name, 'ece')}"
-        for name in names
-        if name in cells
-    ]
-    return f"Test data: {'; '.join(parts)}."
-
-
-def if_calibrated(entry: Mapping[str, Any], name: str, score: str, digits: int = 1) -> str:
-    """The calibration error that a predictor would have if it were calibrated, in brackets."""
-    expected = entry.get("calibrated", {}).get(name, {}).get(score)
-    if expected is None:
-        return ""
-    value, low, high = (number(expected[i], digits, scale=100) for i in (0, 2, 3))
-    return f" (calibrated: {value} [{low}, {high}])"
-
-
-def _best(summary: Summary) -> list[str]:
-    """Which method has the lowest loss on test data."""
-    cells = summary["test"]["scores"]
-    best = min(cells, key=lambda name: _last_if_undefined(cells[name]["nll"][0]))
-    if not math.isfinite(cells[best]["nll"][0]):
-        return ["No method has a finite NLL on the test data: each gives some target the probability zero."]
-    return [
-        f"The lowest NLL on test data has {best} ({plus_minus(cells[best]['nll'], 3)}), the lowest of {len(cells)} "
-        "methods on the data that chose it."
-    ]
-
-
-def _strong_shift(summary: Summary, candidate: str) -> list[str]:
-    """All strong shifts as one comparison."""
-    strong = summary["strong_shift"]
-    if strong is None:
-        return []
-    cells = {name: scores["nll"] for name, scores in strong["scores"].items()}
-    order = sorted(cells, key=lambda name: _last_if_undefined(cells[name][0]))
-    listed = ", ".join(f"{name} {plus_minus(cells[name], 3)}" for name in order)
-    several = len(strong["shifts"])
-    sentences = [
-        f"Mean NLL over the {several} strong shift{'s' * (several > 1)} (severity {STRONG} and more), which are one "
-        f"comparison, over {unit(summary, strong['n'], sets=strong['sets'])}: {listed}."
-    ]
-    parts = [
-        f"{second} {with_interval(differences[candidate]['nll'], 3)} ({judged('nll', differences[candidate]['nll'])})"
-        for second, differences in strong["differences"].items()
-        if candidate in differences
-    ]
-    if parts:
-        sentences.append(f"There, {candidate} minus others: {'; '.join(parts)}.")
-    return sentences
-
-
-def _out_of_distribution(summary: Summary, candidate: str) -> list[str]:
-    sentences = []
-    for entry in summary["ood"]:
-        scores = entry["scores"]
-        of_map = scores.get(MAP, {}).get("maximum probability, auroc")
-        of_candidate = scores[candidate]
-        text = (
-            f"Telling {entry['name']} from test data, AUROC: "
-            f"{plus_minus(of_candidate['maximum probability, auroc'], 1, scale=100)} % for {candidate} by its maximum "
-            "probability"
-        )
-        if "functional variance, auroc" in of_candidate:
-            text += (
-                f", {plus_minus(of_candidate['functional variance, auroc'], 1, scale=100)} % by the functional variance"
-            )
-        if of_map is not None:
-            text += f"; {plus_minus(of_map, 1, scale=100)} % for the network itself"
-        sentences.append(text + ".")
-    return sentences
-
-
-def _regression(summary: Summary, candidate: str) -> tuple[str, list[str]]:
-    name, cells = summary["task"]["name"], summary["test"]["scores"]
-    cell = _test(summary, candidate, MAP, "nll")
-    if cell is None:
-        return f"On {name} there is no point network to compare with.", []
-    said = {
-        "better": "describes the errors better than one noise level for all inputs does",
-        "worse": "describes the errors worse than one noise level for all inputs does",
-        "no difference shown": "is not shown to describe the errors better than one noise level for all inputs does",
-        "negligible": "describes the errors practically as well as one noise level for all inputs does",
-        "not defined": "cannot be compared with one noise level for all inputs, since neither loss is finite",
-    }[judged("nll", cell)]
-    coverage = cells[candidate]["coverage_95"]
-    answer = (
-        f"On {name}, the uncertainty of {candidate} {said}{_interval(cell)}; its 95 % intervals hold "
-        f"{plus_minus(coverage, 1, scale=100)} % of the test targets"
-    )
-    details = [
-        f"Negative log-likelihood, {candidate} minus {MAP}: {with_interval(cell, 3)} ({judged('nll', cell)}).",
-        "NLL: " + "; ".join(f"{key} {plus_minus(scores['nll'], 3)}" for key, scores in cells.items()) + ".",
-    ]
-    return answer + ".", details
-
-
-def _posteriors(summary: Summary, candidate: str) -> list[str]:
-    """Debiased against single-batch and full-data posteriors."""
-    sentences = []
-    for role, what in (("baseline", "the single batch at the same budget"), ("reference", "all the training data")):
-        other = by_role(summary, role)
-        cell = None if other is None else _test(summary, candidate, other, "nll")
-        if cell is None:
-            continue
-        sentences.append(
-            f"{candidate} against {what} ({other}), each tuned, NLL on test data: {with_interval(cell, 4)} "
-            f"({judged('nll', cell)})."
-        )
-    return sentences
-
-
-def _equal(summary: Summary, candidate: str) -> list[str]:
-    """Debiased against a single batch at the same settings."""
-    settings = [equal for equal in summary["equal_settings"] if equal]
-    baseline = by_role(summary, "baseline")
-    if not settings or baseline is None:
-        return []
-    parts = []
-    for where, entry in (("test data", summary["test"]), ("the strong shifts", summary["strong_shift"])):
-        difference = (entry or {}).get("equal_settings", {}).get("differences", {}).get(baseline, {}).get(candidate)
-        if difference:
-            parts.append(f"{with_interval(difference['nll'], 4)} on {where} ({judged('nll', difference['nll'])})")
-    if not parts:
-        return []
-    return [
-        f"With the settings of {settings[0]['of']} for both, NLL of {candidate} minus {baseline}: {', '.join(parts)}."
-    ]
-
-
-def _distance(summary: Summary, candidate: str) -> list[str]:
-    sentences = []
-    baseline = by_role(summary, "baseline")
-    for where, log_ratios in summary["distances"].items():
-        at = (
-            "at the prior precision tuned for the full data"
-            if where == "tuned"
-            else f"at prior precision {log_ratios['prior_precision'][0]:g}"
-        )
-        parts = [
-            f"{_factor(log_ratios[name]['absolute'][0])} for {name} (mean absolute log ratio "
-            f"{plus_minus(log_ratios[name]['absolute'], 3)})"
-            for name in (candidate, baseline)
-            if name in log_ratios
-        ]
-        sentences.append(
-            f"Output variances differ from those of the full-data posterior, {at}, by a typical factor of "
-            f"{' and '.join(parts)}."
-        )
-    return sentences
-
-
-def _tuning(summary: Summary) -> list[str]:
-    at_the_end = edges.sentence(summary["predictors"])
-    sentences = [at_the_end] if at_the_end else []
-    free: dict[str, list[str]] = {}
-    for name, about in summary["predictors"].items():
-        for what in about.get("undetermined", ()):
-            free.setdefault(what, []).append(name)
-    for what, names in free.items():
-        sentences.append(
-            f"The validation data do not determine the {what} of {', '.join(names)}: it is a choice, not a result (see "
-            "the warnings)."
-        )
-    return sentences
-
-
-def _of_no_use(summary: Summary) -> list[str]:
-    """Scores worse than those of equal probabilities for all classes."""
-    said = []
-    for entry in (summary["test"], *summary["shifts"]):
-        names = [
-            name for name, scores in entry["scores"].items() if is_worse_than_uniform(summary, "nll", scores["nll"])
-        ]
-        if names:
-            said.append(f"{title(entry)} ({'all' if len(names) == len(entry['scores']) else ', '.join(names)})")
+        return f"The tables show each method by itself: {why}."
+    what = "predictive distributions" if summary["regression"] else "probabilities"
+    said = [_compared(summary, row["against"]) for row in rows if row["score"] == "nll" and row["against"]]
     if not said:
-        return []
-    return [
-        f"Worse than saying 1/{summary['task']['n_outputs']} for every class, by NLL "
-        f"({number(math.log(summary['task']['n_outputs']), 3)}): {'; '.join(said)}."
-    ]
+        return f"On {name} there is nothing to compare {candidate} with."
+    answer = f"On the test data of {name}, the {what} of {candidate} are {said[0]}"
+    for there in said[1:]:
+        same = there == said[0]
+        answer += "; the same holds under strong shift" if same else f"; under strong shift they are {there}"
+    if summary["regression"]:
+        held = plus_minus(summary["test"]["scores"][candidate]["coverage_95"], 1, scale=100)
+        answer += f"; the 95 % intervals hold {held} % of the targets"
+    return answer + "."
 
 
-def _protocol(summary: Summary) -> list[str]:
-    """What tuned, what judged, over what, and how many comparisons there are."""
-    data, task = summary["data"], summary["task"]
-    trained = "" if data["train"] is None else f" Trained on {data['train']:,} data."
-    shifted = sorted({entry["n"] for entry in summary["shifts"]})
-    copies = f", and on {' or '.join(f'{n:,}' for n in shifted)} in each shift" if shifted else ""
-    sentences = [
-        f"Everything is tuned on {data['validation']:,} validation data and judged on {data['test']:,} other test "
-        f"data{copies}.{trained} Intervals are over {unit(summary, summary['test']['n'])}."
+def _compared(summary: Summary, against: Mapping[str, Mapping[str, Any]]) -> str:
+    """The verdicts in words; methods with the same one together."""
+    own = "those of the network with one noise level for all inputs" if summary["regression"] else "the network's own"
+    together: dict[str, list[str]] = {}
+    for second, about in against.items():
+        whose = own if second == MAP else f"those of {TEMPERATURE}"
+        together.setdefault(HOW[about["verdict"]], []).append(whose)
+    return " but ".join(f"{how} {' and '.join(whose)}" for how, whose in together.items())
+
+
+def _title(summary: Summary, row: Mapping[str, Any]) -> str:
+    title, lower = DECIDING[row["score"]][0], "lower is better"
+    if row["score"].endswith("auroc"):
+        several = f" (first of {len(summary['ood'])} sets)" if len(summary["ood"]) > 1 else ""
+        return f"Telling {row['on']} apart{several}\n{title}, higher is better"
+    if row["on"] == "strong shift":
+        return f"{title}, strong shift\nmean of {len(summary['strong_shift']['shifts'])}, {lower}"
+    return f"{title}\n{lower}"
+
+
+def _value(row: Mapping[str, Any]) -> str:
+    _, digits, scale, _ = DECIDING[row["score"]]
+    return plus_minus(row["value"], digits, scale=scale)
+
+
+def _against(row: Mapping[str, Any], second: str) -> str:
+    """Such as ``"✓ better than 0.31"`` and, in a second line, the difference."""
+    _, digits, scale, _ = DECIDING[row["score"]]
+    for name, about in row["against"].items():
+        if _column(name) == second:
+            mark = f" {SAME_RULE}" if name == TEMPERATURE_RULE else ""
+            value = number(about["value"][0], digits, scale=scale)
+            verdict = f"{MARK[about['verdict']]} {HOW[about['verdict']]} {value}{mark}"
+            return f"{verdict}\n{with_interval(about['difference'], digits, scale=scale)}"
+    return ""
+
+
+def _column(name: str) -> str:
+    """Both temperatures are in one."""
+    return MAP if name == MAP else TEMPERATURE
+
+
+def _caption(rows: Sequence[Mapping[str, Any]]) -> str:
+    every = [(name, about["verdict"]) for row in rows for name, about in row["against"].items()]
+    meanings = "; ".join(dict.fromkeys(DECIDING[row["score"]][3] for row in rows))
+    said = [
+        f"{meanings}.",
+        "Below each verdict: the difference and its 95 % interval; better or worse only where that leaves out zero, "
+        "practically as good only where all of it is within 0.001 (or 0.1 %, also of a score in units).",
     ]
-    if task["name"] in CHOSEN_ON:
-        sentences.append(
-            "The way posteriors are tuned was chosen on this task among others: what it gains here over other ways of "
-            "tuning is no evidence for it."
+    if any(verdict == "both as if calibrated" for _, verdict in every):
+        said.append("As well calibrated: both errors are within what calibrated probabilities have on so many data.")
+    if any(name == TEMPERATURE_RULE for name, _ in every):
+        said.append(
+            f"{SAME_RULE} The largest temperature that the validation data do not tell from the best, as the posterior "
+            "is tuned too; it is harder to do better away from the training data."
         )
-    count = comparisons(summary)
-    if count:
+    return " ".join(said)
+
+
+# -- what else to know -----------------------------------------------------------------------------
+
+
+def _effect(summary: Summary, candidate: str) -> list[str]:
+    """What debiasing changes, which tuning may hide from every score: uncertainties before they are tuned."""
+    log_ratios, baseline = summary["distances"].get("equal", {}), by_role(summary, "baseline")
+    if candidate not in log_ratios or baseline not in log_ratios:
+        return []
+    with np.errstate(over="ignore"):
+        factors = [(float(np.exp(log_ratios[name]["absolute"][0])), name) for name in (candidate, baseline)]
+    said = " and ".join(f"{number(factor, 2)} with {name}" for factor, name in factors)
+    return [
+        f"At prior precision {log_ratios['prior_precision'][0]:g}, output variances differ from those of all the "
+        f"training data by a typical factor of {said}."
+    ]
+
+
+def _missing(summary: Summary) -> list[str]:
+    """Data that would answer more, and how to give them."""
+    sentences = []
+    if summary["strong_shift"] is None:
+        strong = f" of severity {STRONG} or more" if summary["shifts"] else ""
         sentences.append(
-            f"The tables make {count} comparisons with a verdict, each at 95 %: about {max(1, round(count / 20))} "
-            "would be beyond by chance if nothing differed."
+            f"No shifted data{strong} were given: add shifted_loaders() to the task file to see how the uncertainty "
+            "holds up when inputs change."
+        )
+    if not summary["ood"] and not summary["regression"]:
+        sentences.append(
+            "No out-of-distribution data were given: add ood_loaders() to the task file to see whether unknown inputs "
+            "are noticed."
         )
     return sentences
 
@@ -332,19 +223,30 @@ def failures(summary: Summary) -> list[str]:
                 if about["n_failed"] < len(summary["seeds"])
                 else ""
             )
-            sentences.append(f"{name} did not run{rest}: {'; '.join(about['failed'])}.")
+            sentences.append(f"{name} did not run{rest}: {'; '.join(about['failed']).rstrip('.')}.")
     return sentences
 
 
-def _factor(logarithm: float) -> str:
-    with np.errstate(over="ignore"):
-        return number(float(np.exp(logarithm)), 3)
-
-
-def _last_if_undefined(value: float) -> float:
-    """To sort by."""
-    return math.inf if math.isnan(value) else value
-
-
-def _test(summary: Summary, first: str, second: str, score: str) -> Sequence[float] | None:
-    return summary["test"]["differences"].get(second, {}).get(first, {}).get(score)
+def protocol(summary: Summary) -> list[str]:
+    """What tuned, what judged, over what, and how many comparisons there are."""
+    data, task = summary["data"], summary["task"]
+    trained = "" if data["train"] is None else f" Trained on {data['train']:,} data."
+    shifted = sorted({entry["n"] for entry in summary["shifts"]})
+    copies = f", and on {' or '.join(f'{n:,}' for n in shifted)} in each shift" if shifted else ""
+    sentences = [
+        f"Everything is tuned on {data['validation']:,} validation data and judged on {data['test']:,} other test "
+        f"data{copies}.{trained} Intervals are over {unit(summary, summary['test']['n'])}."
+    ]
+    if task["name"] in CHOSEN_ON:
+        sentences.append(
+            "The way posteriors are tuned was chosen on this task among others: what it gains here over other ways of "
+            "tuning is no evidence for it."
+        )
+    detections = [row for row in statement(summary)["rows"] if row["score"].endswith("auroc")]
+    count = comparisons(summary) + sum(len(row["against"]) for row in detections)
+    if count:
+        sentences.append(
+            f"The tables make {count} comparisons with a verdict, each at 95 %: about {max(1, round(count / 20))} "
+            "would be beyond by chance if nothing differed."
+        )
+    return sentences

@@ -20,7 +20,7 @@ class Table:
         title: What it shows.
         caption: How to read it.
         columns: Headings; the first column is the row's name.
-        sections: Pairs of a section title (may be empty) and its rows.
+        sections: Pairs of a section title (may be empty) and its rows; cells may have several lines.
     """
 
     title: str
@@ -30,9 +30,10 @@ class Table:
 
     def __rich__(self) -> RenderableType:
         """For ``rich.console.Console().print(table)``."""
-        shown = rich.table.Table(title=Text(self.title), title_justify="left", title_style="bold")
+        high = any("\n" in cell for _, rows in self.sections for row in rows for cell in row)
+        shown = rich.table.Table(title=Text(self.title), title_justify="left", title_style="bold", show_lines=high)
         for index, column in enumerate(self.columns):
-            shown.add_column(Text(column), justify="right" if index else "left", no_wrap=not index)
+            shown.add_column(Text(column), justify="right" if index else "left")
         for section, rows in self.sections:
             if section:
                 shown.add_section()

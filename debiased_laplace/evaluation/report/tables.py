@@ -9,16 +9,16 @@ from typing import Any
 from debiased_laplace.evaluation.judge.conditions import STRONG
 from debiased_laplace.evaluation.predictors.edges import MARK
 from debiased_laplace.evaluation.report import verdicts
-from debiased_laplace.evaluation.report.numbers import plus_minus, seeds, unit, with_interval
-from debiased_laplace.evaluation.report.statement import failures, if_calibrated, same_rule
+from debiased_laplace.evaluation.report.numbers import number, plus_minus, seeds, unit, with_interval
+from debiased_laplace.evaluation.report.statement import failures
 from debiased_laplace.evaluation.report.table import Table
 from debiased_laplace.evaluation.report.verdicts import (
     Summary,
     by_role,
-    calibration_verdict,
     is_undirected,
     is_worse_than_uniform,
     judged,
+    judged_in,
 )
 from debiased_laplace.evaluation.scores.calibration import N_BINS
 from debiased_laplace.evaluation.scores.cells import geometric_mean
@@ -47,36 +47,40 @@ SCORES = {
 }
 #: At scores that equal probabilities for all classes would beat.
 OF_NO_USE = "†"
-#: What the short form of a table has.
-SHORT = ("accuracy", "nll", "brier", "ece", "rmse", "crps", "coverage_95")
-#: Scores of calibration, beside which stands what a calibrated predictor would have.
-CALIBRATION = ("ece", "adaptive_ece", "classwise_ece")
 
 
-def tables(summary: Summary, *, short: bool = False) -> list[Table]:
-    """All tables of a summary, in the order in which they are read.
+def tables(summary: Summary) -> list[Table]:
+    """All tables of a summary, in the order in which they are read; the page folds them by topic.
 
     Args:
         summary: From :func:`~debiased_laplace.evaluation.report.summary.summarise`.
-        short: Only what fits a terminal.
     """
+    return [table for group in by_topic(summary).values() for table in group]
+
+
+def by_topic(summary: Summary) -> dict[str, list[Table]]:
+    """The same, by what a section of the page says is inside; tables and topics without rows are left out."""
+    scores, shifts = "All scores on the test data", "Shifts, one by one"
+    posteriors = "Against a single batch and all the training data"
+    topics = {
+        scores: [_test(summary)],
+        shifts: [_strong(summary), *(_shifts(summary, s) for s in ("nll", "rmse" if summary["regression"] else "ece"))],
+        "Unknown inputs: out-of-distribution data": [_out_of_distribution(summary)],
+        posteriors: [_distances(summary)],
+        "Tuning and cost": [_cost(summary)],
+    }
     candidate = by_role(summary, "candidate")
-    every = [_test(summary, short)]
     if candidate is not None:
-        every.append(_test_differences(summary, candidate, short))
-    for score in ("nll",) if short else ("nll", "rmse" if summary["regression"] else "ece"):
-        every.append(_shifts(summary, score, short))
-    every.append(_strong(summary, short))
-    if candidate is not None and not short:
-        every += [_shift_differences(summary, candidate, second) for second in summary["test"]["differences"]]
-        every += [_equal(summary, candidate), _draws(summary)]
-    every += [_out_of_distribution(summary, short), _distances(summary), _cost(summary)]
-    return [table for table in every if table.sections and table.sections[0][1]]
+        topics[scores] += [_test_differences(summary, candidate)]
+        topics[shifts] += [_shift_differences(summary, candidate, second) for second in summary["test"]["differences"]]
+        topics[posteriors] = [_equal(summary, candidate), _draws(summary), *topics[posteriors]]
+    filled = {topic: [t for t in group if t.sections and t.sections[0][1]] for topic, group in topics.items()}
+    return {topic: group for topic, group in filled.items() if group}
 
 
-def _cell(cell: Sequence[float], score: str, *, fewer: bool = False, summary: Summary | None = None) -> str:
+def _cell(cell: Sequence[float], score: str, summary: Summary | None = None) -> str:
     _, digits, scale = SCORES[score]
-    text = plus_minus(cell, digits - fewer, scale=scale)
+    text = plus_minus(cell, digits, scale=scale)
     worse = summary is not None and is_worse_than_uniform(summary, score, cell)
     return f"{text} {OF_NO_USE}" if worse else text
 
@@ -95,9 +99,9 @@ def _errors(summary: Summary) -> str:
     )
 
 
-def _test(summary: Summary, short: bool) -> Table:
+def _test(summary: Summary) -> Table:
     scores = summary["test"]["scores"]
-    names = [s for s in next(iter(scores.values())) if not short or s in SHORT]
+    names = list(next(iter(scores.values())))
     how = (
         "NLL in nats for each datum, RMSE, CRPS and widths in the units of the target."
         if summary["regression"]
@@ -110,18 +114,14 @@ def _test(summary: Summary, short: bool) -> Table:
         [
             name,
             *(
-                [
-                    _cell(scores[name][s], s, summary=summary)
-                    + ("" if short else if_calibrated(summary["test"], name, s, SCORES[s][1]))
-                    for s in names
-                ]
+                [_cell(scores[name][s], s, summary) + _if_calibrated(summary["test"], name, s) for s in names]
                 if name in scores
                 else failed
             ),
         ]
         for name in summary["predictors"]
     ]
-    calibrated = "" if short or summary["regression"] else (
+    calibrated = "" if summary["regression"] else (
         " Beside calibration errors: what the predictor would have on so many data if it were calibrated, with its "
         "95 % interval, from targets drawn from its probabilities."
     )  # fmt: skip
@@ -130,15 +130,23 @@ def _test(summary: Summary, short: bool) -> Table:
     return Table("Test data", caption, ["method", *(SCORES[s][0] for s in names)], [("", rows)])
 
 
-def _test_differences(summary: Summary, candidate: str, short: bool) -> Table:
+def _if_calibrated(entry: Mapping[str, Any], name: str, score: str) -> str:
+    """The calibration error that a predictor would have if it were calibrated, in brackets and a line of its own."""
+    expected = entry.get("calibrated", {}).get(name, {}).get(score)
+    if expected is None:
+        return ""
+    value, low, high = (number(expected[i], SCORES[score][1], scale=100) for i in (0, 2, 3))
+    return f"\n(calibrated: {value} [{low}, {high}])"
+
+
+def _test_differences(summary: Summary, candidate: str) -> Table:
     sections = []
     for second, differences in summary["test"]["differences"].items():
         of_candidate = differences.get(candidate, {})
         rows = [
             [SCORES[s][0], with_interval(cell, SCORES[s][1] + 1, scale=SCORES[s][2]),
-             "" if is_undirected(s) else _verdict(summary, s, cell, candidate, second)]
+             "" if is_undirected(s) else judged_in(summary["test"], s, cell, candidate, second)]
             for s, cell in of_candidate.items()
-            if not short or s in ("nll", "ece", "crps")
         ]  # fmt: skip
         if rows:
             sections.append((f"minus {second}", rows))
@@ -153,22 +161,17 @@ def _test_differences(summary: Summary, candidate: str, short: bool) -> Table:
     )
 
 
-def _verdict(summary: Summary, score: str, cell: Sequence[float], first: str, second: str) -> str:
-    noise = calibration_verdict(summary["test"], score, first, second) if score in CALIBRATION else None
-    return noise or judged(score, cell)
-
-
-def _strong(summary: Summary, short: bool) -> Table:
+def _strong(summary: Summary) -> Table:
     """All strong shifts as one comparison."""
     strong, rows = summary["strong_shift"], []
     if strong is None:
         return Table("Strong shift: mean NLL", "", [], [])
-    others = [second for second in strong["differences"] if not short or second == same_rule(summary)]
+    others = list(strong["differences"])
     for name, scores in strong["scores"].items():
-        row = [name, _cell(scores["nll"], "nll", summary=summary)]
+        row = [name, _cell(scores["nll"], "nll", summary)]
         for second in others:
             cell = strong["differences"][second].get(name, {}).get("nll")
-            row.append("" if cell is None else f"{with_interval(cell, 3)} ({judged('nll', cell)})")
+            row.append("" if cell is None else f"{with_interval(cell, 3)}\n({judged('nll', cell)})")
         rows.append(row)
     caption = (
         f"Mean over {len(strong['shifts'])} shifts of severity {STRONG} and more ({', '.join(strong['shifts'])}), "
@@ -228,19 +231,14 @@ def _headings(severities: Sequence[int | None]) -> list[str]:
     return ["shifted" if severity is None else f"severity {severity}" for severity in severities]
 
 
-def _shifts(summary: Summary, score: str, short: bool) -> Table:
+def _shifts(summary: Summary, score: str) -> Table:
     severities, sections = _severities(summary), []
     for name, entries in verdicts.shifts(summary).items():
         by_severity = {entry["severity"]: entry["scores"] for entry in entries}
         rows = [
             [
                 method,
-                *(
-                    _cell(by_severity[s][method][score], score, fewer=short, summary=summary)
-                    if s in by_severity
-                    else ""
-                    for s in severities
-                ),
+                *(_cell(by_severity[s][method][score], score, summary) if s in by_severity else "" for s in severities),
             ]
             for method in entries[0]["scores"]
         ]
@@ -269,22 +267,21 @@ def _shift_differences(summary: Summary, candidate: str, second: str) -> Table:
     )
 
 
-def _out_of_distribution(summary: Summary, short: bool) -> Table:
+def _out_of_distribution(summary: Summary) -> Table:
     sections = []
     for entry in summary["ood"]:
         rows = []
         for method, scores in entry["scores"].items():
             kinds = list(dict.fromkeys(key.rpartition(", ")[0] for key in scores))
-            for kind in kinds[:1] if short else kinds:
+            for kind in kinds:
                 cells = [_cell(scores[f"{kind}, {score}"], score) for score in ("auroc", "aupr", "fpr95")]
-                rows.append([method if short else f"{method}: {kind}", *cells])
+                rows.append([f"{method}: {kind}", *cells])
         sections.append((f"{entry['name']} ({entry['n']:,})", rows))
     return Table(
         "Out-of-distribution data",
         "How well a score tells out-of-distribution (OOD) data, the positives, from test data. FPR95: test data called "
-        "OOD when 95 % of the OOD data are detected; lower is better."
-        + (" Score: one minus the maximum probability." if short else ""),
-        ["method" if short else "method: score", *(SCORES[score][0] for score in ("auroc", "aupr", "fpr95"))],
+        "OOD when 95 % of the OOD data are detected; lower is better.",
+        ["method: score", *(SCORES[score][0] for score in ("auroc", "aupr", "fpr95"))],
         sections,
     )
 
@@ -342,8 +339,10 @@ def _cost(summary: Summary) -> Table:
     return Table(
         "Tuning and cost",
         f"Means over {seeds(summary)} (prior precisions: geometric). {MARK['smallest']} or {MARK['largest']}: the "
-        "smallest or the largest of its search, in some seed. Seconds. Predicting covers all data of this page; "
-        "posteriors of the same parameters are predicted together, and the time is that of the first. Getting the "
+        "smallest or the largest of its search, in some seed, so that a wider one might change it; a largest prior "
+        "precision leaves hardly any posterior uncertainty. Not determined: the validation data do not say it, and it "
+        "is a choice. Seconds. Predicting covers all data of this page; posteriors of the same parameters are "
+        "predicted together, and the time is that of the first. Getting the "
         f"network took {summary['seconds']['model']:.1f} s.",
         ["method", "tuned", "fit, s", "tune, s", "predict, s"],
         [("", rows)],

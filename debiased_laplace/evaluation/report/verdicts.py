@@ -17,6 +17,25 @@ Summary = Mapping[str, Any]
 LARGER_IS_BETTER = ("accuracy", "auroc", "aupr")
 #: Differences within it, interval and all, are called negligible: a thousandth of a nat, a tenth of a per cent.
 MARGIN = 1e-3
+#: How a verdict about the first of two predictors reads before the second, and its mark, which needs no colour.
+HOW = {
+    "better": "better than",
+    "worse": "worse than",
+    "negligible": "practically as good as",
+    "no difference shown": "not shown to differ from",
+    "not defined": "not comparable with",
+    "both as if calibrated": "as well calibrated as",
+}
+MARK = {
+    "better": "✓",
+    "worse": "✗",
+    "negligible": "≈",
+    "no difference shown": "○",
+    "not defined": "?",
+    "both as if calibrated": "≈",
+}
+#: Scores of calibration, beside which stands what a calibrated predictor would have.
+CALIBRATION = ("ece", "adaptive_ece", "classwise_ece")
 #: Scores in the units of a regression's targets, which have no such margin.
 IN_UNITS = ("rmse", "crps", "width_50", "width_90", "width_95")
 
@@ -93,11 +112,23 @@ def judged(score: str, cell: Sequence[float]) -> str:
     return "not defined" if math.isnan(cell[0]) else verdict(score, cell)
 
 
-def calibration_verdict(entry: Mapping[str, Any], score: str, first: str, second: str) -> str | None:
-    """``"both as if calibrated"`` where both calibration errors are within what calibrated predictors have, or None."""
-    expected = [entry.get("calibrated", {}).get(name, {}).get(score) for name in (first, second)]
+def judged_in(entry: Mapping[str, Any], score: str, cell: Sequence[float], first: str, second: str) -> str:
+    """:func:`judged`, with what the scores themselves say.
+
+    Calibration errors that are both within what calibrated predictors have are ``"both as if calibrated"``; in the
+    units of a regression's targets, a thousandth of the score is ``"negligible"``.
+
+    Args:
+        entry: What the difference is of: test data, a shift, or out-of-distribution data.
+        score: Which score.
+        cell: The difference.
+        first: Whose score less that of
+        second: this one it is.
+    """
     scores = [entry["scores"].get(name, {}).get(score, [math.nan])[0] for name in (first, second)]
-    if any(interval is None for interval in expected):
-        return None
-    inside = all(value <= interval[3] for value, interval in zip(scores, expected, strict=True) if interval is not None)
-    return "both as if calibrated" if inside else None
+    highest = [entry.get("calibrated", {}).get(name, {}).get(score, [-math.inf] * 4)[3] for name in (first, second)]
+    if score in CALIBRATION and all(value <= most for value, most in zip(scores, highest, strict=True)):
+        return "both as if calibrated"
+    if score in IN_UNITS and max(abs(cell[2]), abs(cell[3])) < MARGIN * abs(scores[1]):
+        return "negligible"
+    return judged(score, cell)
