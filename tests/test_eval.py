@@ -26,6 +26,17 @@ from tests.tolerances import assert_equal
 ROOT = Path(__file__).parents[1]
 
 
+def copy(name: str, docs: Path) -> None:
+    """A document and its appendix, for a script to fill."""
+    for page in (f"{name}.md", f"{name}_appendix.md"):
+        shutil.copy(ROOT / "docs" / page, docs)
+
+
+def text_of(name: str, docs: Path) -> str:
+    """Both together."""
+    return "".join((docs / page).read_text() for page in (f"{name}.md", f"{name}_appendix.md"))
+
+
 def script(name: str, *arguments: str) -> SimpleNamespace:
     """A script as the command line would run it, but in this process, which has imported everything already."""
     code, out, err = 0, io.StringIO(), io.StringIO()
@@ -100,10 +111,10 @@ def test_records_are_kept_and_not_made_twice(results):
 def test_the_report_fills_its_tables(results, tmp_path):
     docs = tmp_path / "docs"
     docs.mkdir()
-    shutil.copy(ROOT / "docs" / "fidelity.md", docs)
+    copy("fidelity", docs)
     done = script("report.py", "--results", str(results), "--docs", str(docs))
     assert done.returncode == 0, done.stderr
-    text = (docs / "fidelity.md").read_text()
+    text = text_of("fidelity", docs)
     row = next(line for line in text.splitlines() if line.startswith("| CNN on digits | 64 |"))
     *summary, _ = json.loads((docs / "records" / "fidelity.json").read_text())
     (debiased,) = [e for e in summary if (e["structure"], e["method"], e["budget"]) == ("kron", "default", 64)]
@@ -162,7 +173,7 @@ def test_what_a_time_affords(experiments):
 def test_errors_at_equal_time(results, tmp_path):
     docs = tmp_path / "docs"
     docs.mkdir()
-    shutil.copy(ROOT / "docs" / "fidelity.md", docs)
+    copy("fidelity", docs)
     arguments = ("--networks", "digits-cnn", "--pool", "200", "--budgets", "16", "--draws", "2")
     done = script("equal_time.py", *arguments, "--scratch", str(results), "--docs", str(docs))
     assert done.returncode == 0, done.stderr
@@ -170,7 +181,7 @@ def test_errors_at_equal_time(results, tmp_path):
     assert record["n_pool"] == 200
     fits = [(run["method"], run["budget"], run["seed"]) for run in record["runs"]]
     assert len(set(fits)) == len(fits) == 2 * (2 * 2 + 1)
-    rows = (docs / "fidelity.md").read_text().split("<!-- table equal time measured -->")[1].splitlines()
+    rows = text_of("fidelity", docs).split("<!-- table equal time measured -->")[1].splitlines()
     (row,) = [line for line in rows if line.startswith("| CNN on digits | default | 16 |")]
     errors = [run["error"] for run in record["runs"] if run["method"] == "default"]
     assert float(row.split("|")[5].split("±")[0]) == pytest.approx(sum(errors) / 2, abs=1e-4)
@@ -206,11 +217,11 @@ def test_data_that_are_not_there():
 def test_the_results_of_the_shipped_tasks(tmp_path, few_digits, request):
     docs, out = tmp_path / "docs", tmp_path / "out"
     docs.mkdir()
-    shutil.copy(ROOT / "docs" / "results.md", docs)
+    copy("results", docs)
     arguments = ("results.py", "--tasks", "digits", "--quick", "--out", str(out), "--docs", str(docs))
     done = script(*arguments)
     assert done.returncode == 0, done.stderr
-    text = (docs / "results.md").read_text()
+    text = text_of("results", docs)
     kept = json.loads((docs / "records" / "results.json").read_text())["digits"]
     loss = kept["test"]["scores"]["debiased K-FAC"]["nll"]
     cell = kept["strong_shift"]["differences"]["temperature, one standard error"]["debiased K-FAC"]["nll"]
@@ -228,18 +239,18 @@ def test_the_results_of_the_shipped_tasks(tmp_path, few_digits, request):
     again = script(*arguments)
     assert again.returncode == 0, again.stderr
     assert "digits, seed 0: kept" in again.stderr
-    assert (docs / "results.md").read_text() == text
+    assert text_of("results", docs) == text
 
 
 def test_the_bias_of_networks(tmp_path, request):
     docs, out = tmp_path / "docs", tmp_path / "out"
     docs.mkdir()
-    shutil.copy(ROOT / "docs" / "bias.md", docs)
+    copy("bias", docs)
     arguments = ("bias.py", "--tasks", "digits", "--quick", "--out", str(out))
     done = script(*arguments, "--docs", str(docs))
     assert done.returncode == 0, done.stderr
     record = json.loads((docs / "records" / "bias-digits.json").read_text())
-    text = (docs / "bias.md").read_text()
+    text = text_of("bias", docs)
     assert f"**{record['statement']['answer']}**" in text.split("<!-- bias digits -->")[1].split("<!-- end -->")[0]
     assert (out / "digits" / "bias.html").exists()
     request.getfixturevalue("undrawn")
@@ -271,14 +282,14 @@ def test_the_noisy_quadratic(tmp_path):
 def test_what_can_be_tuned_without_validation_data(tmp_path):
     docs, out = tmp_path / "docs", tmp_path / "out"
     docs.mkdir()
-    shutil.copy(ROOT / "docs" / "evidence.md", docs)
+    copy("evidence", docs)
     arguments = ("evidence.py", "--tasks", "digits", "--quick", "--seeds", "0", "--out", str(out), "--docs", str(docs))
     done = script(*arguments, "--cache", str(out / "cache"))
     assert done.returncode == 0, done.stderr
     records = {record["posterior"]: record for record in json.loads((docs / "records" / "evidence.json").read_text())}
     assert list(records) == ["debiased", "single batch", "full data"]
     assert all(0 < records[kind]["scores"]["evidence, probit"]["nll"] < 3 for kind in records)
-    text = (docs / "evidence.md").read_text()
+    text = text_of("evidence", docs)
     part = text.split("<!-- evidence digits -->")[1].split("<!-- end -->")[0]
     row = next(line for line in part.splitlines() if line.startswith("| evidence, layers, probit |"))
     for cell, record in zip(row.split("|")[2:5], records.values(), strict=True):
@@ -289,4 +300,4 @@ def test_what_can_be_tuned_without_validation_data(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "fitted" not in done.stderr
     assert [path.read_bytes() for path in paths] == before
-    assert (docs / "evidence.md").read_text() == text
+    assert text_of("evidence", docs) == text
