@@ -88,6 +88,8 @@ class Shard:
                 "Expected the loader to give every process the same batches, of which each computes its share, got "
                 "others or in another order. Let it shuffle by the global generators, or not at all."
             )
+        if isinstance(self._loader, Dealt):  # by which nothing is read twice
+            return
         remedy = (
             "Give every process its shard: DataLoader(dataset, sampler=DistributedSampler(dataset, shuffle=False)), "
             "whose repeats are left out."
@@ -127,6 +129,11 @@ class Dealt:
                 places = torch.arange(1, leaf.numel() + 1, device=leaf.device)
                 self.order += number * float((leaf.detach().double().flatten() * places).sum())
             yield take(batch, slice(self._ranks.rank, None, self._ranks.size))
+
+
+def dealt(loader: Iterable[Any], ranks: Ranks) -> Iterable[Any]:
+    """The share of a process of a loader that all of them read; all of it for one alone."""
+    return loader if ranks.size == 1 else Dealt(loader, ranks)
 
 
 def of_this_process(batches: Iterable[Any], shard: Shard, targets_key: str = "labels") -> Iterator[Any]:
