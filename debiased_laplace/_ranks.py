@@ -37,6 +37,10 @@ class RankError(RuntimeError):
     """Another process of the group has ended, with its message if it left one."""
 
 
+class LostRankError(RankError):
+    """Another process of the group has ended without a message."""
+
+
 class Ranks:
     """One process alone."""
 
@@ -173,14 +177,16 @@ class Group(Ranks):
             until = time.monotonic() + LAST_WORDS
             while (message := self._message()) is None and time.monotonic() < until:
                 time.sleep(0.05)
-            if message is None and "imed out" in str(error):
+            if message is not None:
+                raise RankError(message) from error
+            if "imed out" in str(error):
                 message = f"Process {self.rank} of {self.size} has waited {WAIT} for another one, which did not come."
-            if message is None:
+            else:
                 message = (
                     f"Lost the connection of process {self.rank} of {self.size} with another one, which ended without "
                     f"a word: killed, for want of memory say ({str(error).splitlines()[0]})."
                 )
-            raise RankError(message) from error
+            raise LostRankError(message) from error
 
     # -- what is exchanged ------------------------------------------------------------------------
 
@@ -313,14 +319,14 @@ def attempt() -> Iterator[None]:
     """Let the processes that work together do a part that may fail: an error in one of them is one in all of them.
 
     It does not disturb what they exchange otherwise. Whoever catches it lets all of them :meth:`Ranks.meet`, and they
-    go on together.
+    go on together; not after a :class:`LostRankError`.
     """
     whole = current()
     if whole.size == 1:
         yield
         return
     if len(_open) == 1:
-        whole.meet("begin")
+        whole.meet("begin", WAIT.total_seconds())
         _open.append(Group())
         _open[1].open()
     part = _open[1]

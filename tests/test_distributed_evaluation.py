@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
+import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -157,13 +159,20 @@ def resumed(rank: int, task: str, folder: Path) -> tuple[dict[str, Any], int, li
     return evaluated(rank, task, folder), fits, predicted
 
 
+@pytest.fixture(scope="module")
+def unfinished(task: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("unfinished")
+    died = worlds.run(2, interrupted, task, folder, "predict: moved 3", results=False)
+    assert all("KeyboardInterrupt" in str(one) for one in died)
+    return folder
+
+
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize("size", [1, 2, 3])
 def test_an_interrupted_evaluation_goes_on_with_what_the_first_process_has(
-    size: int, task: str, alone: dict[str, Any], tmp_path: Path
+    size: int, unfinished: Path, task: str, alone: dict[str, Any], tmp_path: Path
 ) -> None:
-    died = worlds.run(2, interrupted, task, tmp_path, "predict: moved 3", results=False)
-    assert all("KeyboardInterrupt" in str(one) for one in died)
+    shutil.copytree(unfinished, tmp_path, dirs_exist_ok=True)
     found = worlds.run(size, resumed, task, tmp_path)
     check_same(found[0][0], alone)
     left = ["moved 3", "moved 5", "far"]
@@ -179,11 +188,29 @@ def test_a_record_that_is_there_is_known_to_all(task: str, tmp_path: Path) -> No
 
 
 def wrong_data(rank: int, task: str, folder: Path) -> None:
-    loaded = Task.load(task)
-    if rank == 1:
-        inputs, targets = loaded.definition.data(300, 70)
-        loaded.definition.test_loader = lambda: iter([(inputs[:40], targets[:40]), (inputs[40:], targets[:4])])
-    run(loaded, in_folder_of(rank, folder), [0], Context(), methods=METHODS[:1], options=OPTIONS)
+    """They come in the middle of a fit, after the loader was looked at twice."""
+    loaded, count = Task.load(task), 0
+    original = loaded.definition.train_loader
+
+    def train_loader(seed: int) -> Any:
+        nonlocal count
+        count += 1
+        return original(seed) if rank == 0 or count < 3 else [*original(seed)[:2], "no batch"]
+
+    loaded.definition.train_loader = train_loader
+    run(loaded, in_folder_of(rank, folder), [0], Context(), methods=(METHODS[0], SINGLE), options=OPTIONS)
+
+
+def killed(rank: int, task: str, folder: Path) -> None:
+    original = Measurement._along
+
+    def fatal(*arguments: Any) -> Any:
+        if rank == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(*arguments)
+
+    Measurement._along = fatal  # type: ignore[method-assign]
+    run(Task.load(task), in_folder_of(rank, folder), [0], Context(), methods=(METHODS[0], SINGLE), options=OPTIONS)
 
 
 def other_network(rank: int, task: str, folder: Path) -> None:
@@ -204,7 +231,8 @@ def in_other_order(rank: int, task: str, folder: Path) -> None:
 @pytest.mark.parametrize(
     ("function", "message"),
     [
-        (wrong_data, "test_loader() of"),
+        (wrong_data, "train_loader() of"),
+        (killed, "ended without a word"),
         (other_network, "Expected all 2 processes to evaluate with the same model and settings, got others"),
         (in_other_order, "shifted_loaders() of"),
     ],
@@ -213,8 +241,9 @@ def test_an_error_in_one_process_stops_all(
     function: Callable[..., None], message: str, task: str, tmp_path: Path
 ) -> None:
     begun = time.monotonic()
-    for died in worlds.run(2, function, task, tmp_path, results=False):
-        assert message in str(died)
+    first, second = worlds.run(2, function, task, tmp_path, results=False)
+    assert message in str(first)
+    assert message in str(second) or (function is killed and second is None)
     assert time.monotonic() - begun < 20
 
 
@@ -295,6 +324,17 @@ def nothing_works(rank: int) -> None:
 def test_no_data_at_all_and_processes_without_data() -> None:
     for died in worlds.run(2, nothing_works, results=False):
         assert "got an empty loader for the ood data 'far'" in str(died)
+
+
+def unsharded(rank: int) -> None:
+    judged([points().tensors], [points(2).tensors])
+
+
+def test_the_same_data_in_every_process_are_refused() -> None:
+    for died in worlds.run(2, unsharded, results=False):
+        assert "Expected 2 processes to read a part of the data each, got the same 83 data in every process" in str(
+            died
+        )
 
 
 def for_itself(rank: int) -> dict[str, Any]:

@@ -168,10 +168,10 @@ class Bench:
         try:
             with _ranks.attempt():
                 return self.prepare(method)
-        except TaskError:  # of a loader, which is not the method's fault
+        except (TaskError, _ranks.LostRankError):  # of a loader, or a process: not the method's fault
             raise
         except Exception as error:
-            _ranks.current().meet("go on")
+            _ranks.current().meet("go on", _ranks.WAIT.total_seconds())
             self.posteriors.fits.pop(method.name, None)
             return [], {"failed": reason(error), "seconds": {}}
 
