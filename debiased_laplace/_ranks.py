@@ -155,16 +155,13 @@ class Group(Ranks):
         except RuntimeError as error:  # the process with the store is gone
             return f"Another of the {self.size} processes ended, with the store of the group ({error})."
 
-    def tell(self, error: BaseException) -> None:
-        """Leave an error for the other processes, unless they have one already."""
+    def leave(self, error: BaseException) -> None:
+        """Leave an error for the others, unless they have one, and close the connections: those that wait stop."""
         message = f"Process {self.rank} of {self.size} stopped: {type(error).__name__}: {error}"
         if isinstance(error, RankError):
             message = str(error)
         with contextlib.suppress(RuntimeError):
             self._store.compare_set("error", "", message)
-
-    def close(self) -> None:
-        """Close the connections, which stops the processes that wait for this one."""
         if self._group is not None:
             with contextlib.suppress(RuntimeError, ValueError, AssertionError):
                 self._dist.destroy_process_group(self._group)
@@ -308,7 +305,7 @@ def together(what: str, *, wanted: bool = True) -> Iterator[Ranks]:
         group.gather(None)  # so that no process leaves the others in the middle of something
     except BaseException as error:
         while _open:
-            _leave(_open.pop(), error)
+            _open.pop().leave(error)
         raise
     finally:
         _current.reset(token)
@@ -336,15 +333,10 @@ def attempt() -> Iterator[None]:
         part.gather(None)
     except BaseException as error:
         _open.remove(part)
-        _leave(part, error)
+        part.leave(error)
         raise
     finally:
         _current.reset(token)
-
-
-def _leave(group: Group, error: BaseException) -> None:
-    group.tell(error)
-    group.close()
 
 
 def _world_size() -> int:

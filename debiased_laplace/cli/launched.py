@@ -72,4 +72,3 @@ def of_all(value: T) -> list[T]:
     dist.all_gather_object(every, value)
     dist.destroy_process_group()
     return [one for one in every if one is not None]
-

@@ -7,20 +7,22 @@ import io
 import time
 from collections.abc import Mapping
 from itertools import zip_longest
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from debiased_laplace import _data
-from debiased_laplace._ranks import current
+from debiased_laplace._ranks import Ranks, current
 from debiased_laplace.evaluation.judge.conditions import Condition
 from debiased_laplace.evaluation.judge.preflight import NO_DATA, Images, checked_targets, inputs_and_targets
 from debiased_laplace.evaluation.predictors.prediction import Predictor, as_prediction
 from debiased_laplace.evaluation.provenance import data_digest
 from debiased_laplace.evaluation.scores import detection
 from debiased_laplace.evaluation.scores.checks import Array
+
+T = TypeVar("T")
 
 #: Inputs that are shown as the most uncertain ones.
 N_SHOWN = 8
@@ -98,18 +100,22 @@ def predict(
 
     arrays = {}
     for name in predictors:
-        batches = [] if name in failed else [part for parts_of in ranks.to_first(parts.pop(name)) for part in parts_of]
+        batches = [] if name in failed else _of_all(ranks, parts.pop(name))
         if batches:
             arrays[name] = {key: whole([part[key] for part in batches]) for key in batches[0]}
-    labels = [part for of_rank in ranks.to_first(labels) for part in of_rank]
-    shown = [one | {"index": int(mine[one["index"]])} for one in shown]
+    labels = _of_all(ranks, labels)
+    shown = _of_all(ranks, [one | {"index": int(mine[one["index"]])} for one in shown])
     return {
         "arrays": arrays, "targets": whole(labels) if labels else np.zeros(0, dtype=np.int64),
         "seconds": {name: max(of_rank[name] for *_, of_rank in every) for name in predictors},
-        "shown": [] if highlight in failed else _most_uncertain([one for some in ranks.to_first(shown) for one in some]),
-        "n": shard.n_seen, "failed": failed, "first": first,
-        "rows": mine[: next((size for size in sizes if size), 0)].tolist(),
+        "shown": [] if highlight in failed else _most_uncertain(shown), "n": shard.n_seen, "failed": failed,
+        "first": first, "rows": mine[: next(filter(None, sizes), 0)].tolist(),
     }  # fmt: skip
+
+
+def _of_all(ranks: Ranks, values: list[T]) -> list[T]:
+    """Lists of all processes as one, in the first process."""
+    return [value for of_rank in ranks.to_first(values) for value in of_rank]
 
 
 def _check_some_work(failed: Mapping[str, str], predictors: Mapping[str, Predictor], what: str) -> None:
