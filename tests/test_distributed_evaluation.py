@@ -20,6 +20,8 @@ from torch.utils.data.distributed import DistributedSampler
 from typer.testing import CliRunner
 
 import debiased_laplace as dl
+from debiased_laplace._data import InTurns
+from debiased_laplace._ranks import Ranks
 from debiased_laplace.cli import app
 from debiased_laplace.evaluation import Context, Method, Options, Task, evaluate, run
 from debiased_laplace.evaluation.judge import comparison
@@ -173,10 +175,8 @@ def test_an_interrupted_evaluation_goes_on_with_what_the_first_process_has(
     shutil.copytree(unfinished, tmp_path, dirs_exist_ok=True)
     found = worlds.run(size, resumed, task, tmp_path)
     check_same(found[0][0], alone)
-    left = ["moved 3", "moved 5", "far"]
     for _, fits, predicted in found:
-        # With another number of processes others are the first data of each.
-        assert (fits, predicted) == (0, left if size == 2 else ["test", "moved 1", *left])
+        assert (fits, predicted) == (0, ["moved 3", "moved 5", "far"])
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
@@ -243,6 +243,44 @@ def test_an_error_in_one_process_stops_all(
     assert message in str(first)
     assert message in str(second) or (function is killed and second is None)
     assert time.monotonic() - begun < 20
+
+
+def once_in_batches(rank: int, task: str, folder: Path) -> list[int]:
+    """Shifted data that can be read once, so many in a batch."""
+    loaded, sizes = Task.load(task), (1, 7, 80)
+    inputs, targets = loaded.definition.data(300, 70)
+    loaded.definition.shifted_loaders = lambda: {
+        f"by {size}": iter(list(zip(inputs.split(size), targets.split(size), strict=True))) for size in sizes
+    }
+    out = in_folder_of(rank, folder)
+    (record,) = run(loaded, out, [0], Context(), methods=METHODS[:1], options=OPTIONS)
+    for entry in record["shifts"]:
+        check_same(entry["scores"], record["shifts"][0]["scores"])
+    return [entry["n"] for entry in record["shifts"]]
+
+
+def test_batches_of_any_size_that_can_be_read_once(task: str, tmp_path: Path) -> None:
+    assert worlds.run(3, once_in_batches, task, tmp_path) == [[70] * 3] * 3
+
+
+class Of(Ranks):
+    def __init__(self, rank: int, size: int) -> None:
+        self.rank, self.size = rank, size
+
+
+@pytest.mark.parametrize("size", [2, 3, 5])
+@pytest.mark.parametrize("lengths", [[4] * 11, [4, 0, 3, 4, 1], [9], [2]], ids=str)
+def test_whole_batches_go_in_turns_and_data_of_the_last_ones(size: int, lengths: list[int]) -> None:
+    data = torch.arange(sum(lengths))
+    batches = [(part[:, None], part) for part in data.split(lengths)]
+    shares = [InTurns(batches, Of(rank, size)) for rank in range(size)]
+    given = [list(share) for share in shares]
+    for share, found in zip(shares, given, strict=True):
+        assert torch.equal(torch.cat(share.positions), torch.cat([targets for _, targets in found]))
+        assert all(torch.equal(inputs[:, 0], targets) for inputs, targets in found)
+        n_whole = len(lengths) // size
+        assert [len(targets) for _, targets in found[:n_whole]] == lengths[share._ranks.rank :: size][:n_whole]
+    assert torch.cat([targets for found in given for _, targets in found]).sort().values.tolist() == data.tolist()
 
 
 # -- from Python --------------------------------------------------------------------------------------

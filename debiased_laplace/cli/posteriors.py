@@ -60,7 +60,8 @@ def fit(
             model = ranks.after_first(lambda: loaded.model(context))
 
         def data(name: str) -> Any:
-            return _data.dealt(loaded.loader(name, context), ranks)
+            loader = loaded.loader(name, context)
+            return loader if ranks.size == 1 else _data.Dealt(loader, ranks)
 
         la = DebiasedLaplace(model, loaded.likelihood, hessian_structure=structure, seed=seed)
         budget = loaded.budget if budget is None else budget or None

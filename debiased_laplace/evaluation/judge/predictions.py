@@ -90,7 +90,7 @@ def predict(
         raise ValueError(NO_DATA.format(what))
     failed = {name: why for _, of_rank, _ in reversed(every) for name, why in of_rank.items()}
     _check_some_work(failed, predictors, what)
-    mine = torch.cat(shard.positions) if shard.positions else torch.empty(0, dtype=torch.int64)
+    mine = shard.places
     places = ranks.to_first(mine)
     # The data in the order of all processes, if there are several.
     order = torch.cat(places).argsort().numpy() if len(places) > 1 else slice(None)

@@ -52,6 +52,9 @@ def loaders_of(task: Task, context: Context, options: Options, ranks: Ranks = AL
     """
     read = two_classes if task.likelihood == "bernoulli" else lambda batch: batch
 
+    def in_turns(loader: Iterable[Any]) -> Iterable[Any]:
+        return loader if ranks.size == 1 else _data.InTurns(loader, ranks)
+
     def chosen(loaders: Mapping[Any, Any], title: str = "{}") -> dict[Any, Any]:
         kept: dict[Any, Any] = {}
         for key, loader in loaders.items():
@@ -61,11 +64,11 @@ def loaders_of(task: Task, context: Context, options: Options, ranks: Ranks = AL
                     kept[key] = by_severity
             elif options.conditions is None or title.format(key) in options.conditions:
                 some = loader if options.n_shifted is None else _First(loader, options.n_shifted)
-                kept[key] = _data.dealt(some, ranks)
+                kept[key] = in_turns(some)
         return kept
 
     return (
-        _data.dealt(loader_of(task, "test_loader", context), ranks),
+        in_turns(loader_of(task, "test_loader", context)),
         chosen(task.loaders("shifted_loaders", context, read) or {}),
         chosen(task.loaders("ood_loaders", context) or {}),
     )

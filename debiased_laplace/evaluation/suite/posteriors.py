@@ -111,7 +111,7 @@ class Posteriors:
             self._untuned[key] = la
         fitted = time.perf_counter()
         self._seconds[method.name, number] = fitted - start
-        validation = _data.dealt(loader_of(self.task, "val_loader", self.context), current())
+        validation = self._share("val_loader")
         la, is_joint = tuned_by(la, validation, self.options.grid, **method.tune)
         found = la.tuned
         assert found is not None
@@ -147,13 +147,18 @@ class Posteriors:
                 Checkpoint.check(checkpoint)
             except StoredFileError:  # damaged: it belongs to this run, and is made anew
                 checkpoint.unlink(missing_ok=True)
-        loader = _data.dealt(loader_of(self.task, "train_loader", self.context), current())
+        loader = self._share("train_loader")
         likelihood = resolve_likelihood(self.task.likelihood)
         fitted = fit(
             self.model, loader, likelihood, generator=seed, checkpoint=checkpoint, n_data=self.task.n_data,
             dense=False, **fit_settings(**method.laplace, **arguments),
         )  # fmt: skip
         return Laplace(fitted, likelihood, fitted.posterior, seed=self.context.seed)
+
+    def _share(self, name: str) -> Iterable[Any]:
+        """The share of this process of a loader of the task."""
+        loader, ranks = loader_of(self.task, name, self.context), current()
+        return loader if ranks.size == 1 else _data.Dealt(loader, ranks)
 
     def _budget_of_equal_seconds(self, method: Method) -> int:
         """Data of a single batch whose fit takes as long as another method's did here, on this machine and seed."""
