@@ -62,10 +62,8 @@ def evaluated(rank: int, task: str, folder: Path, methods: tuple[Method, ...] = 
 
 
 def in_folder_of(rank: int, folder: Path) -> Path:
-    """A path that every process has for itself, as on machines that share no files."""
-    (folder / f"of {rank}").mkdir(exist_ok=True)
-    os.chdir(folder / f"of {rank}")
-    return Path("out")
+    """Every process has a folder for itself, as on machines that share no files."""
+    return folder / f"of {rank}" / "out"
 
 
 def check_same(found: Any, expected: Any, at: str = "") -> None:
@@ -86,9 +84,7 @@ def check_same(found: Any, expected: Any, at: str = "") -> None:
 
 @pytest.fixture(scope="module")
 def alone(task: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(tmp_path_factory.mktemp("alone"))
-        return evaluated(0, task, Path.cwd())
+    return evaluated(0, task, tmp_path_factory.mktemp("alone"))
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
@@ -101,7 +97,7 @@ def test_the_record_is_that_of_one_process(size: int, task: str, alone: dict[str
     (written,) = tmp_path.rglob("*.json")
     assert written.parent == tmp_path / "of 0" / "out" / "records"
     assert not list((tmp_path / "of 0" / "out" / "work").iterdir())
-    assert not any(list((tmp_path / f"of {rank}").iterdir()) for rank in range(1, size))
+    assert [path.name for path in tmp_path.iterdir()] == ["of 0"]
 
 
 def failing_fit(rank: int, task: str, folder: Path) -> tuple[dict[str, Any], float]:
