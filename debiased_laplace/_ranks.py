@@ -37,6 +37,10 @@ class RankError(RuntimeError):
     """Another process of the group has ended, with its message if it left one."""
 
 
+class LostRankError(RankError):
+    """Another process of the group has ended without a message."""
+
+
 class Ranks:
     """One process alone."""
 
@@ -48,6 +52,10 @@ class Ranks:
 
     def gather(self, value: T, device: torch.device | None = None) -> list[T]:
         """What every process has, in their order; tensors of a device come to this one, or to the CPU."""
+        return [value]
+
+    def to_first(self, value: T) -> list[T]:
+        """What every process has, in their order, in the first one; nothing in the others."""
         return [value]
 
     def sum(self, tensor: Tensor) -> Tensor:
@@ -68,6 +76,10 @@ class Ranks:
     def of_one(self, compute: Callable[[], T], device: torch.device | None = None) -> T:
         """What the first process computes, in all of them; tensors of a device come to this one, or to the CPU."""
         return compute()
+
+    def after_first(self, make: Callable[[], T]) -> T:
+        """What every process makes, after the first one has made it, and kept it for the others if it keeps it."""
+        return make()
 
     def meet(self, what: str, limit: float | None = None) -> None:
         """Wait until all processes are here, for so many seconds at most.
@@ -143,16 +155,13 @@ class Group(Ranks):
         except RuntimeError as error:  # the process with the store is gone
             return f"Another of the {self.size} processes ended, with the store of the group ({error})."
 
-    def tell(self, error: BaseException) -> None:
-        """Leave an error for the other processes, unless they have one already."""
+    def leave(self, error: BaseException) -> None:
+        """Leave an error for the others, unless they have one, and close the connections: those that wait stop."""
         message = f"Process {self.rank} of {self.size} stopped: {type(error).__name__}: {error}"
         if isinstance(error, RankError):
             message = str(error)
         with contextlib.suppress(RuntimeError):
             self._store.compare_set("error", "", message)
-
-    def close(self) -> None:
-        """Close the connections, which stops the processes that wait for this one."""
         if self._group is not None:
             with contextlib.suppress(RuntimeError, ValueError, AssertionError):
                 self._dist.destroy_process_group(self._group)
@@ -165,14 +174,16 @@ class Group(Ranks):
             until = time.monotonic() + LAST_WORDS
             while (message := self._message()) is None and time.monotonic() < until:
                 time.sleep(0.05)
-            if message is None and "imed out" in str(error):
+            if message is not None:
+                raise RankError(message) from error
+            if "imed out" in str(error):
                 message = f"Process {self.rank} of {self.size} has waited {WAIT} for another one, which did not come."
-            if message is None:
+            else:
                 message = (
                     f"Lost the connection of process {self.rank} of {self.size} with another one, which ended without "
                     f"a word: killed, for want of memory say ({str(error).splitlines()[0]})."
                 )
-            raise RankError(message) from error
+            raise LostRankError(message) from error
 
     # -- what is exchanged ------------------------------------------------------------------------
 
@@ -180,6 +191,12 @@ class Group(Ranks):
         every: list[bytes | None] = [None] * self.size
         self._together(lambda: self._dist.all_gather_object(every, _packed(value), group=self._group))
         return [value if rank == self.rank else _unpacked(of_rank, device) for rank, of_rank in enumerate(every)]
+
+    def to_first(self, value: T) -> list[T]:
+        every: list[bytes | None] | None = None if self.rank else [None] * self.size
+        own = b"" if every else _packed(value)
+        self._together(lambda: self._dist.gather_object(own, every, 0, self._group))
+        return [value, *(_unpacked(of_rank, None) for of_rank in every[1:])] if every else []
 
     def sum(self, tensor: Tensor) -> Tensor:
         total = tensor.detach().to("cpu", copy=True).contiguous()
@@ -196,6 +213,11 @@ class Group(Ranks):
         sent: list[bytes | None] = [_packed(made[0]) if made else None]
         self._together(lambda: self._dist.broadcast_object_list(sent, 0, group=self._group))
         return made[0] if made else _unpacked(sent[0], device)
+
+    def after_first(self, make: Callable[[], T]) -> T:
+        made = [] if self.rank else [make()]
+        self.meet("go on")  # which may take days
+        return made[0] if made else make()
 
     def rounds(self, items: Iterator[T], device: torch.device | None = None) -> Iterator[T]:
         while True:
@@ -237,6 +259,7 @@ def _unpacked(data: bytes | None, device: torch.device | None) -> Any:
 ALONE = Ranks()
 
 _current: ContextVar[Ranks] = ContextVar("ranks", default=ALONE)
+#: The group of all that is done together, and within it that of parts that may fail by themselves.
 _open: list[Group] = []
 
 
@@ -263,10 +286,10 @@ def together(what: str, *, wanted: bool = True) -> Iterator[Ranks]:
     if isinstance(current(), Group):  # a part of something larger
         yield current()
         return
-    new = not _open or _open[-1].world is not torch.distributed.group.WORLD
+    new = not _open or _open[0].world is not torch.distributed.group.WORLD
     if new:
         _open[:] = [Group()]
-    group = _open[-1]
+    group = _open[0]
     token = _current.set(group)
     try:
         group.meet(what, CONTACT)
@@ -281,9 +304,36 @@ def together(what: str, *, wanted: bool = True) -> Iterator[Ranks]:
         yield group
         group.gather(None)  # so that no process leaves the others in the middle of something
     except BaseException as error:
-        group.tell(error)
-        _open.clear()
-        group.close()
+        while _open:
+            _open.pop().leave(error)
+        raise
+    finally:
+        _current.reset(token)
+
+
+@contextmanager
+def attempt() -> Iterator[None]:
+    """Let the processes that work together do a part that may fail: an error in one of them is one in all of them.
+
+    It does not disturb what they exchange otherwise. Whoever catches it lets all of them :meth:`Ranks.meet`, and they
+    go on together; not after a :class:`LostRankError`.
+    """
+    whole = current()
+    if whole.size == 1:
+        yield
+        return
+    if len(_open) == 1:
+        whole.meet("begin", WAIT.total_seconds())
+        _open.append(Group())
+        _open[1].open()
+    part = _open[1]
+    token = _current.set(part)
+    try:
+        yield
+        part.gather(None)
+    except BaseException as error:
+        _open.remove(part)
+        part.leave(error)
         raise
     finally:
         _current.reset(token)

@@ -25,6 +25,7 @@ from debiased_laplace.fitting.measurement import Measurement
 from debiased_laplace.fitting.reading import Reading
 from debiased_laplace.testing import dense_basis
 from tests import worlds
+from tests.conftest import DEVICES
 from tests.tolerances import EXACT, assert_equal
 
 N = 83  # no multiple of a number of processes
@@ -418,6 +419,18 @@ def wrapped(rank: int) -> Result:
 
 def test_a_model_in_ddp(alone: dict[str, Result]) -> None:
     results = worlds.run(2, wrapped)
+    check_bits(results)
+    check_same(results[0], alone["priority"])
+
+
+def on_device(rank: int, device: str) -> Result:
+    found = result(fitted(sharded(data()), SETTINGS["priority"], network().to(device)))
+    return {key: value.cpu() for key, value in found.items()}
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_processes_that_share_a_device(device: str, alone: dict[str, Result]) -> None:
+    results = worlds.run(2, on_device, device)
     check_bits(results)
     check_same(results[0], alone["priority"])
 

@@ -12,7 +12,6 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
-import pytest
 import torch
 
 #: Seconds after which processes that have not ended are killed.
@@ -34,14 +33,13 @@ def run(size: int, function: Callable[..., Any], *arguments: Any, results: bool 
 
     Args:
         size: Number of processes.
-        function: Called in each of them, inside the group.
+        function: Called in each of them, inside the group; one of a module.
         *arguments: Its further arguments.
         results: Raise :class:`Died` if a process fails; otherwise the errors are among the results, and None is that
             of a process that was killed.
     """
-    if torch.cuda.is_available():
-        pytest.skip("autograd's threads, of which every card has one, do not survive a fork")
-    context, port = multiprocessing.get_context("fork"), free_port()
+    # A card, and autograd's threads for it, survive no fork: there they come from a server that has computed nothing.
+    context, port = multiprocessing.get_context("forkserver" if torch.cuda.is_available() else "fork"), free_port()
     pipes, processes = [], []
     for rank in range(size):
         receiver, sender = context.Pipe(duplex=False)

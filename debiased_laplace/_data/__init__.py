@@ -39,7 +39,7 @@ from debiased_laplace._data.loaders import (
     pairs,
 )
 from debiased_laplace._data.rows import rows, target_rows
-from debiased_laplace._data.shards import Dealt, Shard, of_this_process
+from debiased_laplace._data.shards import Dealt, InTurns, Shard, of_this_process
 from debiased_laplace._data.sites import SiteLayout
 
 __all__ = [
@@ -48,6 +48,7 @@ __all__ = [
     "Assorted",
     "CallingConvention",
     "Dealt",
+    "InTurns",
     "Inputs",
     "Shard",
     "SiteLayout",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 from typing import Any
 
 import torch
@@ -56,6 +57,12 @@ class Shard:
             return None
         return batch if kept == n else (take(inputs, slice(0, kept)), targets[:kept])
 
+    @property
+    def places(self) -> Tensor:
+        """Of the data of this process among those of all, in the order that one process would read."""
+        parts = self._loader.positions if isinstance(self._loader, InTurns) else self.positions
+        return torch.cat([torch.empty(0, dtype=torch.int64), *parts])
+
     def look(self, inputs: Inputs, targets: Tensor) -> None:
         """Note what this process has read, so that :meth:`check` knows it from what others have."""
         self._n_mine += len(targets)
@@ -88,6 +95,8 @@ class Shard:
                 "Expected the loader to give every process the same batches, of which each computes its share, got "
                 "others or in another order. Let it shuffle by the global generators, or not at all."
             )
+        if isinstance(self._loader, Dealt):  # by which nothing is read twice
+            return
         remedy = (
             "Give every process its shard: DataLoader(dataset, sampler=DistributedSampler(dataset, shuffle=False)), "
             "whose repeats are left out."
@@ -119,14 +128,50 @@ class Dealt:
 
     def __init__(self, loader: Iterable[Any], ranks: Ranks) -> None:
         self._loader, self._ranks, self.order = loader, ranks, 0.0
+        self._looked_at: list[Any] = []
 
     def __iter__(self) -> Iterator[Any]:
+        for batch in self._whole():
+            yield take(batch, slice(self._ranks.rank, None, self._ranks.size))
+
+    def _whole(self) -> Iterator[Any]:
         self.order = 0.0
-        for number, batch in enumerate(self._loader, 1):
+        batches = self._again(self._loader) if isinstance(self._loader, Iterator) else self._loader
+        for number, batch in enumerate(batches, 1):
             for leaf in tensors(batch):
                 places = torch.arange(1, leaf.numel() + 1, device=leaf.device)
                 self.order += number * float((leaf.detach().double().flatten() * places).sum())
-            yield take(batch, slice(self._ranks.rank, None, self._ranks.size))
+            yield batch
+
+    def _again(self, batches: Iterator[Any]) -> Iterator[Any]:
+        """What can be read once, with the first batches again, which may have been looked at before."""
+        yield from list(self._looked_at)
+        for batch in batches:
+            if len(self._looked_at) < self._ranks.size:
+                self._looked_at.append(batch)
+            yield batch
+
+
+class InTurns(Dealt):
+    """Batches that every process reads, and has one after the other whole; the data of the last ones are dealt out.
+
+    Attributes:
+        positions: Of the data of this process among all.
+    """
+
+    def __iter__(self) -> Iterator[Any]:
+        self.positions: list[Tensor] = []
+        rank, size, n, batches = self._ranks.rank, self._ranks.size, 0, self._whole()
+        while of_all := list(islice(batches, size)):
+            for number, batch in enumerate(of_all):
+                rows = torch.arange(n, n + only(batch)[2])
+                n += len(rows)
+                if len(of_all) < size:
+                    self.positions.append(rows[rank::size])
+                    yield take(batch, slice(rank, None, size))
+                elif number == rank:
+                    self.positions.append(rows)
+                    yield batch
 
 
 def of_this_process(batches: Iterable[Any], shard: Shard, targets_key: str = "labels") -> Iterator[Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING, TypeVar
@@ -63,6 +63,8 @@ def rank_and_size() -> tuple[int, int]:
 
 def of_all(value: T) -> list[T]:
     """What every process that ``torchrun`` has started comes here with, which may take them days."""
+    if n_launched() == 1:
+        return [value]
     import torch.distributed as dist
 
     dist.init_process_group("gloo", timeout=timedelta(days=30))
@@ -70,10 +72,3 @@ def of_all(value: T) -> list[T]:
     dist.all_gather_object(every, value)
     dist.destroy_process_group()
     return [one for one in every if one is not None]
-
-
-def first_alone(ranks: Ranks, make: Callable[[], T]) -> T:
-    """What every process makes, after the first one has made it, and kept it for the others if it keeps it."""
-    made = make() if ranks.rank == 0 else None
-    ranks.meet("train")  # which may take days
-    return make() if made is None else made

@@ -21,7 +21,7 @@ from debiased_laplace.cli.arguments import (
     check_file,
     load_task,
 )
-from debiased_laplace.cli.launched import device_of_process, first_alone, is_first, together
+from debiased_laplace.cli.launched import device_of_process, is_first, together
 from debiased_laplace.cli.terminal import clear_errors, importing, shown_warnings
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ def fit(
     context = replace(context, device=device_of_process(context.device))
     with clear_errors(), shown_warnings(is_first()), together("fit") as ranks:
         with seeded(seed):
-            model = first_alone(ranks, lambda: loaded.model(context))
+            model = ranks.after_first(lambda: loaded.model(context))
 
         def data(name: str) -> Any:
             loader = loaded.loader(name, context)

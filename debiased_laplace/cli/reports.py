@@ -23,7 +23,7 @@ from debiased_laplace.cli.arguments import (
     choose_device,
     load_task,
 )
-from debiased_laplace.cli.launched import device_of_process, of_all, rank_and_size
+from debiased_laplace.cli.launched import device_of_process, of_all, rank_and_size, together
 from debiased_laplace.cli.terminal import clear_errors, importing, reuse_note, show_report, shown_progress
 
 
@@ -81,7 +81,7 @@ def evaluate(
     """Judge a trained network with and without posteriors, on test, shifted and out-of-distribution data: one page.
 
     An interrupted run goes on where it stopped when the same command is given again. Under torchrun its processes share
-    the seeds, and the first one writes the page.
+    the seeds, or the data of every seed if these are fewer, and the first one writes the page.
     """
     check_folder(out)
     if processes > 1:
@@ -113,15 +113,19 @@ def evaluate(
     def silent(_seed: int, _step: str) -> None:
         """Only the first process says how far it is."""
 
+    def of_this_process(progress: Callable[[int, str], None]) -> list[dict[str, Any]]:
+        if size > n_seeds and processes == 1:
+            with together("evaluate"):
+                return judge(every, progress)
+        records = judge(every[rank::size], progress, alone=not rank)
+        return sorted((one for some in of_all(records) for one in some), key=lambda record: record["seed"])
+
     def work(progress: Callable[[int, str], None]) -> dict[str, Any]:
-        records = judge(every[::size], progress)
-        if size > 1:
-            records = sorted((one for some in of_all(records) for one in some), key=lambda record: record["seed"])
-        return summarise(records)
+        return summarise(of_this_process(progress))
 
     if rank:
         with clear_errors():
-            of_all(judge(every[rank::size], silent, alone=False))
+            of_this_process(silent)
         return
     _evaluate_and_show(out, n_seeds, quick, work, "")
 

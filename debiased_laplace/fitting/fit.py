@@ -120,7 +120,7 @@ def fit(
             identity = chosen.identity(likelihood, generator, previous, snapshot)
             words_of = {key: str(value) for key, value in identity.items() if key != "weights"}
             weights = {f"weights of {name}": str(value) for name, value in identity["weights"].items()}
-            ranks.agree("fit", words_of | weights | {"checkpoint": str(checkpoint)})
+            ranks.agree("fit", words_of | weights | {"checkpoint": "some" if checkpoint else "none"})
         progress = Checkpoint(checkpoint, identity)
         discover = partial(chosen.discover, snapshot, likelihood=likelihood)
         budget = getattr(chosen.sampler, "budget", None)  # of the sampler's own making, it may have none

@@ -76,7 +76,9 @@ def _digests(inputs: _data.Inputs, targets: Tensor) -> list[bytes]:
     for leaf in parts:
         values = leaf.detach().cpu().contiguous()
         n, kind = len(values), f"{values.dtype}{tuple(values.shape[1:])}".encode()
-        rows = values.reshape(n, -1).view(torch.uint8) if values.numel() else values.new_empty(n, 0).byte()
+        size = values.numel() // max(n, 1)
+        # One datum may have any strides, and bytes are those of neighbours.
+        rows = values.as_strided((n, size), (size, 1)).view(torch.uint8) if size else values.new_empty(n, 0).byte()
         columns.append((kind, rows.numpy()))
     digests = []
     for index in range(len(targets)):

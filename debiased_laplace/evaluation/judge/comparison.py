@@ -7,11 +7,13 @@ result is a dictionary that JSON can hold and that everything else is made of: t
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from debiased_laplace import _ranks
 from debiased_laplace.evaluation import records
-from debiased_laplace.evaluation.judge.conditions import ConditionError, Loader, conditions, is_strong
+from debiased_laplace.evaluation.judge.conditions import Condition, ConditionError, Loader, conditions, is_strong
 from debiased_laplace.evaluation.judge.groups import Groups
 from debiased_laplace.evaluation.judge.predictions import predict
 from debiased_laplace.evaluation.judge.preflight import Images, preflight
@@ -36,6 +38,7 @@ def evaluate(
     seed: int = 0,
     folder: Path | str | None = None,
     strict: bool = True,
+    distributed: bool = True,
     progress: Callable[[str], None] = lambda step: None,
 ) -> dict[str, Any]:
     """Score named predictors on the same data, with bootstrap intervals and paired differences.
@@ -65,6 +68,8 @@ def evaluate(
             used again only where the first batch and what the predictors say about it are the same.
         strict: Whether a predictor that fails on the first two data of a loader is an error, before anything is
             computed, or is treated as one that fails later.
+        distributed: Whether the processes of an initialised group of ``torch.distributed`` predict together, each a
+            shard of the data (``docs/distributed.md``); otherwise every process for itself.
         progress: Called with the title of each condition before it is read.
 
     Returns:
@@ -100,61 +105,94 @@ def evaluate(
         raise ValueError(f"Expected highlight to be one of the predictors {names}, got {highlight!r}.")
     if n_resamples < 2:
         raise ValueError(f"Expected at least two resamples, got n_resamples={n_resamples}.")
-    read = preflight(predictors, conditions(test, shifted, out_of_distribution), images, strict=strict)
-    seconds = dict.fromkeys(names, 0.0)
-    result: dict[str, Any] = {"shifts": [], "ood": []}
-    inside: dict[str, dict[str, Array]] = {}
-    failures: dict[str, list[str]] = {}
-    seeds: dict[str, int] = {}
-    strong: list[StrongShift] = []
-    for condition in read:
-        progress(condition.title)
-        kept = None if folder is None else Path(folder) / f"{condition.kind}-{file_name(condition.title)}.npz"
-        live = {name: predictors[name] for name in (inside or names)}
-        shown_by = highlight if highlight in live else list(live)[-1]
-        condition, predicted = still_valid(kept, live, condition) if kept is not None else (condition, None)
-        if predicted is None:
-            try:
-                predicted = predict(live, condition, shown_by, images)
-            except (TypeError, ValueError) as error:
-                raise ConditionError(str(error), condition.kind) from error
-            if kept is not None:
-                write(kept, predicted)
-        for name in live:
-            seconds[name] += float(predicted["seconds"][name])
+    data = conditions(test, shifted, out_of_distribution)
+    judge = _Judge(names, groups, compare_with, target_scale, n_resamples, seed)
+    live = names
+    with _ranks.together("evaluate", wanted=distributed) as ranks:
+        ranks.agree("evaluate", {"predictors": ", ".join(names), "data": ", ".join(one.title for one in data)})
+        for condition in preflight(predictors, data, images, strict=strict, shards=ranks.size > 1):
+            progress(condition.title)
+            kept = None if folder is None else Path(folder) / f"{condition.kind}-{file_name(condition.title)}.npz"
+            shown_by = highlight if highlight in live else live[-1]
+            predicted = _predicted({name: predictors[name] for name in live}, condition, shown_by, images, kept)
+            live = ranks.of_one(partial(judge.add, condition, predicted, shown_by))
+        return ranks.of_one(judge.result)
+
+
+def _predicted(
+    predictors: Mapping[str, Predictor], condition: Condition, shown_by: str, images: Images | None, kept: Path | None
+) -> dict[str, Any]:
+    """What is kept of these predictions, or what is predicted now; whole in the first process alone."""
+    ranks, predicted = _ranks.current(), None
+    if kept is not None and not ranks.rank:
+        condition, predicted = still_valid(kept, predictors, condition)
+    if ranks.of_one(lambda: predicted is not None):
+        return predicted or {}
+    try:
+        predicted = predict(predictors, condition, shown_by, images)
+    except (TypeError, ValueError) as error:
+        raise ConditionError(str(error), condition.kind) from error
+    if kept is not None and not ranks.rank:
+        write(kept, predicted)
+    return predicted
+
+
+class _Judge:
+    """Scores of one condition after the other, as they are predicted."""
+
+    def __init__(
+        self, names: Sequence[str], groups: Mapping[str, Sequence[str]], compare_with: Mapping[str, Sequence[str]],
+        target_scale: float, n_resamples: int, seed: int,
+    ) -> None:  # fmt: skip
+        self.groups, self.compare_with = dict(groups), compare_with
+        self.target_scale, self.n_resamples, self.seed = target_scale, n_resamples, seed
+        self.seconds = dict.fromkeys(names, 0.0)
+        self.inside: dict[str, dict[str, Array]] = {}
+        self.failures: dict[str, list[str]] = {}
+        self.entries: dict[str, list[dict[str, Any]]] = {"test": [], "shift": [], "ood": []}
+        self._seeds: dict[str, int] = {}
+        self._strong: list[StrongShift] = []
+
+    def add(self, condition: Condition, predicted: Mapping[str, Any], shown_by: str) -> list[str]:
+        """Score what was predicted; the predictors that go on."""
+        for name, seconds in predicted["seconds"].items():
+            self.seconds[name] += float(seconds)
             if name in predicted["failed"]:
-                failures.setdefault(name, []).append(f"{condition.described}, {predicted['failed'][name]}")
+                self.failures.setdefault(name, []).append(f"{condition.described}, {predicted['failed'][name]}")
         arrays, targets = predicted["arrays"], predicted["targets"]
         if condition.kind == "test":
-            groups = {name: draws for name, draws in groups.items() if all(draw in arrays for draw in draws)}
-            if not groups:
+            self.groups = {name: draws for name, draws in self.groups.items() if all(draw in arrays for draw in draws)}
+            if not self.groups:
                 raise ConditionError(f"No method could predict {condition.described} in all of its draws.", "test")
-            inside = {name: arrays[name] for draws in groups.values() for name in draws}
-        among = Groups(groups, compare_with)
-        arrays = {name: arrays[name] for name in arrays if name in inside}
+            self.inside = {name: arrays[name] for draws in self.groups.values() for name in draws}
+        among = Groups(self.groups, self.compare_with)
+        arrays = {name: arrays[name] for name in arrays if name in self.inside}
         if condition.kind == "ood":
-            entry = detection_scores(inside, arrays, among, n_resamples, seed)
+            entry = detection_scores(self.inside, arrays, among, self.n_resamples, self.seed)
         else:
             labels = records.digest({"targets": targets.ravel().tolist()})
             # Copies of the same data are resampled together, other data by themselves.
-            seed_of_data = seeds.setdefault(labels, seed + len(seeds))
+            seed_of_data = self._seeds.setdefault(labels, self.seed + len(self._seeds))
             entry, losses = condition_scores(
-                arrays, targets, among, n_resamples, seed_of_data, target_scale, list(inside),
+                arrays, targets, among, self.n_resamples, seed_of_data, self.target_scale, list(self.inside),
                 risk=condition.kind == "test",
             )  # fmt: skip
             entry["targets"] = labels
             if condition.kind == "shift" and is_strong({"severity": condition.severity}):
-                strong.append(StrongShift(condition.title, labels, losses))
+                self._strong.append(StrongShift(condition.title, labels, losses))
         entry = {"name": condition.name, "severity": condition.severity, "n": predicted["n"]} | entry
         if predicted["shown"]:
             entry["most_uncertain"] = {"predictor": shown_by, "inputs": predicted["shown"]}
-        if condition.kind == "test":
-            result["test"] = entry
-        else:
-            result["shifts" if condition.kind == "shift" else "ood"].append(entry)
-    result["strong_shift"] = strong_shift(strong, Groups(groups, compare_with), n_resamples) if strong else None
-    result["predictors"] = {name: {"seconds": {"predict": seconds[name]}} for name in names}
-    result["failures"] = failures
-    result["regression"] = "mean" in next(iter(inside.values()))
-    result["n_resamples"] = n_resamples
-    return result
+        self.entries[condition.kind].append(entry)
+        return list(self.inside)
+
+    def result(self) -> dict[str, Any]:
+        """What :func:`evaluate` returns."""
+        among = Groups(self.groups, self.compare_with)
+        return {
+            "shifts": self.entries["shift"], "ood": self.entries["ood"], "test": self.entries["test"][0],
+            "strong_shift": strong_shift(self._strong, among, self.n_resamples) if self._strong else None,
+            "predictors": {name: {"seconds": {"predict": seconds}} for name, seconds in self.seconds.items()},
+            "failures": self.failures, "regression": "mean" in next(iter(self.inside.values())),
+            "n_resamples": self.n_resamples,
+        }  # fmt: skip

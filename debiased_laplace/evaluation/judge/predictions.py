@@ -6,19 +6,23 @@ import base64
 import io
 import time
 from collections.abc import Mapping
-from typing import Any
+from itertools import zip_longest
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from debiased_laplace import _data
+from debiased_laplace._ranks import Ranks, current
 from debiased_laplace.evaluation.judge.conditions import Condition
-from debiased_laplace.evaluation.judge.preflight import Images, checked_targets, inputs_and_targets
+from debiased_laplace.evaluation.judge.preflight import NO_DATA, Images, checked_targets, inputs_and_targets
 from debiased_laplace.evaluation.predictors.prediction import Predictor, as_prediction
 from debiased_laplace.evaluation.provenance import data_digest
 from debiased_laplace.evaluation.scores import detection
 from debiased_laplace.evaluation.scores.checks import Array
+
+T = TypeVar("T")
 
 #: Inputs that are shown as the most uncertain ones.
 N_SHOWN = 8
@@ -29,6 +33,9 @@ def predict(
 ) -> dict[str, Any]:
     """What every predictor says of the data of a condition; one that fails is left out, with the reason.
 
+    Several processes predict a shard each, and the first one gets all of it. A predictor that fails in one of them has
+    failed.
+
     Args:
         predictors: Callables by name.
         condition: Its loader is read once.
@@ -36,23 +43,26 @@ def predict(
         images: From inputs to images ``[N, channels, H, W]`` in [0, 1].
 
     Returns:
-        ``arrays`` of each predictor, ``targets``, ``seconds``, ``shown``, the number of data ``n``, ``failed`` and the
-        digest of the ``first`` batch.
+        ``arrays`` of each predictor, ``targets``, ``seconds``, ``shown``, the number of data ``n``, ``failed``, the
+        digest of the ``first`` batch (of the first process) and its ``rows`` among the data.
 
     Raises:
         TypeError: If a batch is of no known kind.
         ValueError: If a batch is wrong, or all predictors fail.
     """
-    what = condition.described
+    what, ranks, shard = condition.described, current(), _data.Shard(condition.loader)
     parts: dict[str, list[dict[str, Array]]] = {name: [] for name in predictors}
     failed: dict[str, str] = {}
-    seconds, labels, shown, n, first = dict.fromkeys(predictors, 0.0), [], [], 0, ""
-    for number, batch in enumerate(condition.loader, 1):
+    seconds, labels, shown, first = dict.fromkeys(predictors, 0.0), list[Array](), list[dict[str, Any]](), ""
+    sizes, n = list[int](), 0
+    for number, batch in enumerate(_data.of_this_process(condition.loader, shard), 1):
+        ranks.check()
         inputs, targets = inputs_and_targets(batch, f"{what}, batch {number}")
-        if not _data.count(inputs):
+        size = _data.count(inputs)
+        sizes.append(size)
+        if not size:
             continue
         first = first or data_digest([(inputs, targets)])
-        size = _data.count(inputs)
         for name, predictor in predictors.items():
             if name in failed:
                 continue
@@ -62,26 +72,59 @@ def predict(
             except Exception as error:
                 failed[name] = f"batch {number}: {reason(error)}"
             seconds[name] += time.perf_counter() - start
-        if len(failed) == len(predictors):
-            raise ValueError(f"Nothing can be predicted on {what}; {'; '.join(f'{k}: {v}' for k, v in failed.items())}")
+        _check_some_work(failed, predictors, what)
         if condition.kind != "ood":
             predicted = next(parts[k][-1] for k in parts if k not in failed)
             targets = checked_targets(predicted, targets, f"{what}, batch {number}")
             labels.append(targets.cpu().numpy())
         if images is not None and condition.kind != "shift" and highlight not in failed:
             shown += _uncertain(parts[highlight][-1], inputs, targets, images, n)
-            shown = sorted(shown, key=lambda one: -one["score"])[:N_SHOWN]
+            shown = _most_uncertain(shown)
         n += size
-    arrays = {
-        name: {key: np.concatenate([part[key] for part in batches]) for key in batches[0]}
-        for name, batches in parts.items()
-        if name not in failed
-    }
-    known = np.concatenate(labels) if labels else np.zeros(0, dtype=np.int64)
+    every = ranks.gather((sizes, failed, seconds))
+    for of_round in zip_longest(*(of_rank[0] for of_rank in every), fillvalue=0):
+        shard.advance(of_round, ranks.rank)
+    if ranks.size > 1:
+        shard.check(ranks)
+    if not shard.n_seen:
+        raise ValueError(NO_DATA.format(what))
+    failed = {name: why for _, of_rank, _ in reversed(every) for name, why in of_rank.items()}
+    _check_some_work(failed, predictors, what)
+    mine = shard.places
+    places = ranks.to_first(mine)
+    # The data in the order of all processes, if there are several.
+    order = torch.cat(places).argsort().numpy() if len(places) > 1 else slice(None)
+
+    def whole(of_batches: list[Array]) -> Array:
+        return np.concatenate(of_batches)[order]
+
+    arrays = {}
+    for name in predictors:
+        batches = [] if name in failed else _of_all(ranks, parts.pop(name))
+        if batches:
+            arrays[name] = {key: whole([part[key] for part in batches]) for key in batches[0]}
+    labels = _of_all(ranks, labels)
+    shown = _of_all(ranks, [one | {"index": int(mine[one["index"]])} for one in shown])
     return {
-        "arrays": arrays, "targets": known, "seconds": seconds, "shown": [] if highlight in failed else shown, "n": n,
-        "failed": failed, "first": first,
+        "arrays": arrays, "targets": whole(labels) if labels else np.zeros(0, dtype=np.int64),
+        "seconds": {name: max(of_rank[name] for *_, of_rank in every) for name in predictors},
+        "shown": [] if highlight in failed else _most_uncertain(shown), "n": shard.n_seen, "failed": failed,
+        "first": first, "rows": mine[: next(filter(None, sizes), 0)].tolist(),
     }  # fmt: skip
+
+
+def _of_all(ranks: Ranks, values: list[T]) -> list[T]:
+    """Lists of all processes as one, in the first process."""
+    return [value for of_rank in ranks.to_first(values) for value in of_rank]
+
+
+def _check_some_work(failed: Mapping[str, str], predictors: Mapping[str, Predictor], what: str) -> None:
+    if len(failed) == len(predictors):
+        raise ValueError(f"Nothing can be predicted on {what}; {'; '.join(f'{k}: {v}' for k, v in failed.items())}")
+
+
+def _most_uncertain(shown: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return sorted(shown, key=lambda one: -one["score"])[:N_SHOWN]
 
 
 def reason(error: Exception) -> str:

@@ -16,10 +16,12 @@ from debiased_laplace.evaluation.scores.checks import Array
 
 Images = Callable[[Any], Tensor]
 
+NO_DATA = "Expected data, got an empty loader for {}. A generator can be read only once."
+
 
 def preflight(
     predictors: Mapping[str, Predictor], conditions: Sequence[Condition], images: Images | None = None, *,
-    strict: bool = True,
+    strict: bool = True, shards: bool = False,
 ) -> list[Condition]:  # fmt: skip
     """Let every predictor see two data of every loader, so that what cannot work fails now.
 
@@ -29,6 +31,7 @@ def preflight(
         images: As :func:`evaluate` takes it.
         strict: Whether one predictor that fails is an error; if not, all have to fail, and of loaders whose inputs look
             like those of one before it is enough that one works.
+        shards: Whether other processes may have data where this one has none.
 
     Returns:
         The conditions with loaders that still yield everything, also if they can be read only once.
@@ -39,6 +42,11 @@ def preflight(
     for condition in conditions:
         what = condition.described
         first, loader = peek(condition.loader, what)
+        if first is None and shards:
+            read.append(condition)
+            continue
+        if first is None:
+            raise ValueError(NO_DATA.format(what))
         inputs, targets = inputs_and_targets(first, what)
         few = _data.take(inputs, slice(0, 2))
         errors: list[Exception] = []
@@ -95,14 +103,14 @@ def _check_images(images: Images, few: Any, what: str) -> None:
 
 
 def peek(loader: Loader, what: str) -> tuple[Any, Loader]:
-    """The first batch with data, and a loader that still yields everything."""
+    """The first batch with data, None if there is none, and a loader that still yields everything."""
     if not isinstance(loader, Iterable):
         raise TypeError(f"Expected an iterable of batches for {what}, got {type(loader).__name__}.")
     iterator = iter(loader)
     for first in iterator:
         if _data.count(inputs_and_targets(first, what)[0]):
             return first, chain([first], iterator) if iterator is loader else loader
-    raise ValueError(f"Expected data, got an empty loader for {what}. A generator can be read only once.")
+    return None, loader
 
 
 def inputs_and_targets(batch: Any, what: str) -> tuple[Any, Tensor]:

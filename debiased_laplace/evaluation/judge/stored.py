@@ -30,7 +30,7 @@ def file_name(title: str) -> str:
 def write(path: Path, predicted: Mapping[str, Any]) -> None:
     """Keep what :func:`~debiased_laplace.evaluation.judge.predictions.predict` returned."""
     arrays = {f"{name}\n{key}": value for name, fields in predicted["arrays"].items() for key, value in fields.items()}
-    rest = json.dumps({key: predicted[key] for key in ("seconds", "shown", "n", "failed", "first")})
+    rest = json.dumps({key: predicted[key] for key in ("seconds", "shown", "n", "failed", "first", "rows")})
     file = io.BytesIO()
     np.savez(file, **arrays, **{"": predicted["targets"], "\n": np.array(rest)})
     records.write_whole(path, file.getvalue())
@@ -48,9 +48,11 @@ def still_valid(
     if stored is None:
         return condition, None
     first, loader = peek(condition.loader, condition.described)
+    if first is None:
+        return condition, None
     condition = Condition(condition.kind, condition.name, condition.severity, loader)
     inputs, targets = inputs_and_targets(first, condition.described)
-    n = _data.count(inputs)
+    n, rows = _data.count(inputs), stored["rows"]
     if stored["first"] != data_digest([(inputs, targets)]):
         return condition, None
     for name, before in stored["arrays"].items():
@@ -58,7 +60,7 @@ def still_valid(
             arrays = as_prediction(predictors[name](inputs), n, name).arrays()
         except Exception:
             return condition, None
-        if arrays.keys() != before.keys() or not all(_close(arrays[key], before[key][:n]) for key in before):
+        if arrays.keys() != before.keys() or not all(_close(arrays[key], before[key][rows]) for key in before):
             return condition, None
     return condition, stored
 
@@ -85,6 +87,6 @@ def _loaded(path: Path, names: Sequence[str]) -> dict[str, Any] | None:
                 if name not in arrays:
                     return None
                 arrays[name][field] = file[key]
-        if not all(arrays.values()) or "first" not in rest or set(rest["seconds"]) != set(names):
+        if not all(arrays.values()) or not {"first", "rows"} <= rest.keys() or set(rest["seconds"]) != set(names):
             return None
         return {"arrays": arrays, "targets": file[""]} | rest

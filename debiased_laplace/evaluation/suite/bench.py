@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from debiased_laplace import _data
+from debiased_laplace import _data, _ranks
 from debiased_laplace.evaluation import records
 from debiased_laplace.evaluation.judge.comparison import evaluate
 from debiased_laplace.evaluation.judge.conditions import ConditionError
@@ -75,7 +75,7 @@ class Bench:
         candidate = names.get("candidate")
         try:
             result = evaluate(
-                predictors, *loaders_of(task, context, self.options),
+                predictors, *loaders_of(task, context, self.options, _ranks.current()),
                 compare_with=draws.pairs(names, list(about), groups), groups=groups,
                 highlight=candidate if candidate in predictors else None,
                 images=task.definition.images if task.has("images") else None,
@@ -166,10 +166,12 @@ class Bench:
     def _prepared(self, method: Method) -> tuple[list[Predictor], dict[str, Any]]:
         """Predictors, one for each draw, and what there is to know about them; or why there is none."""
         try:
-            return self.prepare(method)
-        except TaskError:  # of a loader, which is not the method's fault
+            with _ranks.attempt():
+                return self.prepare(method)
+        except (TaskError, _ranks.LostRankError):  # of a loader, or a process: not the method's fault
             raise
         except Exception as error:
+            _ranks.current().meet("go on", _ranks.WAIT.total_seconds())
             self.posteriors.fits.pop(method.name, None)
             return [], {"failed": reason(error), "seconds": {}}
 

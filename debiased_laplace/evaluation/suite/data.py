@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from debiased_laplace import _data
+from debiased_laplace._ranks import ALONE, Ranks
 from debiased_laplace.evaluation.judge.conditions import conditions
 from debiased_laplace.evaluation.judge.preflight import preflight
 from debiased_laplace.evaluation.methods import MAP, Options
@@ -44,9 +45,15 @@ def loader_of(task: Task, name: str, context: Context, n_outputs: int | None = N
     return task.loader(name, context, read)
 
 
-def loaders_of(task: Task, context: Context, options: Options) -> tuple[Any, Any, Any]:
-    """Test, shifted and out-of-distribution data, made anew; of the latter two those that the options ask for."""
+def loaders_of(task: Task, context: Context, options: Options, ranks: Ranks = ALONE) -> tuple[Any, Any, Any]:
+    """Test, shifted and out-of-distribution data, made anew, or the shares of one of several processes.
+
+    Of the latter two those that the options ask for.
+    """
     read = two_classes if task.likelihood == "bernoulli" else lambda batch: batch
+
+    def in_turns(loader: Iterable[Any]) -> Iterable[Any]:
+        return loader if ranks.size == 1 else _data.InTurns(loader, ranks)
 
     def chosen(loaders: Mapping[Any, Any], title: str = "{}") -> dict[Any, Any]:
         kept: dict[Any, Any] = {}
@@ -56,11 +63,12 @@ def loaders_of(task: Task, context: Context, options: Options) -> tuple[Any, Any
                 if by_severity:
                     kept[key] = by_severity
             elif options.conditions is None or title.format(key) in options.conditions:
-                kept[key] = loader if options.n_shifted is None else _First(loader, options.n_shifted)
+                some = loader if options.n_shifted is None else _First(loader, options.n_shifted)
+                kept[key] = in_turns(some)
         return kept
 
     return (
-        loader_of(task, "test_loader", context),
+        in_turns(loader_of(task, "test_loader", context)),
         chosen(task.loaders("shifted_loaders", context, read) or {}),
         chosen(task.loaders("ood_loaders", context) or {}),
     )

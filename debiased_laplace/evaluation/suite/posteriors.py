@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
@@ -11,8 +12,10 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
+from debiased_laplace import _data
 from debiased_laplace._files import StoredFileError
 from debiased_laplace._guards import user_warnings
+from debiased_laplace._ranks import current
 from debiased_laplace.curvature.structures import STRUCTURES, Structure
 from debiased_laplace.evaluation import records
 from debiased_laplace.evaluation.methods import Method, Options
@@ -66,18 +69,31 @@ class Posteriors:
         else:
             (la, result), told = with_warnings(partial(self._fitted, method, number))
             result["warnings"] = told
-            path.parent.mkdir(parents=True, exist_ok=True)
-            la.save(path)
-            records.write_record(described, result)
+            if not current().rank:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                la.save(path)
+                records.write_record(described, result)
         return la, result
 
     def _kept(self, path: Path, described: Path) -> tuple[Laplace, dict[str, Any]] | None:
-        """What an interrupted run has finished, if it is whole."""
-        result = records.read_record(described, {})
-        try:
-            return None if result is None else (load(path, self.model), result)
-        except (FileNotFoundError, StoredFileError):
-            return None
+        """What an interrupted run has finished, if it is whole; several processes get what the first one has."""
+        ranks, kept = current(), list[tuple[Laplace, dict[str, Any]]]()
+
+        def of_first() -> tuple[bytes, dict[str, Any]] | None:
+            result = records.read_record(described, {})
+            try:
+                kept.extend([] if result is None else [(load(path, self.model), result)])
+            except (FileNotFoundError, StoredFileError):
+                return None
+            return None if result is None else (b"" if ranks.size == 1 else path.read_bytes(), result)
+
+        sent = ranks.of_one(of_first)
+        if ranks.rank and sent is not None:
+            with tempfile.TemporaryDirectory() as folder:
+                copy = Path(folder) / path.name
+                copy.write_bytes(sent[0])
+                kept.append((load(copy, self.model), sent[1]))
+        return kept[0] if kept else None
 
     def _fitted(self, method: Method, number: int) -> tuple[Laplace, dict[str, Any]]:
         """A posterior that is tuned; one that was fitted for another method is tuned anew."""
@@ -95,7 +111,7 @@ class Posteriors:
             self._untuned[key] = la
         fitted = time.perf_counter()
         self._seconds[method.name, number] = fitted - start
-        validation = loader_of(self.task, "val_loader", self.context)
+        validation = self._share("val_loader")
         la, is_joint = tuned_by(la, validation, self.options.grid, **method.tune)
         found = la.tuned
         assert found is not None
@@ -125,13 +141,13 @@ class Posteriors:
     def _fit(self, method: Method, arguments: Mapping[str, Any], seed: int, name: str | None = None) -> Laplace:
         """A fit of a method; with a name it is kept while it runs."""
         checkpoint = None if name is None else self.work / f"fit-{records.digest({'fit': name})}.progress"
-        if checkpoint is not None:
+        if checkpoint is not None and not current().rank:
             checkpoint.parent.mkdir(parents=True, exist_ok=True)
             try:
                 Checkpoint.check(checkpoint)
             except StoredFileError:  # damaged: it belongs to this run, and is made anew
                 checkpoint.unlink(missing_ok=True)
-        loader = loader_of(self.task, "train_loader", self.context)
+        loader = self._share("train_loader")
         likelihood = resolve_likelihood(self.task.likelihood)
         fitted = fit(
             self.model, loader, likelihood, generator=seed, checkpoint=checkpoint, n_data=self.task.n_data,
@@ -139,15 +155,21 @@ class Posteriors:
         )  # fmt: skip
         return Laplace(fitted, likelihood, fitted.posterior, seed=self.context.seed)
 
+    def _share(self, name: str) -> Iterable[Any]:
+        """The share of this process of a loader of the task."""
+        loader, ranks = loader_of(self.task, name, self.context), current()
+        return loader if ranks.size == 1 else _data.Dealt(loader, ranks)
+
     def _budget_of_equal_seconds(self, method: Method) -> int:
         """Data of a single batch whose fit takes as long as another method's did here, on this machine and seed."""
-        wanted = self._seconds[method.seconds_of, 0]
+        ranks = current()  # all of which have to want the same
+        wanted = ranks.of_one(lambda: self._seconds[method.seconds_of, 0])
         seed = draws.seed(self.context.seed, 0)
 
         def seconds(budget: int) -> float:
             start = time.perf_counter()
             self._fit(method, {**method.fit, "sampler": UniformSampler(budget)}, seed)
-            return time.perf_counter() - start
+            return ranks.of_one(lambda: time.perf_counter() - start)
 
         first = self.fits[method.seconds_of][0]
         return draws.budget_within(wanted, seconds, self.task.budget, first.fitted.n_seen if first.fitted else 1)

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from debiased_laplace import _ranks
 from debiased_laplace.evaluation import records
 from debiased_laplace.evaluation.methods import Method, Options, check_methods, methods_of
 from debiased_laplace.evaluation.names import locked
@@ -37,6 +38,7 @@ def run(
     options: Options | None = None,
     n_processes: int = 1,
     alone: bool = True,
+    distributed: bool = True,
     progress: Callable[[int, str], None] = lambda seed, step: None,
 ) -> list[dict[str, Any]]:
     """One record for each seed, written when it is complete; one that was made from the same is used again.
@@ -52,11 +54,15 @@ def run(
             that asks for more needs the usual ``if __name__ == "__main__":``.
         alone: Whether no other process may write to the folder at the same time: those that do other seeds of the same
             run may.
+        distributed: Whether the processes of an initialised group of ``torch.distributed`` do every seed together
+            (``docs/distributed.md``): all of them get the records, and the first one writes to the folder. Otherwise
+            every process for itself.
         progress: Called with the seed and what begins, as ``"stage: detail"``; ``"kept"`` for a record that was there,
             ``"done"`` for one that was made.
 
     Raises:
         RuntimeError: If a process is killed.
+        ValueError: If processes of a group are to start further ones.
         TaskError: If a function of the task or a loader of it fails, or all methods do.
     """
     options = options or Options()
@@ -64,8 +70,16 @@ def run(
         methods = methods_of(task)
     check_methods(methods)
     work = partial(_seed, task.source if n_processes > 1 else task, folder, context, methods, options)
-    with locked(folder) if alone else nullcontext():
+    with (
+        _ranks.together("run an evaluation", wanted=distributed) as ranks,
+        locked(folder) if alone and not ranks.rank else nullcontext(),
+    ):
         if n_processes > 1:
+            if ranks.size > 1:
+                raise ValueError(
+                    f"Expected n_processes=1 in a group of {ranks.size} processes, which do every seed together, got "
+                    f"n_processes={n_processes}. Pass distributed=False for seeds of one process alone."
+                )
             return in_processes(work, list(seeds), n_processes, progress)
         return [work(seed, partial(progress, seed)) for seed in seeds]
 
@@ -83,19 +97,22 @@ def _seed(
         torch.set_num_threads(1)
         task = Task.load(task)
     context = replace(context, seed=seed)
-    settings = settings_of(task, methods, options, context)
+    settings, ranks = settings_of(task, methods, options, context), _ranks.current()
+    ranks.agree("evaluate", {key: repr(value) for key, value in settings.items()} | {"seed": str(seed)})
     with seeded(seed):
         progress("model")
         subject = Subject.of(task, context, methods, options)
         made_from = {"settings": settings, "inputs": subject.inputs}
-        record = records.load_record(folder, seed, made_from)
+        record = ranks.of_one(lambda: records.load_record(folder, seed, made_from))
         if record is not None:
             progress("kept")
             return record
         work = folder / "work" / f"seed-{seed}-{records.digest(settings)}"
         bench = Bench(task, subject, context, options, work / records.digest(made_from))
+    with seeded(seed):  # the same whether the network was trained or loaded
         record = {"seed": seed} | made_from | bench.record(methods, progress)
-    records.write_record(records.record_path(folder, seed, made_from), record)
-    shutil.rmtree(work, ignore_errors=True)
+    if not ranks.rank:
+        records.write_record(records.record_path(folder, seed, made_from), record)
+        shutil.rmtree(work, ignore_errors=True)
     progress("done")
-    return record
+    return ranks.of_one(lambda: record)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import nn
 
+from debiased_laplace._ranks import current
 from debiased_laplace.evaluation import records
 from debiased_laplace.evaluation.judge.predictions import reason
 from debiased_laplace.evaluation.methods import Method, Options
@@ -69,15 +71,12 @@ class Subject:
         Raises:
             TaskError: If something of the task fails; it says which function.
         """
-        start = time.perf_counter()
-        model = task.model(context)
+        start, ranks = time.perf_counter(), current()
+        model = ranks.after_first(lambda: task.model(context))
         seconds = time.perf_counter() - start
         members: list[nn.Module] | str = []
         if any(method.kind == "ensemble" for method in methods):
-            try:
-                members = [member.to(context.device).eval() for member in task.call("ensemble", context)]
-            except Exception as error:
-                members = reason(error)
+            members = ranks.after_first(partial(_members, task, context))
         with seeded(context.seed):
             n_outputs, first = check_task(task, model, context, options)
         data = {}
@@ -98,4 +97,12 @@ class Subject:
             "data": data | first,
             "about": records.digest(about | {"n_data": task.n_data, "target_scale": target_scale}),
         }
+        ranks.agree("evaluate", {key: repr(value) for key, value in inputs.items()})
         return cls(model, members, n_outputs, about, target_scale, inputs, seconds)
+
+
+def _members(task: Task, context: Context) -> list[nn.Module] | str:
+    try:
+        return [member.to(context.device).eval() for member in task.call("ensemble", context)]
+    except Exception as error:
+        return reason(error)
