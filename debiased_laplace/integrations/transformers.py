@@ -12,7 +12,9 @@ from debiased_laplace.integrations import require
 from debiased_laplace.integrations.after_training import AfterTraining
 from debiased_laplace.likelihoods import Likelihood
 
-TrainerCallback = require("transformers", "transformers").TrainerCallback
+require("transformers", "transformers")
+
+from transformers import TrainerCallback  # noqa: E402
 
 #: What Transformers calls the losses of its heads.
 _PROBLEMS = {
@@ -22,7 +24,7 @@ _PROBLEMS = {
 }
 
 
-class LaplaceTrainerCallback(AfterTraining, TrainerCallback):  # type: ignore[misc]
+class LaplaceTrainerCallback(AfterTraining, TrainerCallback):
     """Fits a posterior around the trained model, at the end of ``trainer.train()``.
 
     On the training data as the trainer collates and shards them, with the weights that training ends with, the best
@@ -58,21 +60,18 @@ class LaplaceTrainerCallback(AfterTraining, TrainerCallback):  # type: ignore[mi
         super().__init__(likelihood, tune=tune, path=path, settings=settings)
         self.eval_dataset = eval_dataset
 
-    def on_train_end(
-        self, args: Any, state: Any, control: Any, *, model: nn.Module, train_dataloader: Any,
-        eval_dataloader: Any = None, **kwargs: Any,
-    ) -> None:  # fmt: skip
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Fit, tune and save."""
+        model, train, validation = kwargs["model"], kwargs["train_dataloader"], kwargs.get("eval_dataloader")
         if self.eval_dataset is not None:
-            sampler = None
+            sampler: DistributedSampler[Any] | None = None
             if args.world_size > 1:
                 sampler = DistributedSampler(self.eval_dataset, args.world_size, args.process_index, shuffle=False)
-            eval_dataloader = DataLoader(
-                self.eval_dataset, args.per_device_eval_batch_size, sampler=sampler,
-                collate_fn=train_dataloader.collate_fn,
-            )  # fmt: skip
+            validation = DataLoader(
+                self.eval_dataset, args.per_device_eval_batch_size, sampler=sampler, collate_fn=train.collate_fn
+            )
         likelihood = self.likelihood
         if likelihood is None:
             problem = getattr(getattr(model, "config", None), "problem_type", None)
             likelihood = _PROBLEMS.get(str(problem), "classification")
-        self.fit(model, likelihood, train_dataloader, eval_dataloader, saves=state.is_world_process_zero)
+        self.fit(model, likelihood, train, validation, saves=state.is_world_process_zero)
