@@ -108,7 +108,7 @@ def test_other_data_and_a_part_of_the_module_may_be_given(loaders, tmp_path):
 
 
 def test_several_validation_sets_are_a_question(loaders, tmp_path):
-    with pytest.raises(ValueError, match="one val_dataloader for LaplaceCallback, got 2. Pass val_dataloader="):
+    with pytest.raises(ValueError, match=r"one val_dataloader for LaplaceCallback, got 2\. Pass val_dataloader="):
         trained(
             lightning.pytorch, LaplaceCallback("classification"), tmp_path, loaders["train"],
             [loaders["val"], loaders["other"]],

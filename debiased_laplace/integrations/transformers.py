@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from torch import nn
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from debiased_laplace.integrations import require
