@@ -124,9 +124,7 @@ class _LaplaceEstimator(BaseEstimator):
         _checks.whole(self.batch_size, "batch_size")
         _checks.positive(self.lr, "lr")
         if self.module is None and not self.epochs:
-            raise ValueError(
-                "Expected a trained module with epochs=0, got None. Pass module=, or train for some epochs."
-            )
+            raise ValueError("Expected a trained module with epochs=0, got None. Pass module=, or more epochs.")
         if not 0 <= self.validation_fraction < 1:
             raise ValueError(f"Expected validation_fraction from 0 to below 1, got {self.validation_fraction!r}.")
 
@@ -259,15 +257,14 @@ class LaplaceRegressor(RegressorMixin, _LaplaceEstimator):
     """A regressor with standard deviations: a network, and a Laplace posterior around it.
 
     Args:
-        module: A network ``[N, F] -> [N, K]``, or ``[N]``, whose outputs are means of the targets; or a function that
-            makes one for so many features and outputs; or None for one hidden layer of 64 units on standardised inputs
-            and targets. It is copied, and never changed itself.
-        epochs: Of training with Adam, from the weights that a module has; 0 for a module that is trained already.
-        lr: Of that training.
-        batch_size: Of that training.
-        weight_decay: Of that training.
-        parameters: Which parameters are uncertain, as for :func:`debiased_laplace.fit`: all, or ``"last_layer"``, ...
-        structure: Of the curvature, as for :func:`debiased_laplace.fit`.
+        module: A network ``[N, F] -> [N, K]``, or ``[N]``, whose outputs are means of the targets, or what makes one, as
+            of :class:`LaplaceClassifier`; None for one hidden layer of 64 units on standardised inputs and targets.
+        epochs: As of :class:`LaplaceClassifier`, and so ``lr`` to ``structure``.
+        lr: Likewise.
+        batch_size: Likewise.
+        weight_decay: Likewise.
+        parameters: Likewise.
+        structure: Likewise.
         validation_fraction: Of the data, which are not trained on, and choose the prior precision and the noise. With
             0, or where that is less than one datum, the marginal likelihood chooses them on all data.
         random_state: Of weights, batches and validation data.
