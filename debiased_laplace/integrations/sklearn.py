@@ -174,10 +174,7 @@ class _LaplaceEstimator(BaseEstimator):
         validated = validate_data(self, x, reset=False, **self._of_inputs())
         rows = _like(self.posterior_.network.snapshot.module, _tensor(validated)).split(ROWS)
         predictions = [self.posterior_.predict(part) for part in rows]
-        return [
-            torch.cat([getattr(prediction, name) for prediction in predictions]).double().cpu().numpy()
-            for name in names
-        ]
+        return [torch.cat([getattr(part, name) for part in predictions]).double().cpu().numpy() for name in names]
 
 
 class LaplaceClassifier(ClassifierMixin, _LaplaceEstimator):
@@ -257,16 +254,16 @@ class LaplaceRegressor(RegressorMixin, _LaplaceEstimator):
     """A regressor with standard deviations: a network, and a Laplace posterior around it.
 
     Args:
-        module: A network ``[N, F] -> [N, K]``, or ``[N]``, whose outputs are means of the targets, or what makes one, as
-            of :class:`LaplaceClassifier`; None for one hidden layer of 64 units on standardised inputs and targets.
+        module: A network ``[N, F] -> [N, K]``, or ``[N]``, whose outputs are means of the targets, or what makes one;
+            None for one hidden layer of 64 units on standardised inputs and targets.
         epochs: As of :class:`LaplaceClassifier`, and so ``lr`` to ``structure``.
         lr: Likewise.
         batch_size: Likewise.
         weight_decay: Likewise.
         parameters: Likewise.
         structure: Likewise.
-        validation_fraction: Of the data, which are not trained on, and choose the prior precision and the noise. With
-            0, or where that is less than one datum, the marginal likelihood chooses them on all data.
+        validation_fraction: Of the data, which are not trained on and choose prior precision and noise; or else, with 0
+            or where it is less than a datum, the marginal likelihood does.
         random_state: Of weights, batches and validation data.
 
     Attributes:
