@@ -110,7 +110,6 @@ def test_it_is_independent_of_the_model(data):
     module = LastLayerPredictive(posterior)
     before = module(data[0])["probabilities"]
     with torch.no_grad():
-        module.head.weight.add_(0)
         for parameter in model.parameters():
             parameter.add_(1)
     assert torch.equal(module(data[0])["probabilities"], before)
@@ -121,6 +120,22 @@ def test_it_is_independent_of_the_model(data):
         again.variances.zero_()
         assert float(again(data[0])["logits_variance"].abs().max()) == 0
     assert torch.equal(module(data[0])["probabilities"], before)
+    with torch.no_grad():
+        for tensor in (*module.parameters(), *module.buffers()):
+            tensor.zero_()
+    with pytest.warns(UserWarning, match="The posterior is about the network of the fit"):
+        again = LastLayerPredictive(posterior)
+    assert torch.equal(again(data[0])["probabilities"], before)
+
+
+@pytest.mark.parametrize("structure", STRUCTURES, ids=lambda structure: type(structure).__name__)
+def test_a_model_in_half_precision_is_predicted_in_single(data, structure):
+    x, y = data
+    posterior = fitted((x.bfloat16(), y), network().bfloat16(), structure=structure)
+    actual, expected = LastLayerPredictive(posterior)(x.bfloat16()), posterior.predict(x.bfloat16())
+    for name, value in actual.items():
+        assert value.dtype == torch.float32
+        assert_equal(value, getattr(expected, name), FLOAT32)
 
 
 @pytest.mark.parametrize("structure", STRUCTURES, ids=lambda structure: type(structure).__name__)

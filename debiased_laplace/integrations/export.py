@@ -120,9 +120,9 @@ class LastLayerPredictive(nn.Module):
     def predict(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Predictions for N data, ``[N, C]`` each (:class:`.Predictive` has their units)."""
         features = self._outputs_of(self.features(*args, **kwargs))
-        outputs = self.head(features)
+        outputs = self.head(features).to(self.noise.dtype)  # of a model in half precision the others are in single
         needed = self.likelihood.needs_covariance(self.link)
-        moments = self._moments(features, diagonal=not (needed or self.returns_covariance)).to(outputs.dtype)
+        moments = self._moments(features, diagonal=not (needed or self.returns_covariance)).to(self.noise.dtype)
         variances = moments if moments.ndim == 2 else moments.diagonal(dim1=1, dim2=2)
         tau = self.output_temperature
         scaled = outputs / tau, (moments if needed else variances) / tau**2
@@ -216,16 +216,16 @@ def _check_is_linear(head: nn.Module, block: Block, parameters: dict[str, Tensor
     """Raise an error unless the last layer applies the block's weight to what it is given, and nothing else."""
     if not block.weight:
         return
-    matrix = block.gather({name: tensor.detach() for name, tensor in parameters.items()})[0]
+    matrix = block.gather({name: tensor.detach().cpu().double() for name, tensor in parameters.items()})[0]
     weight = matrix[:, : matrix.shape[1] - block.bias]
-    generator = torch.Generator().manual_seed(0)
-    features = torch.randn(2, weight.shape[1], generator=generator, dtype=torch.float64).to(weight)
+    features = torch.randn(2, weight.shape[1], generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     expected = features @ weight.mT
-    tolerance = 1e3 * torch.finfo(weight.dtype).eps * float(expected.abs().max())
     try:
+        alone = copy.deepcopy(head).to("cpu", torch.float64)
         with torch.no_grad():
-            actual = head(features) - head(torch.zeros_like(features))
-        same = actual.shape == expected.shape and float((actual - expected).abs().max()) <= tolerance
+            actual = alone(features) - alone(torch.zeros_like(features))
+        rounding = 1e-9 * float(expected.abs().max())
+        same = actual.shape == expected.shape and torch.allclose(actual, expected, rtol=0, atol=rounding)
     except Exception as error:  # whatever a layer of other inputs raises
         raise _not_linear(head) from error
     if not same:
