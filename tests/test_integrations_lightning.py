@@ -121,7 +121,16 @@ def test_without_validation_data_the_marginal_likelihood_decides_and_one_process
     numbers = DataLoader(TensorDataset(x, x[:, :1]), 16)
     for is_first in (True, False):
         callback = LaplaceCallback("regression", path=tmp_path / str(is_first))
-        trainer = SimpleNamespace(train_dataloader=numbers, val_dataloaders=None, is_global_zero=is_first)
+        trainer = SimpleNamespace(
+            train_dataloader=numbers, val_dataloaders=None, is_global_zero=is_first, fast_dev_run=False
+        )  # fmt: skip
         callback.on_train_end(trainer, copy.deepcopy(module))
         assert callback.posterior.prior_source == "maximum of the marginal likelihood"
     assert [path.name for path in tmp_path.iterdir()] == ["True"]
+
+
+def test_a_fast_run_is_fast(loaders, tmp_path):
+    callback = LaplaceCallback("classification", path=tmp_path / "posterior")
+    trained(lightning.pytorch, callback, tmp_path, loaders["train"], loaders["val"], fast_dev_run=2)
+    assert callback.posterior.posterior.n_data == 32
+    assert callback.posterior.prior_source == "tuned on validation data"

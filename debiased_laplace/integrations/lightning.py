@@ -5,11 +5,13 @@ from __future__ import annotations
 import copy
 import importlib.util
 from collections.abc import Callable, Iterable
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from debiased_laplace._guards import global_random_state
 from debiased_laplace.integrations import require
 from debiased_laplace.integrations.after_training import AfterTraining
 from debiased_laplace.likelihoods import Likelihood
@@ -63,21 +65,23 @@ class LaplaceCallback(AfterTraining, *_CALLBACKS):  # type: ignore[misc]
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Fit, tune and save: the module is still on its device, and the group of processes still there."""
-        train = self.train_dataloader
+        train, validation = self.train_dataloader, self.val_dataloader
         if train is None:
             train = _only(trainer.train_dataloader, "train_dataloader")
-        validation = self.val_dataloader
         if validation is None and self.tune and trainer.val_dataloaders:
             validation = _only(trainer.val_dataloaders, "val_dataloader")
+        if n_batches := int(trainer.fast_dev_run):  # as many as the trainer takes to see that everything works
+            with global_random_state():
+                train = list(islice(train, n_batches))
+                validation = None if validation is None else list(islice(validation, n_batches))
         network = copy.deepcopy(pl_module if self.module is None else self.module(pl_module))
         self.fit(network, self.likelihood, train, validation, saves=trainer.is_global_zero)
 
 
-def _only(loaders: Any, name: str) -> Any:
+def _only(loaders: Any, name: str) -> Iterable[Any]:
     """The only one of a trainer's loaders, which may be in a list or a dictionary."""
-    several = list(loaders.values() if isinstance(loaders, dict) else loaders) if isinstance(
-        loaders, (dict, list, tuple)
-    ) else [loaders]  # fmt: skip
+    several = list(loaders.values()) if isinstance(loaders, dict) else loaders
+    several = several if isinstance(several, (list, tuple)) else [several]
     if len(several) != 1:
         raise ValueError(
             f"Expected a trainer with one {name} for LaplaceCallback, got {len(several)}. Pass {name}= to it."
