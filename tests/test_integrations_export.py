@@ -129,6 +129,13 @@ def test_it_is_independent_of_the_model(data):
 
 
 @pytest.mark.parametrize("structure", STRUCTURES, ids=lambda structure: type(structure).__name__)
+def test_it_moves_to_another_device_as_a_whole(data, structure):
+    module = LastLayerPredictive(fitted(data, structure=structure)).to("meta")
+    predictions = module(torch.empty(3, 4, device="meta", dtype=torch.float64))
+    assert [value.device.type for value in predictions.values()] == ["meta"] * 3
+
+
+@pytest.mark.parametrize("structure", STRUCTURES, ids=lambda structure: type(structure).__name__)
 def test_a_model_in_half_precision_is_predicted_in_single(data, structure):
     x, y = data
     posterior = fitted((x.bfloat16(), y), network().bfloat16(), structure=structure)

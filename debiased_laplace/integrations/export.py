@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from dataclasses import fields, replace
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -156,22 +156,23 @@ class _Buffered(nn.Module):
 
     def __init__(self, part: Any) -> None:
         super().__init__()
-        self._part, self._of_field = part, dict[str, list[str]]()
+        self._kind, self._others, self._of_field = type(part), dict[str, Any](), dict[str, list[str]]()
         for field in fields(part):
             value = getattr(part, field.name)
-            tensors = [value] if isinstance(value, Tensor) else value if isinstance(value, tuple) else []
+            if not isinstance(value, (Tensor, tuple)):
+                self._others[field.name] = value
+                continue
+            tensors = value if isinstance(value, tuple) else (value,)
             self._of_field[field.name] = [f"{field.name}_{index}" for index in range(len(tensors))]
             for name, tensor in zip(self._of_field[field.name], tensors, strict=True):
                 self.register_buffer(name, tensor.clone())
+        self._tuples = {name for name in self._of_field if isinstance(getattr(part, name), tuple)}
 
     def forward(self) -> Part:
         """The part with these tensors."""
-        changed: dict[str, Any] = {}
-        for name, buffers in self._of_field.items():
-            tensors = tuple(getattr(self, buffer) for buffer in buffers)
-            if tensors:
-                changed[name] = tensors if isinstance(getattr(self._part, name), tuple) else tensors[0]
-        return replace(self._part, **changed)
+        tensors = {name: tuple(getattr(self, buffer) for buffer in names) for name, names in self._of_field.items()}
+        given = {name: value if name in self._tuples else value[0] for name, value in tensors.items()}
+        return self._kind(**self._others, **given)
 
 
 def _only_block(posterior: Laplace) -> Block:
