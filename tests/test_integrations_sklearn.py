@@ -85,6 +85,11 @@ def test_a_module_of_other_outputs_is_refused(iris):
         LaplaceClassifier(mlp(4, 4)).fit(*iris)
 
 
+def test_what_makes_no_module_is_refused(iris):
+    with pytest.raises(TypeError, match="Expected a function for module, got str"):
+        LaplaceClassifier("mlp").fit(*iris)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import DataLoader
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
@@ -125,3 +128,19 @@ def test_adapters_are_what_is_uncertain(tmp_path):
     train(adapted, callback, tmp_path, data)
     assert set(callback.posterior.network.shapes) == trainable
     assert callback.posterior.predict(collate(data[:4])).probabilities.shape == (4, 3)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_of_several_processes_each_has_its_shard_of_the_validation_data(tmp_path, monkeypatch, rank):
+    data, given = examples(12, three), []
+    callback = LaplaceTrainerCallback(eval_dataset=data[4:])
+    monkeypatch.setattr(callback, "fit", lambda *arguments, saves: given.extend([*arguments, saves]))
+    callback.on_train_end(
+        SimpleNamespace(world_size=2, process_index=rank, per_device_eval_batch_size=3),
+        SimpleNamespace(is_world_process_zero=rank == 0), None, model=model(num_labels=3),
+        train_dataloader=DataLoader(data[:4], 2, collate_fn=collate),
+    )  # fmt: skip
+    _, likelihood, train, validation, saves = given
+    assert (likelihood, saves) == ("classification", rank == 0)
+    assert torch.cat([batch["labels"] for batch in train]).tolist() == [0, 1, 2, 0]
+    assert torch.cat([batch["labels"] for batch in validation]).tolist() == [row["y"] for row in data[4 + rank :: 2]]

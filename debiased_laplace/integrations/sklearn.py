@@ -103,8 +103,7 @@ class _LaplaceEstimator(BaseEstimator):
         self._check_settings()
         seed = int(check_random_state(self.random_state).randint(np.iinfo(np.int32).max))
         generator = torch.Generator().manual_seed(seed)
-        strata = targets if of_classes else torch.zeros(len(targets))
-        held_out = _held_out(strata, self.validation_fraction, generator)
+        held_out = _held_out(targets if of_classes else torch.zeros(len(targets)), self.validation_fraction, generator)
         with global_random_state():
             torch.manual_seed(seed)
             module = self._network(inputs[~held_out], None if of_classes else targets[~held_out], n_outputs)
@@ -120,6 +119,7 @@ class _LaplaceEstimator(BaseEstimator):
         self.posterior_: Laplace = posterior.tune(_batches(*validation) if len(validation[0]) else None)
 
     def _check_settings(self) -> None:
+        _checks.function(self.module, "module")
         _checks.whole(self.epochs, "epochs", at_least=0)
         _checks.whole(self.batch_size, "batch_size")
         _checks.positive(self.lr, "lr")
