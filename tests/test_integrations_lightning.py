@@ -134,3 +134,16 @@ def test_a_fast_run_is_fast(loaders, tmp_path):
     trained(lightning.pytorch, callback, tmp_path, loaders["train"], loaders["val"], fast_dev_run=2)
     assert callback.posterior.posterior.n_data == 32
     assert callback.posterior.prior_source == "tuned on validation data"
+
+
+def test_shards_are_refused(loaders, tmp_path):
+    class FlatParameter(nn.Parameter):
+        pass
+
+    module = nn.Linear(4, 3)
+    module.weight = FlatParameter(module.weight.detach())
+    trainer = SimpleNamespace(
+        train_dataloader=loaders["train"], val_dataloaders=None, is_global_zero=True, fast_dev_run=False
+    )
+    with pytest.raises(ValueError, match=r"whole parameters, got shards of them .* in 'weight'"):
+        LaplaceCallback("classification").on_train_end(trainer, module)

@@ -47,6 +47,20 @@ def test_netcal_scores_classes_as_the_evaluation_does(data, probabilities):
     assert netcal.metrics.ECE(15).measure(probabilities.numpy(), y.numpy()) == pytest.approx(ours["ece"], rel=1e-9)
 
 
+def test_of_two_classes_there_are_two_calibration_errors(data):
+    x, y = data
+    torch.manual_seed(0)
+    posterior = dl.fit(nn.Linear(4, 2).double(), [(x[:100], y[:100] // 2)], "classification", prior_precision=0.1)
+    probabilities, targets = posterior.predict(x).probabilities, y // 2
+    of_the_second = netcal.metrics.ECE(15).measure(probabilities.numpy(), targets.numpy())
+    binary = classification.BinaryCalibrationError(n_bins=15, norm="l1")
+    assert float(binary(probabilities[:, 1], targets)) == pytest.approx(of_the_second, rel=1e-6)
+    of_the_likely = classification_metrics(probabilities, targets)["ece"]
+    multiclass = classification.MulticlassCalibrationError(2, n_bins=15, norm="l1")
+    assert float(multiclass(probabilities, targets)) == pytest.approx(of_the_likely, rel=1e-6)
+    assert abs(of_the_second - of_the_likely) > 0.01
+
+
 def test_torchmetrics_and_torch_score_regressions_as_the_evaluation_does(data):
     x, _ = data
     targets = x[:, :2].square()

@@ -15,6 +15,7 @@ from debiased_laplace._guards import global_random_state
 from debiased_laplace.integrations import require
 from debiased_laplace.integrations.after_training import AfterTraining
 from debiased_laplace.likelihoods import Likelihood
+from debiased_laplace.network.snapshot import refuse_shards
 
 _installed = [name for name in ("lightning", "pytorch_lightning") if importlib.util.find_spec(name) is not None]
 #: Each has a class of its own, and its trainer asks for that.
@@ -74,8 +75,9 @@ class LaplaceCallback(AfterTraining, *_CALLBACKS):  # type: ignore[misc]
             with global_random_state():
                 train = list(islice(train, n_batches))
                 validation = None if validation is None else list(islice(validation, n_batches))
-        network = copy.deepcopy(pl_module if self.module is None else self.module(pl_module))
-        self.fit(network, self.likelihood, train, validation, saves=trainer.is_global_zero)
+        network = pl_module if self.module is None else self.module(pl_module)
+        refuse_shards(network)  # which cannot be copied
+        self.fit(copy.deepcopy(network), self.likelihood, train, validation, saves=trainer.is_global_zero)
 
 
 def _only(loaders: Any, name: str) -> Iterable[Any]:
