@@ -104,7 +104,9 @@ def test_a_prediction_has_the_moments_of_outputs_and_targets(likelihood):
         assert len(prediction) == len(X)
         assert_equal(prediction.outputs_mean, mean)
         assert_equal(prediction.outputs_variance, covariance.diagonal(dim1=1, dim2=2))
-    assert_equal(native.predict(X, covariance=True).outputs_covariance, covariance)
+    found = native.predict(X, covariance=True).outputs_covariance
+    assert_equal(found, covariance)
+    assert torch.equal(found, found.mT)
     if likelihood == "regression":
         assert_equal(prediction.mean, mean)
         assert_equal(prediction.epistemic_variance, prediction.outputs_variance, 0.0)

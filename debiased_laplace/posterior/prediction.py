@@ -150,10 +150,8 @@ def predict(
     if likelihood.has_variance:
         of_targets = likelihood.predictive_moments(*scaled, link, normals, noise_variance)
         epistemic, noise = of_targets.epistemic_variance, of_targets.noise_variance
-    return Predictive(
-        mean, epistemic, noise, outputs_mean, variance, moments if needed or covariance else None,
-        likelihood.has_answers,
-    )  # fmt: skip
+    symmetric = (moments + moments.mT) / 2 if needed or covariance else None  # torch's distributions look at that
+    return Predictive(mean, epistemic, noise, outputs_mean, variance, symmetric, likelihood.has_answers)
 
 
 def _noise_of_samples(likelihood: Likelihood, samples: Tensor, noise_variance: float | Tensor) -> Tensor | None:
