@@ -280,7 +280,7 @@ def test_the_import_is_light():
         "alone = time.perf_counter() - start\n"
         "debiased_laplace.Kronecker, debiased_laplace.Posterior\n"
         "heavy = {'laplace', 'sklearn', 'matplotlib', 'netcal', 'pandas', 'typer', 'rich', 'jinja2', 'lightning'}\n"
-        "heavy |= {'transformers', 'pytorch_lightning', 'onnx', 'onnxscript'}\n"
+        "heavy |= {'transformers', 'pytorch_lightning', 'onnx', 'onnxscript', 'botorch', 'gpytorch'}\n"
         "print(alone, sorted(heavy & set(sys.modules)))\n"
     )
     seconds, heavy = run_python(code).split(" ", 1)
