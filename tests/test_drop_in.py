@@ -1058,6 +1058,16 @@ def test_predictions_have_gradients_in_the_inputs(case, likelihood):
     assert not any(value.requires_grad for value in plain(x))
 
 
+def test_gradients_in_the_inputs_go_through_a_layer_norm():
+    """Torch's batched derivatives lose terms of its second derivatives."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.LayerNorm(5), nn.Linear(5, 2)).double()
+    la = DebiasedLaplace(model, "regression", hessian_structure="full", enable_backprop=True)
+    la.fit([(X, X[:, :2])])
+    x = X[:2].clone().requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: la(x, joint=True), x, atol=1e-6, rtol=1e-5)
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_a_differentiable_prior_does_not_reach_predictions(case):
     la = fitted(case)

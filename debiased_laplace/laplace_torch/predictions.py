@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from debiased_laplace import _data
+from debiased_laplace._guards import gradients_enabled
 from debiased_laplace.curvature.structures import Diagonal
 from debiased_laplace.fitting.fitted import Fit
 from debiased_laplace.laplace import Laplace
@@ -90,16 +91,24 @@ def moments(
 def _differentiable_moments(native: Laplace, inputs: Any, joint: bool, diagonal_output: bool) -> tuple[Tensor, Tensor]:
     network, parameters = native.network, native.network.from_vector(native.posterior.mean)
     inputs = _data.to_device(inputs, network.device)
-
-    def outputs(parameters: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        values = network.call(parameters, inputs)
-        return values, values
-
     if network.feature_reduction is None:
-        by_name, mean = torch.func.jacrev(outputs, has_aux=True)(parameters)
+        # One by one: batched derivatives lose terms of the gradient in the inputs, of torch's layer norm for one.
+        leaves = {name: p.detach().requires_grad_() for name, p in parameters.items()}
+        wanted = torch.is_grad_enabled()
+        with gradients_enabled(), PlainAttention():
+            mean = network.call(leaves, inputs)
+            rows = [
+                torch.autograd.grad(
+                    f, list(leaves.values()), create_graph=wanted, retain_graph=True, materialize_grads=True
+                )
+                for f in mean.flatten()
+            ]
+        mean = mean if wanted else mean.detach()
+        stacked = (torch.stack(of_one).unflatten(0, mean.shape) for of_one in zip(*rows, strict=True))
+        by_name = dict(zip(leaves, stacked, strict=True))
     else:
         with Features(parameters) as seen:
-            mean, _ = outputs(parameters)
+            mean = network.call(parameters, inputs)
         by_name = seen.jacobians(network, mean)
     jacobians = restrict(network.to_vector(by_name), network.free)  # [N, C, D]
     mean = mean.to(network.dtype)
