@@ -138,7 +138,9 @@ def test_fit_and_predict(posterior: Path, tmp_path: Path) -> None:
     with np.load(tmp_path / "p.npz") as stored:
         assert stored["probabilities"] == pytest.approx(la(inputs).double().numpy(), abs=FLOAT32)
         assert stored["targets"].tolist() == targets.tolist()
-        assert set(stored.files) == {"probabilities", "targets", "functional_variance", "mutual_information"}
+        assert set(stored.files) == {
+            "targets", "predicted", "probabilities", "entropy", "mutual_information", "functional_variance",
+        }  # fmt: skip
 
 
 def test_fit_has_its_options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,14 +8,23 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from debiased_laplace.cli.terminal import clear_errors
+from debiased_laplace.cli import completion
 
 if TYPE_CHECKING:
     import torch
 
     from debiased_laplace.evaluation.tasks import Context, Task
 
-TaskArgument = Annotated[str, typer.Argument(help="A task file, or a shipped task (see `tasks`).", metavar="TASK")]
+TaskArgument = Annotated[
+    str,
+    typer.Argument(
+        help="A task file, or a shipped task (see `tasks`).", metavar="TASK", autocompletion=completion.tasks
+    ),
+]
+StructureOption = Annotated[
+    str, typer.Option(help="kron, lowrank, diag, full or isotropic.", autocompletion=completion.structures)
+]
+BudgetOption = Annotated[int | None, typer.Option(min=0, help="Training data for curvature; 0 for all of them.")]
 DeviceOption = Annotated[str | None, typer.Option(help="cpu, cuda, ...; by default cuda if there is one.")]
 DataOption = Annotated[Path | None, typer.Option(help="Folder with local data, for tasks that look for some.")]
 CacheOption = Annotated[
@@ -39,8 +48,7 @@ def load_task(
     if data_dir is not None and not data_dir.is_dir():
         raise typer.BadParameter(f"{data_dir} is no folder.", param_hint="--data-dir")
     where = choose_device(device)
-    with clear_errors():
-        return Task.load(source), Context(seed, data_dir, cache, quick, where)
+    return Task.load(source), Context(seed, data_dir, cache, quick, where)
 
 
 def choose_device(name: str | None) -> torch.device:
@@ -77,3 +85,16 @@ def check_folder(out: Path) -> None:
     except OSError as error:
         message = f"Cannot write to {out}: {error.strerror}. Name another folder."
         raise typer.BadParameter(message, param_hint="--out") from None
+
+
+def check_structure(name: str) -> None:
+    """Refuse a structure that there is not."""
+    from debiased_laplace.curvature.structures import STRUCTURES
+
+    if name not in STRUCTURES:
+        raise typer.BadParameter(f"Expected one out of {list(STRUCTURES)}, got {name!r}.", param_hint="--structure")
+
+
+def budget_of(task: Task, budget: int | None) -> int | None:
+    """Training data for curvature: what was asked for, or what the task says; None for all."""
+    return task.budget if budget is None else budget or None

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from debiased_laplace.cli.arguments import check_folder
-from debiased_laplace.cli.terminal import clear_errors
+from debiased_laplace.cli.session import answer
 
 
 def init_task(
@@ -26,8 +26,8 @@ def init_task(
         raise typer.BadParameter(f"{path} exists. Name another file, or use --force.")
     template = resources.files("debiased_laplace.evaluation").joinpath("template.py").read_text(encoding="utf-8")
     check_folder(path.parent)
-    with clear_errors():
-        _files.write(path, template)
+    _files.write(path, template)
+    answer(file=str(path.resolve()))
     typer.echo(f"Written: {path.resolve()}. Try it: debiased-laplace evaluate {path} --quick")
 
 
@@ -35,5 +35,6 @@ def tasks() -> None:
     """List the shipped tasks."""
     from debiased_laplace.evaluation import shipped
 
+    answer(tasks=shipped.names())
     for name in shipped.names():
         typer.echo(name)

@@ -1,4 +1,4 @@
-"""What a command shows on the terminal: errors and warnings in clear words, how far it is, the report."""
+"""What a command shows on the terminal: warnings in clear words, how far it is, the report."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
+
+from debiased_laplace.cli.session import answer, current
 
 if TYPE_CHECKING:
     from debiased_laplace.evaluation.progress import Reporter
@@ -40,21 +42,6 @@ def importing() -> Iterator[None]:
 
 
 @contextmanager
-def clear_errors() -> Iterator[None]:
-    """Show an error of a task as its message; a traceback would be of this program."""
-    from debiased_laplace._files import CannotWriteError
-    from debiased_laplace._ranks import RankError
-    from debiased_laplace.evaluation.names import FolderInUseError
-    from debiased_laplace.evaluation.tasks import TaskError
-
-    try:
-        yield
-    except (TaskError, ValueError, TypeError, CannotWriteError, FolderInUseError, RankError) as error:
-        typer.echo(f"Error: {error}", err=True)
-        raise typer.Exit(1) from error
-
-
-@contextmanager
 def shown_warnings(shown: bool = True) -> Iterator[None]:
     """Show warnings as lines, if at all; a place in the source would be of this program."""
     from debiased_laplace._guards import user_warnings
@@ -65,18 +52,18 @@ def shown_warnings(shown: bool = True) -> Iterator[None]:
             yield
     finally:
         for message in messages if shown else ():
+            current().warnings.append(message)
             typer.echo(f"Warning: {message}", err=True)
 
 
 @contextmanager
 def shown_progress(total: int, out: Path) -> Iterator[Reporter]:
-    """Show how far a command is, and errors and interruptions in clear words."""
+    """Show how far a command is, and say of an interruption how to go on."""
     from debiased_laplace.evaluation.progress import Reporter
 
     with Reporter(total) as reporter:
         try:
-            with clear_errors():
-                yield reporter
+            yield reporter
         except KeyboardInterrupt:
             message = f"Interrupted. What is finished is kept in {out}: run the same command to go on."
             reporter.console.print(message, markup=False)
@@ -100,6 +87,10 @@ def show_report(
     quick: bool, notes: Sequence[str] = (),
 ) -> None:  # fmt: skip
     """Show tables, the statement and the paths of the files."""
+    answer(
+        description=description, answer=statement["answer"], details=list(statement["details"]), quick=quick,
+        notes=list(notes), seconds=seconds, files={name: str(path.resolve()) for name, path in paths.items()},
+    )  # fmt: skip
     from rich.console import Console
     from rich.text import Text
 
