@@ -59,7 +59,7 @@ for command, panel, line in (  # in the order of the help; a command has the nam
     (reports.demo, _FIRST, "See it on a small data set."),
     (task_files.init_task, _FIRST, "Write a task file: your network and data."),
     (task_files.tasks, _FIRST, "List the tasks that come with the package."),
-    # (examination.doctor, _FIRST, "Check a task before anything long runs."),
+    (task_files.doctor, _FIRST, "Check a task before anything long runs."),
     (posteriors.fit, _POSTERIOR, "Fit and tune a posterior; write it to a file."),
     (posteriors.predict, _POSTERIOR, "Predict test data, a CSV, arrays or images."),
     (reports.evaluate, _REPORT, "Judge a network with and without posteriors."),

@@ -12,7 +12,9 @@ from debiased_laplace.cli import completion
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
 
+    from debiased_laplace import Laplace
     from debiased_laplace.evaluation.tasks import Context, Task
 
 TaskArgument = Annotated[
@@ -49,6 +51,15 @@ def load_task(
         raise typer.BadParameter(f"{data_dir} is no folder.", param_hint="--data-dir")
     where = choose_device(device)
     return Task.load(source), Context(seed, data_dir, cache, quick, where)
+
+
+def load_posterior(path: Path, model: nn.Module) -> Laplace:
+    """The posterior in a file, whichever class wrote it."""
+    from debiased_laplace import DebiasedLaplace, _store, laplace
+
+    if _store.read_header(path).get("kind") == laplace.POSTERIOR_FILE:
+        return laplace.load(path, model)
+    return DebiasedLaplace.load(path, model).native
 
 
 def choose_device(name: str | None) -> torch.device:

@@ -24,6 +24,7 @@ from debiased_laplace.cli.arguments import (
     budget_of,
     check_file,
     check_structure,
+    load_posterior,
     load_task,
 )
 from debiased_laplace.cli.launched import device_of_process, is_first, together
@@ -166,15 +167,6 @@ def predict(
     if parts.n_kept:
         typer.echo(f"{parts.n_kept} of {parts.n} had been predicted before.", err=True)
     typer.echo(f"{described}. Written: {out.resolve()}")
-
-
-def load_posterior(path: Path, model: Any) -> Laplace:
-    """The posterior in a file, whichever class wrote it."""
-    from debiased_laplace import DebiasedLaplace, _store, laplace
-
-    if _store.read_header(path).get("kind") == laplace.POSTERIOR_FILE:
-        return laplace.load(path, model)
-    return DebiasedLaplace.load(path, model).native
 
 
 def _noise(posterior: Laplace) -> list[float] | None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gc
+import shutil
 import sys
+import textwrap
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,10 +15,13 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from debiased_laplace.cli.session import answer, current
+from debiased_laplace.cli.units import in_bytes, in_seconds
 
 if TYPE_CHECKING:
     from debiased_laplace.evaluation.progress import Reporter
 
+#: Lines of a table of blocks that are shown at most.
+COVERAGE_LINES = 24
 #: Columns of the output where the terminal does not say how wide it is.
 WIDTH = 100
 
@@ -111,3 +116,91 @@ def show_report(
     for path in paths.values():
         console.print(Text(f"  {path.resolve()}"), soft_wrap=True)
     sys.stdout.flush()
+
+
+def show_examination(found: Mapping[str, Any]) -> None:
+    """Show what the document of `doctor` has in it."""
+    task, network, estimates = found["task"], found["network"], found["estimates"]
+    _line("Task", f"{task['name']} ({task['likelihood']}). {task['description']}")
+    _line("Machine", _of_machine(found["machine"]))
+    if network is not None:
+        outputs = "" if network["n_outputs"] is None else f", {network['n_outputs']} outputs"
+        _line(
+            "Network", f"{network['n_parameters']:,} parameters, {network['n_trainable']:,} of them trainable, "
+            f"{', '.join(network['dtypes'])}{outputs}; there in {in_seconds(network['seconds'])}",
+        )  # fmt: skip
+    for name, loader in found["loaders"].items():
+        _line(name, _of_loader(loader))
+    if found["coverage"] is not None:
+        typer.echo("\nWhat a fit covers")
+        lines = found["coverage"].splitlines()
+        shown = lines if len(lines) <= COVERAGE_LINES else [*lines[: COVERAGE_LINES // 2], "...", *lines[-4:]]
+        typer.echo(textwrap.indent("\n".join(shown), "  "))
+    if estimates is not None:
+        _show_estimates(estimates, task["structure"])
+    if found["posterior"] is not None:
+        typer.echo(f"\nThe posterior in {found['posterior']['file']}")
+        typer.echo(textwrap.indent(found["posterior"]["description"], "  "))
+    typer.echo("")
+    for finding in found["findings"]:
+        _line(finding["level"].capitalize(), f"{finding['about']}: {finding['message']}")
+    if found["fits"]:
+        typer.echo(f"A fit would go through: debiased-laplace fit {task['source']}")
+    else:
+        typer.echo("A fit would fail. Mend the problems, and call `doctor` again.")
+
+
+def _of_machine(about: Mapping[str, Any]) -> str:
+    memory, versions = about["memory_available_bytes"], about["versions"]
+    free = "" if memory is None else f", {in_bytes(memory)} free"
+    cards = f" (cards: {', '.join(about['cards'])})" if about["cards"] else ""
+    threads = f", {about['threads']} thread{'s' * (about['threads'] != 1)}" if about["device"] == "cpu" else ""
+    return (
+        f"{about['device']} ({about['device_name']}){cards}{threads}{free}; Python {about['python']}, torch "
+        f"{versions['torch']}, debiased-laplace {versions['debiased_laplace']}"
+    )
+
+
+def _of_loader(loader: Mapping[str, Any]) -> str:
+    n = loader["n_data"]
+    size = "unknown number of" if n is None else f"{n:,}" if loader["n_data_is_exact"] else f"about {n:,}"
+    line = f"{size} data; a batch: inputs {loader['inputs']}, targets {loader['targets']}"
+    if loader["loss"] is not None:
+        line += f"; loss of the network {loader['loss']:.3g}"
+    if loader["accuracy"] is not None:
+        line += f", {100 * loader['accuracy']:.3g} % right"
+    return line
+
+
+def _show_estimates(estimates: Mapping[str, Any], structure: str) -> None:
+    """The table of what a fit takes."""
+
+    def seconds(name: str) -> str:
+        value = estimates[name]
+        return "not known: the loader does not say its length" if value is None else f"about {in_seconds(value)}"
+
+    free = estimates["memory_available_bytes"]
+    if estimates["memory_bytes"] is None:
+        memory = f"not known before: of --structure {structure} it depends on the data"
+    else:
+        memory = f"at most about {in_bytes(estimates['memory_bytes'])} besides network and data"
+        memory += "" if free is None else f" ({in_bytes(free)} free)"
+    typer.echo(f"\nEstimates for this machine, by a trial with {estimates['trial_size']} data")
+    for what, value in (
+        ("fit and tuning", seconds("seconds")),
+        ("  finding layers", seconds("fixed_seconds")),
+        ("  all data once", seconds("reading_seconds")),
+        (f"  curvature of {estimates['n_drawn']:,}", seconds("curvature_seconds")),
+        ("  decompositions", seconds("decomposition_seconds")),
+        ("  validation data", seconds("tuning_seconds")),
+        ("memory", memory),
+        ("predictions", f"about {in_seconds(1000 * estimates['prediction_seconds_per_datum'])} for 1,000 data"),
+    ):
+        typer.echo(f"  {what:<20} {value}")
+
+
+def _line(name: str, text: str) -> None:
+    """A name, and a text that hangs beside it."""
+    width = max(60, min(shutil.get_terminal_size((WIDTH, 24)).columns, WIDTH))
+    indent = " " * 14
+    typer.echo(textwrap.fill(f"{name:<13} {text}", width, subsequent_indent=indent, break_on_hyphens=False))
