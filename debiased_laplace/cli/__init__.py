@@ -20,7 +20,7 @@ EPILOG = """\b
   debiased-laplace fit task.py              then fit posterior.safetensors
   debiased-laplace predict task.py posterior.safetensors --inputs new.csv
 [bold]Exit codes[/bold]
-  0 all went well          1 it failed (doctor: a fit would fail)
+  0 all went well          1 it failed (doctor: there is a problem)
   2 wrong usage            130 interrupted: the same command goes on
 """
 

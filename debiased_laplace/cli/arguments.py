@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -59,7 +60,8 @@ def load_posterior(path: Path, model: nn.Module) -> Laplace:
 
     if _store.read_header(path).get("kind") == laplace.POSTERIOR_FILE:
         return laplace.load(path, model)
-    return DebiasedLaplace.load(path, model).native
+    native = DebiasedLaplace.load(path, model).native
+    return replace(native, link=native.link or native.likelihood.links[0])  # as that class predicts
 
 
 def choose_device(name: str | None) -> torch.device:

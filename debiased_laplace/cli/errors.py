@@ -47,6 +47,7 @@ class Told:
         if place is None:
             return cls(kind, message, is_sentence=is_sentence)
         file, line = place
+        message = message.removesuffix(f" ({Path(file).name}, line {line})")  # of a syntax error, which is told below
         return cls(kind, message, file, line, linecache.getline(file, line).strip(), is_sentence)
 
     @property

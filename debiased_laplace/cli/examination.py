@@ -26,7 +26,7 @@ from debiased_laplace.evaluation.tasks import Context, Task, TaskError
 from debiased_laplace.fitting.estimate import Costs, Estimate
 from debiased_laplace.fitting.memory import held_by_fit
 from debiased_laplace.fitting.settings import FitSettings, default_sampler
-from debiased_laplace.likelihoods import Likelihood, of_outputs, resolve_likelihood
+from debiased_laplace.likelihoods import Likelihood, resolve_likelihood
 from debiased_laplace.network.network import Network
 from debiased_laplace.network.snapshot import Snapshot
 
@@ -46,7 +46,7 @@ class Finding:
     """Something to know, or to mend.
 
     Attributes:
-        level: ``"problem"``: a fit would fail; ``"warning"``: it would not, but look at it.
+        level: ``"problem"``: a fit, or predictions after it, would fail; ``"warning"``: they would not, but look at it.
         about: What it is about: a function of the task, ...
         message: What was expected, what came, what to do.
     """
@@ -94,8 +94,8 @@ class Examination:
     posterior: dict[str, Any] | None = None
 
     @property
-    def fits(self) -> bool:
-        """Whether a fit would go through, as far as this can tell."""
+    def well(self) -> bool:
+        """Whether a fit and predictions would go through, as far as this can tell."""
         return not any(finding.level == "problem" for finding in self.findings)
 
     def warn(self, about: str, message: str) -> None:
@@ -206,21 +206,20 @@ class Examination:
             settings = self._settings(structure)
             snapshot = Snapshot.of(model)
             network = settings.discover(snapshot, train.inputs, train.targets, likelihood)
-            likelihood = of_outputs(likelihood, network.sites)
             self.network["n_outputs"] = network.n_outputs
             self._check_classes(network)
             for name, batch in batches.items():
                 with self.trying(f"{name}()"):
                     self._through(name, batch, network, likelihood)
             self._check_memory(network, structure, settings)
-            if self.fits:
+            if self.well:
                 self._fit_few(model, network, structure, settings, likelihood)
         for message in messages:
             self.warn("the network", message)
 
     def _settings(self, structure: Structure) -> FitSettings:
         sampler = default_sampler(self.budget, structure, "ggn")
-        settings = FitSettings(structure=structure, sampler=sampler, n_data=self.task.n_data).completed()
+        settings = FitSettings(structure=structure, sampler=sampler, n_data=self.task.n_data, dense=False).completed()
         assert settings.split is not None
         if self.budget is not None and self.budget < settings.split.folds:
             raise TaskError(
@@ -339,7 +338,7 @@ class Examination:
             },
             "machine": machine(self.context.device),
             "network": self.network, "loaders": self.loaders, "coverage": self.coverage, "estimates": self.estimates,
-            "posterior": self.posterior, "fits": self.fits, "findings": [asdict(finding) for finding in self.findings],
+            "posterior": self.posterior, "well": self.well, "findings": [asdict(finding) for finding in self.findings],
         }  # fmt: skip
 
     def described_task(self) -> str:

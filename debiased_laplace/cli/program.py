@@ -4,7 +4,7 @@
 code meaning
 ==== ====================================================================
 0    all went well
-1    it failed; `doctor`: a fit would fail
+1    it failed; `doctor`: there is a problem
 2    wrong usage: an unknown command, option or value
 130  interrupted: the same command goes on where it stopped, where it can
 ==== ====================================================================

@@ -73,7 +73,7 @@ def doctor(
     """Check a task before anything long runs: network, loaders, what a fit covers, how long it takes, what is wrong.
 
     A batch of every loader goes through the network, and a few data are fitted in all steps; times and memory of the
-    whole fit are estimated from that. Exits with 1 if a fit would fail.
+    whole fit are estimated from that. Exits with 1 if there is a problem.
     """
     if posterior is not None and not posterior.is_file():
         raise typer.BadParameter(f"{posterior} does not exist. `debiased-laplace fit` writes one.")
@@ -85,5 +85,5 @@ def doctor(
     examination.run(posterior)
     answer(**examination.document())
     show_examination(examination.document())
-    if not examination.fits:
+    if not examination.well:
         raise typer.Exit(FAILED)

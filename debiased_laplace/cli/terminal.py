@@ -144,10 +144,10 @@ def show_examination(found: Mapping[str, Any]) -> None:
     typer.echo("")
     for finding in found["findings"]:
         _line(finding["level"].capitalize(), f"{finding['about']}: {finding['message']}")
-    if found["fits"]:
-        typer.echo(f"A fit would go through: debiased-laplace fit {task['source']}")
+    if found["well"]:
+        typer.echo(f"All is well. Go on with: debiased-laplace fit {task['source']}")
     else:
-        typer.echo("A fit would fail. Mend the problems, and call `doctor` again.")
+        typer.echo("A fit, or predictions after it, would fail: mend the problems, and call `doctor` again.")
 
 
 def _of_machine(about: Mapping[str, Any]) -> str:

@@ -27,7 +27,8 @@ class Table:
                 raise ValueError(f"Expected rows of numbers in {path}, got none.")
             self._names = first if _numbers(first) is None else None
             self.total = sum(1 for _ in rows) + (second is not None) + (self._names is None)
-        self._width, self._chosen = len(first), self._columns(columns)
+        self._width = len(first)
+        self._chosen = self._columns(columns)
         numel = form.one.shape[1:].numel()
         if not form.transforms and len(self._chosen) != numel:
             known = f": {', '.join(self._names)}" if self._names and not columns else ""
