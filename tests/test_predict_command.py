@@ -356,11 +356,11 @@ def test_files_that_are_no_images(squares: Path, tmp_path: Path, monkeypatch: py
     save_images(Path("images"), torch.rand(2, 1, 4, 4))
     Path("images/class0/00.png").write_text("no image")
     Path("empty").mkdir()
-    for folder, message in (
+    for name, message in (
         ("images", "Expected an image in images/class0/00.png"),
         ("empty", "Expected images (.bmp"),
     ):
-        assert message in told(invoke("predict", SQUARES, squares, "--inputs", folder))
+        assert message in told(invoke("predict", SQUARES, squares, "--inputs", name))
 
 
 def test_images_of_a_task_without_images(blobs: Path, tmp_path: Path) -> None:

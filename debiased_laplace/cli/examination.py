@@ -153,8 +153,8 @@ class Examination:
                     f"Expected data from {name}() of {self.task.source}, got none. A generator is read only once: "
                     "make it in the function."
                 )
+            _check_finite(first[0], f"inputs of {name}() of {self.task.source}")
             batch = Batch(*first)
-            _check_finite(batch.inputs, f"inputs of {name}() of {self.task.source}")
             n_data, exact = self._size(name, batch)
             if name == "train_loader" and self.task.n_data is None and n_data is None:
                 self.warn(f"{name}()", "How many data it has is not known before it is read, nor how long that takes.")

@@ -193,7 +193,7 @@ class Parts:
             for name, (shape, dtype) in self._forms().items():
                 with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
                     header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
-                    np.lib.format.write_array_header_1_0(file, header)  # type: ignore[no-untyped-call]
+                    np.lib.format.write_array_header_1_0(file, header)
                     for part in self._paths:
                         content = memoryview(np.ascontiguousarray(self._rows(part, name), dtype).tobytes())
                         for start in range(0, len(content), BYTES):

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -71,8 +72,8 @@ class Arrays:
 
     def chunks(self) -> Iterator[Chunk]:
         """So many rows at a time."""
-        for part in _data.slices(cast(int, self.total), self._size):
-            yield Chunk(part.start, part.stop - part.start, lambda part=part: self._read(part))
+        for part in _data.slices(self.total, self._size):
+            yield Chunk(part.start, part.stop - part.start, partial(self._read, part))
 
     def _read(self, part: slice) -> Any:
         return self._structure({name: array.rows(part.start, part.stop) for name, array in self._arrays.items()})
@@ -111,9 +112,9 @@ class Member:
 
     def __init__(self, path: Path, name: str) -> None:
         self._file = zipfile.ZipFile(path).open(f"{name}.npy")
-        version = np.lib.format.read_magic(self._file)  # type: ignore[no-untyped-call]
+        version = np.lib.format.read_magic(self._file)
         header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        self.shape, by_columns, self.dtype = header(self._file)  # type: ignore[no-untyped-call]
+        self.shape, by_columns, self.dtype = header(self._file)
         if self.dtype.hasobject:
             raise ValueError(f"{name!r} has Python objects in it, no numbers")
         _check_rows(self.shape, f"{name!r} of {path}")

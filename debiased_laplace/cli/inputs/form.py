@@ -44,8 +44,10 @@ class Chunk:
 class Source(Protocol):
     """Data to predict."""
 
-    #: How many, if that is known.
-    total: int | None
+    @property
+    def total(self) -> int | None:
+        """How many, if that is known."""
+        ...
 
     def digest(self) -> str:
         """Tells the data apart from others."""

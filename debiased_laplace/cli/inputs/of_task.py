@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 from debiased_laplace import _data
@@ -34,5 +35,7 @@ class TestLoader:
             for part in _data.slices(n, self._size or n):
                 some, of_some = _data.take(inputs, part), targets[part]
                 digest = data_digest([(some, of_some)], None)
-                yield Chunk(start, len(of_some), lambda some=some: some, {"targets": of_some.cpu().numpy()}, digest)
+                yield Chunk(
+                    start, len(of_some), partial(_data.take, inputs, part), {"targets": of_some.cpu().numpy()}, digest
+                )
                 start += len(of_some)

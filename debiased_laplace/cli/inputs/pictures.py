@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -64,8 +65,10 @@ class Pictures:
         for part in _data.slices(len(self._paths), self._size):
             paths = self._paths[part]
             names = np.array([self._name(path) for path in paths])
-            yield Chunk(part.start, len(paths), lambda paths=paths: torch.stack([*map(self._read, paths)]),
-                        {"names": names})  # fmt: skip
+            yield Chunk(part.start, len(paths), partial(self._stacked, paths), {"names": names})
+
+    def _stacked(self, paths: Sequence[Path]) -> Tensor:
+        return torch.stack([self._read(path) for path in paths])
 
     def _read(self, path: Path) -> Tensor:
         from PIL import Image

@@ -6,6 +6,7 @@ import csv
 import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -73,7 +74,7 @@ class Table:
                 some = list(itertools.islice(rows, self._size))
                 if not some:
                     return
-                yield Chunk(start, len(some), lambda some=some, start=start: self._read(some, start))
+                yield Chunk(start, len(some), partial(self._read, some, start))
 
     def _read(self, rows: list[list[str]], start: int) -> Tensor:
         read = torch.tensor([self._row(row, start + i) for i, row in enumerate(rows)], dtype=torch.float64)
