@@ -299,7 +299,7 @@ def test_the_shell_is_answered() -> None:
     }
     code = "import sys; sys.argv = ['debiased-laplace']; from debiased_laplace.__main__ import main; main()"
     done = subprocess.run(
-        [sys.executable, "-c", code], env={**os.environ, **asked}, capture_output=True, text=True, check=False
+        [sys.executable, "-c", code], env={**os.environ, **environment}, capture_output=True, text=True, check=False
     )
     assert done.stdout.split() == ["fashion-mnist"]
 

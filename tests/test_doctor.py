@@ -14,11 +14,11 @@ import debiased_laplace as dl
 from debiased_laplace import DebiasedLaplace
 from debiased_laplace.cli import examination
 from debiased_laplace.cli.examination import Examination
-from debiased_laplace.cli.units import in_bytes, in_seconds
+from debiased_laplace.cli.units import described, in_bytes, in_seconds
 from debiased_laplace.curvature.structures import STRUCTURES, Full, Kronecker, LowRank
 from debiased_laplace.curvature.structures.base import Decomposed
 from debiased_laplace.evaluation import Context, Task
-from debiased_laplace.fitting.estimate import Costs, Estimate
+from debiased_laplace.fitting.estimate import Costs, FitEstimate
 from debiased_laplace.fitting.memory import held_by_fit
 from debiased_laplace.fitting.settings import FitSettings
 from debiased_laplace.network.network import Network
@@ -109,7 +109,7 @@ def test_what_is_shown(tmp_path: Path) -> None:
         (("    return network\n", "    return network.nothing\n"), "model()", "has no attribute 'nothing'"),
         (("return cut(*data(200 + seed, 60))", "return []"), "val_loader()", "Expected data from val_loader()"),
         (("return cut(*data(300, 70))\n\n\ndef sh", "return [(torch.full((4, 2), float('nan')), torch.ones(4).long())]"
-          "\n\n\ndef sh"), "test_loader()", "Expected finite inputs of test_loader() of"),
+          "\n\n\ndef sh"), "test_loader()", "Expected finite numbers in inputs of test_loader() of"),
         (("return cut(*data(200 + seed, 60))", "return [(torch.ones(4, 2), torch.full((4,), 7))]"), "val_loader()",
          "Expected class indices"),
         (("return cut(*data(100 + seed, 100))", "return [(torch.ones(4, 5), torch.ones(4).long())]"), "the network",
@@ -220,7 +220,7 @@ def test_an_estimate_is_the_sum_of_its_parts() -> None:
     settings = FitSettings(structure=structure).completed()
     assert settings.split is not None
     costs = Costs(forward=1.0, stream=2.0, statistics=3.0, curvatures=5.0, prediction=7.0, n_vectors=5, cubed=0.5)
-    got = Estimate.of(
+    got = FitEstimate.of(
         costs, network, settings, n_data=100, n_drawn=10, tuning=11.0, of_trial=(Kronecker(max_factor=4), 8, 1000.0)
     )
     trial = 8 * 8.0 + 0.5 * (2 * 4**3 + 2 * 3**3)
@@ -230,7 +230,9 @@ def test_an_estimate_is_the_sum_of_its_parts() -> None:
     assert got.decompositions == pytest.approx(0.5 * (8**3 + 5 * 5**3), rel=EXACT)  # four folds, and the final ones
     assert got.seconds == pytest.approx(got.fixed + 200 + 80 + got.decompositions + 11, rel=EXACT)
     assert got.memory == held_by_fit(network, structure, settings.split) + 10 * network.memory_of_a_datum(5)
-    unknown = Estimate.of(costs, network, settings, n_data=None, n_drawn=10, tuning=11.0, of_trial=(structure, 8, 0.0))
+    unknown = FitEstimate.of(
+        costs, network, settings, n_data=None, n_drawn=10, tuning=11.0, of_trial=(structure, 8, 0.0)
+    )
     assert unknown.reading is unknown.seconds is None
     assert unknown.fixed == 0
 
@@ -269,5 +271,5 @@ def test_units() -> None:
 
 def test_what_inputs_look_like() -> None:
     batch = {"ids": torch.ones(2, 3, dtype=torch.int64), "mask": torch.ones(2, 3), "name": "x"}
-    assert examination.described(batch) == "ids int64 [2, 3], mask float32 [2, 3]"
-    assert examination.described((torch.ones(2), torch.ones(2, 1))) == "float32 [2], float32 [2, 1]"
+    assert described(batch) == "ids int64 [2, 3], mask float32 [2, 3]"
+    assert described((torch.ones(2), torch.ones(2, 1))) == "float32 [2], float32 [2, 1]"

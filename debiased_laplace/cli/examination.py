@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -13,17 +12,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from debiased_laplace import DebiasedLaplace, _data
+from debiased_laplace import DebiasedLaplace, _checks, _data
 from debiased_laplace._guards import user_warnings
 from debiased_laplace.cli.arguments import load_posterior
 from debiased_laplace.cli.errors import Told
-from debiased_laplace.cli.units import in_bytes
+from debiased_laplace.cli.machine import available_memory, machine
+from debiased_laplace.cli.units import described, in_bytes
 from debiased_laplace.curvature.structures import STRUCTURES, Kronecker, Structure
-from debiased_laplace.evaluation import records
 from debiased_laplace.evaluation.methods import Options, recipe
 from debiased_laplace.evaluation.provenance import data_digest, seeded
 from debiased_laplace.evaluation.tasks import Context, Task, TaskError
-from debiased_laplace.fitting.estimate import Costs, Estimate
+from debiased_laplace.fitting.estimate import Costs, FitEstimate
 from debiased_laplace.fitting.memory import held_by_fit
 from debiased_laplace.fitting.settings import FitSettings, default_sampler
 from debiased_laplace.likelihoods import Likelihood, resolve_likelihood
@@ -111,8 +110,6 @@ class Examination:
         except Exception as error:
             self.findings.append(Finding(level, about, Told.of(error).sentence))
 
-    # -- steps ---------------------------------------------------------------------------------
-
     def run(self, posterior: Path | None = None) -> None:
         """All of it."""
         model = self._model()
@@ -199,13 +196,10 @@ class Examination:
         """Find the layers as a fit does, try all loaders on the network, fit a few data, and estimate."""
         assert self.network is not None
         likelihood = resolve_likelihood(self.task.likelihood)
-        kind = STRUCTURES[self.structure]
-        structure: Structure = kind()
-        train = batches["train_loader"]
+        structure, train = STRUCTURES[self.structure](), batches["train_loader"]
         with user_warnings() as messages:
             settings = self._settings(structure)
-            snapshot = Snapshot.of(model)
-            network = settings.discover(snapshot, train.inputs, train.targets, likelihood)
+            network = settings.discover(Snapshot.of(model), train.inputs, train.targets, likelihood)
             self.network["n_outputs"] = network.n_outputs
             self._check_classes(network)
             for name, batch in batches.items():
@@ -270,6 +264,7 @@ class Examination:
         """A fit to a few data in all its steps, what it covers, and what the one to come will take."""
         size = self._trial_size(network)
         few = list(_data.head(self.task.loader("train_loader", self.context), size))
+        n_few = sum(len(some) for _, some in few)
         of_trial = replace(structure, max_factor=TRIAL_FACTOR) if isinstance(structure, Kronecker) else structure
         la = DebiasedLaplace(model, self.task.likelihood, hessian_structure=self.structure, seed=self.context.seed)
         start = time.perf_counter()
@@ -282,12 +277,12 @@ class Examination:
         )  # fmt: skip
         n_data = self.loaders["train_loader"]["n_data"]
         n_drawn = min(self.budget or n_data or 0, n_data or self.budget or 0)
-        estimate = Estimate.of(
+        estimate = FitEstimate.of(
             costs, la.native.network, settings, n_data=n_data, n_drawn=n_drawn, tuning=self._tuning(la, size),
-            of_trial=(of_trial, sum(len(some) for _, some in few), seconds),
+            of_trial=(of_trial, n_few, seconds),
         )  # fmt: skip
         self.estimates = {
-            "trial_size": size, "n_drawn": n_drawn, "seconds": estimate.seconds, "fixed_seconds": estimate.fixed,
+            "trial_size": n_few, "n_drawn": n_drawn, "seconds": estimate.seconds, "fixed_seconds": estimate.fixed,
             "reading_seconds": estimate.reading, "curvature_seconds": estimate.curvature,
             "decomposition_seconds": estimate.decompositions, "tuning_seconds": estimate.tuning,
             "memory_bytes": estimate.memory, "memory_available_bytes": available_memory(self.context.device),
@@ -327,8 +322,6 @@ class Examination:
             "coverage": native.coverage(),
         }  # fmt: skip
 
-    # -- what it is shown as -------------------------------------------------------------------
-
     def document(self) -> dict[str, Any]:
         """For `--json`."""
         return {
@@ -349,38 +342,7 @@ class Examination:
             return ""
 
 
-def machine(device: torch.device) -> dict[str, Any]:
-    """What it runs on: versions, devices, memory."""
-    cards = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
-    return records.environment(device) | {"cards": cards, "memory_available_bytes": available_memory(device)}
-
-
-def available_memory(device: torch.device) -> int | None:
-    """Bytes that are free, where the system says it."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    with contextlib.suppress(OSError, ValueError, IndexError):
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    with contextlib.suppress(OSError, ValueError, AttributeError):
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
-    return None
-
-
-def described(value: Any) -> str:
-    """Dtypes and shapes of the tensors of a batch."""
-    if isinstance(value, Mapping):
-        return ", ".join(f"{key} {described(one)}" for key, one in value.items() if _data.tensors(one))
-    shapes = [f"{str(leaf.dtype).removeprefix('torch.')} {list(leaf.shape)}" for leaf in _data.tensors(value)]
-    return ", ".join(shapes) or type(value).__name__
-
-
 def _check_finite(value: Any, what: str) -> None:
     for leaf in _data.tensors(value):
-        if leaf.is_floating_point() and not bool(leaf.isfinite().all()):
-            n = int((~leaf.isfinite()).sum())
-            raise TaskError(
-                f"Expected finite {what}, got NaN or infinity in {n} of {leaf.numel()} numbers. Look for missing "
-                "values in the data, or for an overflow in the network."
-            )
+        if leaf.is_floating_point():
+            _checks.finite(leaf, what, "Look for missing values in the data, or for an overflow in the network.")

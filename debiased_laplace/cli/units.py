@@ -1,8 +1,10 @@
-"""Numbers with units, for people."""
+"""Numbers with units, and shapes, for people."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 
 def in_bytes(n: float) -> str:
@@ -23,3 +25,13 @@ def in_seconds(seconds: float) -> str:
     if seconds < 5400:
         return f"{math.ceil(seconds / 60)} min"
     return f"{seconds / 3600:.2g} h"
+
+
+def described(value: Any) -> str:
+    """Dtypes and shapes of the tensors of a batch."""
+    from debiased_laplace import _data
+
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} {described(one)}" for key, one in value.items() if _data.tensors(one))
+    shapes = [f"{str(leaf.dtype).removeprefix('torch.')} {list(leaf.shape)}" for leaf in _data.tensors(value)]
+    return ", ".join(shapes) or type(value).__name__

@@ -11,8 +11,7 @@ Functions of the file (all but the first four are optional):
 ``ood_loaders``      ``{name: loader}`` of out-of-distribution data
 ``ensemble``         trained networks of several runs
 ``images``           from the inputs of a batch to images ``[N, channels, H, W]`` in [0, 1], for the report
-``transform``        from an image of PIL, or a row ``[columns]`` of a table, to the tensor that the network takes for
-                     it, of ``predict --inputs``; given nothing else
+``transform``        from an image of PIL, or a row of a table, to an input, for ``predict --inputs``
 ``target_scale``     of a regression: the standard deviation by which the targets were divided
 ``description``      what the data and the model are
 ==================== =================================================================================================

@@ -113,7 +113,7 @@ class Costs:
 
 
 @dataclass(frozen=True)
-class Estimate:
+class FitEstimate:
     """What a fit will take, about.
 
     Attributes:
@@ -136,7 +136,7 @@ class Estimate:
     def of(
         cls, costs: Costs, network: Network, settings: FitSettings, *, n_data: int | None, n_drawn: int,
         tuning: float | None, of_trial: tuple[Structure, int, float],
-    ) -> Estimate:  # fmt: skip
+    ) -> FitEstimate:  # fmt: skip
         """From what steps cost.
 
         Args:

@@ -15,7 +15,7 @@ from debiased_laplace.cli.inputs.arrays import Arrays
 from debiased_laplace.cli.inputs.form import Chunk, Form, Source
 from debiased_laplace.cli.inputs.of_task import TestLoader
 from debiased_laplace.cli.inputs.pictures import Pictures
-from debiased_laplace.cli.inputs.table import Table
+from debiased_laplace.cli.inputs.table import CsvFile
 from debiased_laplace.evaluation.provenance import seeded
 from debiased_laplace.evaluation.tasks import Context, Task, TaskError
 
@@ -52,7 +52,7 @@ def source_of(
     if path.is_dir():
         return Pictures(path, form, size)
     if path.suffix == ".csv":
-        return Table(path, form, size, columns)
+        return CsvFile(path, form, size, columns)
     if path.suffix in (".npy", ".npz"):
         return Arrays(path, form, size)
     raise ValueError(f"Expected a folder of images, or a file .csv, .npy or .npz, got {path}. Convert it.")

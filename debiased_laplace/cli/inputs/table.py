@@ -16,7 +16,7 @@ from torch import Tensor
 from debiased_laplace.cli.inputs.form import Chunk, Form, digest_of_files
 
 
-class Table:
+class CsvFile:
     """Rows of numbers in a CSV file, with or without a line of names; commas, semicolons or tabs between them."""
 
     def __init__(self, path: Path, form: Form, size: int, columns: Sequence[str]) -> None:
