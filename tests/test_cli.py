@@ -285,7 +285,7 @@ def test_predictions_need_a_file(posterior: Path, tmp_path: Path) -> None:
 
 def test_version_and_help() -> None:
     assert debiased_laplace.__version__ in invoke("--version").stdout
-    commands = ("demo", "evaluate", "fit", "predict", "init-task", "tasks")
+    commands = ("demo", "evaluate", "bias", "doctor", "fit", "predict", "init-task", "tasks")
     shown = invoke("--help").stdout
     assert all(command in shown for command in commands)
     assert "demo" in invoke().output

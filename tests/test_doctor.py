@@ -237,6 +237,16 @@ def test_an_estimate_is_the_sum_of_its_parts() -> None:
     assert unknown.fixed == 0
 
 
+def test_costs_are_measured_on_any_device(device: torch.device) -> None:
+    torch.manual_seed(0)
+    x, y = torch.randn(12, 4, device=device), torch.randint(3, (12,), device=device)
+    la = DebiasedLaplace(nn.Linear(4, 3).to(device), "classification")
+    la.fit([(x, y)], budget=None)
+    costs = Costs.of(la.native.fitted, Kronecker(), la.native.likelihood, x, y)
+    assert costs.n_vectors == 2  # of three classes, whose probabilities sum to one
+    assert min(costs.forward, costs.stream, costs.statistics, costs.curvatures, costs.prediction, costs.cubed) > 0
+
+
 def test_an_estimate_is_near_what_a_fit_takes() -> None:
     """Within a factor that other programs on the machine may make: it tells seconds from minutes."""
     torch.manual_seed(0)

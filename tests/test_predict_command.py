@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import debiased_laplace as dl
 from debiased_laplace import DebiasedLaplace
 from debiased_laplace.cli import predictions
+from debiased_laplace.cli.inputs import Chunk
 from debiased_laplace.cli.inputs.arrays import Member
 from debiased_laplace.evaluation import Context, LaplacePredictor, Task
 from tests.faults.test_files import killed
@@ -426,6 +427,29 @@ def test_parts_of_another_posterior_are_not_used(blobs: Path, tmp_path: Path, mo
     result = invoke("predict", BLOBS, other, "--out", out)
     assert sizes == [32, 32, 6]
     assert "interrupted predictions of another posterior or other data" in " ".join(result.stderr.split())
+
+
+def test_a_part_of_other_data_is_made_anew(blobs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beyond what the digest of a loader sees: every chunk of it has a digest of its own."""
+    native = DebiasedLaplace.load(blobs, Task.load(BLOBS).model(Context())).native
+
+    class Source:
+        total = 8
+
+        def __init__(self, last: str) -> None:
+            self.digests = ("a", last)
+
+        def digest(self) -> str:
+            return "the same"
+
+        def chunks(self) -> Any:
+            for start, digest in zip((0, 4), self.digests, strict=True):
+                yield Chunk(start, 4, lambda: torch.zeros(4, 2), {}, digest)
+
+    predictions.Parts(tmp_path / "p.npz", {}).make(native, Source("b"))
+    sizes, parts = interrupted_at(0, monkeypatch), predictions.Parts(tmp_path / "p.npz", {})
+    parts.make(native, Source("c"))
+    assert (sizes, parts.n_kept, parts.n) == ([4], 4, 8)
 
 
 @pytest.mark.faults

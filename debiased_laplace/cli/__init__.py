@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from debiased_laplace.cli import posteriors, reports, session, task_files
+from debiased_laplace.cli import posteriors, reports, task_files
 from debiased_laplace.cli.program import DebugOption, JsonOption, Program, with_options_of_all
 
 __all__ = ["app"]
@@ -38,7 +38,6 @@ def _show_version(wanted: bool) -> None:
     if wanted:
         from debiased_laplace import __version__
 
-        session.answer()
         typer.echo(f"debiased-laplace {__version__}")
         raise typer.Exit
 

@@ -24,6 +24,10 @@ TaskArgument = Annotated[
         help="A task file, or a shipped task (see `tasks`).", metavar="TASK", autocompletion=completion.tasks
     ),
 ]
+PosteriorArgument = Annotated[
+    Path,
+    typer.Argument(help="File that `fit` wrote.", metavar="POSTERIOR", autocompletion=completion.posteriors),
+]
 StructureOption = Annotated[
     str, typer.Option(help="kron, lowrank, diag, full or isotropic.", autocompletion=completion.structures)
 ]
@@ -40,6 +44,7 @@ ProcessesOption = Annotated[
     typer.Option(min=1, help="Seeds at a time; with more than one each is a process with one thread."),
 ]
 SeedOption = Annotated[int, typer.Option(min=0, max=2**31 - 1, help="First seed; the others follow it.")]
+OneSeedOption = Annotated[int, typer.Option(min=0, max=2**31 - 1, help="Of everything random.")]
 
 
 def load_task(

@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from debiased_laplace.cli import completion
 from debiased_laplace.cli.arguments import (
     BudgetOption,
     DataOption,
     DeviceOption,
     FixedCacheOption,
+    OneSeedOption,
+    PosteriorArgument,
     QuickOption,
-    SeedOption,
     StructureOption,
     TaskArgument,
     budget_of,
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 def fit(
     task: TaskArgument,
     out: Annotated[Path, typer.Option(help="File for the posterior.")] = Path("posterior.safetensors"),
-    seed: SeedOption = 0,
+    seed: OneSeedOption = 0,
     budget: BudgetOption = None,
     structure: StructureOption = "kron",
     data_dir: DataOption = None,
@@ -51,7 +51,7 @@ def fit(
 ) -> None:
     """Fit and tune a posterior for a task's network, and save it. An interrupted fit goes on where it stopped.
 
-    Under torchrun every process reads the task's loaders, and computes its share of the data.
+    Under torchrun every process reads the loaders, and computes its share.
     """
     check_file(out)
     start = time.perf_counter()
@@ -106,7 +106,7 @@ def fit(
 
 def predict(
     task: TaskArgument,
-    posterior: Annotated[Path, typer.Argument(help="File that `fit` wrote.", autocompletion=completion.posteriors)],
+    posterior: PosteriorArgument,
     inputs: Annotated[
         Path | None,
         typer.Option(help="A .csv, .npy or .npz file, or a folder of images; by default the task's test data."),
@@ -118,7 +118,7 @@ def predict(
     batch_size: Annotated[
         int | None, typer.Option(min=1, help="Data at a time; the loader's, and 256 of files, by default.")
     ] = None,
-    seed: SeedOption = 0,
+    seed: OneSeedOption = 0,
     data_dir: DataOption = None,
     cache: FixedCacheOption = Path("cache"),
     device: DeviceOption = None,
@@ -126,8 +126,7 @@ def predict(
 ) -> None:
     """Predict with a saved posterior: probabilities, or means, with their uncertainties.
 
-    What is predicted is kept in parts beside the file until all of it is there: interrupted, the same command goes on
-    where it stopped.
+    Finished parts are kept beside the file: interrupted, the same command goes on.
     """
     check_file(out)
     start = time.perf_counter()

@@ -80,8 +80,10 @@ def evaluate(
 ) -> None:
     """Judge a trained network with and without posteriors, on test, shifted and out-of-distribution data: one page.
 
-    An interrupted run goes on where it stopped when the same command is given again. Under torchrun its processes share
-    the seeds, or the data of every seed if these are fewer, and the first one writes the page.
+    An interrupted run goes on where it stopped when the same command is given again.
+
+    Under torchrun its processes share the seeds, or the data of every seed if these are fewer, and the first one writes
+    the page.
     """
     check_folder(out)
     if processes > 1:

@@ -13,8 +13,8 @@ from debiased_laplace.cli.arguments import (
     DataOption,
     DeviceOption,
     FixedCacheOption,
+    OneSeedOption,
     QuickOption,
-    SeedOption,
     StructureOption,
     TaskArgument,
     budget_of,
@@ -60,9 +60,11 @@ def doctor(
     task: TaskArgument,
     posterior: Annotated[
         Path | None,
-        typer.Argument(help="File that `fit` wrote, to check as well.", autocompletion=completion.posteriors),
+        typer.Argument(
+            help="File that `fit` wrote, to check as well.", metavar="POSTERIOR", autocompletion=completion.posteriors
+        ),
     ] = None,
-    seed: SeedOption = 0,
+    seed: OneSeedOption = 0,
     budget: BudgetOption = None,
     structure: StructureOption = "kron",
     data_dir: DataOption = None,
@@ -72,8 +74,11 @@ def doctor(
 ) -> None:
     """Check a task before anything long runs: network, loaders, what a fit covers, how long it takes, what is wrong.
 
-    A batch of every loader goes through the network, and a few data are fitted in all steps; times and memory of the
-    whole fit are estimated from that. Exits with 1 if there is a problem.
+    A batch of every loader goes through the network, and a few data are fitted.
+
+    Times and memory of the whole fit are estimated from that.
+
+    Exits with 1 if there is a problem.
     """
     if posterior is not None and not posterior.is_file():
         raise typer.BadParameter(f"{posterior} does not exist. `debiased-laplace fit` writes one.")
