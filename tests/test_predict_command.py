@@ -276,6 +276,9 @@ def test_files_of_another_kind(blobs: Path, tmp_path: Path, monkeypatch: pytest.
     result = invoke("predict", BLOBS, blobs, "--inputs", "missing.csv")
     assert "missing.csv does not exist" in told(result)
     assert result.exit_code == 2
+    result = invoke("predict", BLOBS, blobs, "--inputs", "y.npz", "--columns", "a")
+    assert "Expected a .csv file as --inputs" in told(result)
+    assert result.exit_code == 2
     result = invoke("predict", BLOBS, blobs, "--out", "p.txt")
     assert "Expected a file .npz or .csv, got p.txt" in told(result)
     assert result.exit_code == 2

@@ -136,6 +136,8 @@ def predict(
         raise typer.BadParameter(f"{posterior} does not exist. `debiased-laplace fit` writes one.")
     if inputs is not None and not inputs.exists():
         raise typer.BadParameter(f"{inputs} does not exist.", param_hint="--inputs")
+    if columns and (inputs is None or inputs.suffix != ".csv"):
+        raise typer.BadParameter("Expected a .csv file as --inputs, which has columns.", param_hint="--columns")
     with importing():
         from debiased_laplace.cli.inputs import source_of
         from debiased_laplace.cli.predictions import Parts

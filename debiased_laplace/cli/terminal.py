@@ -124,7 +124,8 @@ def show_examination(found: Mapping[str, Any]) -> None:
     _line("Task", f"{task['name']} ({task['likelihood']}). {task['description']}")
     _line("Machine", _of_machine(found["machine"]))
     if network is not None:
-        outputs = "" if network["n_outputs"] is None else f", {network['n_outputs']} outputs"
+        n = network["n_outputs"]
+        outputs = "" if n is None else f", {n} output{'s' * (n != 1)}"
         _line(
             "Network", f"{network['n_parameters']:,} parameters, {network['n_trainable']:,} of them trainable, "
             f"{', '.join(network['dtypes'])}{outputs}; there in {in_seconds(network['seconds'])}",
@@ -145,7 +146,7 @@ def show_examination(found: Mapping[str, Any]) -> None:
     for finding in found["findings"]:
         _line(finding["level"].capitalize(), f"{finding['about']}: {finding['message']}")
     if found["well"]:
-        typer.echo(f"All is well. Go on with: debiased-laplace fit {task['source']}")
+        typer.echo(f"All is well: debiased-laplace fit {task['source']}, with the same options.")
     else:
         typer.echo("A fit, or predictions after it, would fail: mend the problems, and call `doctor` again.")
 

@@ -96,20 +96,22 @@ class Costs:
         def each(step: Callable[[], Any]) -> float:
             return _seconds(step, network) / n
 
+        measured: list[Any] = []
         with torch.inference_mode(False), torch.no_grad(), full_precision():
             forward = each(lambda: network.outputs(inputs))
-            statistics, exact = structure.measure(network, data), False
-            exact = bool(statistics.exact)
-            along = not exact and structure.projects
+            statistics = each(lambda: measured.append(structure.measure(network, data)))
+            exact, curvatures = measured[0].exact, 0.0
+            if not exact and structure.projects:
+                curvatures = each(lambda: curvatures_along(network, [basis, basis], data, [None, None]))
             return cls(
                 forward,
                 each(seen) if structure.observes else forward,
-                each(lambda: structure.measure(network, data)) if structure.data_dependent or exact else 0.0,
-                each(lambda: curvatures_along(network, [basis, basis], data, [None, None])) if along else 0.0,
+                statistics if structure.data_dependent or exact else 0.0,
+                curvatures,
                 each(lambda: top_k_moments(network, [trial.posterior], likelihood, inputs, k)),
                 n_vectors,
                 seconds_of_a_decomposition(network, decomposed_size(structure.decomposed(network, n * n_vectors))),
-            )  # fmt: skip
+            )
 
 
 @dataclass(frozen=True)
