@@ -92,7 +92,7 @@ def test_what_is_shown(tmp_path: Path) -> None:
     for text in (
         "blobs (classification). Three blobs in the plane.", "75 parameters, 75 of them trainable, float32, 3 outputs",
         "100 data; a batch: inputs float32 [32, 2], targets int64 [32]; loss of the network",
-        "75 of 75 trainable parameters covered by 2 blocks.", "Estimates for this machine, by a trial with 64 data",
+        "75 of 75 trainable parameters covered by 2 blocks.", "Estimates for this machine, by a trial with",
         "Laplace posterior of 75 of 75 parameters", "All is well: debiased-laplace fit",
     ):  # fmt: skip
         assert text in shown
