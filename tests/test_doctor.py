@@ -26,6 +26,11 @@ from tests.test_cli import BLOBS, WAVE, invoke, told
 from tests.tolerances import EXACT
 
 
+@pytest.fixture(autouse=True)
+def small_trials(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(examination, "TRIAL_SIZE", 8)
+
+
 def examined(source: Path, structure: str = "kron", posterior: Path | None = None, **settings: Any) -> Examination:
     task = Task.load(source)
     result = Examination(task, Context(**settings), structure, task.budget)

@@ -201,8 +201,9 @@ def test_what_is_wrong_in_a_table(
 # -- arrays ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("save", [np.save, np.savez, np.savez_compressed])
-@pytest.mark.parametrize("order", ["C", "F"])
+@pytest.mark.parametrize(
+    ("save", "order"), [(np.save, "C"), (np.save, "F"), (np.savez, "F"), (np.savez_compressed, "C")]
+)
 def test_arrays(blobs: Path, tmp_path: Path, save: Callable[..., None], order: str) -> None:
     inputs, _ = Task.load(BLOBS).definition.data(300, 70)
     array = np.asarray(inputs.numpy(), order=order)  # type: ignore[call-overload]
@@ -390,8 +391,7 @@ def interrupted_at(number: int, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return sizes
 
 
-@pytest.mark.parametrize("suffix", ["npz", "csv"])
-@pytest.mark.parametrize("kind", ["loader", "table"])
+@pytest.mark.parametrize(("kind", "suffix"), [("loader", "npz"), ("table", "csv")])
 def test_interrupted_predictions_go_on(
     blobs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str, kind: str
 ) -> None:
