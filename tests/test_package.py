@@ -26,8 +26,8 @@ MODULES = sorted(path.relative_to(ROOT).with_suffix("") for path in ROOT.rglob("
 #: Data flow one way, and so do imports: a module imports from those before it alone.
 ORDER = [
     "_checks", "_guards", "_ranks", "_data", "_plain", "_files", "_store", "likelihoods", "sampling", "network",
-    "curvature", "posterior", "fitting", "quadratic", "testing", "laplace", "laplace_torch", "evaluation", "cli",
-    "__main__",
+    "curvature", "posterior", "fitting", "quadratic", "testing", "laplace", "integrations", "laplace_torch",
+    "evaluation", "cli", "__main__",
 ]  # fmt: skip
 
 
@@ -115,8 +115,12 @@ def providers() -> dict[str, set[str]]:
 @pytest.mark.parametrize("module", MODULES, ids=str)
 def test_imports_of_the_package_are_declared(module, declared, providers):
     path = (ROOT / module).with_suffix(".py")
-    needs_extra = module.parts[0] in ("evaluation", "cli")
-    for group, when_imported in (("evaluation", True), ("all", False)) if needs_extra else (("base", False),):
+    groups: tuple[tuple[str, bool], ...] = (("base", False),)
+    if module.parts[0] in ("evaluation", "cli"):
+        groups = ("evaluation", True), ("all", False)
+    elif module.parts[0] == "integrations" and module.name in declared:
+        groups = ((module.name, False),)  # extras are called as the modules
+    for group, when_imported in groups:
         for name in external_imports(path, when_imported=when_imported) - {"debiased_laplace"}:
             assert providers[name] & declared[group], f"{module} imports {name}: declare it in {group!r}"
 
@@ -183,7 +187,25 @@ def test_the_command_names_a_missing_extra(arguments, missing):
     assert result.stdout == ""
 
 
-NATIVE = [m for m in MODULES if m.parts[0] not in ("laplace_torch", "evaluation", "cli", "__main__")]
+def of_libraries() -> list[str]:
+    """Modules of the integrations that cannot be imported without the library that they are for."""
+    files = [(ROOT / module).with_suffix(".py") for module in MODULES if module.parts[0] == "integrations"]
+    return [path.stem for path in files if "\nrequire(" in path.read_text()]
+
+
+@pytest.mark.parametrize("name", of_libraries())
+def test_an_integration_names_what_it_lacks(name, declared, providers):
+    libraries = [library for library, of in providers.items() if of & (declared[name] - declared["base"])]
+    result = run_without(libraries, f"import debiased_laplace.integrations.{name}")
+    assert result.returncode == 1
+    last = result.stderr.strip().splitlines()[-1]
+    expected = rf"ModuleNotFoundError: .* needs .*, not installed here: .* pip install 'debiased-laplace\[{name}\]'\."
+    assert re.fullmatch(expected, last), result.stderr
+
+
+NATIVE = [
+    m for m in MODULES if m.parts[0] not in ("integrations", "laplace_torch", "evaluation", "cli", "__main__")
+]  # fmt: skip
 FIT_AND_PREDICT = """
 import importlib, torch
 for name in {names}:
@@ -257,7 +279,8 @@ def test_the_import_is_light():
         "import debiased_laplace\n"
         "alone = time.perf_counter() - start\n"
         "debiased_laplace.Kronecker, debiased_laplace.Posterior\n"
-        "heavy = {'laplace', 'sklearn', 'matplotlib', 'netcal', 'pandas', 'typer', 'rich', 'jinja2'}\n"
+        "heavy = {'laplace', 'sklearn', 'matplotlib', 'netcal', 'pandas', 'typer', 'rich', 'jinja2', 'lightning'}\n"
+        "heavy |= {'transformers', 'pytorch_lightning', 'onnx', 'onnxscript'}\n"
         "print(alone, sorted(heavy & set(sys.modules)))\n"
     )
     seconds, heavy = run_python(code).split(" ", 1)

@@ -24,7 +24,7 @@ from debiased_laplace._data.batches import (
     tensors,
     to_device,
 )
-from debiased_laplace._data.calling import USUAL, CallingConvention, name_of
+from debiased_laplace._data.calling import USUAL, CallingConvention, logits_of, name_of
 from debiased_laplace._data.loaders import (
     Adapters,
     as_targets,
@@ -65,6 +65,7 @@ __all__ = [
     "joined_targets",
     "labelled",
     "length",
+    "logits_of",
     "map_tensors",
     "name_of",
     "of_this_process",

@@ -68,7 +68,7 @@ class Changes(NamedTuple):
         return "; ".join(f"{what}: {listed(names)}" for what, names in zip(words, self, strict=True) if names)
 
 
-def _refuse_shards(model: nn.Module) -> None:
+def refuse_shards(model: nn.Module) -> None:
     """Raise a ``ValueError`` for parameters of which this process has a part only."""
     of_shards = {"DTensor", "FlatParameter"}
     shards = [name for name, p in model.named_parameters() if {c.__name__ for c in type(p).__mro__} & of_shards]
@@ -103,7 +103,7 @@ class Snapshot:
     """
 
     def __init__(self, model: nn.Module, trainable: Iterable[str] | None = None) -> None:
-        _refuse_shards(model)
+        refuse_shards(model)
         self.origin = model
         self._told: tuple[Any, Changes | None] | None = None
         self._watched: list[tuple[list[Tensor], Tensor]] | None = None

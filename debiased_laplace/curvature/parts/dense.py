@@ -102,6 +102,13 @@ class DenseBasis(Part):
         averages = [c.square().flatten(1).to(m) @ m.flatten() for c, m in zip(self.columns, matrices, strict=True)]
         return torch.stack(averages).sum(0)
 
+    def covariances_of_last_layer(self, inputs: Tensor, scales: Tensor, *, diagonal: bool = False) -> Tensor:
+        (columns,) = self.columns
+        rows = torch.einsum("ni,koi->nok", inputs.to(self.dtype), columns[:, 0])
+        scales = scales.to(self.dtype)
+        result = rows.square() @ scales if diagonal else (rows * scales) @ rows.mT
+        return result.to(inputs.dtype)
+
     def project_gradients(
         self, inputs: Sequence[LayerInputs], vectors: Sequence[Tensor], *, unit: bool = False
     ) -> DenseProjection:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from debiased_laplace.curvature.block_gradients import BlockGradients, block_gradients
@@ -61,6 +62,10 @@ class IdentityBasis(Part):
     def weighted_average(self, matrices: Sequence[Tensor]) -> Tensor:
         (matrix,) = matrices
         return matrix
+
+    def covariances_of_last_layer(self, inputs: Tensor, scales: Tensor, *, diagonal: bool = False) -> Tensor:
+        variances = inputs.square() @ scales[0].to(inputs.dtype).mT
+        return variances if diagonal else torch.diag_embed(variances)
 
     def project_gradients(
         self, inputs: Sequence[LayerInputs], vectors: Sequence[Tensor], *, unit: bool = False

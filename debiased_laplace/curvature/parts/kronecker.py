@@ -13,7 +13,7 @@ from debiased_laplace.curvature.contractions import FactoredGradients, rotate
 from debiased_laplace.curvature.moments import SecondMoment
 from debiased_laplace.curvature.parts.dense import DenseBasis
 from debiased_laplace.curvature.parts.outputwise import MAX_OUTPUTWISE, OutputwiseBasis
-from debiased_laplace.curvature.parts.part import Part, differ
+from debiased_laplace.curvature.parts.part import Part, differ, rotated_back
 from debiased_laplace.network.blocks import Block
 from debiased_laplace.network.kinds import DENSE
 from debiased_laplace.network.selected import LayerInputs
@@ -136,6 +136,10 @@ class KroneckerBasis(Part):
 
     def prepares_like(self, other: Part) -> bool:
         return isinstance(other, KroneckerBasis) and self.inputs is other.inputs
+
+    def covariances_of_last_layer(self, inputs: Tensor, scales: Tensor, *, diagonal: bool = False) -> Tensor:
+        squares = (inputs @ self.inputs[0].to(inputs.dtype)).square()
+        return rotated_back(self.outputs, squares @ scales[0].to(inputs.dtype).mT, diagonal)
 
     def project_gradients(
         self, inputs: tuple[Tensor, bool], vectors: Sequence[Tensor], *, unit: bool = False

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from debiased_laplace.curvature.block_gradients import BlockGradients, block_gradients
-from debiased_laplace.curvature.parts.part import DenseProjection, Part
+from debiased_laplace.curvature.parts.part import DenseProjection, Part, rotated_back
 from debiased_laplace.network.blocks import Block
 from debiased_laplace.network.selected import LayerInputs
 
@@ -81,6 +81,11 @@ class OutputwiseBasis(Part):
 
     def weighted_average(self, matrices: Sequence[Tensor]) -> Tensor:
         return self.squared().project(matrices)
+
+    def covariances_of_last_layer(self, inputs: Tensor, scales: Tensor, *, diagonal: bool = False) -> Tensor:
+        squares = torch.einsum("na,oai->noi", inputs.to(self.inputs.dtype), self.inputs[0]).square()
+        weights = torch.einsum("noi,oi->no", squares, scales[0].to(squares.dtype))
+        return rotated_back(self.outputs, weights, diagonal).to(inputs.dtype)
 
     def project_gradients(
         self, inputs: Sequence[LayerInputs], vectors: Sequence[Tensor], *, unit: bool = False

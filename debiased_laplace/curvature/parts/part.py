@@ -179,6 +179,21 @@ class Part(ABC):
             unit: Whether the vectors are the unit vectors of the outputs of a block's only call.
         """
 
+    def covariances_of_last_layer(self, inputs: Tensor, scales: Tensor, *, diagonal: bool = False) -> Tensor:
+        r"""Equation (4) where the block is the layer that makes the outputs, :math:`J_c = e_c a^\top`.
+
+        Products of whole tensors alone, whatever N is: they can be traced for any number of data.
+
+        Args:
+            inputs: ``a: [N, I]``.
+            scales: h, of the part's shape.
+            diagonal: The variances alone.
+
+        Returns:
+            ``[N, O, O]`` or ``[N, O]``.
+        """
+        raise NotImplementedError(f"The directions of {type(self).__name__} are of no single last layer.")
+
     def project_formed(self, gradients: Sequence[BlockGradients]) -> DenseProjection:
         """The same of gradients that were kept, one for each block."""
         raise NotImplementedError(f"{type(self).__name__} has a projection of factors alone.")
@@ -224,6 +239,12 @@ class DenseProjection:
     def rows(self) -> Tensor:
         """``[N, V, rank]``."""
         return self.values
+
+
+def rotated_back(outputs: Tensor, weights: Tensor, diagonal: bool) -> Tensor:
+    r""":math:`Q_O \mathrm{diag}(w) Q_O^\top` for ``Q_O: [1, O, o]`` and ``w: [N, o]``, or its diagonal."""
+    (rotation,) = outputs.to(weights.dtype)
+    return weights @ rotation.square().mT if diagonal else (rotation * weights[:, None]) @ rotation.mT
 
 
 def differ(values: Sequence[Tensor]) -> bool:
