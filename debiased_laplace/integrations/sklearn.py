@@ -1,7 +1,7 @@
 """Estimators of scikit-learn around a network: fit and tune a posterior, predict probabilities or standard deviations.
 
 They pass scikit-learn's own ``check_estimator``, so that pipelines, grid searches, cross-validation and calibration
-curves take them as they take any other estimator.
+curves take them as they take any other estimator. A long module: both have all but their targets in common.
 """
 
 from __future__ import annotations
