@@ -16,6 +16,8 @@ def main() -> None:
 
     try:
         app()
+    except KeyboardInterrupt:  # before or after a command
+        sys.exit(130)
     finally:
         gc.freeze()  # the process ends: looking through all its modules for cycles would take most of a second
 

@@ -138,7 +138,9 @@ def test_fit_and_predict(posterior: Path, tmp_path: Path) -> None:
     with np.load(tmp_path / "p.npz") as stored:
         assert stored["probabilities"] == pytest.approx(la(inputs).double().numpy(), abs=FLOAT32)
         assert stored["targets"].tolist() == targets.tolist()
-        assert set(stored.files) == {"probabilities", "targets", "functional_variance", "mutual_information"}
+        assert set(stored.files) == {
+            "targets", "predicted", "probabilities", "entropy", "mutual_information", "functional_variance",
+        }  # fmt: skip
 
 
 def test_fit_has_its_options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -283,7 +285,7 @@ def test_predictions_need_a_file(posterior: Path, tmp_path: Path) -> None:
 
 def test_version_and_help() -> None:
     assert debiased_laplace.__version__ in invoke("--version").stdout
-    commands = ("demo", "evaluate", "fit", "predict", "init-task", "tasks")
+    commands = ("demo", "evaluate", "bias", "doctor", "fit", "predict", "init-task", "tasks")
     shown = invoke("--help").stdout
     assert all(command in shown for command in commands)
     assert "demo" in invoke().output

@@ -3,19 +3,35 @@
 from __future__ import annotations
 
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from debiased_laplace.cli.terminal import clear_errors
+from debiased_laplace.cli import completion
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
 
+    from debiased_laplace import Laplace
     from debiased_laplace.evaluation.tasks import Context, Task
 
-TaskArgument = Annotated[str, typer.Argument(help="A task file, or a shipped task (see `tasks`).", metavar="TASK")]
+TaskArgument = Annotated[
+    str,
+    typer.Argument(
+        help="A task file, or a shipped task (see `tasks`).", metavar="TASK", autocompletion=completion.tasks
+    ),
+]
+PosteriorArgument = Annotated[
+    Path,
+    typer.Argument(help="File that `fit` wrote.", metavar="POSTERIOR", autocompletion=completion.posteriors),
+]
+StructureOption = Annotated[
+    str, typer.Option(help="kron, lowrank, diag, full or isotropic.", autocompletion=completion.structures)
+]
+BudgetOption = Annotated[int | None, typer.Option(min=0, help="Training data for curvature; 0 for all of them.")]
 DeviceOption = Annotated[str | None, typer.Option(help="cpu, cuda, ...; by default cuda if there is one.")]
 DataOption = Annotated[Path | None, typer.Option(help="Folder with local data, for tasks that look for some.")]
 CacheOption = Annotated[
@@ -28,6 +44,7 @@ ProcessesOption = Annotated[
     typer.Option(min=1, help="Seeds at a time; with more than one each is a process with one thread."),
 ]
 SeedOption = Annotated[int, typer.Option(min=0, max=2**31 - 1, help="First seed; the others follow it.")]
+OneSeedOption = Annotated[int, typer.Option(min=0, max=2**31 - 1, help="Of everything random.")]
 
 
 def load_task(
@@ -39,8 +56,17 @@ def load_task(
     if data_dir is not None and not data_dir.is_dir():
         raise typer.BadParameter(f"{data_dir} is no folder.", param_hint="--data-dir")
     where = choose_device(device)
-    with clear_errors():
-        return Task.load(source), Context(seed, data_dir, cache, quick, where)
+    return Task.load(source), Context(seed, data_dir, cache, quick, where)
+
+
+def load_posterior(path: Path, model: nn.Module) -> Laplace:
+    """The posterior in a file, whichever class wrote it."""
+    from debiased_laplace import DebiasedLaplace, _store, laplace
+
+    if _store.read_header(path).get("kind") == laplace.POSTERIOR_FILE:
+        return laplace.load(path, model)
+    native = DebiasedLaplace.load(path, model).native
+    return replace(native, link=native.link or native.likelihood.links[0])  # as that class predicts
 
 
 def choose_device(name: str | None) -> torch.device:
@@ -77,3 +103,16 @@ def check_folder(out: Path) -> None:
     except OSError as error:
         message = f"Cannot write to {out}: {error.strerror}. Name another folder."
         raise typer.BadParameter(message, param_hint="--out") from None
+
+
+def check_structure(name: str) -> None:
+    """Refuse a structure that there is not."""
+    from debiased_laplace.curvature.structures import STRUCTURES
+
+    if name not in STRUCTURES:
+        raise typer.BadParameter(f"Expected one out of {list(STRUCTURES)}, got {name!r}.", param_hint="--structure")
+
+
+def budget_of(task: Task, budget: int | None) -> int | None:
+    """Training data for curvature: what was asked for, or what the task says; None for all."""
+    return task.budget if budget is None else budget or None

@@ -24,7 +24,7 @@ from debiased_laplace.cli.arguments import (
     load_task,
 )
 from debiased_laplace.cli.launched import device_of_process, of_all, rank_and_size, together
-from debiased_laplace.cli.terminal import clear_errors, importing, reuse_note, show_report, shown_progress
+from debiased_laplace.cli.terminal import importing, reuse_note, show_report, shown_progress
 
 
 def demo(
@@ -80,8 +80,10 @@ def evaluate(
 ) -> None:
     """Judge a trained network with and without posteriors, on test, shifted and out-of-distribution data: one page.
 
-    An interrupted run goes on where it stopped when the same command is given again. Under torchrun its processes share
-    the seeds, or the data of every seed if these are fewer, and the first one writes the page.
+    An interrupted run goes on where it stopped when the same command is given again.
+
+    Under torchrun its processes share the seeds, or the data of every seed if these are fewer, and the first one writes
+    the page.
     """
     check_folder(out)
     if processes > 1:
@@ -124,8 +126,7 @@ def evaluate(
         return summarise(of_this_process(progress))
 
     if rank:
-        with clear_errors():
-            of_this_process(silent)
+        of_this_process(silent)
         return
     _evaluate_and_show(out, n_seeds, quick, work, "")
 
@@ -161,18 +162,17 @@ def bias(
     if not tolerance > 0:
         raise typer.BadParameter(f"Expected a number above zero, got {tolerance:g}.", param_hint="--tolerance")
     loaded, context = load_task(task, device, data_dir, cache or out / "cache", quick, seed)
-    with clear_errors():
-        options = (
-            BiasOptions(
-                batch_size=16, n_batches=3, n_directions=3, n_steps=3, pool=256, reference=128, sizes=(8, 16),
-                n_size_directions=1, n_vectors=2, curvature=curvature,
-            )
-            if quick
-            else BiasOptions(
-                batch_size=batch_size, n_batches=batches, n_directions=directions, n_steps=steps, pool=pool,
-                reference=reference, sizes=tuple(size or ()), curvature=curvature,
-            )
-        )  # fmt: skip
+    options = (
+        BiasOptions(
+            batch_size=16, n_batches=3, n_directions=3, n_steps=3, pool=256, reference=128, sizes=(8, 16),
+            n_size_directions=1, n_vectors=2, curvature=curvature,
+        )
+        if quick
+        else BiasOptions(
+            batch_size=batch_size, n_batches=batches, n_directions=directions, n_steps=steps, pool=pool,
+            reference=reference, sizes=tuple(size or ()), curvature=curvature,
+        )
+    )  # fmt: skip
     start = time.perf_counter()
     with shown_progress(1, out) as report:
         result = study(loaded, out, context, options, tolerance=tolerance, progress=report)

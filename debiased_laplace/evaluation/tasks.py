@@ -11,12 +11,13 @@ Functions of the file (all but the first four are optional):
 ``ood_loaders``      ``{name: loader}`` of out-of-distribution data
 ``ensemble``         trained networks of several runs
 ``images``           from the inputs of a batch to images ``[N, channels, H, W]`` in [0, 1], for the report
+``transform``        from an image of PIL, or a row of a table, to an input, for ``predict --inputs``
 ``target_scale``     of a regression: the standard deviation by which the targets were divided
 ``description``      what the data and the model are
 ==================== =================================================================================================
 
-Every function is called with those of ``seed``, ``data_dir``, ``cache``, ``quick`` and ``device`` that it has a
-parameter for. Loaders are asked for anew for every reading.
+Every function but ``images`` and ``transform`` is called with those of ``seed``, ``data_dir``, ``cache``, ``quick`` and
+``device`` that it has a parameter for. Loaders are asked for anew for every reading.
 
 Constants, all optional: ``NAME``, ``DESCRIPTION``, ``LIKELIHOOD`` (``"classification"``, ``"regression"``, or
 ``"bernoulli"`` for one output that is a logit, with targets 0 and 1), ``N_DATA`` (size of the training set, if the

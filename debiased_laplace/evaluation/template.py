@@ -2,12 +2,14 @@
 
 This one runs as it is, on scikit-learn's small digits. Change it for your network and data:
 
+    debiased-laplace doctor task.py                # is everything as it should be?
     debiased-laplace evaluate task.py --quick      # a try
     debiased-laplace evaluate task.py              # in earnest
     debiased-laplace fit task.py                   # a posterior in a file
     debiased-laplace predict task.py posterior.safetensors
+    debiased-laplace predict task.py posterior.safetensors --inputs folder-of-images
 
-Every function may have any of these parameters, by name: `seed` (of everything random), `data_dir` (the folder of
+Functions may have any of these parameters, by name: `seed` (of everything random), `data_dir` (the folder of
 --data-dir, or None), `cache` (a folder to keep trained weights in), `quick` (whether little will do), `device`.
 """
 
@@ -88,6 +90,15 @@ def ood_loaders(seed: int) -> dict:
 def images(batch: torch.Tensor) -> torch.Tensor:
     """Inputs as images [N, channels, height, width] in [0, 1], for the report."""
     return batch
+
+
+# def transform(image):
+#     """An image of `predict --inputs FOLDER` (of PIL) as the network takes it: here [1, 8, 8], from 0 to 1.
+#
+#     Without this function images have to be of the network's size, and are scaled to [0, 1]. Of `--inputs table.csv`
+#     it is given each row, a tensor [columns]: standardise it here as the training data were.
+#     """
+#     return torch.from_numpy(np.array(image.convert("L").resize((8, 8))) / 255).float()[None]
 
 
 # def ensemble(seed):

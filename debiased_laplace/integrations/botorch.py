@@ -29,6 +29,8 @@ from botorch.posteriors.gpytorch import GPyTorchPosterior  # noqa: E402
 from gpytorch.distributions import MultitaskMultivariateNormal, MultivariateNormal  # noqa: E402
 from linear_operator import to_linear_operator  # noqa: E402
 
+__all__ = ["LaplaceModel"]
+
 
 class LaplaceModel(Model):
     """A fitted posterior of a regression as a model of BoTorch.

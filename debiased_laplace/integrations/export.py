@@ -20,6 +20,8 @@ from debiased_laplace.curvature.parts.part import Part
 from debiased_laplace.laplace import Laplace
 from debiased_laplace.network.blocks import Block, unflatten
 
+__all__ = ["CannotExportError", "LastLayerPredictive"]
+
 
 class CannotExportError(ValueError):
     """Predictions of this posterior are no plain module; the message says why."""

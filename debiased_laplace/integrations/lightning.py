@@ -17,6 +17,8 @@ from debiased_laplace.integrations.after_training import AfterTraining
 from debiased_laplace.likelihoods import Likelihood
 from debiased_laplace.network.snapshot import refuse_shards
 
+__all__ = ["LaplaceCallback"]
+
 _installed = [name for name in ("lightning", "pytorch_lightning") if importlib.util.find_spec(name) is not None]
 #: Each has a class of its own, and its trainer asks for that.
 _CALLBACKS = tuple(

@@ -1,7 +1,7 @@
 """Estimators of scikit-learn around a network: fit and tune a posterior, predict probabilities or standard deviations.
 
 They pass scikit-learn's own ``check_estimator``, so that pipelines, grid searches, cross-validation and calibration
-curves take them as they take any other estimator.
+curves take them as they take any other estimator. A long module: both have all but their targets in common.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ from sklearn.base import BaseEstimator, ClassifierMixin, RegressorMixin  # noqa:
 from sklearn.utils import check_random_state  # noqa: E402
 from sklearn.utils.multiclass import check_classification_targets  # noqa: E402
 from sklearn.utils.validation import check_is_fitted, validate_data  # noqa: E402
+
+__all__ = ["LaplaceClassifier", "LaplaceRegressor", "Standardised"]
 
 #: A module, or what makes one for so many features and outputs.
 Module = nn.Module | Callable[[int, int], nn.Module]

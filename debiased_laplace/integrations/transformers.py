@@ -15,6 +15,8 @@ require("transformers", "transformers")
 
 from transformers import TrainerCallback  # noqa: E402
 
+__all__ = ["LaplaceTrainerCallback"]
+
 #: What Transformers calls the losses of its heads.
 _PROBLEMS = {
     "single_label_classification": "classification",

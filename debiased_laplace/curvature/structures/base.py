@@ -58,6 +58,19 @@ class Held:
 
 
 @dataclass(frozen=True)
+class Decomposed:
+    """Sizes of the matrices whose eigenvectors are directions.
+
+    Attributes:
+        once: Of those that are sums over the stream, the same for all folds.
+        each: Of those that every round has, and the final directions.
+    """
+
+    once: Sequence[int] = ()
+    each: Sequence[int] = ()
+
+
+@dataclass(frozen=True)
 class Window:
     """Consecutive data of a stream that are looked at.
 
@@ -108,6 +121,10 @@ class Structure(ABC):
     def held(self, network: Network) -> Held | None:
         """What statistics and directions hold, at most; None if that depends on the data."""
         return None
+
+    def decomposed(self, network: Network, n_columns: int) -> Decomposed:
+        """What is decomposed, of data with so many vectors to back-propagate."""
+        return Decomposed()
 
     def unfactored(self, network: Network) -> list[str]:
         """Parameters that have a diagonal curvature for want of a better one, not by choice."""

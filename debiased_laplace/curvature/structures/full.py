@@ -15,7 +15,7 @@ from debiased_laplace.curvature.basis import Basis
 from debiased_laplace.curvature.block_gradients import block_gradients
 from debiased_laplace.curvature.decomposition import eigh
 from debiased_laplace.curvature.parts.dense import DenseBasis
-from debiased_laplace.curvature.structures.base import Held, Structure, group_blocks
+from debiased_laplace.curvature.structures.base import Decomposed, Held, Structure, group_blocks
 from debiased_laplace.network.gradients import CurvatureData
 from debiased_laplace.network.network import Network
 
@@ -82,6 +82,11 @@ class Full(Structure):
         groups = group_blocks(network, self.blocks)
         sizes = [double * sum(network.blocks[i].size for i in group) ** 2 for group in groups]
         return Held(statistics=sum(sizes), basis=sum(sizes), workspace=4 * max(sizes))
+
+    def decomposed(self, network: Network, n_columns: int) -> Decomposed:
+        """The matrices."""
+        groups = group_blocks(network, self.blocks)
+        return Decomposed(each=[sum(network.blocks[i].size for i in group) for group in groups])
 
     def measure(self, network: Network, data: CurvatureData) -> FullStatistics:
         """The matrix, in one pass."""

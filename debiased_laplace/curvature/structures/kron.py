@@ -32,7 +32,7 @@ from debiased_laplace.curvature.parts.kronecker import KroneckerBasis
 from debiased_laplace.curvature.parts.output import OutputBasis
 from debiased_laplace.curvature.parts.part import Part
 from debiased_laplace.curvature.sharing import Expand, WeightSharing
-from debiased_laplace.curvature.structures.base import Held, Look, Structure
+from debiased_laplace.curvature.structures.base import Decomposed, Held, Look, Structure
 from debiased_laplace.network.blocks import Block
 from debiased_laplace.network.factors import Factors
 from debiased_laplace.network.gradients import CurvatureData
@@ -290,6 +290,20 @@ class Kronecker(Structure):
         rotated = [size for size, (_, kind) in zip(inputs, pairs, strict=True) if kind.rotates_inputs]
         rotated += [size for size, (_, kind) in zip(outputs, pairs, strict=True) if kind.rotates_outputs]
         return Held(sum(outputs), sum(inputs), sum(rotated), 6 * max(rotated, default=0))
+
+    def decomposed(self, network: Network, n_columns: int) -> Decomposed:
+        """Factors of inputs, which are sums over the stream, and of outputs; in blocks where they are too large."""
+        once, each = [], []
+        for block, kind in zip(network.blocks, self._kinds(network), strict=True):
+            if kind.rotates_outputs:
+                each += self._pieces(block.outputs) * block.groups
+                once += self._pieces(block.inputs) * block.groups if kind.rotates_inputs else []
+        return Decomposed(once, each)
+
+    def _pieces(self, size: int) -> list[int]:
+        """Sizes of the blocks of a factor."""
+        n = 1 if self.max_factor is None else -(-size // self.max_factor)
+        return [-(-size // n)] * n
 
     def _kinds(self, network: Network) -> list[Kind]:
         """The curvature of every block: what its layer calls for, or a diagonal where that is asked for."""

@@ -25,7 +25,7 @@ from debiased_laplace.curvature.basis import Basis
 from debiased_laplace.curvature.block_gradients import BlockGradients, block_gradients, gram
 from debiased_laplace.curvature.decomposition import eigh
 from debiased_laplace.curvature.parts.dense import DenseBasis
-from debiased_laplace.curvature.structures.base import Structure, eigenspaces, group_blocks, resolution
+from debiased_laplace.curvature.structures.base import Decomposed, Structure, eigenspaces, group_blocks, resolution
 from debiased_laplace.curvature.structures.lanczos import largest_eigenpairs
 from debiased_laplace.network.gradients import CurvatureData
 from debiased_laplace.network.network import Network
@@ -146,6 +146,10 @@ class LowRank(Structure):
                 f"Expected rank to be a positive number of directions, or a fraction of the trace in (0, 1), got "
                 f"{self.rank!r}."
             )
+
+    def decomposed(self, network: Network, n_columns: int) -> Decomposed:
+        """Gram matrices; of large ones only a few eigenpairs are computed."""
+        return Decomposed(each=[min(n_columns, LANCZOS_SIZE)] * len(group_blocks(network, self.blocks)))
 
     def measure(self, network: Network, data: CurvatureData) -> LowRankStatistics:
         """The columns of V, in one pass."""
