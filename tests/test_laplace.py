@@ -348,3 +348,18 @@ def test_the_page_about_the_posterior_runs_as_it_stands(tmp_path, monkeypatch, c
     assert names["samples"].shape == (5, 3)
     assert names["drawn"].probabilities.sum(1).allclose(torch.ones(5))
     assert names["layerwise"].posterior.prior_precision.shape == (2,)
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"structure": "kron"}, r"Expected structure to be an object such as Kronecker\(\), got 'kron'"),
+        ({"structure": dl.Full}, r"Expected structure to be an object such as Kronecker\(\), got <class"),
+        ({"sampler": 512}, r"Expected sampler to be an object such as PrioritySampler\(1024\), got 512"),
+        ({"split": "single"}, r"Expected split to be an object such as CrossFit\(\), got 'single'"),
+    ],
+    ids=str,
+)
+def test_pieces_are_objects(setting, message):
+    with pytest.raises(TypeError, match=message):
+        dl.fit(model_of(), batches("classification"), "classification", **setting)

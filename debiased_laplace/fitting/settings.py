@@ -23,6 +23,13 @@ from debiased_laplace.sampling.splits import CrossFit, Single, Split
 
 ESTIMATORS = ("projected", "factored")
 
+#: Settings that are objects, what they have, and an example.
+PIECES = (
+    ("structure", "eigenbasis", "Kronecker()"),
+    ("sampler", "draw", "PrioritySampler(1024)"),
+    ("split", "rounds", "CrossFit()"),
+)
+
 #: Data that a fit keeps by default.
 BUDGET = 1024
 
@@ -67,6 +74,7 @@ class FitSettings:
         noise_variance: Of the observations of a regression, in squared units of the targets.
 
     Raises:
+        TypeError: If a structure, a sampler or a split is something else.
         ValueError: If a setting has no meaning, whatever the model and the data.
     """
 
@@ -96,6 +104,10 @@ class FitSettings:
     def __post_init__(self) -> None:
         if self.structure is None:
             object.__setattr__(self, "structure", Kronecker())
+        for name, needed, example in PIECES:
+            piece = getattr(self, name)
+            if piece is not None and (isinstance(piece, type) or not hasattr(piece, needed)):
+                raise TypeError(f"Expected {name} to be an object such as {example}, got {piece!r}.")
         if self.estimator not in ESTIMATORS:
             raise ValueError(f"Expected an estimator out of {list(ESTIMATORS)}, got {self.estimator!r}.")
         if self.curvature not in CURVATURE_VECTORS:
