@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
+import subprocess
 import sys
 
 import pytest
@@ -33,6 +35,36 @@ def test_a_page_prints_what_it_states(page, tmp_path):
         assert len(alternative.split()) > 3, f"{name} has no alternative text"
         assert (tmp_path / name).stat().st_size > 0
         assert (page.parent / "images" / name).exists()
+
+
+def commands() -> list[str]:
+    """What the pages say to type with a task file, in their order, in a quick form; each once."""
+    every = [ROOT / "README.md", DOCS / "cli.md", *sorted(DOCS.glob("*.md"))]
+    found = re.findall(
+        r"^    ((?:torchrun .*-m debiased_laplace|debiased-laplace) .*)$", "\n".join(p.read_text() for p in every), re.M
+    )
+    result = []
+    for line in found:
+        line = line.partition("#")[0].strip().replace("--seeds 4", "--seeds 2")
+        quick = "" if re.search("--quick|init-task|tasks", line) else " --quick"
+        line = line.replace("debiased-laplace", f"{sys.executable} -m debiased_laplace")
+        line = line.replace("torchrun", f"{sys.executable} -m torch.distributed.run --standalone")
+        result.append(line + quick)
+    return list(dict.fromkeys(result))
+
+
+def test_the_commands_of_the_pages_run(tmp_path):
+    """With the task file that the first of them writes."""
+    of_task = [line for line in commands() if "task.py" in line]
+    assert "init-task" in of_task[0]
+    assert {"doctor", "fit", "predict", "evaluate", "bias"} <= {word for line in of_task for word in line.split()}
+    for line in of_task:
+        done = subprocess.run(
+            line, shell=True, cwd=tmp_path, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL,
+            env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+        again = "init-task" in line and "exists" in done.stderr  # a second page begins with it, too
+        assert done.returncode == 0 or again, f"{line}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
 
 
 def test_what_differs_is_found():
