@@ -20,6 +20,7 @@ from debiased_laplace.curvature.structures import Structure
 from debiased_laplace.fitting.coverage import coverage
 from debiased_laplace.fitting.fit import fit as fit_posterior
 from debiased_laplace.fitting.fitted import Fit
+from debiased_laplace.fitting.settings import brief
 from debiased_laplace.likelihoods import LIKELIHOODS, Likelihood, of_outputs, resolve_likelihood
 from debiased_laplace.network.network import Network
 from debiased_laplace.posterior.certainty import Certainty, certainty_on
@@ -403,7 +404,7 @@ class Laplace:
             f"  likelihood       {self.likelihood!r}, {self.network.n_outputs} outputs"
             + (" at every site" if self.network.sites is not None else ""),
             f"  training data    {posterior.n_data:,}, of which {n_drawn:,} gave the curvature",
-            f"  curvature        {settings['structure']}, {settings['split']}",
+            f"  curvature        {brief(settings['structure'])}, {brief(settings['split'])}",
             f"  covers           {_kinds(fitted)}",
             f"  prior precision  {_few(posterior.prior_precision)} ({self.prior_source})",
         ]

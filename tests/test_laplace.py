@@ -19,6 +19,7 @@ from debiased_laplace import DebiasedLaplace
 from debiased_laplace._files import StoredFileError
 from debiased_laplace.fitting.fit import fit as core_fit
 from debiased_laplace.fitting.fitted import Fit
+from debiased_laplace.fitting.settings import brief
 from debiased_laplace.network.snapshot import ModelChangedWarning
 from debiased_laplace.posterior.predictive import functional_moments
 from tests.tolerances import assert_equal
@@ -363,3 +364,21 @@ def test_the_page_about_the_posterior_runs_as_it_stands(tmp_path, monkeypatch, c
 def test_pieces_are_objects(setting, message):
     with pytest.raises(TypeError, match=message):
         dl.fit(model_of(), batches("classification"), "classification", **setting)
+
+
+@pytest.mark.parametrize(
+    ("piece", "expected"),
+    [
+        (dl.Kronecker(), "Kronecker()"),
+        (dl.Kronecker(max_factor=12, sharing=dl.Reduce()), "Kronecker(max_factor=12, sharing=Reduce())"),
+        (dl.Kronecker(eigh_dtype=torch.float32), "Kronecker(eigh_dtype=torch.float32)"),
+        (dl.LowRank(rank=5), "LowRank(rank=5)"),
+        (dl.Isotropic(), "Isotropic()"),
+        (dl.CrossFit(folds=2), "CrossFit(folds=2)"),
+        (dl.Single(), "Single()"),
+        ("Mine(<object at 0x1>)", "Mine(<object at 0x1>)"),
+    ],
+    ids=str,
+)
+def test_a_description_leaves_out_what_is_the_default(piece, expected):
+    assert brief(piece if isinstance(piece, str) else repr(piece)) == expected

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from debiased_laplace import _checks, _data, _store
-from debiased_laplace.curvature.structures import Kronecker, Structure
+from debiased_laplace.curvature.structures import STRUCTURES, Kronecker, Structure
 from debiased_laplace.fitting.fitted import Fit
 from debiased_laplace.fitting.memory import memory_of_chunks
 from debiased_laplace.likelihoods import Likelihood, site_layout
@@ -19,7 +20,7 @@ from debiased_laplace.network.network import Network
 from debiased_laplace.network.selection import match_parameters
 from debiased_laplace.network.snapshot import Snapshot
 from debiased_laplace.sampling.samplers import PrioritySampler, Sampler, UniformSampler
-from debiased_laplace.sampling.splits import CrossFit, Single, Split
+from debiased_laplace.sampling.splits import CrossFit, Single, Split, TwoBatch
 
 ESTIMATORS = ("projected", "factored")
 
@@ -213,3 +214,20 @@ def _in_words(value: Any) -> str:
     if callable(value):
         return _data.name_of(value)
     return _store.fingerprint({"": value})[""] if isinstance(value, Tensor) else repr(value)
+
+
+def brief(words: str) -> str:
+    """A structure or a split as :meth:`FitSettings.in_words` has it, without what is its default; others as they are.
+
+    Example:
+        >>> brief("CrossFit(folds=8, average='rank')")
+        'CrossFit(folds=8)'
+    """
+    kinds = {kind.__name__: kind for kind in (*STRUCTURES.values(), CrossFit, TwoBatch, Single)}
+    name = words.partition("(")[0]
+    if name not in kinds:  # of somebody's own, which may look like anything
+        return words
+    default, given = (ast.parse(text, mode="eval").body for text in (repr(kinds[name]()), words))
+    assert isinstance(default, ast.Call) and isinstance(given, ast.Call)
+    known = {of.arg: ast.dump(of.value) for of in default.keywords}
+    return f"{name}({', '.join(ast.unparse(of) for of in given.keywords if ast.dump(of.value) != known.get(of.arg))})"
