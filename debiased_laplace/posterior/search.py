@@ -80,6 +80,7 @@ class Search:
     def __init__(self, loss: ValidationLoss, table: Tensor, precisions: Tensor, fixed: float | None) -> None:
         self.loss, self.table, self.precisions, self.fixed = loss, table, precisions, fixed
         self.unit = 1.0  # of the range of temperatures
+        self.lowest: float | None = None  # its lower end, if it is another
         self._profile: dict[int, tuple[float, float]] = {}
 
     def on_the_grid(self, index: int, temperature: float) -> float:
@@ -94,7 +95,7 @@ class Search:
         """The temperature with the smallest loss, and the loss."""
         if self.fixed is not None:
             return self.fixed, loss(self.fixed)
-        return minimise(loss, self.unit)
+        return minimise(loss, self.unit, self.lowest)
 
     def profile(self, index: int) -> tuple[float, float]:
         """The same for a prior precision of the grid."""

@@ -13,7 +13,9 @@ is its slope and grows: there is one zero, found by Brent's method in log b what
   temperature is then the upper end of :data:`TEMPERATURES`.
 
 Together with a posterior the loss need not be convex, and levels off where the temperature is small beside the
-uncertainty: it is searched in :data:`TEMPERATURES`. Of equally good values the one nearest to 1 is taken.
+uncertainty: it is searched in :data:`TEMPERATURES`. Of equally good values the one nearest to 1 is taken. Averages over
+drawn outputs have no temperature below 1, or below that of the network alone if this is smaller: draws would become
+certain, each of one class, and a class that none of them has would have probability zero on other data.
 """
 
 from __future__ import annotations
@@ -160,18 +162,21 @@ def unit_of(alone: float) -> float:
     return 1.0 if TEMPERATURES[0] <= alone <= TEMPERATURES[1] else alone
 
 
-def minimise(loss: Callable[[float], float], unit: float = 1.0) -> tuple[float, float]:
+def minimise(
+    loss: Callable[[float], float], unit: float = 1.0, lowest: float | None = None
+) -> tuple[float, float]:  # fmt: skip
     """The temperature with the smallest loss over :data:`TEMPERATURES`, by Brent's method, and the loss.
 
     Args:
         loss: Of a temperature.
         unit: From :func:`unit_of`.
+        lowest: The lower end of the range, if it is another.
     """
 
     def at(logarithm: float) -> float:
         return loss(math.exp(logarithm))
 
-    ends = [math.log(unit * end) for end in TEMPERATURES]
+    ends = [math.log(unit * TEMPERATURES[0] if lowest is None else lowest), math.log(unit * TEMPERATURES[1])]
     best, least = _minimum_at_an_end(at, ends) or _minimum_between(at, ends)
     good = least + 1e-12 * abs(least)  # up to rounding
     at_unit = loss(unit)

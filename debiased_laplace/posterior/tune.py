@@ -307,7 +307,7 @@ def _joint(
             undetermined.append("temperature")
     else:
         alone = fixed, float(loss.without_uncertainty(fixed))
-    search.unit = unit_of(alone[0])
+    search.unit, search.lowest = unit_of(alone[0]), None if loss.normals is None else min(1.0, alone[0])
     other = search.best_on_the_grid(alone[0]) if temperature else best
     ends = {search.climb(best), search.climb(other)} if covariance else {best}
     profile = [(search.profile(index)[1], index, search.profile(index)[0]) for index in sorted(ends)]
