@@ -131,6 +131,23 @@ def test_problems_are_found(tmp_path: Path, replacement: tuple[str, str], about:
     assert message in found.findings[-1].message
 
 
+def test_a_task_that_ends_the_program_is_a_problem(tmp_path: Path) -> None:
+    """`sys.exit` with a message, or with nothing at all, as at the end of a script."""
+    for text, said in (
+        ("sys.exit('download them first')", "SystemExit: download them first"),
+        ("sys.exit(0)", "SystemExit: 0"),
+    ):
+        (tmp_path / "task.py").write_text(f"import sys\n{BLOBS.read_text()}\n\ndef train_loader():\n    {text}\n")
+        for command in ("doctor", "fit"):
+            result = invoke(command, tmp_path / "task.py", *(("--out", tmp_path / "p") if command == "fit" else ()))
+            assert result.exit_code == 1
+            assert said in " ".join((result.stdout + result.stderr).split())
+    (tmp_path / "task.py").write_text(BLOBS.read_text() + "\nraise SystemExit(0)\n")
+    result = invoke("fit", tmp_path / "task.py", "--out", tmp_path / "p")
+    assert result.exit_code == 1
+    assert "does not run: SystemExit: 0" in told(result)
+
+
 def test_several_problems_at_once_and_the_lines_they_are_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     changed(

@@ -79,6 +79,16 @@ def test_some_outputs_and_a_transform():
     assert_equal(scalar.mean[..., 0], whole.mean @ weights)
 
 
+def test_outputs_are_counted_from_the_end_too():
+    x, y = torch.randn(20, 2).double(), torch.randn(20, 3).double()
+    model = LaplaceModel(dl.fit(torch.nn.Linear(2, 3).double(), [(x, y)], "regression"))
+    points = torch.randn(4, 2).double()
+    last, third = model.posterior(points, [-1]), model.posterior(points, [2])
+    assert_equal(last.variance, third.variance)
+    with pytest.raises(IndexError):
+        model.posterior(points, [3])
+
+
 def test_acquisitions_are_optimised():
     model = LaplaceModel(fitted(1, noise_variance=1e-3))
     bounds = torch.tensor([[0.0] * 3, [1.0] * 3], dtype=torch.float64)

@@ -59,6 +59,24 @@ def trained(package, callback, folder, *loaders, **settings):
     return module
 
 
+def test_what_would_fail_after_the_training_fails_before_it(tmp_path):
+    with pytest.raises(ValueError, match="clasification"):
+        LaplaceCallback("clasification")
+    with pytest.raises(TypeError, match="strcture"):
+        LaplaceCallback("classification", strcture=1)
+    with pytest.raises(OSError, match=r"posterior\.safetensors"):
+        LaplaceCallback("classification", path=tmp_path / "missing" / "posterior.safetensors")
+
+
+def test_a_posterior_that_cannot_be_saved_is_kept(loaders, tmp_path):
+    (tmp_path / "folder").mkdir()
+    callback = LaplaceCallback("classification", path=tmp_path / "folder" / "p.safetensors", parameters="last_layer")
+    (tmp_path / "folder").rmdir()
+    with pytest.raises(OSError, match=r"p\.safetensors"):
+        trained(PACKAGES[0], callback, tmp_path, loaders["train"], loaders["val"])
+    assert callback.posterior is not None
+
+
 @pytest.mark.parametrize("package", PACKAGES, ids=lambda package: package.__name__)
 def test_it_does_what_would_be_done_by_hand(package, loaders, tmp_path):
     path = tmp_path / "posterior.safetensors"

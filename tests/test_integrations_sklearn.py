@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from sklearn.base import clone
-from sklearn.datasets import load_iris, make_blobs
+from sklearn.datasets import load_diabetes, load_iris, make_blobs
 from sklearn.model_selection import GridSearchCV
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
@@ -115,6 +115,14 @@ def test_deviations_of_a_regression_are_those_of_the_targets():
     np.testing.assert_allclose(mean, prediction.mean[:, 0])
     np.testing.assert_allclose(deviation**2, (prediction.epistemic_variance + prediction.noise_variance)[:, 0])
     assert 0.9 < np.std((y - mean) / deviation) < 1.1
+
+
+def test_a_regression_does_not_depend_on_the_unit_of_its_targets():
+    x, y = load_diabetes(return_X_y=True)
+    mean, deviation = LaplaceRegressor(epochs=5, random_state=0).fit(x, y).predict(x, return_std=True)
+    small = LaplaceRegressor(epochs=5, random_state=0).fit(x, 1e-7 * y)
+    for one, other in zip((mean, deviation), small.predict(x, return_std=True), strict=True):
+        assert 1e7 * other == pytest.approx(one, rel=1e-3)
 
 
 def test_several_targets_and_a_column_keep_their_shape():

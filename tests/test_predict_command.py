@@ -174,12 +174,20 @@ def test_a_table_in_and_a_table_out(blobs: Path, tmp_path: Path) -> None:
     assert got["probabilities"] == pytest.approx(expected, abs=FLOAT32)
 
 
+def test_numbers_that_pandas_gives_columns_are_their_names(blobs: Path, tmp_path: Path) -> None:
+    inputs, _ = Task.load(BLOBS).definition.data(300, 70)
+    named, plain = (save_table(tmp_path / f"x{name}.csv", inputs, name) for name in ("0,1", ""))
+    got, expected = (predicted(BLOBS, blobs, tmp_path / "p.npz", "--inputs", path) for path in (named, plain))
+    assert got["probabilities"].tolist() == expected["probabilities"].tolist()
+
+
 @pytest.mark.parametrize(
     ("content", "options", "message"),
     [
         ("1,2\n3,4,5\n", (), "Expected 2 columns in row 2 of x.csv, as in the first one, got 3."),
         ("a,b\n1,\n", (), "Expected a finite number in column 'b' of row 1 of x.csv, got ''."),
         ("1,2\n1,nan\n", (), "Expected a finite number in column 2 of row 2 of x.csv, got 'nan'."),
+        ("1,2\n,\n3,4\n", (), "Expected a finite number in column 1 of row 2 of x.csv, got ''."),
         ("a,b,c\n1,2,3\n", (), "Expected 2 columns of inputs in x.csv"),
         ("a,b,c\n1,2,3\n", (), "got 3: a, b, c. Name those that are inputs with --columns"),
         ("a,b,c\n1,2,3\n", ("--columns", "a,d"), "Expected columns out of a, b, c of x.csv, got d."),
@@ -243,6 +251,9 @@ def test_arrays_by_name_are_the_inputs_of_a_dictionary(tmp_path: Path) -> None:
     got = predicted(task, posterior, tmp_path / "p.npz", "--inputs", tmp_path / "x.npz", "--batch-size", 7)
     expected = predicted(task, posterior, tmp_path / "q.npz")
     assert got["probabilities"] == pytest.approx(expected["probabilities"], abs=FLOAT32)
+    np.savez(tmp_path / "y.npz", ids=ids.numpy(), masks=np.ones((30, 4)))
+    said = told(invoke("predict", task, posterior, "--inputs", tmp_path / "y.npz"))
+    assert "got ids, masks: 'mask' is missing." in said
     result = invoke("predict", task, posterior, "--inputs", save_table(tmp_path / "x.csv", torch.ones(2, 4)))
     assert "Expected a task whose inputs are one tensor for a table or images" in told(result)
 
@@ -252,6 +263,7 @@ def test_arrays_by_name_are_the_inputs_of_a_dictionary(tmp_path: Path) -> None:
     [
         ({"x": np.ones((3, 5))}, "Expected data of shape [2] in x.npz"),
         ({"x": np.ones((3, 2), np.uint8)}, "got bytes: they would not be scaled as the training data were"),
+        ({"x": np.ones((3, 2), np.uint16)}, "got torch.uint16: they would not be scaled as the training data were"),
         ({"x": np.array([{}, {}])}, "'x' has Python objects in it, no numbers"),
         ({"x": np.ones(())}, "'x' of x.npz is a single number"),
         ({"x": np.ones((3, 2)), "y": np.ones((3, 2))}, "or one that is called 'inputs', got x, y."),
@@ -340,6 +352,10 @@ def test_a_transform_of_the_task_sees_every_image(tmp_path: Path) -> None:
          "transform() of task.py failed for images/class0/00.png: AttributeError"),
         (("def test_loader", "def transform(image):\n    return torch.ones(3)\n\n\ndef test_loader"),
          "Expected transform() of task.py to return a tensor [1, 4, 4], as test_loader() has them, got [3]"),
+        (("def test_loader", "def transform(image):\n    return torch.ones(1, 4, 4).byte()\n\n\ndef test_loader"),
+         "in what transform() of task.py returns for images/class0/00.png, as test_loader() of task.py has it, got"),
+        (("def test_loader", "def transform(image):\n    raise SystemExit('no statistics')\n\n\ndef test_loader"),
+         "transform() of task.py failed for images/class0/00.png: SystemExit: no statistics"),
         (("def test_loader", "def transform(image):\n    return image\n\n\ndef test_loader"),
          "Expected transform() of task.py to return a tensor, got"),
     ],
@@ -354,6 +370,20 @@ def test_images_that_do_not_fit(
     said = told(invoke("predict", "task.py", squares, "--inputs", "images"))
     assert message in said
     assert "transform(" in said
+
+
+@pytest.mark.parametrize("mode", ["I;16", "F"])
+def test_images_of_more_than_eight_bits_need_a_transform(
+    squares: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str
+) -> None:
+    """Converting would clip them all to white, or to black."""
+    monkeypatch.chdir(tmp_path)
+    Path("images").mkdir()
+    pixels = torch.rand(4, 4) if mode == "F" else (65535 * torch.rand(4, 4)).to(torch.uint16)
+    Image.fromarray(pixels.numpy()).save("images/a.tif" if mode == "F" else "images/a.png")
+    said = told(invoke("predict", SQUARES, squares, "--inputs", "images"))
+    assert "Expected an image with 8 bits for each channel in" in said
+    assert f"got one of mode {mode!r}" in said
 
 
 def test_files_that_are_no_images(squares: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -430,6 +460,49 @@ def test_parts_of_another_posterior_are_not_used(blobs: Path, tmp_path: Path, mo
     result = invoke("predict", BLOBS, other, "--out", out)
     assert sizes == [32, 32, 6]
     assert "interrupted predictions of another posterior or other data" in " ".join(result.stderr.split())
+
+
+def test_parts_of_another_transform_are_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the task file is the same, and a file that it reads is not."""
+    task, images = tmp_path / "task.py", tmp_path / "images"
+    scale = f"float(open({str(tmp_path / 'scale.txt')!r}).read())"
+    task.write_text(SQUARES.read_text() + TRANSFORM.replace(" / 255", f" * {scale} / 255"))
+    (tmp_path / "scale.txt").write_text("1.0")
+    posterior = fitted(tmp_path, task)
+    save_images(images, Task.load(SQUARES).definition.data(3, 8)[0])
+    options = ("--inputs", images, "--batch-size", 4)
+    with monkeypatch.context() as patch:
+        interrupted_at(2, patch)
+        assert invoke("predict", task, posterior, "--out", tmp_path / "p.npz", *options).exit_code == 130
+    (tmp_path / "scale.txt").write_text("0.5")
+    sizes = interrupted_at(0, monkeypatch)
+    predicted(task, posterior, tmp_path / "p.npz", *options)
+    assert sizes == [4, 4]
+
+
+def test_what_is_read_is_not_written_over(blobs: Path, tmp_path: Path) -> None:
+    table = save_table(tmp_path / "x.csv", Task.load(BLOBS).definition.data(300, 7)[0])
+    before = table.read_bytes()
+    result = invoke("predict", BLOBS, blobs, "--inputs", table, "--out", tmp_path / "." / "x.csv")
+    assert result.exit_code == 2
+    assert "is read by this command. Name another file." in told(result)
+    assert table.read_bytes() == before
+    assert invoke("fit", BLOBS, "--out", BLOBS).exit_code == 2
+
+
+def test_a_table_of_dense_outputs_is_refused_before_all_is_predicted(tmp_path: Path) -> None:
+    class Dense:
+        total = 8
+
+        def chunks(self) -> Any:
+            yield Chunk(0, 2, lambda: torch.zeros(2, 1, 3, 3))
+            raise AssertionError("everything is predicted")
+
+    model = nn.Conv2d(1, 2, 1)
+    posterior = dl.fit(model, [(torch.randn(6, 1, 3, 3), torch.randint(2, (6, 3, 3)))], "classification")
+    parts = predictions.Parts(tmp_path / "d.csv", {})
+    with pytest.raises(ValueError, match=r"Expected a row of numbers for each datum for a \.csv file, got predicted"):
+        parts.make(posterior, Dense())  # type: ignore[arg-type]
 
 
 def test_a_part_of_other_data_is_made_anew(blobs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

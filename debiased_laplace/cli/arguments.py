@@ -79,8 +79,11 @@ def choose_device(name: str | None) -> torch.device:
         raise typer.BadParameter(str(error), param_hint="--device") from None
 
 
-def check_file(path: Path) -> None:
-    """Refuse a file that cannot be written, before anything takes time."""
+def check_file(path: Path, *read: str | Path | None) -> None:
+    """Refuse a file that cannot be written, or is one of those that are read, before anything takes time."""
+    for other in read:
+        if other is not None and Path(other).exists() and Path(other).resolve() == path.resolve():
+            raise typer.BadParameter(f"{path} is read by this command. Name another file.", param_hint="--out")
     if path.is_dir():
         raise typer.BadParameter(f"{path} is a folder. Name a file.", param_hint="--out")
     check_folder(path.parent)

@@ -107,7 +107,7 @@ class Examination:
         try:
             with seeded(self.context.seed):
                 yield
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             self.findings.append(Finding(level, about, Told.of(error).sentence))
 
     def run(self, posterior: Path | None = None) -> None:

@@ -53,7 +53,7 @@ def fit(
 
     Under torchrun every process reads the loaders, and computes its share.
     """
-    check_file(out)
+    check_file(out, task)
     start = time.perf_counter()
     with importing():
         from debiased_laplace import DebiasedLaplace, _data
@@ -128,7 +128,7 @@ def predict(
 
     Finished parts are kept beside the file: interrupted, the same command goes on.
     """
-    check_file(out)
+    check_file(out, task, posterior, inputs)
     start = time.perf_counter()
     if out.suffix not in (".npz", ".csv"):
         raise typer.BadParameter(f"Expected a file .npz or .csv, got {out}.", param_hint="--out")
@@ -148,7 +148,7 @@ def predict(
         native = load_posterior(posterior, model)
         chosen = [name.strip() for name in columns.split(",")] if columns else []
         source = source_of(loaded, context, inputs, chosen, batch_size)
-    parts = Parts(out, _made_from(loaded, context, model, posterior, source, batch_size))
+        parts = Parts(out, _made_from(loaded, context, model, posterior, source, inputs is not None, batch_size))
     for other in parts.others:
         typer.echo(f"Not used: {other}, interrupted predictions of another posterior or other data.", err=True)
     try:
@@ -180,14 +180,20 @@ def _noise(posterior: Laplace) -> list[float] | None:
 
 
 def _made_from(
-    task: Task, context: Context, model: Any, posterior: Path, source: Source, batch_size: int | None
+    task: Task, context: Context, model: Any, posterior: Path, source: Source, files: bool, batch_size: int | None
 ) -> dict[str, Any]:
     """What decides the parts of predictions."""
+    import torch
+
     from debiased_laplace.cli.inputs.form import digest_of_files
-    from debiased_laplace.evaluation.provenance import network_digest
+    from debiased_laplace.evaluation.provenance import data_digest, network_digest
     from debiased_laplace.evaluation.suite.subject import base_settings
 
-    return base_settings(task, context) | {
+    # What transform() depends on besides the task file shows in what it returns.
+    transformed = (
+        data_digest([(next(source.chunks()).read(), torch.zeros(0))]) if files and task.has("transform") else ""
+    )
+    return base_settings(task, context) | {"transformed": transformed} | {
         "network": network_digest(model), "posterior": digest_of_files([posterior]), "inputs": source.digest(),
         "batch_size": batch_size, "seed": context.seed,
     }  # fmt: skip

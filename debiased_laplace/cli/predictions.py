@@ -134,6 +134,8 @@ class Parts:
                     self.n_kept += chunk.n
                 else:
                     arrays = {**chunk.known, **predicted(posterior, chunk.read())}
+                    if self.out.suffix == ".csv":
+                        _check_is_table({name: array.ndim for name, array in arrays.items()})
                     file = io.BytesIO()
                     marks = {_START: np.array([chunk.start]), _DIGEST: np.array([chunk.digest])}
                     np.savez(file, **arrays, **marks)  # type: ignore[arg-type]
@@ -205,12 +207,6 @@ class Parts:
 
     def _write_rows(self, file: TextIO, classes: Sequence[str]) -> None:
         forms, writer = self._forms(), csv.writer(file, lineterminator="\n")
-        wide = [name for name, (shape, _) in forms.items() if len(shape) > 2]
-        if wide:
-            raise ValueError(
-                f"Expected a row of numbers for each datum for a .csv file, got {', '.join(wide)} with more "
-                "dimensions. Write an .npz file (--out predictions.npz)."
-            )
         labels = list(classes) if "predicted" in forms and len(forms["predicted"][0]) == 1 else []
         names = ["row"]
         for name, (shape, _) in forms.items():
@@ -234,6 +230,16 @@ def _names(path: Path) -> Iterator[str]:
     with zipfile.ZipFile(path) as archive:
         names = [name.removesuffix(".npy") for name in archive.namelist()]
     return (name for name in names if name not in (_START, _DIGEST))
+
+
+def _check_is_table(dimensions: Mapping[str, int]) -> None:
+    """Whether arrays with so many dimensions have a row of numbers for each datum."""
+    wide = [name for name, number in dimensions.items() if number > 2]
+    if wide:
+        raise ValueError(
+            f"Expected a row of numbers for each datum for a .csv file, got {', '.join(wide)} with more "
+            "dimensions. Write an .npz file (--out predictions.npz)."
+        )
 
 
 def _columns(name: str, shape: Sequence[int], classes: Sequence[str]) -> list[str]:

@@ -184,7 +184,7 @@ class Task:
                 return function(**{key: value for key, value in vars(context).items() if key in wanted})
         except TaskError:
             raise
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise TaskError(f"{name}() of {self.source} failed: {type(error).__name__}: {error}") from error
 
     def loader(self, name: str, context: Context, read: Callable[[Any], Any] = lambda batch: batch) -> Iterable[Any]:
@@ -285,7 +285,7 @@ def _watch(loader: Iterable[Any], origin: str, read: Callable[[Any], Any]) -> It
             return
         except TaskError:
             raise
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise TaskError(f"{origin}: batch {number + 1}: {type(error).__name__}: {error}") from error
         number += 1
         yield batch
@@ -306,7 +306,7 @@ def _module(path: Path) -> ModuleType:
     try:
         with _importable(path):
             spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise TaskError(f"{path} does not run: {type(error).__name__}: {error}") from error
     return module
 

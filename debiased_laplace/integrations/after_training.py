@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from debiased_laplace import _files
 from debiased_laplace.laplace import Laplace, fit
-from debiased_laplace.likelihoods import Likelihood
+from debiased_laplace.likelihoods import Likelihood, resolve_likelihood
 
 
 class AfterTraining:
@@ -21,6 +23,11 @@ class AfterTraining:
         path: Where the posterior is saved, by one process.
         settings: Further arguments of :func:`debiased_laplace.fit`.
 
+    Raises:
+        ValueError: If the likelihood is none.
+        TypeError: If a fit has no such setting.
+        OSError: If the path cannot be written.
+
     Attributes:
         posterior: The posterior; None before the end of training.
     """
@@ -28,6 +35,11 @@ class AfterTraining:
     def __init__(
         self, likelihood: str | Likelihood | None, *, tune: bool, path: str | Path | None, settings: dict[str, Any]
     ) -> None:
+        if likelihood is not None:  # what would fail after the training fails before it
+            resolve_likelihood(likelihood)
+        inspect.signature(fit).bind(None, None, likelihood, **settings)
+        if path is not None:
+            _files.check_writable(path)
         self.likelihood, self.tune, self.path, self.settings = likelihood, tune, path, settings
         self.posterior: Laplace | None = None
 
@@ -47,6 +59,6 @@ class AfterTraining:
         posterior = fit(model, train, likelihood, **self.settings)
         if self.tune:
             posterior = posterior.tune(validation, distributed=self.settings.get("distributed", True))
+        self.posterior = posterior
         if self.path is not None and saves:
             posterior.save(self.path)
-        self.posterior = posterior

@@ -154,6 +154,14 @@ class _LaplaceEstimator(BaseEstimator):
             return
         trainable = [p for p in module.parameters() if p.requires_grad]
         optimizer = torch.optim.Adam(trainable, lr=self.lr, weight_decay=self.weight_decay)
+        unit = module.deviation_of_outputs if isinstance(module, Standardised) and likelihood.has_noise else None
+
+        def loss(outputs: Tensor, observed: Tensor) -> Tensor:
+            """In the unit of the module, so that no gradient is too small for Adam."""
+            if unit is None:
+                return likelihood.loss(outputs, observed)
+            return likelihood.loss(outputs / unit, observed.reshape(outputs.shape) / unit)
+
         module.train()
         with gradients_enabled():
             for _ in range(self.epochs):
@@ -161,7 +169,7 @@ class _LaplaceEstimator(BaseEstimator):
                 for index in batches[:-1] if len(batches) > 1 and len(batches[-1]) == 1 else batches:
                     optimizer.zero_grad()
                     outputs = module(inputs[index]).reshape(len(index), -1)
-                    likelihood.loss(outputs, targets[index]).mean().backward()
+                    loss(outputs, targets[index]).mean().backward()
                     optimizer.step()
         optimizer.zero_grad()
         module.eval()

@@ -15,6 +15,9 @@ from torch import Tensor
 from debiased_laplace import _data
 from debiased_laplace.cli.inputs.form import BYTES, Array, Chunk, Form, described, digest_of_files
 
+#: What batches call the targets, which predictions do not need.
+TARGETS = "labels"
+
 
 class Arrays:
     """The first dimension of arrays in an .npy file, or by name in an .npz file, counts the data."""
@@ -41,11 +44,12 @@ class Arrays:
         example, task, path = self._form.example, self._form.task, self._path
         fitted = self._form.fitted
         if isinstance(example, Mapping):
-            wanted = {key: value for key, value in example.items() if isinstance(value, Tensor) and key in members}
-            if not wanted:
+            tensors = {key: value for key, value in example.items() if isinstance(value, Tensor)}
+            wanted = {key: value for key, value in tensors.items() if key != TARGETS or key in members}
+            if missing := [repr(key) for key in wanted if key not in members]:
                 raise ValueError(
                     f"Expected arrays named as {described(example)} of {task.source} in {path}, got "
-                    f"{', '.join(members)}."
+                    f"{', '.join(members)}: {', '.join(missing)} is missing."
                 )
             chosen = {key: members[key] for key in wanted}
             return chosen, lambda rows: {

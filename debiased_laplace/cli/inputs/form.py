@@ -16,6 +16,8 @@ from torch import Tensor
 from debiased_laplace import _data
 from debiased_laplace.evaluation.tasks import Task, TaskError
 
+#: Numbers of an image that nobody has scaled.
+UNSIGNED = (torch.uint8, torch.uint16, torch.uint32)
 #: Bytes of a file that are read at a time.
 BYTES = 2**20
 
@@ -90,7 +92,7 @@ class Form:
         what = f"transform() of {self.task.source}"
         try:
             made = self.task.definition.transform(item)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise TaskError(f"{what} failed for {name}: {type(error).__name__}: {error}") from error
         tensor = torch.from_numpy(made) if isinstance(made, np.ndarray) else made
         if not isinstance(tensor, Tensor):
@@ -101,6 +103,7 @@ class Form:
                 f"Expected {what} to return a tensor {list(wanted)}, as test_loader() has them, got "
                 f"{list(tensor.shape)} for {name}."
             )
+        self._check_dtype(tensor, self.one, f"what {what} returns for {name}")
         return tensor.to(self.one.dtype)
 
     def fitted(self, rows: Tensor, example: Tensor, name: str) -> Tensor:
@@ -111,17 +114,19 @@ class Form:
                 f"Expected data of shape {list(wanted)} in {name}, as test_loader() of {self.task.source} has them, or "
                 f"{wanted.numel()} numbers each, got {list(rows.shape[1:])}. Bring them into that shape."
             )
-        if rows.dtype == torch.uint8 and example.is_floating_point():
-            raise ValueError(
-                f"Expected {example.dtype} in {name}, as test_loader() of {self.task.source} has it, got bytes: they "
-                "would not be scaled as the training data were. Scale them likewise, and store the result."
-            )
-        if rows.is_floating_point() and not example.is_floating_point():
-            raise ValueError(
-                f"Expected {example.dtype} in {name}, as test_loader() of {self.task.source} has it, got {rows.dtype}. "
-                "Convert and store them as whole numbers."
-            )
+        self._check_dtype(rows, example, name)
         return rows.to(example.dtype).reshape(len(rows), *wanted)
+
+    def _check_dtype(self, given: Tensor, example: Tensor, name: str) -> None:
+        """Refuse numbers that would be taken for something else."""
+        expected = f"Expected {example.dtype} in {name}, as test_loader() of {self.task.source} has it, got"
+        if given.dtype in UNSIGNED and example.is_floating_point():
+            kind = "bytes" if given.dtype == torch.uint8 else str(given.dtype)
+            raise ValueError(
+                f"{expected} {kind}: they would not be scaled as the training data were. Scale them likewise."
+            )
+        if given.is_floating_point() and not example.is_floating_point():
+            raise ValueError(f"{expected} {given.dtype}. Convert them to whole numbers.")
 
 
 def described(inputs: Any) -> str:

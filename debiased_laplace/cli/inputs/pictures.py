@@ -87,5 +87,11 @@ class Pictures:
                 f"got {image.width} x {image.height} in {path}. Resize them, or define transform(image) in the task "
                 "file: it is given an image of PIL, and returns the tensor that the network takes."
             )
+        if image.mode.startswith(("I", "F")):  # converting would clip them
+            raise ValueError(
+                f"Expected an image with 8 bits for each channel in {path}, got one of mode {image.mode!r}, whose "
+                f"range is not known. Define transform(image) in {self._form.task.source}: it is given an image of "
+                "PIL, and returns the tensor that the network takes."
+            )
         pixels = np.array(image.convert(MODES[channels])).reshape(height, width, channels)
         return (torch.from_numpy(pixels).movedim(2, 0).to(torch.float64) / 255).to(self._form.one.dtype)

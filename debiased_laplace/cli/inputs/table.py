@@ -26,7 +26,8 @@ class CsvFile:
             second = next(rows, None)
             if first is None or (second is None and _numbers(first) is None):
                 raise ValueError(f"Expected rows of numbers in {path}, got none.")
-            self._names = first if _numbers(first) is None else None
+            numbered = second is not None and len(first) > 1 and first == [str(i) for i in range(len(first))]
+            self._names = first if numbered or _numbers(first) is None else None  # pandas numbers columns without names
             self.total = sum(1 for _ in rows) + (second is not None) + (self._names is None)
         self._width = len(first)
         self._chosen = self._columns(columns)
@@ -46,7 +47,7 @@ class CsvFile:
                 line = file.readline()
                 file.seek(0)
                 delimiter = max(",;\t", key=line.count)
-                yield (row for row in csv.reader(file, delimiter=delimiter) if any(cell.strip() for cell in row))
+                yield (row for row in csv.reader(file, delimiter=delimiter) if len(row) > 1 or "".join(row).strip())
         except UnicodeDecodeError as error:
             raise ValueError(f"Expected a CSV file in UTF-8, got {self._path}: {error}. Convert it.") from error
 
