@@ -7,6 +7,7 @@ import math
 import re
 import statistics
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,20 @@ def generated(document: Path) -> dict[str, str]:
     text = "\n".join(page.read_text() for page in pages if page.exists())
     result = re.findall(r"<!-- (?!end -->)([\w -]+?) -->\n(.*?)<!-- end -->", text, re.DOTALL)
     return {name: content.strip() for name, content in result}
+
+
+def code_of(page: Path) -> list[str]:
+    """The Python blocks of a page, in its order."""
+    return re.findall(r"^```python[^\n]*\n(.*?)^```$", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+
+
+def executed(page: Path, **names: Any) -> dict[str, Any]:
+    """The names after all blocks of a page have run as they stand, one after the other, quietly."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for block in code_of(page):
+            exec(compile(block, page.name, "exec"), names)
+    return names
 
 
 def remade() -> dict[str, dict[str, str]]:

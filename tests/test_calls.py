@@ -8,7 +8,6 @@ from __future__ import annotations
 import copy
 import logging
 import pickle
-import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -28,6 +27,7 @@ from debiased_laplace._data.calling import CallingConvention, Forward, logits_of
 from debiased_laplace.evaluation.predictors.baselines import outputs_of
 from debiased_laplace.quadratic.quadratic import Quadratic
 from debiased_laplace.testing import dense_posterior_precision
+from tests.documented import DOCS, code_of, executed
 from tests.tolerances import assert_equal
 
 A = torch.randn(8, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -335,8 +335,7 @@ def test_an_adapted_loader_is_as_long_and_as_often_read_as_the_loader():
 
 @QUIET
 def test_the_example_of_the_documentation():
-    page = (Path(__file__).parents[1] / "docs" / "batches.md").read_text(encoding="utf-8")
-    (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    assert len(code_of(DOCS / "batches.md")) == 1
     batch = {"image": A, "age": B, "diagnosis": LABELS}
     names = {
         "dl": dl,
@@ -346,7 +345,7 @@ def test_the_example_of_the_documentation():
         "images": A[:2],
         "ages": B[:2],
     }
-    exec(code, names)
+    names = executed(DOCS / "batches.md", **names)
     assert names["posterior"].network.n_outputs == 3
 
 

@@ -19,6 +19,7 @@ from debiased_laplace.cli import app, completion, program, session
 from debiased_laplace.cli.errors import Told
 from debiased_laplace.evaluation import Task
 from debiased_laplace.evaluation.shipped import names
+from tests.documented import DOCS, code_of, executed
 from tests.test_cli import BLOBS, WAVE, invoke
 
 DOCUMENT = (Path(__file__).parents[1] / "docs" / "cli.md").read_text()
@@ -305,9 +306,8 @@ def test_the_shell_is_answered() -> None:
 
 
 def test_the_transform_of_the_document() -> None:
-    (code,) = re.findall(r"```python\n(.*?)```", DOCUMENT, re.DOTALL)
-    namespace: dict[str, Any] = {"torch": torch}
-    exec(code, namespace)
+    assert len(code_of(DOCS / "cli.md")) == 1
+    namespace = executed(DOCS / "cli.md", torch=torch)
     made = namespace["transform"](Image.new("L", (64, 48), 255))
     assert made.shape == (3, 32, 32)
     assert made.dtype == torch.float32

@@ -85,7 +85,7 @@ def test_outputs_are_counted_from_the_end_too():
     points = torch.randn(4, 2).double()
     last, third = model.posterior(points, [-1]), model.posterior(points, [2])
     assert_equal(last.variance, third.variance)
-    with pytest.raises(IndexError):
+    with pytest.raises(IndexError, match=r"Expected output_indices of 3 outputs, got \[3\]"):
         model.posterior(points, [3])
 
 

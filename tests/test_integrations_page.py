@@ -2,30 +2,21 @@
 
 from __future__ import annotations
 
-import re
-import warnings
 from pathlib import Path
-from typing import Any
 
 import onnxruntime
 import pytest
 import torch
 
-import debiased_laplace as dl
+from tests.documented import DOCS, code_of, executed
 from tests.tolerances import FLOAT32, assert_equal
 
 
 def test_it_runs_as_it_stands(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    text = (Path(dl.__file__).parents[1] / "docs" / "integrations.md").read_text()
-    blocks = re.findall(r"^```python\n(.*?)^```$", text, flags=re.DOTALL | re.MULTILINE)
-    assert len(blocks) == 6
-    names: dict[str, Any] = {"__name__": "page"}
+    assert len(code_of(DOCS / "integrations.md")) == 6
     torch.manual_seed(0)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        for block in blocks:
-            exec(compile(block, "integrations.md", "exec"), names)
+    names = executed(DOCS / "integrations.md", __name__="page")
     assert names["classifier"].score(names["x_test"], names["y_test"]) > 0.9
     assert names["mean"].shape == names["deviation"].shape == (5,)
     assert names["trainer"].model.config.num_labels == 2

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 import subprocess
 import sys
-import warnings
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,6 +19,7 @@ from debiased_laplace.fitting.fitted import Fit
 from debiased_laplace.fitting.settings import brief
 from debiased_laplace.network.snapshot import ModelChangedWarning
 from debiased_laplace.posterior.predictive import functional_moments
+from tests.documented import DOCS, code_of, executed
 from tests.tolerances import assert_equal
 
 C = 3
@@ -337,14 +335,8 @@ def test_the_model_is_left_alone_and_nothing_of_laplace_torch_is_imported():
 
 def test_the_page_about_the_posterior_runs_as_it_stands(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    text = (Path(dl.__file__).parents[1] / "docs" / "posterior.md").read_text()
-    blocks = re.findall(r"^```python\n(.*?)^```$", text, flags=re.DOTALL | re.MULTILINE)
-    assert len(blocks) == 6
-    names: dict[str, Any] = {}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        for block in blocks:
-            exec(block, names)
+    assert len(code_of(DOCS / "posterior.md")) == 6
+    names = executed(DOCS / "posterior.md")
     assert "Laplace posterior of 259 of 259 parameters" in capsys.readouterr().out
     assert names["samples"].shape == (5, 3)
     assert names["drawn"].probabilities.sum(1).allclose(torch.ones(5))

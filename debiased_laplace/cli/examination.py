@@ -21,7 +21,7 @@ from debiased_laplace.cli.units import described, in_bytes
 from debiased_laplace.curvature.structures import STRUCTURES, Kronecker, Structure
 from debiased_laplace.evaluation.methods import Options, recipe
 from debiased_laplace.evaluation.provenance import data_digest, seeded
-from debiased_laplace.evaluation.tasks import Context, Task, TaskError
+from debiased_laplace.evaluation.tasks import FAILURES, Context, Task, TaskError
 from debiased_laplace.fitting.estimate import Costs, FitEstimate
 from debiased_laplace.fitting.memory import held_by_fit
 from debiased_laplace.fitting.settings import FitSettings, default_sampler
@@ -107,7 +107,7 @@ class Examination:
         try:
             with seeded(self.context.seed):
                 yield
-        except (Exception, SystemExit) as error:
+        except FAILURES as error:
             self.findings.append(Finding(level, about, Told.of(error).sentence))
 
     def run(self, posterior: Path | None = None) -> None:

@@ -52,6 +52,7 @@ SUPPORTED = ("classification", "regression", "bernoulli")
 DEFAULT_BUDGET = 256
 #: Names of modules that task files imported from their folders, which may have changed since.
 _NEIGHBOURS: set[str] = set()
+FAILURES = (Exception, SystemExit)  # what code of a user may end with: a script that calls sys.exit, too
 
 
 class TaskError(RuntimeError):
@@ -184,7 +185,7 @@ class Task:
                 return function(**{key: value for key, value in vars(context).items() if key in wanted})
         except TaskError:
             raise
-        except (Exception, SystemExit) as error:
+        except FAILURES as error:
             raise TaskError(f"{name}() of {self.source} failed: {type(error).__name__}: {error}") from error
 
     def loader(self, name: str, context: Context, read: Callable[[Any], Any] = lambda batch: batch) -> Iterable[Any]:
@@ -285,7 +286,7 @@ def _watch(loader: Iterable[Any], origin: str, read: Callable[[Any], Any]) -> It
             return
         except TaskError:
             raise
-        except (Exception, SystemExit) as error:
+        except FAILURES as error:
             raise TaskError(f"{origin}: batch {number + 1}: {type(error).__name__}: {error}") from error
         number += 1
         yield batch
@@ -306,7 +307,7 @@ def _module(path: Path) -> ModuleType:
     try:
         with _importable(path):
             spec.loader.exec_module(module)
-    except (Exception, SystemExit) as error:
+    except FAILURES as error:
         raise TaskError(f"{path} does not run: {type(error).__name__}: {error}") from error
     return module
 
@@ -326,8 +327,7 @@ def _importable(source: str | Path) -> Iterator[None]:
         if str(folder) in sys.path:
             sys.path.remove(str(folder))
         for name in set(sys.modules) - before:
-            file = getattr(sys.modules[name], "__file__", None)
-            if file is not None and folder in Path(file).resolve().parents:
+            if (file := getattr(sys.modules[name], "__file__", None)) and folder in Path(file).resolve().parents:
                 _NEIGHBOURS.add(name)
 
 

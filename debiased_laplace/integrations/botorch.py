@@ -101,7 +101,10 @@ class LaplaceModel(Model):
             noise = noise_of_certain_outputs(self.laplace.likelihood, mean, self.laplace.posterior.noise_variance)
             covariance = covariance + torch.diag_embed(noise.flatten(1))
         batch, q, chosen = X.shape[:-2], X.shape[-2], output_indices
-        chosen = list(range(self.num_outputs)) if chosen is None else [range(self.num_outputs)[of] for of in chosen]
+        every = range(self.num_outputs)
+        if any(not -len(every) <= of < len(every) for of in chosen or ()):
+            raise IndexError(f"Expected output_indices of {len(every)} outputs, got {list(output_indices or ())}.")
+        chosen = list(every) if chosen is None else [every[of] for of in chosen]
         places = (torch.arange(q)[:, None] * self.num_outputs + torch.tensor(chosen)).flatten().to(X.device)
         mean = mean[..., chosen].reshape(*batch, q, len(chosen)).to(X)
         matrices = covariance[:, places][:, :, places].reshape(*batch, len(places), len(places)).to(X)

@@ -15,9 +15,6 @@ from torch import Tensor
 from debiased_laplace import _data
 from debiased_laplace.cli.inputs.form import BYTES, Array, Chunk, Form, described, digest_of_files
 
-#: What batches call the targets, which predictions do not need.
-TARGETS = "labels"
-
 
 class Arrays:
     """The first dimension of arrays in an .npy file, or by name in an .npz file, counts the data."""
@@ -45,7 +42,8 @@ class Arrays:
         fitted = self._form.fitted
         if isinstance(example, Mapping):
             tensors = {key: value for key, value in example.items() if isinstance(value, Tensor)}
-            wanted = {key: value for key, value in tensors.items() if key != TARGETS or key in members}
+            targets = _data.CallingConvention.targets_key  # which predictions do not need
+            wanted = {key: value for key, value in tensors.items() if key != targets or key in members}
             if missing := [repr(key) for key in wanted if key not in members]:
                 raise ValueError(
                     f"Expected arrays named as {described(example)} of {task.source} in {path}, got "

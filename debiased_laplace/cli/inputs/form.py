@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from debiased_laplace import _data
-from debiased_laplace.evaluation.tasks import Task, TaskError
+from debiased_laplace.evaluation.tasks import FAILURES, Task, TaskError
 
 #: Numbers of an image that nobody has scaled.
 UNSIGNED = (torch.uint8, torch.uint16, torch.uint32)
@@ -92,7 +92,7 @@ class Form:
         what = f"transform() of {self.task.source}"
         try:
             made = self.task.definition.transform(item)
-        except (Exception, SystemExit) as error:
+        except FAILURES as error:
             raise TaskError(f"{what} failed for {name}: {type(error).__name__}: {error}") from error
         tensor = torch.from_numpy(made) if isinstance(made, np.ndarray) else made
         if not isinstance(tensor, Tensor):

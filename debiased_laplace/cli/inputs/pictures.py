@@ -37,21 +37,24 @@ class Pictures:
 
     def _check_without_transform(self, example: Tensor) -> None:
         """Whether the task's images are the numbers of an image from 0 to 1, in this size."""
-        remedy = (
-            f"Define transform(image) in {self._form.task.source}: it is given an image of PIL, and returns the tensor "
-            f"{list(example.shape[1:])} that the network takes."
-        )
         if example.ndim != 4 or example.shape[1] not in MODES or not example.is_floating_point():
             raise ValueError(
                 f"Expected a task with images [N, channels, H, W] for a folder of images, got data "
-                f"{list(example.shape)} of {example.dtype} from test_loader(). {remedy}"
+                f"{list(example.shape)} of {example.dtype} from test_loader(). {self._remedy}"
             )
         low, high = float(example.min()), float(example.max())
         if low < -ROUNDING or high > 1 + ROUNDING:
             raise ValueError(
                 f"Expected images with numbers from 0 to 1 from test_loader(), got {low:.3g} to {high:.3g}: they were "
-                f"normalised, and those of {self._folder} would not be. {remedy}"
+                f"normalised, and those of {self._folder} would not be. {self._remedy}"
             )
+
+    @property
+    def _remedy(self) -> str:
+        return (
+            f"Define transform(image) in {self._form.task.source}: it is given an image of PIL, and returns the tensor "
+            f"{list(self._form.one.shape[1:])} that the network takes."
+        )
 
     def digest(self) -> str:
         """Of all files and their names."""
@@ -90,8 +93,7 @@ class Pictures:
         if image.mode.startswith(("I", "F")):  # converting would clip them
             raise ValueError(
                 f"Expected an image with 8 bits for each channel in {path}, got one of mode {image.mode!r}, whose "
-                f"range is not known. Define transform(image) in {self._form.task.source}: it is given an image of "
-                "PIL, and returns the tensor that the network takes."
+                f"range is not known. {self._remedy}"
             )
         pixels = np.array(image.convert(MODES[channels])).reshape(height, width, channels)
         return (torch.from_numpy(pixels).movedim(2, 0).to(torch.float64) / 255).to(self._form.one.dtype)
