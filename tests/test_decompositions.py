@@ -42,7 +42,7 @@ def by_images(confidence: np.ndarray, gap: np.ndarray, variance: float, points: 
     periods = range(-2, 3) if variance > 0.01 else range(2)
     images = np.concatenate([2 * period + side * confidence for period in periods for side in (1, -1)])
     sizes = np.tile(gap, 2 * len(periods))
-    density = np.exp(-np.subtract.outer(points, images) ** 2 / (2 * variance)) @ sizes
+    density = np.exp(-(np.subtract.outer(points, images) ** 2) / (2 * variance)) @ sizes
     return float(np.abs(density).mean()) / (len(confidence) * math.sqrt(2 * math.pi * variance))
 
 
@@ -86,9 +86,11 @@ def test_errors_of_calibrated_predictors_are_those_of_drawn_targets() -> None:
     labels = (uniforms[:, None] >= probabilities.cumsum(1)[:, :-1, None]).sum(1)
     result = calibrated.expected_errors(probabilities, n_draws, 3)
     for name, function in (
-        ("smooth_ece", calibration.smooth_calibration_error), ("top_label_ece", calibration.top_label_calibration_error),
-        ("ece", calibration.expected_calibration_error), ("classwise_ece", calibration.classwise_calibration_error),
-    ):  # fmt: skip
+        ("ece", calibration.expected_calibration_error),
+        ("smooth_ece", calibration.smooth_calibration_error),
+        ("top_label_ece", calibration.top_label_calibration_error),
+        ("classwise_ece", calibration.classwise_calibration_error),
+    ):
         values = np.array([function(probabilities, column) for column in labels.T])
         expected = [values.mean(), values.std(), *np.percentile(values, [2.5, 97.5])]
         assert result[name] == pytest.approx(expected, rel=EXACT), name
@@ -104,7 +106,9 @@ def test_top_label_error_is_the_loop(classes: int) -> None:
     for c in range(classes):
         of_class = probabilities.argmax(1) == c
         if of_class.any():  # the ECE among the data with this prediction
-            total += of_class.mean() * calibration.expected_calibration_error(probabilities[of_class], targets[of_class])
+            total += of_class.mean() * calibration.expected_calibration_error(
+                probabilities[of_class], targets[of_class]
+            )
     value = calibration.top_label_calibration_error(probabilities, targets)
     assert value == pytest.approx(total, rel=EXACT)
     assert value > calibration.expected_calibration_error(probabilities, targets) + 1e-3

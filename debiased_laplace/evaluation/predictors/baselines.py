@@ -7,7 +7,7 @@ those of weights in place do.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from debiased_laplace import _data
 from debiased_laplace._guards import warn_the_caller
 from debiased_laplace.evaluation.predictors import edges
+from debiased_laplace.evaluation.predictors.detectors import OF_LOGITS, Detector, Features
 from debiased_laplace.evaluation.predictors.prediction import Prediction, Predictor, mutual_information
 from debiased_laplace.likelihoods import Categorical, gaussian_nll
 from debiased_laplace.network.snapshot import in_evaluation_mode
@@ -38,6 +39,27 @@ def point_predictor(model: nn.Module, *, temperature: float = 1.0) -> Predictor:
 
     def predict(inputs: _data.Inputs) -> Prediction:
         return Prediction(probabilities=(outputs(inputs).double() / temperature).softmax(1))
+
+    return predict
+
+
+def detecting_predictor(
+    model: nn.Module, features: Features | None = None, detectors: Mapping[str, Detector] = OF_LOGITS
+) -> Predictor:
+    """The network's probabilities, with detectors' scores of how far data look out of distribution.
+
+    Args:
+        model: A classifier.
+        features: Of the same network, if detectors want them.
+        detectors: By name, see :mod:`~debiased_laplace.evaluation.predictors.detectors`.
+    """
+    outputs = _forward(model)
+
+    def predict(inputs: _data.Inputs) -> Prediction:
+        logits, seen = (outputs(inputs), torch.empty(0)) if features is None else features(inputs)
+        logits = logits.double()
+        scores = {name: detector(logits, seen) for name, detector in detectors.items()}
+        return Prediction(probabilities=logits.softmax(1), ood=scores)
 
     return predict
 

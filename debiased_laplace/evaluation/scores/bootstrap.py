@@ -68,8 +68,8 @@ def classification_replicates(
             give all predictors of the same data the same. By default the probabilities.
 
     Returns:
-        All numbers of :func:`~debiased_laplace.evaluation.scores.classification.classification_metrics`. If a target has
-        probability zero, ``nll`` and its refinement are infinite, their difference is undefined, and so are the
+        All numbers of :func:`~debiased_laplace.evaluation.scores.classification.classification_metrics`. If a target
+        has probability zero, ``nll`` and its refinement are infinite, their difference is undefined, and so are the
         replicates that hold this datum.
 
     Raises:

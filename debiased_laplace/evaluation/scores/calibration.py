@@ -162,7 +162,7 @@ def equally_full_bins(values: Array, n_bins: int) -> Array:
 
 
 def top_label_bins(probabilities: Array, confidence: Array, n_bins: int) -> Array:
-    """Number of the predicted class and equal-width bin of the confidence of each datum; those without data have none."""
+    """Index of the predicted class and bin of confidence, together, of each datum; pairs without data have none."""
     index = probabilities.argmax(1) * n_bins + equal_width_bins(confidence, n_bins)
     return np.unique(index, return_inverse=True)[1].reshape(-1)
 

@@ -39,8 +39,8 @@ def classification_metrics(probabilities: Any, targets: Any) -> dict[str, Any]:
     Returns:
         ``accuracy``, ``nll`` (nats for each datum), ``brier`` (summed over classes, zero to two), ``ece``,
         ``adaptive_ece``, ``smooth_ece``, ``top_label_ece``, ``classwise_ece``, ``aurc``, ``augrc`` (fractions),
-        ``nll_calibration``, ``nll_refinement``, ``brier_calibration``, ``brier_refinement`` (which add up to the scores)
-        and ``reliability`` (a dictionary of :class:`Reliability`).
+        ``nll_calibration`` and ``nll_refinement`` (which add up to the NLL), ``brier_calibration`` and
+        ``brier_refinement``, and ``reliability`` (a dictionary of :class:`Reliability`).
 
     Raises:
         ValueError: If shapes do not fit, rows do not sum to one, or something is not finite.

@@ -76,7 +76,7 @@ def inverse_temperatures(logarithms: Array, of_target: Array) -> Array:
 
 
 def _best(logarithms: Array, weights: Array, wanted: float, start: float) -> float:
-    # The zero of the slope of the log loss, which is convex in the inverse temperature: Newton's steps in its logarithm.
+    # The zero of the slope of the log loss, convex in the inverse temperature: Newton's steps in its logarithm.
     low, high = (-math.log(end) for end in reversed(TEMPERATURES))
     x = start
     while high - low > _TOLERANCE:

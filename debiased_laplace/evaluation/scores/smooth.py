@@ -5,8 +5,8 @@ both ends,
 
 .. math:: \mathrm{smECE}_\sigma = \int_0^1 \Big| \frac1N \sum_n r_n \tilde K_\sigma(t, f_n) \Big| dt,
 
-and the score is the one where bandwidth and value agree, :math:`\sigma = \mathrm{smECE}_\sigma`: the value does not grow
-with the bandwidth, so that there is one such :math:`\sigma`.
+and the score is the one where bandwidth and value agree, :math:`\sigma = \mathrm{smECE}_\sigma`: the value does not
+grow with the bandwidth, so that there is one such :math:`\sigma`.
 
 The reflected kernel is diagonal in the cosine transform, with factors :math:`e^{-(\pi k \sigma)^2 / 2}`, and a datum is
 shared by the two nearest of :data:`GRID` cells, whose mean variance of 1/6 cell is taken from the kernel's. So a
