@@ -12,10 +12,9 @@ from sklearn.covariance import EmpiricalCovariance
 from torch import Tensor, nn
 
 from debiased_laplace._checks import UnsupportedLayerError
-from debiased_laplace.evaluation import Prediction, evaluate, point_predictor
+from debiased_laplace.evaluation import Prediction, detecting_predictor, evaluate, point_predictor
 from debiased_laplace.evaluation.predictors import detectors
-from debiased_laplace.evaluation.predictors.baselines import detecting_predictor
-from debiased_laplace.evaluation.predictors.detectors import Features, standard_detectors
+from debiased_laplace.evaluation.predictors.detectors import Features
 from debiased_laplace.evaluation.predictors.prediction import as_prediction
 from debiased_laplace.evaluation.scores import detection
 from tests.tolerances import EXACT
@@ -123,9 +122,7 @@ def test_last_layers_without_features_are_refused() -> None:
 def test_the_network_has_all_of_them_on_out_of_distribution_data() -> None:
     model, training, test, far = network(), draw(90), draw(40, seed=1), draw(30, seed=2)
     far = (far[0] * 3, far[1])
-    features = Features(model, training[0])
-    known = standard_detectors(features, [tuple(part[i : i + 40] for part in training) for i in (0, 40, 80)])
-    predictor = detecting_predictor(model, features, known)
+    predictor = detecting_predictor(model, (tuple(part[i : i + 40] for part in training) for i in (0, 40, 80)))
     result = evaluate({"MAP": predictor, "plain": point_predictor(model)}, [test], None, {"far": [far]}, n_resamples=30)
     (entry,) = result["ood"]
     names = ["maximum probability", "entropy", "energy", "maximum logit", "Mahalanobis", "relative Mahalanobis"]
@@ -141,6 +138,15 @@ def test_the_network_has_all_of_them_on_out_of_distribution_data() -> None:
     # The same probabilities do not differ, whatever one of the two has beside them.
     for one in (result["test"], entry):
         assert all(cell == [0, 0, 0, 0] for cell in one["differences"]["MAP"]["plain"].values())
+
+
+def test_without_training_data_there_are_those_of_logits() -> None:
+    model, inputs = network(), draw(4)[0]
+    prediction = detecting_predictor(model)(inputs)
+    assert list(prediction.ood) == ["energy", "maximum logit"]
+    assert torch.equal(prediction.ood["energy"], -model.eval()(inputs).detach().logsumexp(1))
+    with pytest.raises(ValueError, match="Expected training data, got an empty loader"):
+        detecting_predictor(model, [])
 
 
 def test_scores_of_a_users_own() -> None:

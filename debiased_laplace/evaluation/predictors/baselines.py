@@ -7,7 +7,7 @@ those of weights in place do.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from debiased_laplace import _data
 from debiased_laplace._guards import warn_the_caller
 from debiased_laplace.evaluation.predictors import edges
-from debiased_laplace.evaluation.predictors.detectors import OF_LOGITS, Detector, Features
+from debiased_laplace.evaluation.predictors.detectors import OF_LOGITS, fitted_to
 from debiased_laplace.evaluation.predictors.prediction import Prediction, Predictor, mutual_information
 from debiased_laplace.likelihoods import Categorical, gaussian_nll
 from debiased_laplace.network.snapshot import in_evaluation_mode
@@ -43,17 +43,20 @@ def point_predictor(model: nn.Module, *, temperature: float = 1.0) -> Predictor:
     return predict
 
 
-def detecting_predictor(
-    model: nn.Module, features: Features | None = None, detectors: Mapping[str, Detector] = OF_LOGITS
-) -> Predictor:
-    """The network's probabilities, with detectors' scores of how far data look out of distribution.
+def detecting_predictor(model: nn.Module, training: Iterable[Any] | None = None) -> Predictor:
+    """The network's probabilities, with scores of how far data look out of distribution that need no posterior.
 
     Args:
         model: A classifier.
-        features: Of the same network, if detectors want them.
-        detectors: By name, see :mod:`~debiased_laplace.evaluation.predictors.detectors`.
+        training: Batches that it was trained on, for Mahalanobis distances of its features; energy and maximum logit
+            need none.
+
+    Raises:
+        UnsupportedLayerError: If it is not clear which parameters are the last layer.
+        ValueError: If the last layer is not one module whose inputs are ``[N, I]``.
     """
     outputs = _forward(model)
+    features, detectors = (None, OF_LOGITS) if training is None else fitted_to(model, training)
 
     def predict(inputs: _data.Inputs) -> Prediction:
         logits, seen = (outputs(inputs), torch.empty(0)) if features is None else features(inputs)

@@ -1,7 +1,7 @@
 r"""Detectors of out-of-distribution (OOD) data that need no posterior: what a network's own outputs and features tell.
 
 A detector takes the logits ``[N, C]`` of a batch and its features ``[N, I]``, the inputs of the last layer, and returns
-scores ``[N]``, high where data look out of distribution. A new one is one function; ``standard_detectors`` names it.
+scores ``[N]``, high where data look out of distribution. A new one is a function, which :func:`fitted_to` names.
 
 Logits are those of the network at temperature one, as in the sources. Divided by a temperature they have the same
 order of maximum logits; Mahalanobis distances have no part of it; and the energy at a temperature is another score,
@@ -11,6 +11,7 @@ which is not among these.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from itertools import chain
 from typing import Any
 
 import torch
@@ -33,6 +34,10 @@ def energy(logits: Tensor, features: Tensor) -> Tensor:
 def maximum_logit(logits: Tensor, features: Tensor) -> Tensor:
     r"""MaxLogit, :math:`-\max_c f_c` (Hendrycks et al., ICML 2022, arXiv 1911.11132)."""
     return -logits.amax(1)
+
+
+#: Those that need neither features nor training data.
+OF_LOGITS: Mapping[str, Detector] = {"energy": energy, "maximum logit": maximum_logit}
 
 
 def mahalanobis(features: Tensor, targets: Tensor) -> Detector:
@@ -122,25 +127,20 @@ class Features:
         return logits[:n], features[:n]
 
 
-def standard_detectors(features: Features, training: Iterable[Any]) -> dict[str, Detector]:
-    """All detectors of a network, those that have something to learn fitted to its training data.
-
-    Args:
-        features: Of the network.
-        training: Batches; of the first :data:`N_TRAINING` data.
-    """
+def fitted_to(model: nn.Module, training: Iterable[Any]) -> tuple[Features, dict[str, Detector]]:
+    """Features of a network, and all detectors, those that learn from the first :data:`N_TRAINING` training data."""
+    batches = _data.labelled(training)
+    first = next(batches, None)
+    if first is None:
+        raise ValueError("Expected training data, got an empty loader. A generator can be read only once.")
+    features = Features(model, first[0])
     known, labels, n = list[Tensor](), list[Tensor](), 0
-    for inputs, targets, size in _data.labelled(training):
+    for inputs, targets, size in chain([first], batches):
         known.append(features(inputs)[1])
         labels.append(targets.reshape(-1).to(known[-1].device))
         n += size
         if n >= N_TRAINING:
             break
-    fitted = torch.cat(known), torch.cat(labels)
-    return {
-        **OF_LOGITS, "Mahalanobis": mahalanobis(*fitted), "relative Mahalanobis": relative_mahalanobis(*fitted)
-    }  # fmt: skip
-
-
-#: Those that need neither features nor training data.
-OF_LOGITS: Mapping[str, Detector] = {"energy": energy, "maximum logit": maximum_logit}
+    data = torch.cat(known), torch.cat(labels)
+    of_features = {"Mahalanobis": mahalanobis(*data), "relative Mahalanobis": relative_mahalanobis(*data)}
+    return features, {**OF_LOGITS, **of_features}

@@ -27,7 +27,6 @@ from debiased_laplace.evaluation.predictors.baselines import (
     tuned_noise,
     tuned_temperature,
 )
-from debiased_laplace.evaluation.predictors.detectors import Features, standard_detectors
 from debiased_laplace.evaluation.predictors.peer import PeerPredictor, fitted_peer, tune_peer
 from debiased_laplace.evaluation.predictors.posterior import LaplacePredictor, Shared
 from debiased_laplace.evaluation.predictors.prediction import Predictor, as_prediction
@@ -210,10 +209,8 @@ class Bench:
         """The network with detectors of out-of-distribution data if there are such; why it lacks some of them."""
         if not self.task.has("ood_loaders"):
             return point_predictor(self.point), []
-        training = partial(loader_of, self.task, "train_loader", self.context)
         try:
-            features = Features(self.point, next(iter(_data.labelled(training())))[0])
-            return detecting_predictor(self.point, features, standard_detectors(features, training())), []
+            return detecting_predictor(self.point, loader_of(self.task, "train_loader", self.context)), []
         except TaskError:
             raise
         except Exception as error:
