@@ -135,14 +135,14 @@ def test_classification(case: str) -> None:
     probabilities, targets = checks.check_predictions(probabilities, targets)
     whole = classification.classification_metrics(probabilities, targets)
     assert set(scores) == set(whole) - {"reliability"}
-    refined = refinement.recalibrated_scores(probabilities, np.eye(probabilities.shape[1])[targets])
+    found = refinement.recalibrate(probabilities, np.eye(probabilities.shape[1])[targets])
     for row, w in enumerate(weights):
         repeated = np.repeat(probabilities, w.astype(int), 0), np.repeat(targets, w.astype(int))
         expected = classification.classification_metrics(*repeated)
         expected["adaptive_ece"] = adaptive_of_repeated(probabilities, targets, w)
-        for loss in ("nll", "brier"):  # at the temperatures of the whole sample
-            left = float(w @ refined[f"{loss}_refinement"] / w.sum())
-            expected |= {f"{loss}_refinement": left, f"{loss}_calibration": expected[loss] - left}
+        # The temperature is a step from that of the whole sample.
+        risks = found.risks({name: w @ column / w.sum() for name, column in found.columns.items()})
+        expected |= classification.with_calibration_losses(expected | risks)
         for name, score in scores.items():
             assert score.value == pytest.approx(whole[name], rel=EXACT, abs=1e-15)
             assert score.replicates[row] == pytest.approx(expected[name], rel=EXACT, abs=1e-12), (name, row)

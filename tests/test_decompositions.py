@@ -11,7 +11,7 @@ from scipy.optimize import brentq, minimize_scalar
 from sklearn.metrics import roc_auc_score
 
 from debiased_laplace.evaluation.scores import bootstrap, calibrated, calibration, classification, smooth, weighted
-from debiased_laplace.evaluation.scores.refinement import N_FOLDS, inverse_temperatures, recalibrated_scores
+from debiased_laplace.evaluation.scores.refinement import recalibrate
 from tests.tolerances import EXACT, MONTE_CARLO_Z
 
 pytestmark = pytest.mark.filterwarnings("error::RuntimeWarning")
@@ -168,32 +168,86 @@ def test_augrc_at_the_limits() -> None:
 # -- calibration and refinement --------------------------------------------------------------------
 
 
-def test_temperatures_are_the_best_on_the_other_folds_and_one_datum_of_any_class() -> None:
+def losses_at(logarithms: np.ndarray, labels: np.ndarray, inverse: float) -> dict[str, np.ndarray]:
+    """Of every datum, from the definitions; labels may be distributions."""
+    powers = softmax(inverse * logarithms)
+    squares = np.square(powers[:, None] - np.eye(labels.shape[1])).sum(2)  # for every class as the target
+    return {"nll": -(labels * np.log(powers)).sum(1), "brier": (labels * squares).sum(1)}
+
+
+@pytest.mark.parametrize("kind", ["targets", "distributions"])
+def test_recalibration_is_that_of_the_definitions(kind: str) -> None:
+    """The best temperature by another search, slopes and curvatures by differences, the other terms from these."""
     probabilities, targets = draws(43, 4)
-    labels = np.eye(4)[targets]
-    logarithms = np.log(probabilities)
-    found = inverse_temperatures(logarithms, (labels * logarithms).sum(1))
-    refined = recalibrated_scores(probabilities, labels)
-    for fold in range(N_FOLDS):
-        inside = np.arange(43) % N_FOLDS == fold
+    labels = np.eye(4)[targets] if kind == "targets" else 0.7 * np.eye(4)[targets] + 0.075
+    logarithms, n = np.log(probabilities), 43
+    found = recalibrate(probabilities, labels)
 
-        def loss(x: float, inside: np.ndarray = inside) -> float:
-            nll = -np.log(softmax(math.exp(x) * logarithms))
-            return float((nll * labels)[~inside].sum() + nll.mean())
+    def total(x: float) -> float:  # with one datum more of any class, which is at the mean of all inputs
+        nll, of_any = (losses_at(logarithms, rows, math.exp(x))["nll"] for rows in (labels, np.full((43, 4), 0.25)))
+        return float(nll.sum() + of_any.mean())
 
-        best = math.exp(minimize_scalar(loss, bounds=(-3, 3), method="bounded", options={"xatol": 1e-12}).x)
-        assert found[inside] == pytest.approx(best, rel=1e-6)  # a minimum is flat: half of the digits
-        assert np.ptp(found[inside]) == 0
-        powers = softmax(found[inside][0] * logarithms[inside])
-        assert refined["nll_refinement"][inside] == pytest.approx(-np.log(powers[labels[inside] == 1]), rel=EXACT)
-        errors = np.square(powers - labels[inside]).sum(1)
-        assert refined["brier_refinement"][inside] == pytest.approx(errors, rel=EXACT)
-    slope = 0.0  # of the first fold, at its temperature, by autograd's rival: central differences
-    step, inside, x = 1e-5, np.arange(43) % N_FOLDS == 0, math.log(found[0])
-    for sign in (1, -1):
-        nll = -np.log(softmax(math.exp(x + sign * step) * logarithms))
-        slope += sign * float((nll * labels)[~inside].sum() + nll.mean()) / (2 * step)
-    assert abs(slope) < 1e-7
+    best = math.exp(minimize_scalar(total, bounds=(-3, 3), method="bounded", options={"xatol": 1e-12}).x)
+    assert found.inverse == pytest.approx(best, rel=1e-6)  # a minimum is flat: half of the digits
+    first, second, step = np.array([1, -8, 0, 8, -1]) / 12, np.array([-1, 16, -30, 16, -1]) / 12, 1e-3
+
+    def around(rows: np.ndarray, loss: str) -> np.ndarray:
+        return np.array([losses_at(logarithms, rows, found.inverse + k * step)[loss] for k in range(-2, 3)])
+
+    of_any = float((second @ around(np.full((43, 4), 0.25), "nll")).mean()) / step**2
+    slopes, bends = {}, {}
+    for loss, further in (("nll", of_any / n), ("brier", 0.0)):
+        at = around(labels, loss)
+        slopes[loss], bends[loss] = first @ at / step, float((second @ at).mean()) / step**2 + further
+        assert found.columns[f"{loss}_refinement"] == pytest.approx(at[2], rel=EXACT)
+        assert found.columns[f"{loss}_slope"] == pytest.approx(slopes[loss], rel=1e-6, abs=1e-8)
+        assert found.curvatures[loss] == pytest.approx(bends[loss], rel=1e-6)
+    slope = slopes["nll"]
+    weights = weighted.resample_weights(n, 6)
+    means = {name: weights @ column / n for name, column in found.columns.items()}
+    delta = -(weights @ slope / n - slope.mean()) / bends["nll"]
+    for loss, risks in found.risks(means).items():
+        u, v = slopes[loss.removesuffix("_refinement")], bends[loss.removesuffix("_refinement")]
+        too_small = ((u * slope).mean() / bends["nll"] - v * (slope**2).mean() / bends["nll"] ** 2 / 2) / n
+        expected = weights @ found.columns[loss] / n + weights @ u / n * delta + v * delta**2 / 2 + too_small
+        assert risks == pytest.approx(expected, rel=1e-6)
+
+
+def test_resamples_are_those_of_new_temperatures() -> None:
+    """The risk that a resample has at its own best temperature, but for terms of order N^-3/2."""
+    probabilities, targets = draws(2000, 4)
+    labels, weights = np.eye(4)[targets], weighted.resample_weights(2000, 40)
+    found, again = recalibrate(probabilities, labels), []
+    for w in weights:
+        rows = np.repeat(np.arange(2000), w.astype(int))
+        again.append({k: column.mean() for k, column in recalibrate(probabilities[rows], labels[rows]).columns.items()})
+    own = {name: float(column.mean()) for name, column in found.columns.items()}
+    risks = found.risks({name: weights @ column / 2000 for name, column in found.columns.items()})
+    fixed = {name: weights @ found.columns[name] / 2000 for name in risks}
+    for name, values in risks.items():
+        whole = found.risks({key: np.array(value) for key, value in own.items()})[name] - own[name]
+        expected = np.array([one[name] for one in again]) + whole
+        change = np.abs(fixed[name] + whole - expected).max()  # what a temperature of its own makes of it
+        assert np.abs(values - expected).max() < 0.1 * change, name
+
+
+@pytest.mark.parametrize("n", [40, 400])
+def test_calibrated_predictions_have_no_calibration_loss(n: int) -> None:
+    """On average none, with a standard deviation of 1/(N sqrt 2) nats: half a chi-square variable of one degree."""
+    generator, found = np.random.default_rng(0), {"nll": [], "brier": []}
+    weights, held = weighted.resample_weights(n, 60), []
+    for _ in range(400):
+        probabilities = softmax(2 * generator.standard_normal((n, 4)))
+        targets = (probabilities.cumsum(1) < generator.random((n, 1))).sum(1).clip(max=3)
+        scores = bootstrap.classification_replicates(probabilities, targets, weights)
+        for loss, values in found.items():
+            values.append(n * scores[f"{loss}_calibration"].value)
+            low, high = scores[f"{loss}_calibration"].interval()
+            held.append(low <= 0 <= high)
+    for values in found.values():
+        assert abs(np.mean(values)) <= MONTE_CARLO_Z * np.std(values) / 20
+    assert np.std(found["nll"]) == pytest.approx(math.sqrt(0.5), rel=0.25)
+    assert np.mean(held) > 0.95
 
 
 @pytest.mark.parametrize("temperature", [0.5, 3.0])
@@ -256,8 +310,7 @@ def test_nothing_wrong_one_datum_and_probabilities_of_zero() -> None:
         right, np.zeros(20, dtype=int), weighted.resample_weights(20, 50)
     )["nll_refinement"].interval()  # fmt: skip
     assert low <= scores["nll_refinement"] < 0.1 < high
-    alone = classification.classification_metrics([[0.9, 0.1]], [0])
-    assert alone["nll_refinement"] == pytest.approx(math.log(1 + 9 ** (-1 / 20)), rel=1e-6)  # nothing is known
+    assert recalibrate(np.array([[0.9, 0.1]]), np.array([[1.0, 0.0]])).inverse == pytest.approx(0.5, rel=1e-6)
     impossible = classification.classification_metrics([[1.0, 0.0], [0.4, 0.6]], [1, 1])
     assert impossible["nll_refinement"] == math.inf
     assert math.isnan(impossible["nll_calibration"])

@@ -84,9 +84,9 @@ def _parts(summary: Summary) -> Table:
     names = [name for name in PARTS if name in scores]
     return Table(
         "Calibration and refinement, test data",
-        "Calibration loss: the part of the NLL or the Brier score that a temperature chosen on the other folds of the "
-        "test data removes, about zero (or a little below) for what is calibrated. Refinement loss: what is left; the "
-        "same for the network at any temperature. Top-label: ECE of every predicted class by itself, averaged by how "
+        "Calibration loss: the part of the NLL or the Brier score that the best temperature for the test data removes, "
+        "without what it owes to having been chosen on them: zero on average for what is calibrated. Refinement loss: "
+        "what is left; the same for the network at any temperature. Top-label: ECE of every predicted class by itself, averaged by how "
         f"often it is predicted. Cells: {errors(summary)}.",
         ["method", *(SCORES[s][0] for s in names)], [("", _of_methods(summary, names) if names else [])],
     )  # fmt: skip

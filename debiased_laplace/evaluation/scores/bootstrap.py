@@ -24,7 +24,7 @@ import numpy as np
 
 from debiased_laplace.evaluation.scores import checks, classification, detection, intervals, regression
 from debiased_laplace.evaluation.scores.checks import Array
-from debiased_laplace.evaluation.scores.refinement import recalibrated_scores
+from debiased_laplace.evaluation.scores.refinement import recalibrate
 from debiased_laplace.evaluation.scores.replicates import Replicates, ScoreKind
 from debiased_laplace.evaluation.scores.weighted import (
     check_weights,
@@ -48,7 +48,7 @@ _POSITIVE = 0.0, math.inf
 #: Scores of a classifier whose interval is not that of a calibration error.
 _KINDS: dict[str, ScoreKind] = {
     "accuracy": "proportion", "nll": "mean", "brier": "mean", "aurc": "statistic", "augrc": "statistic",
-    **dict.fromkeys(("nll_refinement", "nll_calibration", "brier_refinement", "brier_calibration"), "mean"),
+    **dict.fromkeys(("nll_refinement", "nll_calibration", "brier_refinement", "brier_calibration"), "statistic"),
 }  # fmt: skip
 
 
@@ -57,8 +57,8 @@ def classification_replicates(
 ) -> dict[str, Replicates]:
     """Scores of a classifier's probabilities, with resamples.
 
-    The bins of the adaptive calibration error and the temperatures of recalibration are those of the whole sample in
-    all resamples.
+    The bins of the adaptive calibration error are those of the whole sample in all resamples; temperatures of
+    recalibration are a Newton step from its own.
 
     Args:
         probabilities: ``[N, C]``.
@@ -84,12 +84,11 @@ def classification_replicates(
     probabilities, targets = checks.check_predictions(probabilities, targets)
     weights, n = check_weights(weights, len(targets)), len(targets)
     data = classification.datum_scores(probabilities, targets)
-    data |= recalibrated_scores(probabilities, classification.one_hot(targets, probabilities.shape[1]))
+    found = recalibrate(probabilities, classification.one_hot(targets, probabilities.shape[1]))
     every = np.concatenate([np.ones((1, n), weights.dtype), weights])  # the data themselves, and the resamples
     replicates = classifier_scores(
-        every, probabilities, data, lambda first, last: targets[:, None] == np.arange(first, last)
+        every, probabilities, data, found, lambda first, last: targets[:, None] == np.arange(first, last)
     )
-    contributions = classification.with_calibration_losses(data)
 
     @lru_cache(maxsize=1)
     def with_other_labels(confidence: float) -> dict[str, Array]:
@@ -97,16 +96,16 @@ def classification_replicates(
         labels = classification.other_labels(probabilities if others is None else np.asarray(others), targets) * share
         labels[np.arange(n), targets] += 1 - share
         expected = classification.expected_datum_scores(probabilities, labels)
-        expected |= recalibrated_scores(probabilities, labels)
         return classifier_scores(
-            np.ones((1, n)), probabilities, expected, lambda first, last: labels[:, first:last]
+            np.ones((1, n)), probabilities, expected, recalibrate(probabilities, labels),
+            lambda first, last: labels[:, first:last],
         )  # fmt: skip
 
     scores = {}
     alike = float(np.ptp(data["accuracy"])) == 0
     for name, array in replicates.items():
         kind, bounds = _KINDS.get(name, "calibration"), _BOUNDS.get(name, _POSITIVE)
-        score = Replicates(float(array[0]), array[1:], n, kind, contributions.get(name), bounds)
+        score = Replicates(float(array[0]), array[1:], n, kind, data.get(name), bounds)
         if alike or (score.is_finite and score.is_constant):
             score = replace(score, unseen=partial(_scores_of, with_other_labels, name))
         scores[name] = score

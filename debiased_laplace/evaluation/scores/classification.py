@@ -22,11 +22,10 @@ from debiased_laplace.evaluation.scores.calibration import (
     top_label_calibration_error,
 )
 from debiased_laplace.evaluation.scores.checks import Array, check_predictions
-from debiased_laplace.evaluation.scores.refinement import recalibrated_scores
+from debiased_laplace.evaluation.scores.refinement import recalibrate
 
 #: Points of a risk-coverage curve.
 CURVE_POINTS = 200
-REFINEMENTS = ("nll_refinement", "brier_refinement")
 
 
 def classification_metrics(probabilities: Any, targets: Any) -> dict[str, Any]:
@@ -52,10 +51,11 @@ def classification_metrics(probabilities: Any, targets: Any) -> dict[str, Any]:
     """
     probabilities, targets = check_predictions(probabilities, targets)
     data = datum_scores(probabilities, targets)
-    data |= recalibrated_scores(probabilities, one_hot(targets, probabilities.shape[1]))
     means = {name: float(values.mean()) for name, values in data.items()}
+    found = recalibrate(probabilities, one_hot(targets, probabilities.shape[1]))
+    refined = found.risks({name: column.mean() for name, column in found.columns.items()})
     return with_calibration_losses({
-        **{name: means[name] for name in ("accuracy", "nll", "brier")},
+        **means,
         "ece": expected_calibration_error(probabilities, targets),
         "adaptive_ece": adaptive_calibration_error(probabilities, targets),
         "smooth_ece": smooth_calibration_error(probabilities, targets),
@@ -63,7 +63,7 @@ def classification_metrics(probabilities: Any, targets: Any) -> dict[str, Any]:
         "classwise_ece": classwise_calibration_error(probabilities, targets),
         "aurc": aurc(probabilities, targets),
         "augrc": augrc(probabilities, targets),
-        **{name: means[name] for name in REFINEMENTS},
+        **{name: float(value) for name, value in refined.items()},
     }) | {"reliability": asdict(reliability(probabilities, targets))}  # fmt: skip
 
 

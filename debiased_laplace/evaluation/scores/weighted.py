@@ -17,7 +17,8 @@ from scipy import sparse
 
 from debiased_laplace.evaluation.scores.calibration import N_BINS, equal_width_bins, equally_full_bins, top_label_bins
 from debiased_laplace.evaluation.scores.checks import Array, as_array
-from debiased_laplace.evaluation.scores.classification import REFINEMENTS, with_calibration_losses
+from debiased_laplace.evaluation.scores.classification import with_calibration_losses
+from debiased_laplace.evaluation.scores.refinement import Recalibration
 from debiased_laplace.evaluation.scores.smooth import GRID, cells, smooth_errors
 
 #: Entries of a block of resampling weights (12 MB); about eight arrays of that size live at once.
@@ -52,20 +53,21 @@ def resample_weights(n: int, n_resamples: int = 1000, seed: int = 0) -> Array:
 
 
 def classifier_scores(
-    weights: Array, probabilities: Array, data: dict[str, Array], columns: Callable[[int, int], Array]
-) -> dict[str, Array]:
+    weights: Array, probabilities: Array, data: dict[str, Array], found: Recalibration,
+    columns: Callable[[int, int], Array],
+) -> dict[str, Array]:  # fmt: skip
     """All scores of a classifier, ``[B]`` each.
 
     Args:
         weights: ``[B, N]``.
         probabilities: ``[N, C]``.
-        data: ``accuracy``, ``nll``, ``brier`` and their refinements of each datum, ``[N]`` each; temperatures of
-            recalibration are those of the whole sample in all resamples.
+        data: ``accuracy``, ``nll`` and ``brier`` of each datum, ``[N]`` each.
+        found: The recalibration of the whole sample.
         columns: For a range of classes whether, or how probably, each is the target, ``[N, k]``.
     """
     confidence, hits = probabilities.max(1).clip(max=1.0), data["accuracy"]
-    means, gap = weighted_means(weights, data), confidence - hits
-    scores = {name: means[name] for name in ("accuracy", "nll", "brier")}
+    means, gap = weighted_means(weights, {**data, **found.columns}), confidence - hits
+    scores = {name: means[name] for name in data}
     for name, bins in (("ece", equal_width_bins), ("adaptive_ece", equally_full_bins)):
         scores[name] = _binned_gaps(weights, bins(confidence, N_BINS)[:, None], gap[:, None])
     scores["smooth_ece"] = _smooth_gaps(weights, confidence, gap)
@@ -73,7 +75,7 @@ def classifier_scores(
     scores["top_label_ece"] = _binned_gaps(weights, of_classes[:, None], gap[:, None])
     scores["classwise_ece"] = _classwise_gaps(weights, probabilities, columns)
     scores["aurc"], scores["augrc"] = _areas(weights, confidence, 1 - hits)
-    return with_calibration_losses(scores | {name: means[name] for name in REFINEMENTS})
+    return with_calibration_losses(scores | found.risks(means))
 
 
 def detection_scores(score: Array, is_outside: Array, weights: Array) -> dict[str, Array]:
