@@ -763,10 +763,13 @@ def lines_of(text: str) -> list[list[str]]:
 def test_every_number_has_its_error(summary: dict[str, Any], wave: list[dict[str, Any]], kind: str) -> None:
     summarised = tables(summary if kind == "classification" else summarise(wave))
     titles = [table.title for table in summarised]
-    assert titles[:3] == ["Test data", f"{CANDIDATE} against the others, test data", "Strong shift: mean NLL"]
+    parts = ["Calibration and refinement, test data", "By class, test data"] if kind == "classification" else []
+    against = f"{CANDIDATE} against the others, test data"
+    assert titles[: len(parts) + 3] == ["Test data", *parts, against, "Strong shift: mean NLL"]
     assert titles[-1] == "Tuning and cost"
     assert len(set(titles)) == len(titles)
     kinds_of_cells = {
+        "By class, test data": lambda row: all(re.fullmatch(r"\d+\.\d \[.*\d\](?: ‡)?|", row[i]) for i in (3, 5)),
         "Strong shift: mean NLL": lambda row: ERROR.fullmatch(row[1]) and all(map(VERDICT.fullmatch, row[2:])),
         f"NLL of {CANDIDATE} minus {BASELINE}, at equal settings": lambda row: INTERVAL.fullmatch(row[1]),
     }
@@ -779,7 +782,7 @@ def test_every_number_has_its_error(summary: dict[str, Any], wave: list[dict[str
             for row in rows:
                 cells = row[1:2] if "against" in table.title else row[1:]
                 assert all(pattern.fullmatch(cell) for cell in cells), (table.title, row)
-    against = summarised[1]
+    against = summarised[titles.index(against)]
     assert against.sections[0][0] == f"minus {MAP}"
     verdicts = {row[0]: row[2] for row in against.sections[0][1]}
     if kind == "regression":
@@ -964,7 +967,7 @@ def test_a_page_with_little_on_it(tmp_path: Path, n: int) -> None:
     summarised = summarise(run(task, tmp_path, [0], Context(), methods=methods, options=OPTIONS))
     paths = write_outputs(tmp_path / "out", summarised)
     check_page(paths["report.html"].read_text())
-    assert len(tables(summarised)) == 2 + (n == 2)
+    assert len(tables(summarised)) == 4 + (n == 2)
 
 
 @pytest.mark.usefixtures("undrawn")

@@ -398,7 +398,7 @@ def test_what_a_calibrated_predictor_would_have(classes: int) -> None:
 
 def test_certain_predictions_cannot_be_miscalibrated_by_chance() -> None:
     assert expected_errors(np.eye(3)[np.arange(30) % 3]) == {
-        name: [0.0, 0.0, 0.0, 0.0] for name in ("ece", "adaptive_ece", "classwise_ece")
+        name: [0.0, 0.0, 0.0, 0.0] for name in ("ece", "adaptive_ece", "smooth_ece", "top_label_ece", "classwise_ece")
     }
 
 
