@@ -59,7 +59,7 @@ def test_smooth_error_of_data_in_the_middle_of_cells_is_the_definition() -> None
         assert value == pytest.approx(expected, rel=EXACT)
 
 
-@pytest.mark.parametrize(("n", "room"), [(20, 2e-3), (200, 2e-3), (800, 5e-3)])
+@pytest.mark.parametrize(("n", "room"), [(20, 1e-3), (200, 1e-3), (800, 1e-3)])
 def test_smooth_error_is_nearly_the_one_without_cells(n: int, room: float) -> None:
     generator, points = np.random.default_rng(n), (np.arange(2000) + 0.5) / 2000
     confidence = 0.5 + generator.random(n) / 2
