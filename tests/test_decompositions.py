@@ -150,7 +150,7 @@ def test_augrc_is_the_mean_over_orders_of_ties(seed: int) -> None:
 
 @pytest.mark.parametrize("digits", [1, 12])
 def test_augrc_is_that_of_the_paper(digits: int) -> None:
-    """Equation (7) of Traub et al.: from accuracy and the AUROC of telling right from wrong."""
+    """The identity of Traub et al.: from accuracy and the AUROC of telling right from wrong."""
     probabilities, targets = draws(200)
     confidence = probabilities.max(1).round(digits).clip(0.5)
     right = probabilities.argmax(1) == targets
