@@ -86,8 +86,8 @@ def _parts(summary: Summary) -> Table:
         "Calibration and refinement, test data",
         "Calibration loss: the part of the NLL or the Brier score that the best temperature for the test data removes, "
         "without what it owes to having been chosen on them: zero on average for what is calibrated. Refinement loss: "
-        "what is left; the same for the network at any temperature. Top-label: ECE of every predicted class by itself, averaged by how "
-        f"often it is predicted. Cells: {errors(summary)}.",
+        "what is left; the same for the network at any temperature. Top-label: ECE of every predicted class by itself, "
+        f"averaged by how often it is predicted. Cells: {errors(summary)}.",
         ["method", *(SCORES[s][0] for s in names)], [("", _of_methods(summary, names) if names else [])],
     )  # fmt: skip
 
