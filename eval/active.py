@@ -71,11 +71,11 @@ class Setting:
 
 
 SETTINGS = {
-    "digits": Setting(digits.network, lambda of: torch.optim.Adam(of, digits.LEARNING_RATE), 15, 10, 0.95),
+    "digits": Setting(digits.network, lambda of: torch.optim.Adam(of, digits.LEARNING_RATE), 20, 8, 0.95),
     "fashion-mnist": Setting(
         fashion_mnist.network,
         lambda of: torch.optim.AdamW(of, fashion_mnist.LEARNING_RATE, weight_decay=fashion_mnist.WEIGHT_DECAY),
-        30, 10, 0.75,
+        40, 8, 0.75,
     ),
 }  # fmt: skip
 N_POOL = 5000  # of the training images of Fashion-MNIST, others for each seed
