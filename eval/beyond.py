@@ -49,6 +49,8 @@ CONDITIONS = {
     "scenes": (*(f"{name} {n}" for name in ("noise", "blur", "contrast") for n in (3, 5)), "shuffled patches"),
 }
 N_SHIFTED = 400
+#: How data that are none of the task's are told from those that are.
+DETECTED = ("entropy, auroc", "mutual information, auroc")
 SINGLE, DEBIASED, FULL = "single-batch K-FAC", "debiased K-FAC", "full-data K-FAC"
 COMPARED = (MAP, TEMPERATURE, TEMPERATURE_RULE, ISOTROPIC, SINGLE, DEBIASED, FULL)
 
@@ -61,7 +63,7 @@ def classified(name: str, options: argparse.Namespace) -> dict[str, Any]:
     context = Context(data_dir=options.data_dir, cache=options.cache or out / "cache", quick=options.quick)
     chosen = [method for method in methods_of(task) if method.name in COMPARED]
     records = run(
-        task, out, range(1 if options.quick else int(task.constant("SEEDS"))), context, methods=chosen,
+        task, out, range(1 if options.quick else options.seeds), context, methods=chosen,
         options=Options(
             n_resamples=50 if options.quick else 400, grid_size=10 if options.quick else 46, distance_inputs=100,
             conditions=CONDITIONS[name], n_shifted=N_SHIFTED, draws=1 if options.quick else 2,
@@ -75,7 +77,7 @@ def classified(name: str, options: argparse.Namespace) -> dict[str, Any]:
         "train": summary["data"]["train"],
         "test": _only(summary["test"], ("nll", "ece", "accuracy")),
         "shift": _only(summary["strong_shift"], ("nll",)),
-        "detected": _only(ood, ("auroc, maximum probability", "auroc, mutual information")),
+        "detected": _only(ood, DETECTED),
     }  # fmt: skip
 
 
@@ -89,27 +91,23 @@ def _only(entry: Mapping[str, Any], scores: Sequence[str]) -> dict[str, Any]:
 
 
 def classified_table(record: Mapping[str, Any]) -> str:
-    """A row for each method; differences to the temperature by the same rule."""
-    test, shift, detected = (record[part]["scores"] for part in ("test", "shift", "detected"))
+    """A row for each method; differences to the temperature by the same rule, and to the posterior of all data."""
     rows = []
     for name in COMPARED:
-        cells = [name, plus_minus(test[name]["nll"], 3), plus_minus(test[name]["ece"], 1, scale=100)]
+        scores = {part: record[part]["scores"][name] for part in ("test", "shift", "detected")}
+        cells = [name, plus_minus(scores["test"]["nll"], 3), plus_minus(scores["test"]["ece"], 1, scale=100)]
         for part in ("test", "shift"):
             if part == "shift":
-                cells.append(plus_minus(shift[name]["nll"], 3))
-            cells.append(_marked(record[part]["differences"].get(TEMPERATURE_RULE, {}).get(name, {}), "nll", 3))
-        found = detected[name]
-        cells += [plus_minus(found[score], 3) if score in found else "" for score in found_by(record)]
-        rows.append(cells)
-    minus = "minus temperature"
-    titles = [score.removeprefix("auroc, ") for score in found_by(record)]
-    columns = ["method", "NLL", "ECE %", minus, "NLL, strong shift", minus]
-    return markdown([*columns, *(f"{record['ood']} found: {title}" for title in titles)], rows)
-
-
-def found_by(record: Mapping[str, Any]) -> list[str]:
-    """Scores of out-of-distribution data."""
-    return list(record["detected"]["scores"][DEBIASED])
+                cells.append(plus_minus(scores[part]["nll"], 3))
+            cells += [
+                _marked(record[part]["differences"][second].get(name, {}), "nll", 3)
+                for second in (TEMPERATURE_RULE, FULL)
+            ]
+        found = scores["detected"]
+        rows.append([*cells, *(plus_minus(found[score], 3) if score in found else "" for score in DETECTED)])
+    minus = ["minus temperature", "minus full data"]
+    detected = [f"AUROC of {record['ood']}: {score.partition(',')[0]}" for score in DETECTED]
+    return markdown(["method", "NLL", "ECE %", *minus, "NLL, strong shift", *minus, *detected], rows)
 
 
 def _marked(differences: Mapping[str, Any], score: str, digits: int) -> str:
@@ -394,6 +392,7 @@ def parts(record: Mapping[str, Any]) -> dict[str, str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="+", choices=(*CLASSIFIERS, "tables"), default=[*CLASSIFIERS, "tables"])
+    parser.add_argument("--seeds", type=int, default=5, help="of trec and scenes")
     parser.add_argument("--splits", type=int, default=N_SPLITS, help="of every table")
     parser.add_argument("--data-dir", type=Path, default=None)
     parser.add_argument("--cache", type=Path, default=None, help="for trained weights; <out>/<task>/cache by default")

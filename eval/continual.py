@@ -33,7 +33,7 @@ from debiased_laplace.evaluation.shipped import digits
 from debiased_laplace.evaluation.shipped.common import initialised, one_thread
 
 KINDS = {"permuted": 10, "parity": 2}  # number of outputs
-N_TASKS, HIDDEN, STEPS, BATCH, LEARNING_RATE = 5, 100, 300, 64, 3e-3
+N_TASKS, HIDDEN, STEPS, BATCH, LEARNING_RATE = 5, 100, 200, 64, 3e-3
 #: Data of each task that a posterior measures curvature on, or that are replayed.
 BUDGET = 64
 #: Small, so that what the curvature does not determine is free; before the strength.
@@ -50,8 +50,8 @@ POSTERIORS: dict[str, dict[str, Any]] = {
 }
 #: What is multiplied by a strength, to be tuned: the quadratics, and the loss of what is replayed.
 STRENGTHS: dict[str, tuple[float, ...]] = {
-    FINE_TUNED: (0.0,), JOINT: (0.0,), REPLAY: (0.1, 0.3, 1.0, 3.0, 10.0), L2: (0.1, 1.0, 10.0, 100.0, 1000.0),
-    **dict.fromkeys(POSTERIORS, (1.0, 10.0, 100.0, 1000.0, 10000.0)),
+    FINE_TUNED: (0.0,), JOINT: (0.0,), REPLAY: (0.1, 0.3, 1.0, 3.0, 10.0), L2: (1.0, 3.0, 10.0, 30.0, 100.0, 300.0),
+    **dict.fromkeys(POSTERIORS, (1.0, 3.0, 10.0, 30.0, 100.0)),
 }  # fmt: skip
 Data = tuple[Tensor, Tensor]
 

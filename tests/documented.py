@@ -54,9 +54,12 @@ def remade() -> dict[str, dict[str, str]]:
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(ROOT / "eval")
         before = set(sys.modules)
+        import active
         import bench
+        import beyond
         import bias
         import classes
+        import continual
         import equal_time
         import evidence
         import frozen
@@ -77,6 +80,9 @@ def remade() -> dict[str, dict[str, str]]:
             "bias.md": bias.parts({name: read_json(RECORDS / file) for name, file in names.items()}),
             "evidence.md": evidence.parts(read_json(RECORDS / "evidence.json")),
             "posterior.md": {"classes": classes.table(read_json(RECORDS / "classes.json"))},
+            "beyond.md": beyond.parts(read_json(RECORDS / "beyond.json"))
+            | active.parts(read_json(RECORDS / "active.json"))
+            | continual.parts(read_json(RECORDS / "continual.json")),
             "steps.md": steps_document.parts_of(read_json(RECORDS / "steps.json")),
             "benchmarks.md": {
                 "cpu": bench.report(benchmarks),
