@@ -48,7 +48,7 @@ POSTERIORS: dict[str, tuple[float | None, dl.Structure, str]] = {
 WAYS = (RANDOM, ENTROPY, *POSTERIORS)
 #: Labels at the start, and how many of these tune posteriors; draws of the outputs; candidates that are looked at.
 N_START, N_VALIDATION, N_DRAWS, N_CANDIDATES = 40, 20, 100, 500
-STEPS, BATCH = 150, 32
+STEPS, BATCH = 120, 32
 
 
 @dataclass(frozen=True)
@@ -71,11 +71,11 @@ class Setting:
 
 
 SETTINGS = {
-    "digits": Setting(digits.network, lambda of: torch.optim.Adam(of, digits.LEARNING_RATE), 20, 8, 0.95),
+    "digits": Setting(digits.network, lambda of: torch.optim.Adam(of, digits.LEARNING_RATE), 20, 7, 0.95),
     "fashion-mnist": Setting(
         fashion_mnist.network,
         lambda of: torch.optim.AdamW(of, fashion_mnist.LEARNING_RATE, weight_decay=fashion_mnist.WEIGHT_DECAY),
-        40, 8, 0.75,
+        40, 7, 0.75,
     ),
 }  # fmt: skip
 N_POOL = 5000  # of the training images of Fashion-MNIST, others for each seed

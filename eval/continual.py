@@ -46,12 +46,11 @@ POSTERIORS: dict[str, dict[str, Any]] = {
     SINGLE: {"sampler": dl.UniformSampler(BUDGET), "split": dl.Single()},
     DEBIASED: {"sampler": dl.PrioritySampler(BUDGET)},
     "debiased K-FAC, data gone": {"sampler": dl.PrioritySampler(BUDGET)},
-    "full-data K-FAC": {"sampler": dl.UniformSampler(None), "split": dl.Single()},
 }
 #: What is multiplied by a strength, to be tuned: the quadratics, and the loss of what is replayed.
 STRENGTHS: dict[str, tuple[float, ...]] = {
-    FINE_TUNED: (0.0,), JOINT: (0.0,), REPLAY: (0.1, 0.3, 1.0, 3.0, 10.0), L2: (1.0, 3.0, 10.0, 30.0, 100.0, 300.0),
-    **dict.fromkeys(POSTERIORS, (1.0, 3.0, 10.0, 30.0, 100.0)),
+    FINE_TUNED: (0.0,), JOINT: (0.0,), REPLAY: (0.3, 1.0, 3.0, 10.0), L2: (1.0, 10.0, 100.0, 1000.0),
+    **dict.fromkeys(POSTERIORS, (1.0, 5.0, 25.0, 125.0)),
 }  # fmt: skip
 Data = tuple[Tensor, Tensor]
 
