@@ -128,9 +128,11 @@ N_SPLITS = 8
 ONE, OWN, SCALED = "one noise", "own noise", "own noise, scaled"
 NETWORK = "network"
 ROWS = (
-    (ONE, NETWORK), (ONE, DEBIASED), (OWN, NETWORK), (OWN, DEBIASED),
-    *((SCALED, method) for method in (NETWORK, ISOTROPIC, SINGLE, DEBIASED, FULL)),
+    (ONE, NETWORK), (ONE, DEBIASED),
+    *((noise, method) for noise in (OWN, SCALED) for method in (NETWORK, ISOTROPIC, SINGLE, DEBIASED, FULL)),
 )  # fmt: skip
+
+NETWORKS = tuple(row for row in ROWS if row[1] == NETWORK)
 
 
 class Scaled(nn.Module):
@@ -291,11 +293,11 @@ def split_scores(dataset: str, split: int, options: argparse.Namespace) -> dict[
     posterior, _ = tuned(one, parts, DEBIASED, "regression", split)
     result[ONE, DEBIASED] = of_posterior(posterior, float(posterior.posterior.noise_variance))
     noisy = dl.HeteroscedasticGaussian()
-    result[OWN, DEBIASED] = of_posterior(tuned(own, parts, DEBIASED, noisy, split)[0], None)
     best = best_scale(own, parts.validation)
     result[SCALED, NETWORK] = of_network(Scaled(own, best), None)
     chosen = {}
     for method in SETTINGS:
+        result[OWN, method] = of_posterior(tuned(own, parts, method, noisy, split)[0], None)
         found = [(*tuned(Scaled(own, best * scale), parts, method, noisy, split), scale) for scale in SCALES]
         posterior, _, scale = min(found, key=lambda entry: entry[1])
         result[SCALED, method] = of_posterior(posterior, None)
@@ -306,7 +308,7 @@ def split_scores(dataset: str, split: int, options: argparse.Namespace) -> dict[
             first: {name: cell(result[first][name] - result[second][name]) for name in ("nll", "crps")}
             for first in ROWS
         }
-        for second in ((ONE, NETWORK), (SCALED, NETWORK), (SCALED, ISOTROPIC))
+        for second in NETWORKS
     }
     return {
         "scores": named(cells), "differences": {" | ".join(second): named(of) for second, of in differences.items()},
@@ -361,14 +363,23 @@ def kept_record(dataset: str, split: int, options: argparse.Namespace) -> dict[s
 
 
 def tables_table(record: Mapping[str, Any]) -> str:
+    """NLL of every row of the full table, a column for each set."""
+    rows = [
+        [noise, method, *(plus_minus(of["scores"][f"{noise} | {method}"]["nll"], 3) for of in record.values())]
+        for noise, method in ROWS
+    ]
+    return markdown(["noise", "NLL", *record], rows)
+
+
+def full_table(record: Mapping[str, Any]) -> str:
     """A row for each set, kind of noise and method."""
     rows = []
     for dataset, of in record.items():
         for noise, method in ROWS:
             key, scores = f"{noise} | {method}", of["scores"][f"{noise} | {method}"]
             differences = (
-                _marked(of["differences"][f"{a} | {b}"][key], "nll", 3) if (noise, method) != (a, b) else ""
-                for a, b in ((ONE, NETWORK), (SCALED, NETWORK))
+                "" if (noise, method) == second else _marked(of["differences"][" | ".join(second)][key], "nll", 3)
+                for second in NETWORKS
             )
             rows.append(
                 [
@@ -377,7 +388,7 @@ def tables_table(record: Mapping[str, Any]) -> str:
                 ]
             )  # fmt: skip
     columns = ["set", "noise", "method", "NLL", "CRPS", "95 % interval holds %"]
-    return markdown([*columns, f"NLL minus network, {ONE}", f"minus network, {SCALED}"], rows)
+    return markdown([*columns, *(f"NLL minus network, {noise}" for noise, _ in NETWORKS)], rows)
 
 
 # -- the page --------------------------------------------------------------------------------------
@@ -386,7 +397,9 @@ def tables_table(record: Mapping[str, Any]) -> str:
 def parts(record: Mapping[str, Any]) -> dict[str, str]:
     """The generated parts of the page, from the record."""
     made = {name: classified_table(record[name]) for name in CLASSIFIERS if name in record}
-    return made | ({"tables": tables_table(record["tables"])} if "tables" in record else {})
+    if "tables" in record:
+        made |= {"tables": tables_table(record["tables"]), "all tables": full_table(record["tables"])}
+    return made
 
 
 def main() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,7 +20,7 @@ import debiased_laplace as dl
 from debiased_laplace.evaluation.shipped import digits, scenes, uci
 from debiased_laplace.evaluation.shipped.common import initialised
 from debiased_laplace.testing import dense_jacobian, dense_posterior_precision
-from tests.test_eval import experiments, script
+from tests.test_eval import copy, experiments, script, text_of
 from tests.test_shipped import write_uci
 from tests.tolerances import EXACT, assert_equal
 
@@ -34,13 +33,13 @@ def docs(tmp_path: Path) -> Path:
     """The page, to be filled."""
     folder = tmp_path / "docs"
     folder.mkdir()
-    shutil.copy(DOCS / "beyond.md", folder)
+    copy("beyond", folder)
     return folder
 
 
 def rows(docs: Path, part: str) -> list[list[str]]:
     """Cells of a table of the page."""
-    text = (docs / "beyond.md").read_text().split(f"<!-- {part} -->\n")[1].split("<!-- end -->")[0]
+    text = text_of("beyond", docs).split(f"<!-- {part} -->\n")[1].split("<!-- end -->")[0]
     return [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.strip().splitlines()[2:]]
 
 
@@ -195,7 +194,7 @@ def test_tables_whose_noise_varies(docs, tmp_path):
     done = script(*arguments)
     assert done.returncode == 0, done.stderr
     record = json.loads((docs / "records" / "beyond.json").read_text())["tables"]["concrete"]
-    made = rows(docs, "tables")
+    made = rows(docs, "all tables")
     assert {f"{noise} | {method}" for _, noise, method, *_ in made} == set(record["scores"])
     for _, noise, method, nll, *_ in made:
         value = float(nll.split("±")[0].replace("\N{MINUS SIGN}", "-"))
