@@ -270,6 +270,7 @@ def table(record: Mapping[str, Any]) -> str:
     )  # fmt: skip
 
 
+PICTURE = "\n\n![Test accuracy against the number of labels, a panel for each task, a line for each way](active.png)"
 COLORS = ("#777777", "#d08700", "#6b4fa0", "#2b6cb0", "#5aa9e6", "#b5483a", "#2f855a")
 
 
@@ -289,7 +290,7 @@ def figure_of(record: Mapping[str, Any]) -> Figure:
 
 def parts(record: Mapping[str, Any]) -> dict[str, str]:
     """The generated part of the page, from the record."""
-    return {"active": table({task: of for task, of in record.items() if task in SETTINGS})}
+    return {"active": table({task: record[task] for task in SETTINGS if task in record}) + PICTURE}
 
 
 def main() -> None:

@@ -129,10 +129,12 @@ ONE, OWN, SCALED = "one noise", "own noise", "own noise, scaled"
 NETWORK = "network"
 ROWS = (
     (ONE, NETWORK), (ONE, DEBIASED),
-    *((noise, method) for noise in (OWN, SCALED) for method in (NETWORK, ISOTROPIC, SINGLE, DEBIASED, FULL)),
+    (OWN, NETWORK), (OWN, DEBIASED),
+    *((SCALED, method) for method in (NETWORK, ISOTROPIC, SINGLE, DEBIASED, FULL)),
 )  # fmt: skip
 
-NETWORKS = tuple(row for row in ROWS if row[1] == NETWORK)
+#: What all others are compared with.
+BASELINES = (ONE, NETWORK), (SCALED, NETWORK), (SCALED, ISOTROPIC)
 
 
 class Scaled(nn.Module):
@@ -293,11 +295,11 @@ def split_scores(dataset: str, split: int, options: argparse.Namespace) -> dict[
     posterior, _ = tuned(one, parts, DEBIASED, "regression", split)
     result[ONE, DEBIASED] = of_posterior(posterior, float(posterior.posterior.noise_variance))
     noisy = dl.HeteroscedasticGaussian()
+    result[OWN, DEBIASED] = of_posterior(tuned(own, parts, DEBIASED, noisy, split)[0], None)
     best = best_scale(own, parts.validation)
     result[SCALED, NETWORK] = of_network(Scaled(own, best), None)
     chosen = {}
     for method in SETTINGS:
-        result[OWN, method] = of_posterior(tuned(own, parts, method, noisy, split)[0], None)
         found = [(*tuned(Scaled(own, best * scale), parts, method, noisy, split), scale) for scale in SCALES]
         posterior, _, scale = min(found, key=lambda entry: entry[1])
         result[SCALED, method] = of_posterior(posterior, None)
@@ -308,7 +310,7 @@ def split_scores(dataset: str, split: int, options: argparse.Namespace) -> dict[
             first: {name: cell(result[first][name] - result[second][name]) for name in ("nll", "crps")}
             for first in ROWS
         }
-        for second in NETWORKS
+        for second in BASELINES
     }
     return {
         "scores": named(cells), "differences": {" | ".join(second): named(of) for second, of in differences.items()},
@@ -379,7 +381,7 @@ def full_table(record: Mapping[str, Any]) -> str:
             key, scores = f"{noise} | {method}", of["scores"][f"{noise} | {method}"]
             differences = (
                 "" if (noise, method) == second else _marked(of["differences"][" | ".join(second)][key], "nll", 3)
-                for second in NETWORKS
+                for second in BASELINES
             )
             rows.append(
                 [
@@ -388,7 +390,7 @@ def full_table(record: Mapping[str, Any]) -> str:
                 ]
             )  # fmt: skip
     columns = ["set", "noise", "method", "NLL", "CRPS", "95 % interval holds %"]
-    return markdown([*columns, *(f"NLL minus network, {noise}" for noise, _ in NETWORKS)], rows)
+    return markdown([*columns, *(f"NLL minus {method}, {noise}" for noise, method in BASELINES)], rows)
 
 
 # -- the page --------------------------------------------------------------------------------------
