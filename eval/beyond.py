@@ -107,7 +107,8 @@ def classified_table(record: Mapping[str, Any]) -> str:
         rows.append([*cells, *(plus_minus(found[score], 3) if score in found else "" for score in DETECTED)])
     minus = ["minus temperature", "minus full data"]
     detected = [f"AUROC of {record['ood']}: {score.partition(',')[0]}" for score in DETECTED]
-    return markdown(["method", "NLL", "ECE %", *minus, "NLL, strong shift", *minus, *detected], rows)
+    made = markdown(["method", "NLL", "ECE %", *minus, "NLL, strong shift", *minus, *detected], rows)
+    return f"{made}\n\n{record['seeds']} seeds, {record['n']} test data each."
 
 
 def _marked(differences: Mapping[str, Any], score: str, digits: int) -> str:
@@ -370,7 +371,8 @@ def tables_table(record: Mapping[str, Any]) -> str:
         [noise, method, *(plus_minus(of["scores"][f"{noise} | {method}"]["nll"], 3) for of in record.values())]
         for noise, method in ROWS
     ]
-    return markdown(["noise", "NLL", *record], rows)
+    splits = ", ".join(f"{of['splits']} of {dataset}" for dataset, of in record.items())
+    return f"{markdown(['noise', 'NLL', *record], rows)}\n\nSplits: {splits}."
 
 
 def full_table(record: Mapping[str, Any]) -> str:

@@ -40,7 +40,7 @@ def docs(tmp_path: Path) -> Path:
 def rows(docs: Path, part: str) -> list[list[str]]:
     """Cells of a table of the page."""
     text = text_of("beyond", docs).split(f"<!-- {part} -->\n")[1].split("<!-- end -->")[0]
-    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()[2:] if "|" in line]
+    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()[2:] if line.startswith("|")]
 
 
 def small_posterior() -> tuple[nn.Module, torch.Tensor, dl.Laplace]:
