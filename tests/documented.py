@@ -61,21 +61,33 @@ def remade() -> dict[str, dict[str, str]]:
         import evidence
         import frozen
         import links
+        import low_rank_evidence
         import max_factor
         import readme
+        import regenerate
         import report
         import results
         import scale
         import scaling
         import serving
+        import splits
         import steps_document
+        import verdicts
 
         names = {name: f"bias-{name}.json" for name in bias.OPTIONS}
         benchmarks = json.loads((RECORDS / "bench-cpu.json").read_text())["records"]
         result = {
             **readme.parts(DOCS),
             "bias.md": bias.parts({name: read_json(RECORDS / file) for name, file in names.items()}),
-            "evidence.md": evidence.parts(read_json(RECORDS / "evidence.json")),
+            "evidence.md": {
+                **evidence.parts(read_json(RECORDS / "evidence.json")),
+                "low ranks": low_rank_evidence.table(read_json(RECORDS / "low_rank_evidence.json")),
+            },
+            "evaluation.md": {
+                "verdicts": verdicts.tables(read_json(RECORDS / "verdicts.json")),
+                "splits": splits.table(read_json(RECORDS / "splits.json")),
+            },
+            "records.md": regenerate.parts(regenerate.finished(DOCS)),
             "posterior.md": {"classes": classes.table(read_json(RECORDS / "classes.json"))},
             "steps.md": steps_document.parts_of(read_json(RECORDS / "steps.json")),
             "benchmarks.md": {
