@@ -82,7 +82,10 @@ def main() -> None:
     options = parser.parse_args()
     sizes, ranks = (N_TRAIN[:1], RANKS[:1]) if options.quick else (N_TRAIN, RANKS)
     path = options.docs / "records" / "low_rank_evidence.json"
-    write_json(path, {"budget": BUDGET, "rows": [row for n in sizes for row in measure(n, ranks)]})
+    n_parameters = sum(p.numel() for p in trained(sizes[0])[0].parameters())
+    write_json(
+        path, {"parameters": n_parameters, "budget": BUDGET, "rows": [row for n in sizes for row in measure(n, ranks)]}
+    )
     fill(options.docs / "evidence.md", {"low ranks": table(read_json(path))})
 
 

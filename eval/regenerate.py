@@ -150,17 +150,20 @@ def arguments(name: str, options: argparse.Namespace) -> list[list[str]]:
 def run(name: str, options: argparse.Namespace) -> bool:
     """A step, in fresh processes; whether it was finished."""
     print(f"{name} ...", file=sys.stderr, flush=True)
-    begun = options.scratch / f"{name}-{fingerprint(name, options.quick)[:8]}.json"
+    made_from, commands = fingerprint(name, options.quick), arguments(name, options)  # as they are now
+    begun = options.scratch / f"{name}-{made_from[:8]}.json"
     log = begun.with_suffix(".log")
     kept = read_json(begun) if begun.exists() else {"attempts": 0, "counted": 0, "processor": 0.0, "wall": 0.0}
     write_json(begun, kept | {"attempts": kept["attempts"] + 1})  # one that is killed has no time: it is told apart
-    speed = gigaflops()
-    product, start, before = 2 * 1024**3 / (speed * 1e9), time.perf_counter(), _processor_seconds()
+    product, of_processor = (
+        2 * 1024**3 / 1e9 / gigaflops(clock=clock) for clock in (time.perf_counter, time.process_time)
+    )
+    start, before = time.perf_counter(), _processor_seconds()
     returned = 0
     try:
         with log.open("a") as output:
             fcntl.flock(output, fcntl.LOCK_EX)  # scripts hold it, too: those that outlived a killed run are waited for
-            for command in arguments(name, options):
+            for command in commands:
                 print(shlex.join(command), file=output, flush=True)
                 child = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
                 try:
@@ -173,7 +176,7 @@ def run(name: str, options: argparse.Namespace) -> bool:
     finally:
         kept = {
             "attempts": kept["attempts"] + 1, "counted": kept["counted"] + 1,
-            "processor": kept["processor"] + (_processor_seconds() - before) / product,
+            "processor": kept["processor"] + (_processor_seconds() - before) / of_processor,
             "wall": kept["wall"] + (time.perf_counter() - start) / product,
         }  # fmt: skip
         write_json(begun, kept)
@@ -187,8 +190,8 @@ def run(name: str, options: argparse.Namespace) -> bool:
         print(f"{name} wrote no {', '.join(missing)}; see {log}", file=sys.stderr)
         return False
     record = {
-        "fingerprint": fingerprint(name, options.quick), "version": __version__, "cpus": os.cpu_count(),
-        "gflops": round(speed), "attempts": kept["attempts"], "counted": kept["counted"],
+        "fingerprint": made_from, "version": __version__, "cpus": os.cpu_count(),
+        "product": float(f"{of_processor:.3g}"), "attempts": kept["attempts"], "counted": kept["counted"],
         "processor": float(f"{kept['processor']:.3g}"), "wall": float(f"{kept['wall']:.3g}"),
     }  # fmt: skip
     write_json(options.docs / "records" / "regeneration.json", finished(options.docs) | {name: record})
@@ -229,16 +232,22 @@ def parts(record: Mapping[str, Any]) -> dict[str, str]:
     """The generated part of ``docs/records.md``."""
     rows = []
     for name, step in STEPS.items():
-        scripts = [shlex.split(command)[0] for command in step.commands]
+        scripts = list(dict.fromkeys(shlex.split(command)[0] for command in step.commands))
         about = (ast.get_docstring(ast.parse((EVAL / scripts[0]).read_text())) or "").splitlines()[0].rstrip(".")
         needs = [
             what for what, sign in (("data", "{data}"), ("card", "--device cuda")) if sign in " ".join(step.commands)
         ]
-        links = ", ".join(f"[{file}](records/{file})" for file in records_of(name))
+        links = ", ".join(
+            f"[{file}](records/{file})"
+            if (EVAL.parent / "docs" / "records" / file).exists()
+            else f"{file}, not yet made"
+            for file in records_of(name)
+        )
         measured = record.get(name)
         least = "at least " if measured and measured["counted"] < measured["attempts"] else ""
         rows.append([
-            links, about, ", ".join(f"`{script}`" for script in scripts), step.documents, ", ".join(needs),
+            links, about.replace("``", "`"), ", ".join(f"`{script}`" for script in scripts), step.documents,
+            ", ".join(needs),
             f"{least}{measured['processor'] / 1e3:,.1f}" if measured else "",
         ])  # fmt: skip
     columns = ["record", "what", "in `eval/`", "fills", "needs", "processor time, 1,000 products"]
