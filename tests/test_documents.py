@@ -76,6 +76,8 @@ def test_a_number_that_nothing_claims_is_found():
         assert number in text
     assert unclaimed("It took 38 s.", ["took 38 s"]) == []
     assert len(unclaimed("It took 38 s.", ["took 39 s"])) == 1
+    assert unclaimed("By equation (5) of the paper, and equation 6.", []) == []
+    assert len(unclaimed("[−0.25, +0.46]", ["0.25"])) == 2  # the sign belongs to it
 
 
 def test_a_claim_that_is_not_true_is_found(monkeypatch, tmp_path):
@@ -86,6 +88,18 @@ def test_a_claim_that_is_not_true_is_found(monkeypatch, tmp_path):
     assert list(wrong(claim | {"values": ["median(record['x'])", "50"]})) == [
         "'2.0 times, 50 %': 2.0 is 3.02 in a.json (median(record['x']))."
     ]
+    signed = {"text": "−2.0 and +0.5", "record": "a.json", "values": ["-record['x'][0]", "record['share']"]}
+    assert list(wrong(signed)) == []
+    assert len(list(wrong(signed | {"text": "2.0 and −0.5"}))) == 2
+    setting = {
+        "text": "at 95 %",
+        "values": ["100 * constant('debiased_laplace.evaluation.scores.intervals', 'CONFIDENCE')"],
+    }
+    assert list(wrong(setting)) == []
+    (said,) = wrong(setting | {"text": "at 99 %"})
+    assert said.startswith("'at 99 %': 99 is 95 in the code")
+    of_script = {"text": "5,000", "values": ["5000 + constant('eval/evidence.py', 'POOLS')['cifar10'] - 3000"]}
+    assert list(wrong(of_script)) == []
     assert list(wrong(claim | {"values": ["1"]})) == ["'2.0 times, 50 %' has the numbers ['2.0', '50'], and 1 values."]
 
 
