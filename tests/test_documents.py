@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from debiased_laplace.evaluation.report.numbers import MINUS
 from tests import documented
 from tests.documented import DOCS, RECORDS, ROOT, agree, claims, differing, generated, prose, unclaimed, wrong
 
@@ -77,7 +78,7 @@ def test_a_number_that_nothing_claims_is_found():
     assert unclaimed("It took 38 s.", ["took 38 s"]) == []
     assert len(unclaimed("It took 38 s.", ["took 39 s"])) == 1
     assert unclaimed("By equation (5) of the paper, and equation 6.", []) == []
-    assert len(unclaimed("[−0.25, +0.46]", ["0.25"])) == 2  # the sign belongs to it
+    assert len(unclaimed(f"[{MINUS}0.25, +0.46]", ["0.25"])) == 2  # the sign belongs to it
 
 
 def test_a_claim_that_is_not_true_is_found(monkeypatch, tmp_path):
@@ -88,9 +89,9 @@ def test_a_claim_that_is_not_true_is_found(monkeypatch, tmp_path):
     assert list(wrong(claim | {"values": ["median(record['x'])", "50"]})) == [
         "'2.0 times, 50 %': 2.0 is 3.02 in a.json (median(record['x']))."
     ]
-    signed = {"text": "−2.0 and +0.5", "record": "a.json", "values": ["-record['x'][0]", "record['share']"]}
+    signed = {"text": f"{MINUS}2.0 and +0.5", "record": "a.json", "values": ["-record['x'][0]", "record['share']"]}
     assert list(wrong(signed)) == []
-    assert len(list(wrong(signed | {"text": "2.0 and −0.5"}))) == 2
+    assert len(list(wrong(signed | {"text": f"2.0 and {MINUS}0.5"}))) == 2
     setting = {
         "text": "at 95 %",
         "values": ["100 * constant('debiased_laplace.evaluation.scores.intervals', 'CONFIDENCE')"],
