@@ -186,7 +186,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("scaling-results"))
     parser.add_argument("--docs", type=Path, help="put the record and the tables there; otherwise they are printed")
-    parser.add_argument("--quick", action="store_true", help="fits of 256 data, once")
+    parser.add_argument("--quick", action="store_true", help="one network, and fits of 256 data, once")
     parser.add_argument("--only", nargs="+", default=["paper", "measured"], choices=["paper", "measured"])
     parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -196,7 +196,7 @@ def main() -> None:
     path = options.out / "scaling.json"
     record = read_json(path) if path.exists() else {"paper": {}, "measured": {}}
     record |= {"hardware": hardware("cpu"), "torch": torch.__version__}
-    for name in ("ResNet-50", "ViT-B/16") if "paper" in options.only else ():
+    for name in ("ResNet-50", "ViT-B/16")[: 1 if options.quick else 2] if "paper" in options.only else ():
         record["paper"][name] = on_paper(name)
         write_json(path, record)
     for turn in range((1 if options.quick else REPETITIONS) if "measured" in options.only else 0):
