@@ -12,7 +12,7 @@ all attempts; they are written to ``<docs>/records/regeneration.json``, and the 
 ``<!-- records -->`` and ``<!-- end -->`` is made from there.
 
 ``--quick`` runs every step in a small form on a copy of the documents in the scratch folder. A new experiment is a line
-of :data:`STEPS`: its scripts have ``--quick`` and write ``<docs>/records/<step>.json``.
+of :data:`STEPS`: its scripts write ``<docs>/records/<step>.json``, and keep in ``--out`` what they have measured.
 """
 
 from __future__ import annotations
@@ -50,8 +50,9 @@ class Step:
     """Scripts that make records.
 
     Args:
-        measure: Command lines that measure, without ``python eval/``; a quick run appends ``--quick``.
+        measure: Command lines that measure, without ``python eval/``.
         then: Further ones, that make documents from what was measured.
+        quick: What a quick run appends to those that measure.
         records: Names of the records, without ``.json``; that of the step by default.
         documents: Pages that are filled.
     """
@@ -59,6 +60,7 @@ class Step:
     measure: str | tuple[str, ...]
     documents: str
     then: str = ""
+    quick: str = "--quick"
     records: tuple[str, ...] | None = None
 
     @property
@@ -142,7 +144,7 @@ def arguments(name: str, options: argparse.Namespace) -> list[list[str]]:
     result = []
     for command in step.commands:
         script, *others = shlex.split(command.format(**quoted))
-        quick = ["--quick"] * (options.quick and command != step.then)
+        quick = shlex.split(step.quick) if options.quick and command != step.then else []
         result.append([sys.executable, str(EVAL / script), *others, *quick])
     return result
 
