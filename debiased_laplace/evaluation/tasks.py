@@ -24,9 +24,9 @@ Constants, all optional: ``NAME``, ``DESCRIPTION``, ``LIKELIHOOD`` (``"classific
 loader does not yield all of it), ``BUDGET`` (training data spent on curvature), ``SEEDS`` (how many by default),
 ``SEEDS_NOTE`` (what a seed decides), ``INDEPENDENT_SEEDS`` (whether seeds with other test data have data that
 share nothing; otherwise they count as splits of one data set, and intervals allow for the overlap), ``FOLDS`` (K, if
-seeds Kj to Kj + K - 1 judge the K folds of one data set in turn, each tuned on the others: then the data of all folds
-count), ``NOTES`` (a sentence for each condition), ``CLASSES`` (names), ``DENSE`` (whether the network is small enough,
-some thousand parameters, for posteriors with the whole curvature matrix).
+seeds Kj to Kj + K - 1 judge the K folds of one data set in turn, each tuned on the others), ``NOTES`` (a sentence for
+each condition), ``CLASSES`` (names), ``DENSE`` (whether the network is small enough, some thousand parameters, for
+posteriors with the whole curvature matrix).
 """
 
 from __future__ import annotations
