@@ -227,6 +227,9 @@ def state(name: str, options: argparse.Namespace) -> str:
         return "begun"
     if record:
         return "changed since" if len(there) == len(whole) else "lost"
+    outstanding = {page.partition(":")[0] for page in read_json(options.docs / "claims.json")["outstanding"]}
+    if outstanding & set(STEPS[name].documents.split(", ")):
+        return "outstanding: of an earlier version"
     return "made by its scripts alone" if len(there) == len(whole) else "never made"
 
 
@@ -293,9 +296,7 @@ def main() -> None:
         prepared(options)
     if options.list:
         for name in options.only:
-            print(
-                f"{name:24} {state(name, options)}{'; ' * bool(STEPS[name].lacks(options))}{STEPS[name].lacks(options)}"
-            )
+            print(f"{name:24} {'; '.join(filter(None, (state(name, options), STEPS[name].lacks(options))))}")
         return
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("Stopped."))  # and not the scripts left behind
     with locked(options.scratch):

@@ -62,6 +62,7 @@ def small(regenerate, monkeypatch, tmp_path) -> SimpleNamespace:
     scripts.mkdir()
     (docs / "records").mkdir(parents=True)
     (docs / "records.md").write_text("<!-- records -->\n<!-- end -->\n")
+    (docs / "claims.json").write_text('{"outstanding": {"old.md: a part": "why"}}')
     (scripts / "one.py").write_text('"""What it is."""\n' + SCRIPT)
     (scripts / "beside.py").write_text("")
     monkeypatch.setattr(regenerate, "EVAL", scripts)
@@ -128,6 +129,14 @@ def test_steps_are_run_once_and_a_failure_stops_nothing(small, capfd):
     (small.docs / "records" / "last.json").unlink()  # lost: what its script kept is there
     assert made(small) == ["bad", "last"]
     assert record(small, "last")["resumed"]
+
+
+def test_the_list_says_what_is_there(small, monkeypatch):
+    assert small.module.state("first", small.options) == "never made"
+    (small.docs / "records" / "first.json").write_text("{}")
+    assert small.module.state("first", small.options) == "made by its scripts alone"
+    monkeypatch.setitem(small.module.STEPS, "first", small.module.Step("one.py", "page.md, old.md"))
+    assert small.module.state("first", small.options) == "outstanding: of an earlier version"
 
 
 def test_the_page_says_what_it_took(small):
