@@ -69,8 +69,9 @@ def document(path: Path, summaries: Mapping[str, Summary]) -> None:
         if not summary["regression"] and picture is not None and summary["shifts"]:
             save_small(picture.png, path.parent / f"results-{name}.png")
     record = path.parent / "records" / "results.json"
-    record.parent.mkdir(parents=True, exist_ok=True)
-    write_json(record, {name: compact(summary) for name, summary in summaries.items()})
+    known = read_json(record) if record.exists() else {}
+    known |= {name: compact(summary) for name, summary in summaries.items()}
+    write_json(record, {name: known[name] for name in TASKS if name in known})
     fill(path, parts(read_json(record)))
 
 
