@@ -22,8 +22,6 @@ from typing import Any
 import paper_kfac
 import paper_measure
 import torch
-from documents import fill
-from paper_document import compact, draw, parts
 from paper_kfac import Comparison
 from paper_measure import Directions, Extent, figure5
 from paper_networks import SUBJECTS, Trained, subject
@@ -35,7 +33,7 @@ from debiased_laplace.evaluation.tasks import resolve_device
 PARTS = ("directions", "figure5", "kfac")
 
 
-def rounded(value: Any, digits: int = 5) -> Any:
+def rounded(value: Any, digits: int = 6) -> Any:
     """A record with so many significant digits."""
     if isinstance(value, dict):
         return {key: rounded(entry, digits) for key, entry in value.items()}
@@ -91,6 +89,10 @@ def measure(options: argparse.Namespace) -> None:
 
 def document(options: argparse.Namespace) -> None:
     """The page, its figures and its record."""
+    from documents import fill  # not needed where it is measured
+    from paper_document import compact, parts
+    from paper_pictures import draw
+
     whole = read_json(options.out / "paper.json")
     record = compact(whole)
     write_json(options.docs / "records" / "paper.json", record)

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from paper_networks import Trained
+from paper_networks import Trained, wait_for
 from torch import Tensor
 
 from debiased_laplace._guards import full_precision
@@ -55,7 +55,7 @@ class Plan:
     batch: int = 500
 
 
-PLANS = {"vit": Plan((64, 128, 256, 512, 1024), 5, 2_000)}
+PLANS = {"vit": Plan((64, 256, 1024), 4, 2_000)}
 QUICK = Plan((16,), 2, 40, 3, 100)
 
 
@@ -69,22 +69,19 @@ class Comparison:
 
     def fitted(self, sampler: Any, split: Any, seed: int = 0, structure: Any = None) -> tuple[Fit, float]:
         """A fit and its seconds."""
-        self._wait()
+        wait_for(self.trained.device)
         start = time.perf_counter()
         result = fit(
             self.trained.model, self.batches, self.likelihood, structure=structure or Kronecker(), sampler=sampler,
             split=split, generator=seed,
         )  # fmt: skip
-        self._wait()
+        wait_for(self.trained.device)
         return result, time.perf_counter() - start
-
-    def _wait(self) -> None:
-        if self.trained.device.type == "cuda":
-            torch.cuda.synchronize(self.trained.device)
 
     def predicted(self, fitted: Fit) -> tuple[Tensor, Tensor]:
         """Losses ``[R, T, n]`` of the test images at prior precisions and temperatures; log variances ``[R, n, C]``."""
-        grid = [replace(fitted.posterior, prior_precision=prior.reshape(1)) for prior in PRIORS]
+        priors = PRIORS.to(fitted.posterior.prior_precision.device)
+        grid = [replace(fitted.posterior, prior_precision=prior.reshape(1)) for prior in priors]
         with full_precision(), torch.no_grad():
             mean, covariances = functional_moments(fitted.network, grid, self.inputs)
             mean, covariances = (mean[0] if mean.ndim == 3 else mean).double(), covariances.double()

@@ -35,6 +35,7 @@ from debiased_laplace.likelihoods import unit_vectors
 from debiased_laplace.network.blocks import unflatten
 from debiased_laplace.network.network import Network
 from debiased_laplace.quadratic.instruments import Along
+from debiased_laplace.quadratic.instruments.estimates import jackknife
 from debiased_laplace.quadratic.optim import CGResult, conjugate_gradients
 from debiased_laplace.quadratic.quadratic import Quadratic
 
@@ -65,7 +66,7 @@ class Extent:
     n_directions: int = 10
     n_shown: int = 100
     n_steps: int = 10
-    steps_sizes: tuple[int, ...] = (256, 1024)
+    steps_sizes: tuple[int, ...] = (1024,)
     iterations: int = 30
     evaluated: int = 2_000
     chunk: int = 100
@@ -100,9 +101,9 @@ def eigenvectors(model: nn.Module, batch: tuple[Tensor, Tensor], k: int, chunk: 
     (group,) = statistics.groups
     gram = statistics.gram(group)
     precision = torch.finfo(network.dtype).eps
-    values, coefficients = largest_eigenpairs(
-        gram, len(gram), k, precision=precision, name="the batch", device=gram.device
-    )
+    values, coefficients = largest_eigenpairs(gram, len(gram), k, precision=precision, name="the batch")
+    if float(values[-1]) <= 10 * len(gram) ** 0.5 * precision * float(values[0]):
+        print(f"The last of {k} eigenvalues of {len(batch[1])} data is within rounding.", flush=True)
     columns = lift_eigenvectors(network, statistics, group, values, coefficients.mT)
     basis = Basis(network.blocks, network.shapes, [DenseBasis(columns)], statistics.groups)
     return values, basis.lift(torch.eye(k, dtype=torch.float64, device=gram.device))
@@ -310,12 +311,12 @@ class SlopesAndCurvatures:
     def record(self) -> dict[str, Any]:
         """Ratios, with jackknife errors over batches."""
         names = ("ratio_own", "typical_ratio_own", "typical_ratio_other", "total_ratio_own")
-        shares = {"slopes_own": self.slopes.total_ratio_own, "slopes_other": self.slopes.total_ratio_other}
+        own, reference = self.slopes.own.sum(1), self.slopes.reference.sum(1)
+        of_data = jackknife(lambda chosen: reference[chosen].sum() / own[chosen].sum(), len(own))
         uphill = int((self.slopes.reference > 0).sum())
         return {name: getattr(self.curvatures, name).record() for name in names} | {
-            **{name: estimate.record() for name, estimate in shares.items()},
-            "uphill": uphill, "of": self.slopes.reference.numel(),
-        }  # fmt: skip
+            "slopes_data": of_data.record(), "uphill": uphill, "of": self.slopes.reference.numel(),
+        }
 
     def record_of_figure(self) -> dict[str, Any]:
         """All numbers."""

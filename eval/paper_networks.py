@@ -10,7 +10,7 @@ import json
 import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from networks import digits_cnn
 from safetensors.torch import load_file, safe_open, save_file
 from torch import Tensor, nn
 
-from debiased_laplace._guards import full_precision
+from debiased_laplace._guards import full_precision, global_random_state
 from debiased_laplace.evaluation.shipped import cifar10, digits, fashion_mnist
 from debiased_laplace.evaluation.shipped.common import fingerprint, initialised
 
@@ -60,12 +60,14 @@ class Subject:
         build: Gives it with random weights.
         data: Training and test data, from the folder of the data, a cache, and whether few of them will do.
         recipe: How it is trained.
+        quick_epochs: If little will do.
     """
 
     title: str
     build: Callable[[], nn.Module]
     data: Callable[[Path | None, Path, bool], tuple[Batch, Batch]]
     recipe: Recipe
+    quick_epochs: int = 2
 
 
 @dataclass(frozen=True)
@@ -124,7 +126,7 @@ SUBJECTS = {
         "ViT, CIFAR-10", partial(vit.ViT, 4, 128, 4, 4, side=32, channels=3), cifar,
         Recipe(200, 128, 1e-3, 5e-2, shift=4),
     ),
-    "digits": Subject("CNN, digits", digits_cnn, embedded, Recipe(30, 64, 2e-3, 1e-2)),
+    "digits": Subject("CNN, digits", digits_cnn, embedded, Recipe(30, 64, 2e-3, 1e-2), 30),
 }  # fmt: skip
 
 
@@ -146,7 +148,7 @@ def subject(
     """
     about = SUBJECTS[name]
     train, test = about.data(folder, out / "cache", quick)
-    recipe = Recipe(**asdict(about.recipe) | ({"epochs": 2} if quick else {}))
+    recipe = replace(about.recipe, epochs=about.quick_epochs) if quick else about.recipe
     settings = {"recipe": asdict(recipe), "data": fingerprint(*train), "network": repr(about.build())}
     path = out / f"{name}.safetensors"
     model = initialised(about.build, 0).to(device)
@@ -180,37 +182,44 @@ def trained(model: nn.Module, data: Batch, recipe: Recipe, seconds: float) -> di
     """Train in place; facts about it."""
     device = next(model.parameters()).device
     inputs, targets = (part.to(device) for part in data)
-    generator = torch.Generator(device).manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
     optimizer = torch.optim.AdamW(model.parameters(), recipe.rate, weight_decay=recipe.decay)
     running = with_dropout(model) if recipe.dropout else model
     running.train()
     steps, epochs = -(-len(inputs) // recipe.batch), recipe.epochs
-    start, epoch = time.perf_counter(), 0
-    precision = torch.get_float32_matmul_precision()
+    start, epoch, first = time.perf_counter(), 0, 0.0
+    precision, torch.backends.cudnn.benchmark = torch.get_float32_matmul_precision(), True
     torch.set_float32_matmul_precision("high")  # nothing is measured here
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+    with global_random_state():
         torch.manual_seed(0)
         while epoch < epochs:
-            order = torch.randperm(len(inputs), generator=generator, device=device)
+            order = torch.randperm(len(inputs), generator=generator).to(device)
+            changes = changes_of(len(inputs), recipe.shift, generator).to(device)
             for step, index in enumerate(order.split(recipe.batch)):
                 progress = (epoch + (step + 1) / steps) / epochs
                 for group in optimizer.param_groups:
                     group["lr"] = recipe.rate * min(progress / 0.05, 0.5 * (1 + math.cos(math.pi * progress)))
                 optimizer.zero_grad()
-                images = augmented(inputs[index], recipe.shift, generator)
+                images = augmented(inputs[index], recipe.shift, changes[:, index])
                 F.cross_entropy(running(images), targets[index]).backward()
                 optimizer.step()
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
+            wait_for(device)
             epoch += 1
             spent = time.perf_counter() - start
-            if epoch == 3:  # the first ones are slower
-                epochs = max(epoch, min(epochs, int(seconds / (spent / epoch))))
+            first = first or spent  # slower than the others
+            if epoch == 3:
+                epochs = max(epoch, int(min(epochs, (seconds - first) / ((spent - first) / 2))))
             if epoch % max(1, epochs // 10) == 0:
                 print(f"epoch {epoch} of {epochs}, {spent:.0f} s", flush=True)
     torch.set_float32_matmul_precision(precision)
+    torch.backends.cudnn.benchmark = False
     model.eval()
     return {"epochs": epochs, "seconds": time.perf_counter() - start}
+
+
+def wait_for(device: torch.device) -> None:
+    """Until all that was asked of a device is done: reading a number waits."""
+    torch.ones((), device=device).item()
 
 
 def with_dropout(network: nn.Module) -> nn.Module:
@@ -222,19 +231,22 @@ def with_dropout(network: nn.Module) -> nn.Module:
     return nn.Sequential(*layers)
 
 
-def augmented(images: Tensor, shift: int, generator: torch.Generator) -> Tensor:
+def changes_of(n: int, shift: int, generator: torch.Generator) -> Tensor:
+    """How far n images are moved down and to the right, from 0 to twice the shift, and whether mirrored, ``[3, n]``."""
+    moves = torch.randint(2 * shift + 1, (2, n), generator=generator)
+    return torch.cat([moves, torch.randint(2, (1, n), generator=generator)])
+
+
+def augmented(images: Tensor, shift: int, changes: Tensor) -> Tensor:
     """Images moved by up to ``shift`` pixels, with zeros where none were, and mirrored half of the time."""
     if not shift:
         return images
     n, _, height, width = images.shape
-    device = images.device
-    down, right = torch.randint(2 * shift + 1, (2, n, 1), generator=generator, device=device)
-    mirrored = torch.rand(n, 1, generator=generator, device=device) < 0.5
-    rows = torch.arange(height, device=device) + down
-    columns = torch.arange(width, device=device)
-    columns = torch.where(mirrored, width - 1 - columns, columns) + right
+    down, right, mirrored = changes[:, :, None]
+    every = torch.arange(max(n, height, width), device=images.device)
+    columns = torch.where(mirrored > 0, width - 1 - every[:width], every[:width]) + right
     padded = F.pad(images, [shift] * 4).permute(0, 2, 3, 1)
-    moved = padded[torch.arange(n, device=device)[:, None, None], rows[:, :, None], columns[:, None, :]]
+    moved = padded[every[:n, None, None], (every[:height] + down)[:, :, None], columns[:, None, :]]
     return moved.permute(0, 3, 1, 2)  # channels are last in memory: faster convolutions
 
 
