@@ -13,7 +13,9 @@ from __future__ import annotations
 
 import argparse
 import math
+import sys
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -48,6 +50,7 @@ def measure(options: argparse.Namespace) -> None:
     extent = paper_measure.QUICK if options.quick else Extent()
     known = read_json(path) if path.exists() else {}
     networks: dict[str, Trained] = {}
+    failed: list[str] = []
     for part in PARTS:
         for name in options.networks:
             plan = paper_kfac.QUICK if options.quick else paper_kfac.PLANS.get(name, paper_kfac.Plan())
@@ -70,7 +73,12 @@ def measure(options: argparse.Namespace) -> None:
                 "figure5": lambda trained=trained: figure5(trained, extent),  # type: ignore[misc]
                 "kfac": lambda trained=trained, plan=plan: Comparison(trained, plan).record(),  # type: ignore[misc]
             }
-            made = makers[part]()
+            try:
+                made = makers[part]()
+            except RuntimeError:  # too little memory, say: the other parts can go on
+                failed.append(f"{name}: {part}")
+                print(f"{failed[-1]} failed.\n{traceback.format_exc()}", flush=True)
+                continue
             entry |= {
                 "title": trained.title, "facts": rounded(trained.facts), "environment": environment(device),
                 part: rounded(made) | {"settings": settings},
@@ -85,6 +93,8 @@ def measure(options: argparse.Namespace) -> None:
                 f"{time.perf_counter() - start:.0f} s in all",
                 flush=True,
             )
+    if failed:
+        sys.exit(f"Expected all parts, got none of {', '.join(failed)}.")
 
 
 def document(options: argparse.Namespace) -> None:

@@ -136,10 +136,10 @@ def figure4_table(record: Record) -> str:
         for size, at in of["sizes"].items():
             steps = at["steps"]
             ratios = [data / own for run in steps for own, data in zip(run["own"], run["data"], strict=True)]
-            rows.append([
-                title, f"{int(size):,}", f"{sum(run['uphill'] for run in steps)} of {sum(run['taken'] for run in steps)}",
-                f"{median(ratios):.2f}" if ratios else "", f"{100 * np.mean([run['second_agrees'] for run in steps]):.0f} %",
-            ])  # fmt: skip
+            uphill, taken = (sum(run[key] for run in steps) for key in ("uphill", "taken"))
+            agrees = 100 * np.mean([run["second_agrees"] for run in steps])
+            typical = f"{median(ratios):.2f}" if ratios else ""
+            rows.append([title, f"{int(size):,}", f"{uphill} of {taken}", typical, f"{agrees:.0f} %"])
     columns = ["network", "batch", "steps uphill on the data", "step of the data / of the batch, median",
                "a second batch agrees"]  # fmt: skip
     return markdown(columns, rows)

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from paper_measure import chunk_of
 from paper_networks import Trained, wait_for
 from torch import Tensor
 
@@ -46,6 +47,7 @@ class Plan:
         n_test: Test images.
         halvings: Of these, into tuning and judging.
         batch: Of the loader.
+        memory: Bytes of gradients at a time, on a card.
     """
 
     budgets: tuple[int, ...] = (128, 1024)
@@ -53,6 +55,7 @@ class Plan:
     n_test: int = 1_000
     halvings: int = 20
     batch: int = 500
+    memory: float = 4e9
 
 
 PLANS = {"vit": Plan((64, 256, 1024), 4, 2_000)}
@@ -64,6 +67,7 @@ class Comparison:
 
     def __init__(self, trained: Trained, plan: Plan) -> None:
         self.trained, self.plan, self.likelihood = trained, plan, Categorical()
+        self.chunk = None if trained.device.type == "cpu" else chunk_of(trained, plan.memory)
         self.batches = list(zip(*(part.split(plan.batch) for part in trained.train), strict=True))
         self.inputs, self.targets = (part[: plan.n_test].to(trained.device) for part in trained.test)
 
@@ -73,7 +77,7 @@ class Comparison:
         start = time.perf_counter()
         result = fit(
             self.trained.model, self.batches, self.likelihood, structure=structure or Kronecker(), sampler=sampler,
-            split=split, generator=seed,
+            split=split, generator=seed, chunk_size=self.chunk,
         )  # fmt: skip
         wait_for(self.trained.device)
         return result, time.perf_counter() - start
@@ -83,7 +87,7 @@ class Comparison:
         priors = PRIORS.to(fitted.posterior.prior_precision.device)
         grid = [replace(fitted.posterior, prior_precision=prior.reshape(1)) for prior in priors]
         with full_precision(), torch.no_grad():
-            mean, covariances = functional_moments(fitted.network, grid, self.inputs)
+            mean, covariances = functional_moments(fitted.network, grid, self.inputs, chunk_size=self.chunk)
             mean, covariances = (mean[0] if mean.ndim == 3 else mean).double(), covariances.double()
             losses = torch.stack([self._losses(mean / t, covariances / t**2) for t in TEMPERATURES], 1)
         return losses.cpu(), covariances.diagonal(dim1=-2, dim2=-1).log().cpu()

@@ -57,7 +57,7 @@ class Extent:
         steps_sizes: Data of figure 5 in all, of one batch or of two.
         iterations: In figure 5.
         evaluated: Training data on which figure 5 is judged.
-        chunk: Data at a time.
+        memory: Bytes of gradients at a time.
     """
 
     sizes: tuple[int, ...] = (64, 128, 256, 512, 1024)
@@ -69,10 +69,10 @@ class Extent:
     steps_sizes: tuple[int, ...] = (1024,)
     iterations: int = 30
     evaluated: int = 2_000
-    chunk: int = 100
+    memory: float = 4e9
 
 
-QUICK = Extent((16, 32), 32, 3, 3, 8, 3, (32,), 4, 64, 16)
+QUICK = Extent((16, 32), 32, 3, 3, 8, 3, (32,), 4, 64, 1e9)
 
 
 # -- directions ------------------------------------------------------------------------------------
@@ -89,6 +89,13 @@ def batches_of(n: int, size: int, n_batches: int) -> list[Tensor]:
 def take(trained: Trained, index: Tensor) -> tuple[Tensor, Tensor]:
     """Some of the training data, on the device."""
     return trained.train[0][index].to(trained.device), trained.train[1][index].to(trained.device)
+
+
+def chunk_of(trained: Trained, memory: float) -> int:
+    """Data at a time whose gradients of all outputs take so much memory."""
+    with torch.no_grad():
+        n_outputs = trained.model(take(trained, torch.arange(2))[0]).shape[1]
+    return max(1, int(memory / (4 * n_outputs * sum(p.numel() for p in trained.model.parameters()))))
 
 
 def eigenvectors(model: nn.Module, batch: tuple[Tensor, Tensor], k: int, chunk: int) -> tuple[Tensor, Tensor]:
@@ -170,7 +177,7 @@ class Directions:
     """All directions of a network: eigenvectors of batches, and the paths of conjugate gradients on them."""
 
     def __init__(self, trained: Trained, extent: Extent) -> None:
-        self.trained, self.extent = trained, extent
+        self.trained, self.extent, self.chunk = trained, extent, chunk_of(trained, extent.memory)
         self.n = len(trained.train[0])
         self.index = {size: batches_of(self.n, size, extent.n_batches) for size in extent.sizes}
         self.values: dict[int, list[Tensor]] = {}
@@ -186,7 +193,7 @@ class Directions:
             self._rows.clear()
             start = time.perf_counter()
             network = Network.discover(trained.model, take(trained, torch.arange(2))[0])
-            outputs, changes = output_changes(network, trained.train[0], rows, extent.chunk)
+            outputs, changes = output_changes(network, trained.train[0], rows, self.chunk)
         self.quadratics = Quadratics(outputs, trained.train[1], changes)
         print(f"{len(rows)} directions on {self.n} data: {time.perf_counter() - start:.1f} s", flush=True)
 
@@ -197,7 +204,7 @@ class Directions:
         for m, index in enumerate(self.index[size]):
             batch = take(self.trained, index)
             k = extent.n_shown if size == extent.shown and m < N_SHOWN else extent.n_directions
-            values, rows = eigenvectors(model, batch, k, extent.chunk)
+            values, rows = eigenvectors(model, batch, k, self.chunk)
             self.values[size].append(values)
             whole.append(rows)
             self._keep(("eigenvectors", size, m), rows)
@@ -315,7 +322,9 @@ class SlopesAndCurvatures:
         of_data = jackknife(lambda chosen: reference[chosen].sum() / own[chosen].sum(), len(own))
         uphill = int((self.slopes.reference > 0).sum())
         return {name: getattr(self.curvatures, name).record() for name in names} | {
-            "slopes_data": of_data.record(), "uphill": uphill, "of": self.slopes.reference.numel(),
+            "slopes_data": of_data.record(),
+            "uphill": uphill,
+            "of": self.slopes.reference.numel(),
         }
 
     def record_of_figure(self) -> dict[str, Any]:

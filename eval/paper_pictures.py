@@ -69,7 +69,9 @@ def figure1(measured: Mapping[str, Record]) -> Figure:
             levels = np.linspace(0, 1, 8)[1:] ** 2 * np.ptp(heights["batch"]) * 0.5
             for name, (color, marker), dashes in (("batch", OWN, "solid"), ("data", DATA, "dashed")):
                 lowest = heights[name].min()
-                axes.contour(grid, grid, heights[name].T, lowest + levels, colors=color, linestyles=dashes, linewidths=1)
+                axes.contour(
+                    grid, grid, heights[name].T, lowest + levels, colors=color, linestyles=dashes, linewidths=1
+                )
                 if np.abs(plane[name]["minimum"]).max() <= extent:
                     axes.plot(*plane[name]["minimum"], marker, color=color, markersize=6, markeredgecolor="white")
             axes.plot(0, 0, "+", color="0.4", markersize=9)
@@ -114,10 +116,9 @@ def sizes(measured: Mapping[str, Record]) -> Figure:
     left, right = figure.subplots(1, 2, sharey=True)
     for (title, of), (color, marker, _) in zip(measured.items(), STYLES, strict=False):
         places = [int(size) for size in of["sizes"]]
-        for axes, key, which in ((left, "ratio_own", 0), (right, "typical_ratio_own", None), (right, "typical_ratio_other", None)):
-            values, errors = (
-                [at[key][part] if which is None else at[key][part][which] for at in of["sizes"].values()]
-                for part in ("value", "error")
+        for axes, key in ((left, "ratio_own"), (right, "typical_ratio_own"), (right, "typical_ratio_other")):
+            values, errors = (  # the first direction's, of several
+                [np.ravel(at[key][part])[0] for at in of["sizes"].values()] for part in ("value", "error")
             )
             own = key != "typical_ratio_other"
             axes.errorbar(places, values, errors, color=color, marker=marker, linestyle="-" if own else ":", capsize=3,

@@ -12,6 +12,9 @@ from torch import nn
 from torch.utils._pytree import tree_leaves as leaves
 
 from debiased_laplace import Quadratic
+from debiased_laplace.evaluation.records import read_json
+from tests.documented import generated
+from tests.test_eval import script
 from tests.tolerances import EXACT
 from tests.virtual_card import CARD, VirtualCard
 
@@ -32,6 +35,36 @@ def eval_modules():
         for name in set(sys.modules) - before:
             if Path(getattr(sys.modules[name], "__file__", None) or "/").parent == ROOT / "eval":
                 del sys.modules[name]
+
+
+def test_the_document_is_made_and_parts_are_kept(tmp_path):
+    docs, out = tmp_path / "docs", tmp_path / "out"
+    docs.mkdir()
+    names = ("networks", *(f"figure {i}" for i in range(1, 6)), "kfac", "kfac differences")
+    (docs / "paper.md").write_text("".join(f"<!-- {name} -->\n<!-- end -->\n" for name in names))
+    arguments = ("paper.py", "--networks", "digits", "--quick", "--device", "cpu", "--out", str(out))
+    done = script(*arguments, "--seconds", "0")
+    assert done.stdout.count("No time for digits") == 3
+    done = script(*arguments)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count(" s in all") == 3
+    assert " s in all" not in script(*arguments).stdout
+    done = script("paper.py", "--document", "--out", str(out), "--docs", str(docs))
+    assert done.returncode == 0, done.stderr
+    whole, record = read_json(out / "paper.json")["digits"], read_json(docs / "records" / "paper.json")["digits"]
+    assert "figures" not in record["directions"]
+    assert record["kfac"] == whole["kfac"]
+    first = record["figure5"]["sizes"]["32"]["two batches"]
+    assert first["train loss, best"] == [
+        min(run["train"]["loss"]) for run in whole["figure5"]["sizes"]["32"]["two batches"]
+    ]
+    filled = generated(docs / "paper.md")
+    assert set(filled) == set(names)
+    assert all(content.count("\n") >= 2 for content in filled.values())
+    overstated = whole["directions"]["sizes"]["16"]["typical_ratio_own"]["value"]
+    row = filled["figure 2"].splitlines()[2].split("|")
+    assert float(row[3].split("±")[0]) == pytest.approx(overstated, rel=0.1)
+    assert {path.name for path in docs.glob("*.png")} == {f"paper-{name}.png" for name in (1, 2, "sizes", 3, 4, 5)}
 
 
 class Attention(nn.Module):
@@ -91,7 +124,7 @@ def test_the_record_is_that_of_the_instruments(eval_modules, problem):
     networks, measure, _ = eval_modules
     model, data = problem
     trained = networks.Trained("", model, data, data, {})
-    extent = measure.Extent((4, 6), 6, 3, 2, 3, 3, (), 1, 24, 5)
+    extent = measure.Extent((4, 6), 6, 3, 2, 3, 3, (), 1, 24, 1e4)
     found = measure.Directions(trained, extent)
     record = found.record()
     whole = Quadratic(model, data, "classification")
@@ -122,7 +155,8 @@ def test_the_record_is_that_of_the_instruments(eval_modules, problem):
             torch.testing.assert_close(measured.diagonal(), on.curvatures.diagonal(), rtol=1e-5, atol=0)
             assert drawn[name]["step"] == pytest.approx(float(on.minimum.norm()), rel=1e-4)
     figure = record["figures"]["directions"]["curvatures"]
-    assert figure["batches"][1][2] == pytest.approx(batches[2].curvature(batches[1].eigenpairs(3)[1]).tolist(), rel=1e-5)
+    of_third = batches[2].curvature(batches[1].eigenpairs(3)[1]).tolist()
+    assert figure["batches"][1][2] == pytest.approx(of_third, rel=1e-5)
     overlaps = alignment(batches[0].eigenpairs(3)[1], batches[2].eigenpairs(3)[1]).overlaps
     torch.testing.assert_close(
         torch.tensor(record["figures"]["alignment"][0][2]).double(), overlaps, rtol=1e-5, atol=1e-7
@@ -192,7 +226,7 @@ def test_a_card_gives_the_numbers_of_the_cpu(eval_modules):
     networks, measure, kfac = eval_modules
     torch.manual_seed(0)
     model, data = convolutions().double().eval(), (torch.randn(48, 1, 8, 8).double(), torch.randint(3, (48,)))
-    extent = measure.Extent((8,), 8, 3, 2, 3, 3, (8,), 2, 24, 5)
+    extent = measure.Extent((8,), 8, 3, 2, 3, 3, (8,), 2, 24, 1e4)
     plan = kfac.Plan((16,), 2, 12, 2, 16)
 
     def everything(of: nn.Module) -> list[torch.Tensor]:
