@@ -103,7 +103,8 @@ def document(options: argparse.Namespace) -> None:
     from paper_document import compact, parts
     from paper_pictures import draw
 
-    whole = read_json(options.out / "paper.json")
+    found = read_json(options.out / "paper.json")
+    whole = {name: found[name] for name in SUBJECTS if name in found}
     record = compact(whole)
     write_json(options.docs / "records" / "paper.json", record)
     draw(whole, options.docs)

@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import NullLocator
+from matplotlib.ticker import MaxNLocator, NullLocator
 
 from debiased_laplace.evaluation.report.drawing import STYLES
 
@@ -123,9 +123,10 @@ def sizes(measured: Mapping[str, Record]) -> Figure:
             own = key != "typical_ratio_other"
             axes.errorbar(places, values, errors, color=color, marker=marker, linestyle="-" if own else ":", capsize=3,
                           label=title if own else None)  # fmt: skip
-    for axes, title in ((left, "first direction"), (right, "mean of the top directions; dotted: a second batch")):
+    for axes, title in ((left, "first direction"), (right, "top directions; dotted: second batch")):
         axes.axhline(1, color="0.5", linewidth=0.8)
-        axes.set(xscale="log", yscale="log", xlabel="batch", title=title)
+        axes.set(xscale="log", yscale="log", xlabel="batch")
+        axes.set_title(title, fontsize=10)
         axes.set_xticks(places, [str(place) for place in places])
         axes.xaxis.set_minor_locator(NullLocator())
         axes.grid(color="0.9", linewidth=0.6)
@@ -135,20 +136,19 @@ def sizes(measured: Mapping[str, Record]) -> Figure:
 
 
 def figure3(measured: Mapping[str, Record]) -> Figure:
-    """Squared inner products of the eigenvectors of batches."""
-    rows = [(title, i, of["figures"]["alignment"][i]) for title, of in measured.items()
-            for i in range(len(of["figures"]["alignment"]))]  # fmt: skip
-    figure = Figure((3.3 * len(rows[0][2]), 3.2 * len(rows)), layout="constrained")
-    panels = figure.subplots(len(rows), len(rows[0][2]), squeeze=False)
+    """Squared inner products of the eigenvectors of the first batch with those of all that are shown."""
+    n = max(len(of["figures"]["alignment"][0]) for of in measured.values())
+    figure = Figure((3.3 * n, 3.2 * len(measured)), layout="constrained")
+    panels = figure.subplots(len(measured), n, squeeze=False)
     shades = None
-    for axes_row, (title, i, blocks) in zip(panels, rows, strict=True):
-        for j, (axes, overlaps) in enumerate(zip(axes_row, blocks, strict=True)):
+    for row, (title, of) in zip(panels, measured.items(), strict=True):
+        for j, (axes, overlaps) in enumerate(zip(row, of["figures"]["alignment"][0], strict=True)):
             array = np.array(overlaps)
             shades = axes.imshow(
                 np.log10(np.clip(array, FLOOR, 1)), cmap="gray", vmin=np.log10(FLOOR), vmax=0,
                 extent=(0.5, array.shape[1] + 0.5, array.shape[0] + 0.5, 0.5), interpolation="nearest",
             )  # fmt: skip
-            axes.set_title(f"{title}: {i + 1} against {j + 1}", fontsize=9)
+            axes.set_title(f"{title}: batch 1 against {j + 1}", fontsize=9)
     assert shades is not None
     figure.colorbar(shades, ax=panels, shrink=0.6, label="squared inner product, power of ten")
     return figure
@@ -165,7 +165,10 @@ def figure4(measured: Mapping[str, Record]) -> Figure:
             axes.axhline(0, color="0.5", linewidth=0.8)
             small = np.abs([x for key in ("own", "data") for x in run[key] if np.isfinite(x)])
             axes.set_yscale("symlog", linthresh=float(np.quantile(small, 0.25)) if len(small) else 1.0)
-            axes.set(title=f"{title}: batch {m + 1}", xlabel="step", ylabel="magnitude" if m == 0 else "")
+            axes.margins(y=0.15)
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+            axes.set_title(f"{title}: batch {m + 1}", fontsize=10)
+            axes.set(xlabel="step", ylabel="magnitude" if m == 0 else "")
     legend_of_three(figure)
     return figure
 
@@ -183,8 +186,8 @@ def figure5(measured: Mapping[str, Record]) -> Figure:
                     best = int(values.argmin() if key == "loss" else values.argmax())
                     row[index].plot(values, color=color, linewidth=1.1, alpha=0.8)
                     row[index].plot(best, values[best], marker, color=color, markeredgecolor="white")
-                row[index].set(title=f"{title}: {part} {key}", yscale="log" if key == "loss" else "linear",
-                               xlabel="iteration")  # fmt: skip
+                row[index].set(yscale="log" if key == "loss" else "linear", xlabel="iteration")
+                row[index].set_title(f"{title}: {part} {key}", fontsize=9)
                 row[index].grid(color="0.9", linewidth=0.6)
     legend(figure, [("one batch", OWN, "-"), ("two batches of half the size", OTHER, "-")])
     return figure
