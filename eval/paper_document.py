@@ -35,7 +35,32 @@ def directions_summary(record: Record) -> dict[str, Any]:
          "steps": [plane[name]["step"] for name in ("batch", "data")]}
         for plane in record["figures"]["planes"]
     ]  # fmt: skip
-    return {key: record[key] for key in ("n_data", "loss", "sizes", "settings")} | {"planes": planes}
+    kept = {key: record[key] for key in ("n_data", "loss", "sizes", "settings")}
+    return kept | {"planes": planes, "shown": shown_summary(record["figures"])}
+
+
+def shown_summary(figures: Record) -> dict[str, Any]:
+    """Of the batches in figures 2 to 4, one number each: what their many directions and their steps have."""
+    curvatures = {key: np.array(of) for key, of in figures["directions"]["curvatures"].items()}
+    own = np.einsum("mmk->mk", curvatures["batches"])
+    others = (curvatures["batches"].sum(1) - own) / (len(own) - 1)
+    overlaps = [np.array(block) for block in figures["alignment"][0][1:]]
+    agree = [np.mean(np.array(run["uphill_others"]) == np.array(run["uphill"])) for run in figures["steps"]]
+    return {
+        "n_directions": own.shape[1],
+        "ratio_own": [typical(of) for of in own / curvatures["data"]],
+        "ratio_other": [typical(of) for of in others / curvatures["data"]],
+        # Of the part of an eigenvector within the other batch's span, as if it were spread evenly over so many.
+        "overlapping": [float(np.median(w.sum(1) ** 2 / (w**2).sum(1))) for w in overlaps],
+        "largest_overlap": [float(np.median(w.max(1))) for w in overlaps],
+        "within_span": [float(w.sum(1).mean()) for w in overlaps],
+        "second_agrees": [float(share) for share in agree],
+    }
+
+
+def typical(ratios: Any) -> float:
+    """Geometric mean."""
+    return float(np.exp(np.log(ratios).mean()))
 
 
 def mean_curvature(of: Record) -> float:
@@ -74,6 +99,10 @@ def mean_and_error(values: Sequence[float], digits: int = 3) -> str:
     return f"{array.mean():.{digits}f} ± {array.std(ddof=1) / len(array) ** 0.5:.{digits}f}"
 
 
+def shares(values: Sequence[float]) -> str:
+    return f"{mean_and_error([100 * x for x in values], 0)} %"
+
+
 def networks_table(record: Record) -> str:
     rows = []
     for of in record.values():
@@ -110,24 +139,29 @@ def figure2_table(record: Record) -> str:
     for title, of in of_all(record, "directions"):
         for size, at in of["sizes"].items():
             first = {key: at["ratio_own"][key][0] for key in ("value", "error")}
+            many = mean_and_error(of["shown"]["ratio_own"], 2) if int(size) == of["settings"]["shown"] else ""
             rows.append([
-                title, f"{int(size):,}", times(at["typical_ratio_own"]), times(at["typical_ratio_other"]), times(first),
-                times(at["slopes_data"]), f"{at['uphill']} of {at['of']}",
+                title, f"{int(size):,}", times(first), times(at["typical_ratio_own"]), many,
+                times(at["typical_ratio_other"]), times(at["slopes_data"]), f"{at['uphill']} of {at['of']}",
             ])  # fmt: skip
-    columns = ["network", "batch", "curvature, same batch / data", "second batch / data", "first direction",
-               "slopes, data / same batch", "uphill on the data"]  # fmt: skip
+    columns = ["network", "batch", "first direction, same batch / data", "top ten", "top hundred",
+               "top ten, second batch / data", "slopes, data / same batch", "uphill on the data"]  # fmt: skip
     return markdown(columns, rows)
 
 
 def figure3_table(record: Record) -> str:
-    measured = of_all(record, "directions")
-    sizes = list(measured[0][1]["sizes"]) if measured else []
-    rows = [
-        [title, *(f"{mean_and_error([100 * x for x in of['sizes'][size]['within_span']['of_batches']], 1)} %"
-                  for size in sizes)]
-        for title, of in measured
-    ]  # fmt: skip
-    return markdown(["network", *(f"batches of {int(size):,}" for size in sizes)], rows)
+    rows = []
+    for title, of in of_all(record, "directions"):
+        for size, at in of["sizes"].items():
+            is_shown, shown = int(size) == of["settings"]["shown"], of["shown"]
+            rows.append([
+                title, f"{int(size):,}", shares(at["within_span"]["of_batches"]),
+                *((shares(shown["within_span"]), f"{np.mean(shown['overlapping']):.0f}",
+                   f"{np.mean(shown['largest_overlap']):.3f}") if is_shown else ("", "", "")),
+            ])  # fmt: skip
+    columns = ["network", "batch", "top ten within another's top ten", "top hundred within another's top hundred",
+               "spread over", "largest overlap, median"]  # fmt: skip
+    return markdown(columns, rows)
 
 
 def figure4_table(record: Record) -> str:
@@ -136,12 +170,15 @@ def figure4_table(record: Record) -> str:
         for size, at in of["sizes"].items():
             steps = at["steps"]
             ratios = [data / own for run in steps for own, data in zip(run["own"], run["data"], strict=True)]
-            uphill, taken = (sum(run[key] for run in steps) for key in ("uphill", "taken"))
-            agrees = 100 * np.mean([run["second_agrees"] for run in steps])
             typical = f"{median(ratios):.2f}" if ratios else ""
-            rows.append([title, f"{int(size):,}", f"{uphill} of {taken}", typical, f"{agrees:.0f} %"])
-    columns = ["network", "batch", "steps uphill on the data", "step of the data / of the batch, median",
-               "a second batch agrees"]  # fmt: skip
+            agrees = shares(of["shown"]["second_agrees"]) if int(size) == of["settings"]["shown"] else ""
+            rows.append([
+                title, f"{int(size):,}",
+                " of ".join(str(sum(run[key] for run in steps)) for key in ("uphill", "taken")),
+                shares([run["uphill"] / run["taken"] for run in steps if run["taken"]]), typical, agrees,
+            ])  # fmt: skip
+    columns = ["network", "batch", "steps uphill on the data", "share", "step of the data / of the batch, median",
+               "another batch has the data's sign"]  # fmt: skip
     return markdown(columns, rows)
 
 
@@ -168,8 +205,8 @@ def kfac_table(record: Record) -> str:
             for name, runs in methods.items():
                 rows.append([
                     title, f"{int(budget):,}", name, f"{np.mean([run['seconds'] for run in runs]):.2f}",
-                    mean_and_error([run["distance"] for run in runs]),
-                    mean_and_error([run["log_ratio"] for run in runs]),
+                    *("" if np.isnan([run[key] or np.nan for run in runs]).any()
+                      else mean_and_error([run[key] for run in runs]) for key in ("distance", "log_ratio")),
                     *(mean_and_error([run[key] for run in runs], 4) for key in ("same", "prior", "both")),
                 ])  # fmt: skip
         whole, identity, network = of[ALL], of[IDENTITY], of["network"]

@@ -28,8 +28,9 @@ def draw(whole: Record, folder: Path) -> None:
     """All figures of networks that have what they show."""
     measured = {of["title"]: of["directions"] for of in whole.values() if "directions" in of}
     steps = {of["title"]: of["figure5"] for of in whole.values() if "figure5" in of}
-    figures = {"1": figure1(measured), "2": figure2(measured), "sizes": sizes(measured), "3": figure3(measured),
-               "4": figure4(measured), "5": figure5(steps)}  # fmt: skip
+    figures = {name: make(measured) for name, make in OF_DIRECTIONS.items()} if measured else {}
+    if steps:
+        figures["5"] = figure5(steps)
     for name, figure in figures.items():
         image = io.BytesIO()
         figure.set_dpi(85)
@@ -191,3 +192,6 @@ def figure5(measured: Mapping[str, Record]) -> Figure:
                 row[index].grid(color="0.9", linewidth=0.6)
     legend(figure, [("one batch", OWN, "-"), ("two batches of half the size", OTHER, "-")])
     return figure
+
+
+OF_DIRECTIONS = {"1": figure1, "2": figure2, "sizes": sizes, "3": figure3, "4": figure4}
