@@ -205,7 +205,7 @@ def kfac_table(record: Record) -> str:
             for name, runs in methods.items():
                 rows.append([
                     title, f"{int(budget):,}", name, f"{np.mean([run['seconds'] for run in runs]):.2f}",
-                    *("" if np.isnan([run[key] or np.nan for run in runs]).any()
+                    *("" if np.isnan([run[key] for run in runs]).any()
                       else mean_and_error([run[key] for run in runs]) for key in ("distance", "log_ratio")),
                     *(mean_and_error([run[key] for run in runs], 4) for key in ("same", "prior", "both")),
                 ])  # fmt: skip

@@ -23,8 +23,9 @@ NUMBER = re.compile("[+\N{MINUS SIGN}-]?\\d[\\d,]*(?:\\.\\d+)?(?:e[+-]?\\d+)?")
 #: In prose: no part of a name (ResNet-20, 3C3D), of a version or of a citation.
 IN_PROSE = re.compile(r"(?<![\w.,-])(?<!ICLR )(?<!laplace-torch )\d+(?:,\d{3})*(?:\.\d+)?(?!\w|[.,]\d)")
 #: What a formula may use beside the record.
-NAMES = {"abs": abs, "exp": math.exp, "len": len, "max": max, "mean": statistics.fmean, "median": statistics.median,
-         "min": min, "round": round, "sum": sum}  # fmt: skip
+NAMES = {"abs": abs, "error": lambda x: statistics.stdev(x) / len(x) ** 0.5, "exp": math.exp, "len": len, "max": max,
+         "mean": statistics.fmean, "median": statistics.median, "min": min, "round": round, "sum": sum,
+         "zip": zip}  # fmt: skip
 
 
 def generated(document: Path) -> dict[str, str]:
@@ -62,6 +63,7 @@ def remade() -> dict[str, dict[str, str]]:
         import frozen
         import links
         import max_factor
+        import paper_document
         import readme
         import report
         import results
@@ -77,6 +79,7 @@ def remade() -> dict[str, dict[str, str]]:
             "bias.md": bias.parts({name: read_json(RECORDS / file) for name, file in names.items()}),
             "evidence.md": evidence.parts(read_json(RECORDS / "evidence.json")),
             "posterior.md": {"classes": classes.table(read_json(RECORDS / "classes.json"))},
+            "paper.md": paper_document.parts(read_json(RECORDS / "paper.json")),
             "steps.md": steps_document.parts_of(read_json(RECORDS / "steps.json")),
             "benchmarks.md": {
                 "cpu": bench.report(benchmarks),

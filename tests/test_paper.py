@@ -63,7 +63,7 @@ def test_the_document_is_made_and_parts_are_kept(tmp_path):
     assert all(content.count("\n") >= 2 for content in filled.values())
     overstated = whole["directions"]["sizes"]["16"]["typical_ratio_own"]["value"]
     row = filled["figure 2"].splitlines()[2].split("|")
-    assert float(row[3].split("±")[0]) == pytest.approx(overstated, rel=0.1)
+    assert float(row[4].split("±")[0]) == pytest.approx(overstated, rel=0.1)
     assert {path.name for path in docs.glob("*.png")} == {f"paper-{name}.png" for name in (1, 2, "sizes", 3, 4, 5)}
 
 
@@ -191,6 +191,32 @@ def test_tuned_losses_are_those_of_the_other_half(eval_modules):
     assert judged.tuned(losses) == pytest.approx(sum(expected) / len(expected), rel=EXACT)
     assert judged.of(losses)["same"] == pytest.approx(float(losses[1, kfac.temperature_one()].mean()), rel=EXACT)
     assert float(kfac.TEMPERATURES[kfac.temperature_one()]) == pytest.approx(1, abs=0.01)
+
+
+def test_outputs_without_a_variance_are_not_compared(eval_modules):
+    *_, kfac = eval_modules
+    logs, reference = torch.tensor([[1.0, -torch.inf, 3.0]]), torch.tensor([[2.0, -torch.inf, -torch.inf]])
+    assert kfac.compared(logs, reference) == {"distance": 1.0, "log_ratio": -1.0}
+
+
+def test_summaries_of_what_the_figures_show(eval_modules):
+    import paper_document
+
+    curvatures = torch.tensor(
+        [[[8.0, 2.0], [1.0, 1.0], [3.0, 1.0]], [[2.0, 4.0], [8.0, 4.0], [4.0, 2.0]], *torch.ones(1, 3, 2)]
+    )
+    even, one = torch.full((4, 4), 0.2), 0.5 * torch.eye(4)
+    steps = [{"uphill": [True, False], "uphill_others": [[True, True], [True, False], [False, False]]}]
+    found = paper_document.shown_summary({
+        "directions": {"curvatures": {"batches": curvatures.tolist(), "data": [[2.0, 2.0], [4.0, 1.0], [1.0, 1.0]]}},
+        "alignment": [[torch.eye(4).tolist(), even.tolist(), one.tolist()]], "steps": steps,
+    })  # fmt: skip
+    assert found["ratio_own"] == pytest.approx([2.0, 8**0.5, 1.0])
+    assert found["ratio_other"] == pytest.approx([0.5**0.5, (0.75 * 3) ** 0.5, 1.0])
+    assert found["overlapping"] == pytest.approx([4.0, 1.0])
+    assert found["largest_overlap"] == pytest.approx([0.2, 0.5])
+    assert found["within_span"] == pytest.approx([0.8, 0.5])
+    assert found["second_agrees"] == pytest.approx([2 / 3])
 
 
 def test_images_are_moved_and_mirrored_whole(eval_modules):
