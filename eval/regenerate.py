@@ -117,6 +117,10 @@ STEPS: dict[str, Step] = {
         "active.py {data} --out {out} --docs {docs}", "beyond.md", quick="--tasks digits --seeds 1 --rounds 2"
     ),
     "continual": Step("continual.py --out {out} --docs {docs}", "beyond.md", quick="--seeds 1 --strengths 1"),
+    "paper": Step(
+        "paper.py {data} --out {out} --docs {docs}", "paper.md",
+        then="paper.py --document --out {out} --docs {docs}",
+    ),
     "results": Step("results.py {data} --out {out} --cache {cache} --docs {docs}", "results.md"),
 }  # fmt: skip
 

@@ -41,7 +41,8 @@ def constant(module: str, name: str) -> Any:
 
 #: What a formula may use beside the record.
 NAMES = {
-    "abs": abs, "all": all, "exp": math.exp, "float": float, "len": len, "log": math.log, "max": max, "min": min,
+    "abs": abs, "all": all, "error": lambda x: statistics.stdev(x) / len(x) ** 0.5, "exp": math.exp,
+    "float": float, "len": len, "log": math.log, "max": max, "min": min,
     "mean": statistics.fmean, "median": statistics.median, "next": next, "round": round, "set": set, "sorted": sorted,
     "sum": sum, "zip": zip,
     "where": lambda rows, **fields: [row for row in rows if all(row[key] == one for key, one in fields.items())],
@@ -88,6 +89,7 @@ def remade() -> dict[str, dict[str, str]]:
         import links
         import low_rank_evidence
         import max_factor
+        import paper_document
         import readme
         import regenerate
         import report
@@ -114,6 +116,7 @@ def remade() -> dict[str, dict[str, str]]:
             },
             "records.md": regenerate.parts(regenerate.finished(DOCS)),
             "posterior.md": {"classes": classes.table(read_json(RECORDS / "classes.json"))},
+            "paper.md": paper_document.parts(read_json(RECORDS / "paper.json")),
             "beyond.md": {
                 name: part
                 for module in (beyond, active, continual)
