@@ -76,6 +76,7 @@ def calibrate(
         ValueError: If shapes do not fit, something is not finite, or ``alpha`` is not between 0 and 1.
 
     Example:
+        >>> from debiased_laplace.conformal import THR
         >>> held, labels = [[0.9, 0.1], [0.6, 0.4], [0.3, 0.7]], [0, 1, 1]
         >>> calibrate(THR(), held, labels, alpha=0.25)([[0.5, 0.5], [0.95, 0.05]]).tolist()
         [[True, True], [True, False]]

@@ -8,7 +8,7 @@ from typing import Any
 
 from debiased_laplace.evaluation.judge.conditions import STRONG
 from debiased_laplace.evaluation.predictors.edges import MARK
-from debiased_laplace.evaluation.report import verdicts
+from debiased_laplace.evaluation.report import sets, verdicts
 from debiased_laplace.evaluation.report.numbers import number, plus_minus, seeds, unit, with_interval
 from debiased_laplace.evaluation.report.statement import failures
 from debiased_laplace.evaluation.report.table import Table
@@ -65,6 +65,7 @@ def by_topic(summary: Summary) -> dict[str, list[Table]]:
     topics = {
         scores: [_test(summary)],
         shifts: [_strong(summary), *(_shifts(summary, s) for s in ("nll", "rmse" if summary["regression"] else "ece"))],
+        "Prediction sets with a guarantee": sets.tables(summary),
         "Unknown inputs: out-of-distribution data": [_out_of_distribution(summary)],
         posteriors: [_distances(summary)],
         "Tuning and cost": [_cost(summary)],
