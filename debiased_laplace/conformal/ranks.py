@@ -141,7 +141,8 @@ def mean_bound(scores: Any, batch: int, alpha: float = 0.1, *, largest: float = 
     for j in range(1, ranks + 1):
         for k in range(1, batch + 1):  # in this order a rank may be used again
             counts[k, j:] += weight * counts[k - 1, :-j]
-            best[k, j:] = np.maximum(best[k, j:], best[k - 1, :-j] + values[j - 1])
+            with np.errstate(invalid="ignore"):  # an infinite score added to a sum that no ranks have
+                best[k, j:] = np.fmax(best[k, j:], best[k - 1, :-j] + values[j - 1])
     shares = counts[batch].cumsum() / counts[batch].sum()
     quantile = int((shares < 1 - level - _ROUNDING).sum())
     return float(best[batch, : quantile + 1].max() / batch)
