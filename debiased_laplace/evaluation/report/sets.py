@@ -52,8 +52,8 @@ def _scores(summary: Summary) -> Table:
     )
     caption = (
         f"Split-conformal sets that should hold {level:g} % of the targets. Validation data have tuned the methods and "
-        "must not calibrate them: each half of the test data is calibrated on the other half (shifted data on the unshifted "
-        "other half, so that nothing is guaranteed there). Coverage of test data is therefore near its level for "
+        "must not calibrate them: each half of the test data is calibrated on the other half (shifted data on the "
+        "unshifted other half: there nothing is guaranteed). Coverage of test data is therefore near its level for "
         f"every method. {what} Cells: value ± standard error; the bootstrap resamples the data that calibrate, too."
     )
     columns = ["method", *(MEASURES[m][0] for m in measures), *(f"strong shift: {MEASURES[m][0]}" for m in shifted)]
