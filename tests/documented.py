@@ -68,6 +68,7 @@ def remade() -> dict[str, dict[str, str]]:
         import scale
         import scaling
         import serving
+        import sets
         import steps_document
 
         names = {name: f"bias-{name}.json" for name in bias.OPTIONS}
@@ -76,6 +77,7 @@ def remade() -> dict[str, dict[str, str]]:
             **readme.parts(DOCS),
             "bias.md": bias.parts({name: read_json(RECORDS / file) for name, file in names.items()}),
             "evidence.md": evidence.parts(read_json(RECORDS / "evidence.json")),
+            "sets.md": sets.parts(read_json(RECORDS / "sets.json")),
             "posterior.md": {"classes": classes.table(read_json(RECORDS / "classes.json"))},
             "steps.md": steps_document.parts_of(read_json(RECORDS / "steps.json")),
             "benchmarks.md": {

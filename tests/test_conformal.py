@@ -17,6 +17,7 @@ from sklearn.base import BaseEstimator, ClassifierMixin, RegressorMixin
 from debiased_laplace import conformal
 from debiased_laplace.conformal import APS, CQR, RAPS, THR, AbsoluteResidual, NormalisedResidual, calibrate
 from debiased_laplace.conformal.ranks import needed_rank
+from tests.documented import DOCS, code_of, executed
 
 EVERY_CLASS_SCORE = [THR(), APS(), APS(randomised=False), RAPS(), RAPS(randomised=False, penalty=0.2, free=2)]
 
@@ -279,6 +280,25 @@ def test_a_mean_is_below_its_bound_often_enough():
     assert conformal.mean_bound(held[0], 1, 0.2) == conformal.threshold(held[0], 0.2)
     assert conformal.mean_bound(held[0], 2, 0.2) == math.inf
     assert math.isfinite(conformal.mean_bound(rng.random(400), 120, largest=1.0))  # so many orders fit no number
+
+
+# -- the page --------------------------------------------------------------------------------------
+
+
+def test_the_page_about_sets_runs_as_it_stands():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(400, 4, generator=generator)
+    y = torch.multinomial((2 * x[:, :3]).softmax(1), 1, generator=generator).flatten()
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 3))
+    assert len(code_of(DOCS / "sets.md")) == 1
+    names = executed(
+        DOCS / "sets.md", model=model, train_loader=[(x[:200], y[:200])], val_loader=[(x[200:250], y[200:250])],
+        held_inputs=x[250:300], held_labels=y[250:300], new_inputs=x[300:],
+    )  # fmt: skip
+    assert names["in_set"].shape == (100, 3)
+    assert names["sets"].n == 50
+    assert names["in_set"][np.arange(100), y[300:].numpy()].mean() > 0.75
 
 
 # -- edges -----------------------------------------------------------------------------------------

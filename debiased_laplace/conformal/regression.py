@@ -34,9 +34,10 @@ class IntervalScore:
 
     def sets(self, predictions: Any, threshold: float, generator: np.random.Generator) -> tuple[Array, Array]:
         """Lower and upper ends, each in the shape of the predictions."""
-        return self.bounds(*self._checked(predictions), threshold)
+        first, second = self._checked(predictions)
+        return self.bounds(first, second, threshold)
 
-    def _checked(self, predictions: Any) -> Sequence[Array]:
+    def _checked(self, predictions: Any) -> tuple[Array, Array]:
         mean, deviation = _pair(predictions, ("mean", "standard deviation"))
         if deviation.min() <= 0:
             raise ValueError(
@@ -93,7 +94,7 @@ class CQR(IntervalScore):
         """The quantiles, moved outwards by the threshold."""
         return first - threshold, second + threshold
 
-    def _checked(self, predictions: Any) -> Sequence[Array]:
+    def _checked(self, predictions: Any) -> tuple[Array, Array]:
         lower, upper = _pair(predictions, ("lower", "upper"))
         if (lower > upper).any():
             raise ValueError(
@@ -103,10 +104,11 @@ class CQR(IntervalScore):
         return lower, upper
 
 
-def _pair(predictions: Any, names: tuple[str, str]) -> Sequence[Array]:
+def _pair(predictions: Any, names: tuple[str, str]) -> tuple[Array, Array]:
     if not isinstance(predictions, (tuple, list)) or len(predictions) != 2:
         raise TypeError(f"Expected a pair ({names[0]}, {names[1]}), got {type(predictions).__name__}.")
-    return _finite(dict(zip(names, predictions, strict=True)))
+    first, second = _finite(dict(zip(names, predictions, strict=True)))
+    return first, second
 
 
 def _finite(named: dict[str, Any], shape: tuple[int, ...] | None = None) -> Sequence[Array]:

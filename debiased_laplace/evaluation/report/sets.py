@@ -18,8 +18,8 @@ MEASURES = {
 
 
 def tables(summary: Summary) -> list[Table]:
-    """Coverage and size of every method's sets, and how much larger or smaller those of the candidate are."""
-    if "sets" not in summary["test"]:
+    """Coverage and size of every method's sets, and how much larger those of the candidate are, if there are some."""
+    if not summary["test"].get("sets", {}).get("scores"):
         return []
     candidate = by_role(summary, "candidate")
     return [_scores(summary), *([] if candidate is None else [_differences(summary, candidate)])]

@@ -9,7 +9,7 @@ the sets, and for whom they hold.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
@@ -91,10 +91,9 @@ class SetScores:
             self._quarters = np.quantile(_gaussian(fields)[1].mean(1), (0.25, 0.5, 0.75))
         folds, _ = _tosses(len(targets))
         weights = np.concatenate([np.ones_like(weights[:1]), weights])
-        self._test = self._parts(fields, targets)
         self._thresholds = {
             kind: [_thresholds(part.true[folds == other], weights[:, folds == other], alpha) for other in (True, False)]
-            for kind, part in self._test.items()
+            for kind, part in self._parts(fields, targets)
         }
 
     def of(self, fields: Mapping[str, Array], targets: Array, weights: Array) -> dict[str, Replicates]:
@@ -118,7 +117,7 @@ class SetScores:
         folds, _ = _tosses(len(targets))
         weights = np.concatenate([np.ones_like(weights[:1]), weights])
         result = {}
-        for kind, part in self._parts(fields, targets).items():
+        for kind, part in self._parts(fields, targets):
             sums = [
                 _sums(part.of(folds == fold), targets[folds == fold], weights[:, folds == fold], thresholds)
                 for fold, thresholds in zip((False, True), self._thresholds[kind], strict=True)
@@ -130,19 +129,19 @@ class SetScores:
                 )
         return result
 
-    def _parts(self, fields: Mapping[str, Array], targets: Array) -> dict[str, _Part]:
-        """Every kind of set."""
+    def _parts(self, fields: Mapping[str, Array], targets: Array) -> Iterator[tuple[str, _Part]]:
+        """Every kind of set, one after the other: scores of all classes are large."""
         if self._quarters is None:
             uniforms, each = _tosses(len(targets))[1], np.arange(len(targets))
-            scores = {kind: s.of_classes(fields["probabilities"], uniforms) for kind, s in CLASS_SCORES.items()}
-            return {kind: _Part(CLASS_SCORES[kind], all[each, targets], all) for kind, all in scores.items()}
+            for kind, score in CLASS_SCORES.items():
+                scores = score.of_classes(fields["probabilities"], uniforms)
+                yield kind, _Part(score, scores[each, targets], scores)
+            return
         mean, deviation = _gaussian(fields)
         half, strata = float(ndtri(1 - self.alpha / 2)) * deviation, np.searchsorted(self._quarters, deviation.mean(1))
-        parts = {}
-        for kind, score in INTERVAL_SCORES.items():
-            pair = (mean - half, mean + half) if kind == "CQR" else (mean, deviation)
-            parts[kind] = _Part(score, score.of_outputs(*pair, targets.reshape(mean.shape)).max(1), pair, strata)
-        return parts
+        for kind, interval in INTERVAL_SCORES.items():
+            pair: tuple[Array, Array] = (mean - half, mean + half) if kind == "CQR" else (mean, deviation)
+            yield kind, _Part(interval, interval.of_outputs(*pair, targets.reshape(mean.shape)).max(1), pair, strata)
 
 
 @lru_cache
