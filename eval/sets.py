@@ -14,11 +14,12 @@ import argparse
 import math
 import sys
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from documents import fill, markdown
 from results import rounded
 
@@ -51,6 +52,8 @@ SEVERITIES = (3, 5)
 N_TEST, N_SHIFTED = 4000, 500
 LEVELS = {"classification": (0.1, 0.01), "regression": (0.1,)}
 BATCH, N_BATCHES = 10, 2000
+#: First minus second.
+PAIRS = ((TEMPERATURE, MAP), (DEBIASED, MAP), (DEBIASED, TEMPERATURE), (DEBIASED, ISOTROPIC))
 Arrays = Mapping[str, Mapping[str, np.ndarray]]
 
 
@@ -154,7 +157,7 @@ def _accuracy(test: Arrays) -> float:
 def _entries(conditions: Mapping[str, Arrays], alpha: float) -> dict[str, Any]:
     """On the test data, and over all strong shifts."""
     methods = [method for method in conditions["test"] if method]
-    groups = Groups({m: [m] for m in methods}, {s: [DEBIASED] for s in methods if s != DEBIASED})
+    groups = Groups({m: [m] for m in methods}, {s: [one for one, two in PAIRS if two == s] for s in methods})
     sets = Sets(None, 1000, float(conditions["sizes"][""]["scale"]), alpha)
     result = {}
     for title, arrays in conditions.items():
@@ -229,21 +232,21 @@ def _text(cell: Sequence[float], measure: str) -> str:
 
 
 def differences(tasks: Mapping[str, Any]) -> str:
-    """Size on test data, and coverage and size under strong shift, of the posterior minus the others."""
+    """Size on test data, and coverage and size under strong shift: one method minus another."""
     rows = []
     for name, record in tasks.items():
         for alpha, level in record["levels"].items():
-            for second in (MAP, TEMPERATURE, ISOTROPIC):
-                test = level["test"]["differences"][second][DEBIASED]
-                strong = level["strong shift"]["differences"][second][DEBIASED]
+            for first, second in PAIRS:
+                test = level["test"]["differences"][second][first]
+                strong = level["strong shift"]["differences"][second][first]
                 rows.append(
-                    [f"{name}, {100 - 100 * float(alpha):g} %", second]
+                    [f"{name}, {100 - 100 * float(alpha):g} %", f"{first} minus {second}"]
                     + [with_interval(test[f"{kind}, size"], 3) for kind in ("THR", "APS")]
                     + [with_interval(test["APS, worst stratum"], 1, scale=100)]
                     + [with_interval(strong[f"APS, {m}"], 3 if m == "size" else 1, scale=1 if m == "size" else 100)
                        for m in ("coverage", "size")]
                 )  # fmt: skip
-    columns = ["task, level", "minus", "size, THR", "size, APS", "worst stratum, APS, %"]
+    columns = ["task, level", "methods", "size, THR", "size, APS", "worst stratum, APS, %"]
     return markdown([*columns, "strong shift: coverage, APS, %", "strong shift: size, APS"], rows)
 
 
@@ -271,10 +274,6 @@ def of_batches(record: Mapping[str, Mapping[str, Sequence[float]]]) -> str:
     return markdown(["calibrated for", "all ten hold, %", "at least nine hold, %", "size"], rows)
 
 
-def _tasks(names: Iterable[str]) -> list[str]:
-    return [name for name in (*CLASSIFIERS, *REGRESSIONS) if name in names]
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tasks", nargs="+", choices=[*CLASSIFIERS, *REGRESSIONS], default=None)
@@ -287,8 +286,8 @@ def main() -> None:
     options = parser.parse_args()
     path = options.docs / "records" / "sets.json"
     if not options.only_document:
-        record = read_json(path) if path.exists() else {"environment": environment("cpu"), "tasks": {}}
-        for name in _tasks(options.tasks or (*CLASSIFIERS, *REGRESSIONS)):
+        record = read_json(path) if path.exists() else {"environment": environment(torch.device("cpu")), "tasks": {}}
+        for name in options.tasks or (*CLASSIFIERS, *REGRESSIONS):
             record["tasks"][name] = rounded(measure(name, options))
             write_json(path, record)
             print(f"{name}: done", file=sys.stderr, flush=True)
