@@ -38,7 +38,7 @@ from debiased_laplace.evaluation.predictors.baselines import (
 )
 from debiased_laplace.evaluation.predictors.posterior import LaplacePredictor
 from debiased_laplace.evaluation.records import environment, read_json, write_json
-from debiased_laplace.evaluation.report.numbers import plus_minus, with_interval
+from debiased_laplace.evaluation.report.numbers import number, plus_minus, with_interval
 from debiased_laplace.evaluation.scores.cells import combine
 from debiased_laplace.evaluation.tasks import Context, Task
 
@@ -53,7 +53,7 @@ N_TEST, N_SHIFTED = 4000, 500
 LEVELS = {"classification": (0.1, 0.01), "regression": (0.1,)}
 BATCH, N_BATCHES = 10, 2000
 #: First minus second.
-PAIRS = ((TEMPERATURE, MAP), (DEBIASED, MAP), (DEBIASED, TEMPERATURE), (DEBIASED, ISOTROPIC))
+PAIRS = ((TEMPERATURE, MAP), (ISOTROPIC, MAP), (DEBIASED, MAP), (DEBIASED, TEMPERATURE), (DEBIASED, ISOTROPIC))
 Arrays = Mapping[str, Mapping[str, np.ndarray]]
 
 
@@ -131,7 +131,11 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
         "seeds": len(seeds), "n": len(targets[0]), "validation": int(sizes["validation"]), "train": int(sizes["train"]),
         "shifts": [title for title in seeds[0] if title not in ("sizes", "test")], "levels": {},
     }  # fmt: skip
-    if not regression:
+    if regression:
+        record["fair"] = fair(len(targets[0]), LEVELS["regression"][0])
+        methods = [method for method in seeds[0]["test"] if method]
+        record["spread"] = {m: float(np.mean([_spread(one["test"][m]) for one in seeds])) for m in methods}
+    else:
         record["accuracy"] = float(np.mean([_accuracy(conditions["test"]) for conditions in seeds]))
     for alpha in LEVELS["regression" if regression else "classification"]:
         entries = [_entries(conditions, alpha) for conditions in seeds]
@@ -154,10 +158,24 @@ def _accuracy(test: Arrays) -> float:
     return float((test[MAP]["probabilities"].argmax(1) == test[""]["targets"]).mean())
 
 
+def fair(n: int, alpha: float) -> float:
+    """Expected distance of coverage from its level in the worst of four quarters, each of which holds as it should."""
+    shares = np.random.default_rng(0).binomial(n // 4, 1 - alpha, size=(20_000, 4)) / (n // 4)
+    return float(np.abs(shares - (1 - alpha)).max(1).mean())
+
+
+def _spread(fields: Mapping[str, np.ndarray]) -> float:
+    """How much larger a large standard deviation is than a small one: the ratio of deciles."""
+    low, high = np.quantile(np.sqrt(fields["variance"]), (0.1, 0.9))
+    return float(high / low)
+
+
 def _entries(conditions: Mapping[str, Arrays], alpha: float) -> dict[str, Any]:
     """On the test data, and over all strong shifts."""
     methods = [method for method in conditions["test"] if method]
-    groups = Groups({m: [m] for m in methods}, {s: [one for one, two in PAIRS if two == s] for s in methods})
+    groups = Groups(
+        {m: [m] for m in methods}, {s: [one for one, two in PAIRS if two == s and one in methods] for s in methods}
+    )
     sets = Sets(None, 1000, float(conditions["sizes"][""]["scale"]), alpha)
     result = {}
     for title, arrays in conditions.items():
@@ -180,14 +198,14 @@ def batches(seeds: Sequence[Mapping[str, Arrays]]) -> dict[str, Any]:
         "at least nine of ten": {"batch": BATCH, "at_least": BATCH - 1},
     }  # fmt: skip
     result: dict[str, dict[str, list[float]]] = {way: {"all": [], "nine": [], "size": []} for way in ways}
-    for number in range(N_BATCHES):
-        test = seeds[number % len(seeds)]["test"]
+    for draw in range(N_BATCHES):
+        test = seeds[draw % len(seeds)]["test"]
         probabilities, targets = test[DEBIASED]["probabilities"], test[""]["targets"]
-        drawn = np.random.default_rng(number).permutation(len(targets))[: BATCH + 200]
+        drawn = np.random.default_rng(draw).permutation(len(targets))[: BATCH + 200]
         new, held = drawn[:BATCH], drawn[BATCH:]
         for way, settings in ways.items():
-            sets = conformal.calibrate(conformal.APS(), probabilities[held], targets[held], **settings, seed=number)
-            members = sets(probabilities[new], seed=number)
+            sets = conformal.calibrate(conformal.APS(), probabilities[held], targets[held], **settings, seed=draw)
+            members = sets(probabilities[new], seed=draw)
             hits = int(members[np.arange(BATCH), targets[new]].sum())
             for key, value in (("all", hits == BATCH), ("nine", hits >= BATCH - 1), ("size", members.sum() / BATCH)):
                 result[way][key].append(float(value))
@@ -254,15 +272,19 @@ def intervals(tasks: Mapping[str, Any]) -> str:
     """Every method and kind of interval."""
     rows = []
     for name, record in tasks.items():
-        for method, cells in record["levels"]["0.1"]["test"]["scores"].items():
-            for kind in ("plain", "normalised", "CQR"):
-                if method == MAP and kind != "plain":
-                    continue  # one standard deviation for all data: the same intervals
+        test = record["levels"]["0.1"]["test"]
+        for method, cells in test["scores"].items():
+            minus = test["differences"][MAP].get(method)
+            for kind in ("plain", "normalised", "CQR")[: 1 if minus is None else 3]:  # MAP has but one kind
                 rows.append(
                     [name.removeprefix("uci-"), method, kind]
-                    + [_text(cells[f"{kind}, {m}"], m) for m in ("coverage", "size", "worst stratum")]
+                    + [_text(cells[f"{kind}, {m}"], m) for m in ("coverage", "size")]
+                    + ["" if minus is None else with_interval(minus[f"{kind}, size"], 3)]
+                    + ["" if minus is None else _text(cells[f"{kind}, worst stratum"], "worst stratum")]
+                    + [number(record["fair"], 1, scale=100), number(record["spread"][method], 2)]
                 )
-    return markdown(["set", "method", "intervals", "hold %", "width", "worst quarter off by %"], rows)
+    columns = ["set", "method", "intervals", "hold %", "width", "width minus MAP", "worst quarter off by %", "if fair"]
+    return markdown([*columns, "deviations, 90 % to 10 %"], rows)
 
 
 def of_batches(record: Mapping[str, Mapping[str, Sequence[float]]]) -> str:
