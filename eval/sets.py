@@ -192,7 +192,7 @@ def _combined(parts: Sequence[Any], of: Any) -> Any:
 
 
 def batches(seeds: Sequence[Mapping[str, Arrays]]) -> dict[str, Any]:
-    """How often APS sets of ten test data hold together; each time half of the data calibrate."""
+    """How often APS sets of ten test data hold together; each time 200 others calibrate."""
     ways = {
         "each alone": {}, "all ten": {"batch": BATCH}, "all ten, Bonferroni": {"alpha": 0.1 / BATCH},
         "at least nine of ten": {"batch": BATCH, "at_least": BATCH - 1},
