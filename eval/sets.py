@@ -51,7 +51,7 @@ SEVERITIES = (3, 5)
 #: Test data of a task, and of each shift, at most.
 N_TEST, N_SHIFTED = 4000, 500
 LEVELS = {"classification": (0.1, 0.01), "regression": (0.1,)}
-BATCH, N_BATCHES = 10, 2000
+N_RESAMPLES, BATCH, N_BATCHES = 400, 10, 2000
 #: First minus second.
 PAIRS = ((TEMPERATURE, MAP), (ISOTROPIC, MAP), (DEBIASED, MAP), (DEBIASED, TEMPERATURE), (DEBIASED, ISOTROPIC))
 Arrays = Mapping[str, Mapping[str, np.ndarray]]
@@ -149,7 +149,7 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
             }
             for where in entries[0]
         }
-    if name == "fashion-mnist":
+    if name == "digits":
         record["batches"] = batches(seeds)
     return record
 
@@ -176,7 +176,7 @@ def _entries(conditions: Mapping[str, Arrays], alpha: float) -> dict[str, Any]:
     groups = Groups(
         {m: [m] for m in methods}, {s: [one for one, two in PAIRS if two == s and one in methods] for s in methods}
     )
-    sets = Sets(None, 1000, float(conditions["sizes"][""]["scale"]), alpha)
+    sets = Sets(None, N_RESAMPLES, float(conditions["sizes"][""]["scale"]), alpha)
     result = {}
     for title, arrays in conditions.items():
         fields, seed = {m: arrays[m] for m in methods if m in arrays}, int(title != "test")
@@ -224,8 +224,8 @@ def parts(record: Mapping[str, Any]) -> dict[str, str]:
     made = {f"sets {name}": classes(tasks[name]) for name in CLASSIFIERS if name in tasks}
     made["sets differences"] = differences({name: tasks[name] for name in CLASSIFIERS if name in tasks})
     made["sets intervals"] = intervals({name: tasks[name] for name in REGRESSIONS if name in tasks})
-    if "batches" in tasks.get("fashion-mnist", {}):
-        made["sets batches"] = of_batches(tasks["fashion-mnist"]["batches"])
+    if "digits" in tasks:
+        made["sets batches"] = of_batches(tasks["digits"]["batches"])
     return made
 
 
