@@ -137,7 +137,7 @@ def result():
 
 def test_the_suite_has_sets_of_test_data_and_of_strong_shifts(result):
     for entry, coverage in ((result["test"], 0.9), (result["strong_shift"], None)):
-        sets = entry["sets"]
+        sets = entry["prediction_sets"]
         assert sets["alpha"] == 0.1
         assert list(sets["scores"]) == ["calibrated", "sharp", "like sharp"]
         for cells in sets["scores"].values():
@@ -146,13 +146,14 @@ def test_the_suite_has_sets_of_test_data_and_of_strong_shifts(result):
             assert value < 0.88 if coverage is None else abs(value - coverage) < 0.03
         assert sets["differences"]["sharp"]["like sharp"]["APS, size"] == [0.0] * 4
         assert sets["differences"]["sharp"]["calibrated"]["APS, size"][0] != 0.0
-    assert all("sets" not in entry for entry in result["shifts"])
+    assert all("prediction_sets" not in entry for entry in result["shifts"])
+    assert result["strong_shift"]["sets"] == 1  # of labels: the shifts are copies of the same data
 
 
 def test_sets_of_wanted_methods_alone():
     x, y = torch.randn(40, 3), torch.arange(40) % 3
     found = evaluate({"a": lambda x: x.softmax(1), "b": lambda x: x.softmax(1)}, [(x, y)], sets=["b"], n_resamples=10)
-    assert list(found["test"]["sets"]["scores"]) == ["b"]
+    assert list(found["test"]["prediction_sets"]["scores"]) == ["b"]
 
 
 def summary(result):
@@ -165,12 +166,12 @@ def test_the_report_shows_them_where_they_are(result):
     shown, differences = tables(summary(result))
     assert [title for title, _ in shown.sections] == ["THR", "APS", "RAPS"]
     assert shown.columns[-2:] == ["strong shift: holds %", "strong shift: size"]
-    value = result["test"]["sets"]["scores"]["sharp"]["APS, size"][0]
+    value = result["test"]["prediction_sets"]["scores"]["sharp"]["APS, size"][0]
     assert shown.sections[1][1][1][0] == "sharp"
     assert shown.sections[1][1][1][2].startswith(f"{value:.3f} ± ")
     assert differences.sections[0][1][0][0] == "minus sharp"
     without = copy.deepcopy(summary(result))
-    del without["test"]["sets"], without["strong_shift"]["sets"]
+    del without["test"]["prediction_sets"], without["strong_shift"]["prediction_sets"]
     assert tables(without) == []
 
 
@@ -179,7 +180,7 @@ def test_records_without_sets_have_no_such_topic():
     from tests.documented import RECORDS
 
     for name, old in read_json(RECORDS / "results.json").items():
-        assert ("sets" in old["test"]) == ("Prediction sets with a guarantee" in by_topic(old)), name
+        assert ("prediction_sets" in old["test"]) == ("Prediction sets with a guarantee" in by_topic(old)), name
 
 
 def test_randomised_scores_of_the_suite_are_those_of_the_package():

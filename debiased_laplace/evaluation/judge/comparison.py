@@ -183,7 +183,7 @@ class _Judge:
             )  # fmt: skip
             entry["targets"] = labels
             if condition.kind == "test":
-                entry["sets"] = self._sets.of_test(arrays, targets, seed_of_data, among)
+                entry["prediction_sets"] = self._sets.of_test(arrays, targets, seed_of_data, among)
             if condition.kind == "shift" and is_strong({"severity": condition.severity}):
                 self._strong.append(StrongShift(condition.title, labels, losses))
                 self._sets.add_strong(arrays, targets, seed_of_data)
@@ -197,7 +197,9 @@ class _Judge:
         """What :func:`evaluate` returns."""
         among, strong = Groups(self.groups, self.compare_with), None
         if self._strong:
-            strong = strong_shift(self._strong, among, self.n_resamples) | {"sets": self._sets.of_strong(among)}
+            strong = strong_shift(self._strong, among, self.n_resamples) | {
+                "prediction_sets": self._sets.of_strong(among)
+            }
         return {
             "shifts": self.entries["shift"], "ood": self.entries["ood"], "test": self.entries["test"][0],
             "strong_shift": strong,

@@ -19,14 +19,14 @@ MEASURES = {
 
 def tables(summary: Summary) -> list[Table]:
     """Coverage and size of every method's sets, and how much larger those of the candidate are, if there are some."""
-    if not summary["test"].get("sets", {}).get("scores"):
+    if not summary["test"].get("prediction_sets", {}).get("scores"):
         return []
     candidate = by_role(summary, "candidate")
     return [_scores(summary), *([] if candidate is None else [_differences(summary, candidate)])]
 
 
 def _scores(summary: Summary) -> Table:
-    sets, strong = summary["test"]["sets"], (summary["strong_shift"] or {}).get("sets", {})
+    sets, strong = summary["test"]["prediction_sets"], (summary["strong_shift"] or {}).get("prediction_sets", {})
     first = next(iter(sets["scores"].values()))
     measures = [measure for measure in MEASURES if any(key.endswith(f", {measure}") for key in first)]
     shifted = ["coverage", "size"] if strong else []
@@ -66,7 +66,7 @@ def _cell(cells: Any, kind: str, measure: str) -> str:
 
 
 def _differences(summary: Summary, candidate: str) -> Table:
-    sets = summary["test"]["sets"]
+    sets = summary["test"]["prediction_sets"]
     kinds = [key.rpartition(", ")[0] for key in next(iter(sets["scores"].values())) if key.endswith(", size")]
     rows = [
         [f"minus {second}", *(with_interval(others[candidate][f"{kind}, size"], 3) for kind in kinds)]
