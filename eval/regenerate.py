@@ -112,6 +112,9 @@ STEPS: dict[str, Step] = {
         ("fidelity.py --networks digits-cnn digits-mlp vit trec {data} --out {out}", "sharing.py {data} --out {out}"),
         "fidelity.md", then="report.py --results {out} --docs {docs}",
     ),
+    "sets": Step(
+        "sets.py {data} --out {out} --cache {cache} --docs {docs}", "sets.md", quick="--tasks digits --seeds 1"
+    ),
     "beyond": Step("beyond.py {data} --out {out} --docs {docs}", "beyond.md"),
     "active": Step(
         "active.py {data} --out {out} --docs {docs}", "beyond.md", quick="--tasks digits --seeds 1 --rounds 2"

@@ -119,7 +119,8 @@ def compact(summary: Summary) -> Summary:
     """Everything that tables and sentences show, five digits; of shifted data the differences of the candidate."""
     candidate = by_role(summary, "candidate")
     kept: Summary = rounded({key: entry for key, entry in summary.items() if key not in LEFT_OUT})
-    for entry in (*kept["shifts"], *kept["ood"]):
+    sets = [e["prediction_sets"] for e in (kept["test"], kept["strong_shift"]) if e and "prediction_sets" in e]
+    for entry in (*kept["shifts"], *kept["ood"], *sets):
         entry["differences"] = {
             second: {first: scores for first, scores in others.items() if first == candidate}
             for second, others in entry["differences"].items()

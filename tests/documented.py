@@ -97,6 +97,7 @@ def remade() -> dict[str, dict[str, str]]:
         import scale
         import scaling
         import serving
+        import sets
         import splits
         import steps_document
         import verdicts
@@ -115,6 +116,7 @@ def remade() -> dict[str, dict[str, str]]:
                 "splits": splits.table(read_json(RECORDS / "splits.json")),
             },
             "records.md": regenerate.parts(regenerate.finished(DOCS)),
+            "sets.md": sets.parts(read_json(RECORDS / "sets.json")),
             "posterior.md": {"classes": classes.table(read_json(RECORDS / "classes.json"))},
             "paper.md": paper_document.parts(read_json(RECORDS / "paper.json")),
             "beyond.md": {

@@ -118,6 +118,9 @@ def _entry(entries: Sequence[dict[str, Any]], names: Sequence[str], of: Combine)
     equal = [entry["equal_settings"] for entry in entries if "equal_settings" in entry]
     if equal:
         result["equal_settings"] = _cells(equal, names, of)
+    if all("prediction_sets" in entry for entry in entries):
+        sets = [entry["prediction_sets"] for entry in entries]
+        result["prediction_sets"] = {"alpha": sets[0]["alpha"]} | _cells(sets, names, of)
     if first.get("calibrated"):
         result["calibrated"] = {
             name: {key: np.mean([errors[key] for errors in of_seeds], axis=0).tolist() for key in of_seeds[0]}
