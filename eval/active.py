@@ -75,7 +75,7 @@ SETTINGS = {
     "fashion-mnist": Setting(
         fashion_mnist.network,
         lambda of: torch.optim.AdamW(of, fashion_mnist.LEARNING_RATE, weight_decay=fashion_mnist.WEIGHT_DECAY),
-        40, 7, 0.75,
+        40, 7, 0.65,
     ),
 }  # fmt: skip
 N_POOL = 5000  # of the training images of Fashion-MNIST, others for each seed
