@@ -25,6 +25,9 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from documents import show
+from published_document import parts
+from results import rounded
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -65,6 +68,7 @@ class Block(nn.Module):
             self.downsample = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
 
     def forward(self, x: Tensor) -> Tensor:
+        """Of ``[N, C, H, W]``."""
         out = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
         return F.relu(out + self.downsample(x))
 
@@ -84,6 +88,7 @@ class ResNet(nn.Module):
         self.fc = nn.Linear(64, 10)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Logits ``[N, 10]``."""
         out = self.layer3(self.layer2(self.layer1(F.relu(self.bn1(self.conv1(x))))))
         return self.fc(out.mean((2, 3)))
 
@@ -163,9 +168,11 @@ class Kept:
         self.folder = folder
 
     def path(self, method: str, condition: str) -> Path:
+        """Of a posterior and a condition."""
         return self.folder / f"{method}.{condition}.safetensors".replace(" ", "_")
 
     def has(self, method: str, names: Iterable[str]) -> bool:
+        """Whether all of some conditions are there."""
         return all(self.path(method, name).exists() for name in names)
 
     def write(self, method: str, condition: str, of: tuple[Tensor, Tensor]) -> None:
@@ -178,6 +185,7 @@ class Kept:
         path.with_suffix(".part").replace(path)
 
     def read(self, method: str, condition: str) -> tuple[Tensor, Tensor]:
+        """As :func:`moments` returned them."""
         content = load_file(self.path(method, condition))
         triangle, (rows, columns) = content["covariances"], torch.triu_indices(10, 10)
         whole = triangle.new_zeros(*triangle.shape[:2], 10, 10)
@@ -260,9 +268,11 @@ class Points:
         self.labels, self.choose = labels.cpu(), choose
 
     def tuned(self, data: Tensor, **_: Any) -> float:
+        """The temperature that some test data choose."""
         return self.choose(LIKELIHOOD, self.outputs["test"][data], self.labels[data]).value if self.choose else 1.0
 
     def probabilities(self, name: str, temperature: float) -> np.ndarray:
+        """``[N, C]`` of a condition."""
         return (self.outputs[name] / temperature).softmax(-1).numpy()
 
 
@@ -352,6 +362,7 @@ def measure(name: str, kept: Kept, options: argparse.Namespace) -> dict[str, Any
     normals = standard_normals((DRAWS, 10), torch.zeros(()), torch.Generator().manual_seed(0))
     record: dict[str, Any] = {"n": len(labels), "methods": {}}
     points: dict[str, Any] = {}
+    controls: dict[str, Any] = {}  # of the first method, the identity, by way
     for method in options.methods:
         if not kept.has(method, options.conditions):
             continue
@@ -365,7 +376,8 @@ def measure(name: str, kept: Kept, options: argparse.Namespace) -> dict[str, Any
             for temperature, rule in ((True, "best"), (True, "one standard error"), (False, "best")):
                 found = judged(table, labels.numpy(), temperature=temperature, rule=rule)
                 way = f"{link}, {'temperature' if temperature else 'no temperature'}, {rule}"
-                entry[way] = summary(found, points)
+                controls.setdefault(way, found)
+                entry[way] = summary(found, points | {"identity": controls[way]})
             best = entry[f"{link}, temperature, best"]["test"]
             print(f"{name}: {method}, {link}: {best['nll'][0]:.4f}, {best['minus MAP']}", file=sys.stderr, flush=True)
         record["methods"][method] = entry
@@ -373,7 +385,8 @@ def measure(name: str, kept: Kept, options: argparse.Namespace) -> dict[str, Any
 
 
 POINTS = {
-    "MAP": None, "temperature scaling": temperature_scaling, "temperature, one standard error": most_uncertain_temperature,
+    "MAP": None, "temperature scaling": temperature_scaling,
+    "temperature, one standard error": most_uncertain_temperature,
 }  # fmt: skip
 
 
@@ -396,8 +409,10 @@ def main() -> None:
         compute(name, kept, options)
         if options.compute:
             continue
-        record[name] = measure(name, kept, options)
+        record[name] = rounded(measure(name, kept, options))
         write_json(path, record)
+    if not options.compute:
+        show(parts(record), options.docs / "published.md")
 
 
 if __name__ == "__main__":
