@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from debiased_laplace.evaluation.bias import pictures as bias_pictures
-from debiased_laplace.evaluation.report import figures
+from debiased_laplace.evaluation.report import figures, reliability
 from tests.virtual_card import CARD, VirtualCard
 
 torch.set_num_threads(1)
@@ -69,5 +69,5 @@ def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pages and pictures without the drawing, for tests that do not look at figures."""
     file = io.BytesIO()
     Image.new("RGB", (8, 8)).save(file, "PNG")
-    for module in (figures, bias_pictures):
+    for module in (figures, reliability, bias_pictures):
         monkeypatch.setattr(module, "png", lambda figure: file.getvalue())

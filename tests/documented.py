@@ -54,9 +54,12 @@ def remade() -> dict[str, dict[str, str]]:
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(ROOT / "eval")
         before = set(sys.modules)
+        import active
         import bench
+        import beyond
         import bias
         import classes
+        import continual
         import equal_time
         import evidence
         import frozen
@@ -77,6 +80,12 @@ def remade() -> dict[str, dict[str, str]]:
             "bias.md": bias.parts({name: read_json(RECORDS / file) for name, file in names.items()}),
             "evidence.md": evidence.parts(read_json(RECORDS / "evidence.json")),
             "posterior.md": {"classes": classes.table(read_json(RECORDS / "classes.json"))},
+            "beyond.md": {
+                name: part
+                for module in (beyond, active, continual)
+                if (record := RECORDS / f"{module.__name__}.json").exists()
+                for name, part in module.parts(read_json(record)).items()
+            },
             "steps.md": steps_document.parts_of(read_json(RECORDS / "steps.json")),
             "benchmarks.md": {
                 "cpu": bench.report(benchmarks),

@@ -15,6 +15,7 @@ from debiased_laplace.evaluation.scores import (
     checks,
     classification,
     detection,
+    refinement,
     regression,
     weighted,
 )
@@ -131,13 +132,17 @@ def test_classification(case: str) -> None:
     probabilities, targets = awkward()[case]
     weights = counts(len(targets))
     scores = bootstrap.classification_replicates(probabilities, targets, weights)
-    assert list(scores) == ["accuracy", "nll", "brier", "ece", "adaptive_ece", "classwise_ece", "aurc"]
     probabilities, targets = checks.check_predictions(probabilities, targets)
     whole = classification.classification_metrics(probabilities, targets)
+    assert set(scores) == set(whole) - {"reliability"}
+    found = refinement.recalibrate(probabilities, np.eye(probabilities.shape[1])[targets])
     for row, w in enumerate(weights):
         repeated = np.repeat(probabilities, w.astype(int), 0), np.repeat(targets, w.astype(int))
         expected = classification.classification_metrics(*repeated)
         expected["adaptive_ece"] = adaptive_of_repeated(probabilities, targets, w)
+        # The temperature is a step from that of the whole sample.
+        risks = found.risks({name: w @ column / w.sum() for name, column in found.columns.items()})
+        expected |= classification.with_calibration_losses(expected | risks)
         for name, score in scores.items():
             assert score.value == pytest.approx(whole[name], rel=EXACT, abs=1e-15)
             assert score.replicates[row] == pytest.approx(expected[name], rel=EXACT, abs=1e-12), (name, row)
@@ -230,7 +235,11 @@ def test_an_impossible_target() -> None:
     low, high = nll.interval()
     assert math.isfinite(low)
     assert high == math.inf
-    assert all(np.isfinite(score.replicates).all() for name, score in scores.items() if name != "nll")
+    of_nll = ("nll", "nll_refinement", "nll_calibration")
+    assert all(np.isfinite(score.replicates).all() for name, score in scores.items() if name not in of_nll)
+    assert scores["nll_refinement"].value == math.inf
+    assert np.isnan(scores["nll_calibration"].replicates).tolist() == holds.tolist()
+    assert scores["nll_calibration"].interval() == (-math.inf, math.inf)
     # Against a predictor whose scores are finite, and against itself.
     other = bootstrap.classification_replicates(np.full((20, 4), 0.25), targets, weights)["nll"]
     assert (nll - other).value == math.inf

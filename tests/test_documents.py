@@ -9,7 +9,7 @@ from tests.documented import DOCS, RECORDS, ROOT, agree, claims, differing, gene
 
 DOCUMENTS = (
     "README.md", "bias.md", "evidence.md", "posterior.md", "steps.md", "benchmarks.md",
-    "results.md", "fidelity.md", "distributed.md", "demonstration.md",
+    "results.md", "fidelity.md", "distributed.md", "demonstration.md", "beyond.md",
 )  # fmt: skip
 #: Those where every number has its claim.
 CLAIMED = ("README.md", "demonstration.md")

@@ -27,6 +27,7 @@ from debiased_laplace.evaluation.names import markdown as escaped
 from debiased_laplace.evaluation.report import figures, verdicts
 from debiased_laplace.evaluation.report.numbers import MINUS, number, plus_minus, with_interval
 from debiased_laplace.evaluation.report.outputs import markdown, render
+from debiased_laplace.evaluation.report.reliability import reliability_pictures
 from debiased_laplace.evaluation.report.statement import deciding_table, protocol, statement
 from debiased_laplace.evaluation.report.table import Table
 from debiased_laplace.evaluation.report.tables import tables
@@ -475,7 +476,7 @@ def test_a_method_that_failed_for_a_seed_has_the_numbers_of_the_others_and_is_to
         said = "laplace-torch did not run in 1 of 2 seeds; its numbers are of the others: RuntimeError: no memory."
         assert said in statement(summarised)["details"]
         assert said in markdown(summarised, title="Failed")
-    page = render(summarised, figures.reliability_pictures(summarised), title="Failed")
+    page = render(summarised, reliability_pictures(summarised), title="Failed")
     assert "Did not run: RuntimeError: no memory" in page
 
 
@@ -693,7 +694,7 @@ def test_without_a_candidate_nothing_is_compared(two: list[dict[str, Any]]) -> N
     assert "none is marked as a candidate" in said["answer"]
     assert said["details"] == said["rows"] == []
     assert deciding_table(summarised) is None
-    assert render(summarised, figures.reliability_pictures(summarised), title="Alone")
+    assert render(summarised, reliability_pictures(summarised), title="Alone")
 
 
 @pytest.mark.usefixtures("undrawn")
@@ -762,10 +763,13 @@ def lines_of(text: str) -> list[list[str]]:
 def test_every_number_has_its_error(summary: dict[str, Any], wave: list[dict[str, Any]], kind: str) -> None:
     summarised = tables(summary if kind == "classification" else summarise(wave))
     titles = [table.title for table in summarised]
-    assert titles[:3] == ["Test data", f"{CANDIDATE} against the others, test data", "Strong shift: mean NLL"]
+    parts = ["Calibration and refinement, test data", "By class, test data"] if kind == "classification" else []
+    against = f"{CANDIDATE} against the others, test data"
+    assert titles[: len(parts) + 3] == ["Test data", *parts, against, "Strong shift: mean NLL"]
     assert titles[-1] == "Tuning and cost"
     assert len(set(titles)) == len(titles)
     kinds_of_cells = {
+        "By class, test data": lambda row: all(re.fullmatch(r"\d+\.\d \[.*\d\](?: ‡)?|", row[i]) for i in (3, 5)),
         "Strong shift: mean NLL": lambda row: ERROR.fullmatch(row[1]) and all(map(VERDICT.fullmatch, row[2:])),
         f"NLL of {CANDIDATE} minus {BASELINE}, at equal settings": lambda row: INTERVAL.fullmatch(row[1]),
     }
@@ -778,7 +782,7 @@ def test_every_number_has_its_error(summary: dict[str, Any], wave: list[dict[str
             for row in rows:
                 cells = row[1:2] if "against" in table.title else row[1:]
                 assert all(pattern.fullmatch(cell) for cell in cells), (table.title, row)
-    against = summarised[1]
+    against = summarised[titles.index(against)]
     assert against.sections[0][0] == f"minus {MAP}"
     verdicts = {row[0]: row[2] for row in against.sections[0][1]}
     if kind == "regression":
@@ -963,7 +967,7 @@ def test_a_page_with_little_on_it(tmp_path: Path, n: int) -> None:
     summarised = summarise(run(task, tmp_path, [0], Context(), methods=methods, options=OPTIONS))
     paths = write_outputs(tmp_path / "out", summarised)
     check_page(paths["report.html"].read_text())
-    assert len(tables(summarised)) == 2 + (n == 2)
+    assert len(tables(summarised)) == 4 + (n == 2)
 
 
 @pytest.mark.usefixtures("undrawn")
@@ -984,7 +988,7 @@ def test_names_of_others_cannot_change_the_page(tmp_path: Path) -> None:
 
 def test_the_figures_are_pictures_and_say_what_they_show(summary: dict[str, Any], wave: list[dict[str, Any]]) -> None:
     for summarised, n, width in ((summary, 5, 500), (summarise(wave), 4, 300)):
-        diagrams = figures.reliability_pictures(summarised)
+        diagrams = reliability_pictures(summarised)
         assert Image.open(io.BytesIO(figures.reliability_png(summarised, diagrams))).size[0] > width
         folded = [figures.risk_coverage(summarised), figures.tuning(summarised)]
         drawn = [*figures.pictures(summarised), *(picture for picture in folded if picture), *diagrams.values()]

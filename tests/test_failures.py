@@ -24,9 +24,10 @@ from debiased_laplace.evaluation.methods import methods_of
 from debiased_laplace.evaluation.predictors.one_logit import TwoClasses, two_classes
 from debiased_laplace.evaluation.predictors.posterior import LaplacePredictor
 from debiased_laplace.evaluation.predictors.prediction import as_prediction
-from debiased_laplace.evaluation.report.figures import pictures, reliability_pictures
+from debiased_laplace.evaluation.report.figures import pictures
 from debiased_laplace.evaluation.report.numbers import number, plus_minus, with_interval
 from debiased_laplace.evaluation.report.outputs import markdown, render, write_outputs
+from debiased_laplace.evaluation.report.reliability import reliability_pictures
 from debiased_laplace.evaluation.report.statement import statement
 from debiased_laplace.evaluation.report.summary import summarise
 from debiased_laplace.evaluation.report.tables import tables

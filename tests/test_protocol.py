@@ -21,10 +21,11 @@ from debiased_laplace.evaluation import Context, Method, Options, Task, evaluate
 from debiased_laplace.evaluation.methods import CHOSEN_ON, MAP, TEMPERATURE, TEMPERATURE_RULE, standard_methods
 from debiased_laplace.evaluation.predictors.baselines import NOISE_RANGE, tuned_noise, tuned_temperature
 from debiased_laplace.evaluation.predictors.edges import near_the_end, of_prior, of_temperature, told
+from debiased_laplace.evaluation.report.cells import OF_NO_USE
 from debiased_laplace.evaluation.report.numbers import MINUS, unit
 from debiased_laplace.evaluation.report.outputs import markdown
 from debiased_laplace.evaluation.report.statement import deciding_table, protocol, statement
-from debiased_laplace.evaluation.report.tables import OF_NO_USE, tables
+from debiased_laplace.evaluation.report.tables import tables
 from debiased_laplace.evaluation.report.verdicts import comparisons, is_worse_than_uniform
 from debiased_laplace.evaluation.scores.calibrated import expected_errors
 from debiased_laplace.evaluation.scores.cells import combine
@@ -397,7 +398,7 @@ def test_what_a_calibrated_predictor_would_have(classes: int) -> None:
 
 def test_certain_predictions_cannot_be_miscalibrated_by_chance() -> None:
     assert expected_errors(np.eye(3)[np.arange(30) % 3]) == {
-        name: [0.0, 0.0, 0.0, 0.0] for name in ("ece", "adaptive_ece", "classwise_ece")
+        name: [0.0, 0.0, 0.0, 0.0] for name in ("ece", "adaptive_ece", "smooth_ece", "top_label_ece", "classwise_ece")
     }
 
 

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from debiased_laplace.evaluation.judge.conditions import conditions
     from debiased_laplace.evaluation.methods import Method, Options, standard_methods
     from debiased_laplace.evaluation.predictors.baselines import (
+        detecting_predictor,
         ensemble_predictor,
         gaussian_predictor,
         point_predictor,
@@ -57,6 +58,7 @@ _HOMES = {
     "conditions": "judge.conditions",
     "Prediction": "predictors.prediction",
     "LaplacePredictor": "predictors.posterior",
+    "detecting_predictor": "predictors.baselines",
     "ensemble_predictor": "predictors.baselines",
     "gaussian_predictor": "predictors.baselines",
     "point_predictor": "predictors.baselines",
@@ -82,6 +84,7 @@ __all__ = [
     "TaskError",
     "classification_metrics",
     "conditions",
+    "detecting_predictor",
     "ensemble_predictor",
     "evaluate",
     "gaussian_predictor",

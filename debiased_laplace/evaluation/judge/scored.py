@@ -11,7 +11,7 @@ import numpy as np
 from debiased_laplace.evaluation.judge.groups import Groups
 from debiased_laplace.evaluation.scores import bootstrap, calibrated, calibration, classification, regression, weighted
 from debiased_laplace.evaluation.scores.checks import Array
-from debiased_laplace.evaluation.scores.detection import ood_scores
+from debiased_laplace.evaluation.scores.detection import OOD, ood_scores
 from debiased_laplace.evaluation.scores.replicates import Replicates
 
 #: Bins of the histograms of out-of-distribution scores.
@@ -100,10 +100,12 @@ def _undefined(like: Iterable[str], n_resamples: int) -> dict[str, Replicates]:
 
 def _empty(curves: Mapping[str, Any]) -> dict[str, Any]:
     """Curves of a predictor that failed: bins without data, lines without points."""
-    empty: dict[str, Any] = {key: [float("nan")] * len(line) for key, line in curves.items()}
-    if "reliability" in curves:
-        empty["reliability"] = {part: [0] * len(line) for part, line in curves["reliability"].items()}
-    return empty
+    return {
+        key: {part: [0] * len(column) for part, column in line.items()}
+        if isinstance(line, Mapping)
+        else [float("nan")] * len(line)
+        for key, line in curves.items()
+    }
 
 
 def _mean(arrays: Sequence[Array]) -> Array | None:
@@ -112,26 +114,34 @@ def _mean(arrays: Sequence[Array]) -> Array | None:
 
 
 def _twins(*conditions: Mapping[str, Mapping[str, Array]]) -> Callable[[str, str], bool]:
-    """Whether two predictors predict the same of all data: they do not differ, however few the data are."""
+    """Whether two predictors predict the same of all data: they do not differ, however few the data are.
+
+    Further scores that one of them alone has are compared with nothing.
+    """
+
+    def equal(first: Mapping[str, Array], second: Mapping[str, Array]) -> bool:
+        alone = {key for key in first.keys() ^ second.keys() if key.startswith(OOD)}
+        return all(
+            key in first and key in second and np.array_equal(first[key], second[key])
+            for key in (first.keys() | second.keys()) - alone
+        )
 
     def same(first: str, second: str) -> bool:
         return all(
-            first in arrays
-            and second in arrays
-            and arrays[first].keys() == arrays[second].keys()
-            and all(np.array_equal(array, arrays[second][key]) for key, array in arrays[first].items())
-            for arrays in conditions
+            first in arrays and second in arrays and equal(arrays[first], arrays[second]) for arrays in conditions
         )
 
     return same
 
 
 def _classification_curves(probabilities: Array, targets: Array, risk: bool) -> dict[str, Any]:
-    bins = calibration.reliability(probabilities, targets)
-    curves: dict[str, Any] = {
-        "reliability": {"counts": bins.counts, "confidences": _rounded(bins.confidences), "correct": bins.correct}
-    }
+    def rounded(bins: calibration.Reliability) -> dict[str, Any]:
+        return {"counts": bins.counts, "confidences": _rounded(bins.confidences), "correct": bins.correct}
+
+    curves: dict[str, Any] = {"reliability": rounded(calibration.reliability(probabilities, targets))}
     if risk:
+        by_class = map(rounded, calibration.by_class(probabilities, targets))
+        curves |= dict(zip(("top_label", "classwise"), by_class, strict=True))
         lines = zip(("coverage", "risk"), classification.risk_coverage(probabilities, targets), strict=True)
         curves |= {name: _rounded(line) for name, line in lines}
     return curves

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from debiased_laplace import _data
 from debiased_laplace._guards import warn_the_caller
 from debiased_laplace.evaluation.predictors import edges
+from debiased_laplace.evaluation.predictors.detectors import OF_LOGITS, fitted_to
 from debiased_laplace.evaluation.predictors.prediction import Prediction, Predictor, mutual_information
 from debiased_laplace.likelihoods import Categorical, gaussian_nll
 from debiased_laplace.network.snapshot import in_evaluation_mode
@@ -38,6 +39,30 @@ def point_predictor(model: nn.Module, *, temperature: float = 1.0) -> Predictor:
 
     def predict(inputs: _data.Inputs) -> Prediction:
         return Prediction(probabilities=(outputs(inputs).double() / temperature).softmax(1))
+
+    return predict
+
+
+def detecting_predictor(model: nn.Module, training: Iterable[Any] | None = None) -> Predictor:
+    """The network's probabilities, with scores of how far data look out of distribution that need no posterior.
+
+    Args:
+        model: A classifier.
+        training: Batches that it was trained on, for Mahalanobis distances of its features; energy and maximum logit
+            need none.
+
+    Raises:
+        UnsupportedLayerError: If it is not clear which parameters are the last layer.
+        ValueError: If the last layer is not one module whose inputs are ``[N, I]``.
+    """
+    outputs = _forward(model)
+    features, detectors = (None, OF_LOGITS) if training is None else fitted_to(model, training)
+
+    def predict(inputs: _data.Inputs) -> Prediction:
+        logits, seen = (outputs(inputs), torch.empty(0)) if features is None else features(inputs)
+        logits = logits.double()
+        scores = {name: detector(logits, seen) for name, detector in detectors.items()}
+        return Prediction(probabilities=logits.softmax(1), ood=scores)
 
     return predict
 

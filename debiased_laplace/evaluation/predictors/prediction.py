@@ -9,8 +9,8 @@ A predictor takes the inputs of a batch and returns one of
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from debiased_laplace import _data
 from debiased_laplace.evaluation.scores.checks import row_sum_tolerance
+from debiased_laplace.evaluation.scores.detection import OOD
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,8 @@ class Prediction:
         variance: As the mean: predictive variance, observation noise included.
         functional_variance: ``[N]``, variance of the outputs, summed over them.
         mutual_information: ``[N]``, nats: entropy of the mean probabilities minus mean entropy of the probabilities.
+        ood: Further scores ``[N]`` by name, high where data look out of distribution, such as those of
+            :mod:`~debiased_laplace.evaluation.predictors.detectors`; the tables of such data have them too.
     """
 
     probabilities: Tensor | None = None
@@ -39,13 +42,17 @@ class Prediction:
     variance: Tensor | None = None
     functional_variance: Tensor | None = None
     mutual_information: Tensor | None = None
+    ood: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The fields that are there, further scores under names of their own."""
+        values = {one.name: getattr(self, one.name) for one in fields(self) if one.name != "ood"}
+        values |= {OOD + name: score for name, score in self.ood.items()}
+        return {name: value for name, value in values.items() if value is not None}
 
     def arrays(self) -> dict[str, NDArray[Any]]:
-        """The fields that are there, as float64 arrays."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return {
-            name: value.detach().to("cpu", torch.float64).numpy() for name, value in values.items() if value is not None
-        }
+        """The same as float64 arrays."""
+        return {name: value.detach().to("cpu", torch.float64).numpy() for name, value in self.tensors().items()}
 
 
 Predictor = Callable[[_data.Inputs], "Tensor | tuple[Tensor, Tensor] | Prediction"]
@@ -74,19 +81,16 @@ def as_prediction(value: Any, n: int, name: str) -> Prediction:
             f"Expected probabilities [N, C], a pair (mean, variance) or a Prediction from predictor {name!r}, got "
             f"{type(value).__name__}."
         )
-    for field in fields(value):
-        tensor = getattr(value, field.name)
-        if tensor is None:
-            continue
-        if tensor.ndim < 1 or len(tensor) != n:
+    for what, tensor in value.tensors().items():
+        if tensor.ndim < 1 or len(tensor) != n or (what.startswith(OOD) and tensor.ndim > 1):
             raise ValueError(
-                f"Expected {field.name} of {n} data from predictor {name!r}, one row for each, got shape "
+                f"Expected {what} of {n} data from predictor {name!r}, one row for each, got shape "
                 f"{tuple(tensor.shape)}."
             )
         if not bool(tensor.isfinite().all()):
             rows = (~tensor.isfinite().reshape(n, -1).all(1)).nonzero().flatten()
             raise ValueError(
-                f"Expected finite {field.name} from predictor {name!r}, got NaN or infinity for {len(rows)} of {n} "
+                f"Expected finite {what} from predictor {name!r}, got NaN or infinity for {len(rows)} of {n} "
                 f"data of a batch, the first being datum {int(rows[0])}. Look for NaN in the inputs or the model."
             )
     if value.mean is not None and value.mean.ndim > 2:

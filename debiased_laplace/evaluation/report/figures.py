@@ -7,18 +7,12 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from debiased_laplace.evaluation.methods import MAP, TEMPERATURE, TEMPERATURE_RULE, is_variant
 from debiased_laplace.evaluation.report.drawing import STYLES, Picture, finite, legend, png, tiled
 from debiased_laplace.evaluation.report.numbers import number, plus_minus
-from debiased_laplace.evaluation.report.summary import added
 from debiased_laplace.evaluation.report.verdicts import Summary, by_role, shifts
-from debiased_laplace.evaluation.scores.calibration import N_BINS
-
-#: Bins with fewer data are left out of reliability diagrams: their accuracy is noise.
-SMALLEST_BIN = 10
 
 
 def style(summary: Summary) -> dict[str, tuple[str, str, Any]]:
@@ -43,65 +37,19 @@ def pictures(summary: Summary) -> list[Picture]:
     return [picture for maker in makers if (picture := maker(summary)) is not None]
 
 
-def reliability_pictures(summary: Summary) -> dict[str, Picture]:
-    """One reliability diagram for each method: test data, and the strongest shift of each kind together."""
-    if summary["regression"]:
-        return {}
-    diagrams = {}
-    for name in drawn(summary):
-        figure = Figure(figsize=(4.2, 4.2), layout="constrained")
-        lines = _reliability(figure.subplots(), summary, name)
-        alternative = f"Reliability diagram of {name}: accuracy against confidence. {'; '.join(lines)}."
-        diagrams[name] = Picture(name, "", alternative, png(figure))
-    return diagrams
-
-
 def reliability_png(summary: Summary, diagrams: Mapping[str, Picture]) -> bytes:
     """All reliability diagrams, or calibration curves of a regression, in one image.
 
     Args:
         summary: Of a regression what is drawn.
-        diagrams: From :func:`reliability_pictures`; what takes long is drawn once.
+        diagrams: From :func:`~debiased_laplace.evaluation.report.reliability.reliability_pictures`, so that they are
+            drawn once.
     """
     if summary["regression"]:
         picture = _calibration_curve(summary)
         assert picture is not None
         return picture.png
     return tiled([diagram.png for diagram in diagrams.values()], 3)
-
-
-def _reliability(axes: Axes, summary: Summary, name: str) -> list[str]:
-    axes.plot([0, 1], [0, 1], color="0.55", linewidth=1, zorder=1)
-    said = []
-    for (title, bins), (color, marker, dashes) in zip(_bins(summary, name).items(), STYLES[:3], strict=False):
-        counts = np.asarray(bins["counts"], dtype=float)
-        kept = counts >= SMALLEST_BIN
-        confidence = np.asarray(bins["confidences"])[kept] / counts[kept]
-        accuracy = np.asarray(bins["correct"])[kept] / counts[kept]
-        error = np.abs(np.asarray(bins["confidences"]) - np.asarray(bins["correct"])).sum() / counts.sum()
-        axes.plot(confidence, accuracy, color=color, linestyle=dashes, linewidth=1.5, zorder=2)
-        axes.scatter(
-            confidence, accuracy, 15 + 120 * np.sqrt(counts[kept] / counts.sum()), color=color, marker=marker,
-            edgecolors="white", linewidths=0.6, zorder=3,
-        )  # fmt: skip
-        label = f"{title}: ECE {100 * error:.1f} %"
-        axes.plot([], [], color=color, linestyle=dashes, marker=marker, markersize=5, label=label)
-        said.append(label)
-    axes.set(xlim=(0, 1.03), ylim=(0, 1.03), xlabel="confidence", ylabel="accuracy", title=name, aspect="equal")
-    axes.grid(color="0.9", linewidth=0.6)
-    axes.legend(loc="upper left", fontsize=9, frameon=True, framealpha=0.9)
-    return said
-
-
-def _bins(summary: Summary, name: str) -> dict[str, dict[str, Any]]:
-    """Bins of the test data, and those of all shifts of severity 3 (or without degrees) and 5, added."""
-    bins_of = {"test data": summary["test"]["curves"][name]["reliability"]}
-    for title, severities in (("shifts, severity 3", (3, None)), ("shifts, severity 5", (5,))):
-        curves = [e["curves"][name]["reliability"] for e in summary["shifts"] if e["severity"] in severities]
-        bins = added(curves) if curves else {"counts": [0]}
-        if sum(bins["counts"]):  # none of a method that failed there
-            bins_of[title] = bins
-    return bins_of
 
 
 def _severity(summary: Summary) -> Picture | None:
@@ -326,11 +274,6 @@ def _distances(summary: Summary) -> Picture | None:
         "How far output variances are from those of the full-data posterior (zero: equal); bars are standard errors.",
         f"Mean absolute log ratio of output variances: {'; '.join(said)}.", png(figure),
     )  # fmt: skip
-
-
-def bins_note() -> str:
-    """How reliability diagrams are made."""
-    return f"{N_BINS} equal-width bins; those with fewer than {SMALLEST_BIN} data are left out"
 
 
 def shown(summary: Summary) -> list[tuple[str, str, Sequence[dict[str, Any]]]]:

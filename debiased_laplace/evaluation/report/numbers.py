@@ -35,6 +35,14 @@ def unit(summary: Summary, n: int, *, sets: int = 0) -> str:
     return " and ".join(parts) + (", one network" if units["networks"] == 1 else "")
 
 
+def unshared(summary: Summary) -> float:
+    """Of test data counted over all seeds, the share that are not the same again: see ``cells.combine``."""
+    n_seeds, rest = len(summary["seeds"]), summary["units"]["rest"]
+    if summary["same_data"]:
+        return 1 / n_seeds
+    return min(n_seeds, 1 + rest / summary["test"]["n"]) / n_seeds if rest else 1.0
+
+
 def number(value: float, digits: int, *, sign: bool = False, scale: float = 1.0) -> str:
     """A number with a true minus; ``"infinite"`` or ``"undefined"`` where it is none."""
     if math.isnan(value):

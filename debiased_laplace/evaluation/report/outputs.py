@@ -7,7 +7,7 @@ from pathlib import Path
 
 from debiased_laplace.evaluation import records
 from debiased_laplace.evaluation.methods import MAP, TEMPERATURE
-from debiased_laplace.evaluation.report import figures, pages, tables
+from debiased_laplace.evaluation.report import figures, pages, reliability, tables
 from debiased_laplace.evaluation.report.drawing import Picture
 from debiased_laplace.evaluation.report.statement import deciding_table, protocol, statement
 from debiased_laplace.evaluation.report.verdicts import Summary, by_role
@@ -32,7 +32,7 @@ def write_outputs(folder: Path | str, summary: Summary, *, title: str = "", noti
     paths = {name: folder / name for name in ("results.json", "results.md", "reliability.png", "report.html")}
     records.write_json(paths["results.json"], dict(summary) | {"statement": statement(summary)})
     records.write_whole(paths["results.md"], markdown(summary, title=title, notice=notice))
-    diagrams = figures.reliability_pictures(summary)
+    diagrams = reliability.reliability_pictures(summary)
     records.write_whole(paths["reliability.png"], figures.reliability_png(summary, diagrams))
     records.write_whole(paths["report.html"], render(summary, diagrams, title=title, notice=notice))
     return paths
@@ -51,7 +51,7 @@ def render(summary: Summary, diagrams: Mapping[str, Picture], *, title: str, not
 
     Args:
         summary: What is shown.
-        diagrams: From :func:`~debiased_laplace.evaluation.report.figures.reliability_pictures`.
+        diagrams: From :func:`~debiased_laplace.evaluation.report.reliability.reliability_pictures`.
         title: Of the page.
         notice: A warning shown above everything.
     """
@@ -67,7 +67,7 @@ def render(summary: Summary, diagrams: Mapping[str, Picture], *, title: str, not
         decides=deciding_table(summary),
         reliability=[picture for name, picture in diagrams.items() if name in first],
         more_reliability=[picture for name, picture in diagrams.items() if name not in first],
-        bins=figures.bins_note(),
+        bins=reliability.bins_note(),
         pictures=figures.pictures(summary),
         topics=[
             (topic, group, folded[topic](summary) if topic in folded else None)

@@ -140,15 +140,17 @@ def _of_seeds(parts: Sequence[Mapping[str, Any]], names: Sequence[str]) -> dict[
 
 
 def _combined(scores: Sequence[dict[str, Cell]], of: Combine) -> dict[str, Cell]:
-    return {score: of([cells[score] for cells in scores]) for score in scores[0]}
+    """Scores that all seeds have: records of an earlier version lack some."""
+    common = [score for score in scores[0] if all(score in cells for cells in scores)]
+    return {score: of([cells[score] for cells in scores]) for score in common}
 
 
 def _curves(curves: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Bins added, lines averaged."""
     combined: dict[str, Any] = {}
-    for key in curves[0]:
+    for key in [key for key in curves[0] if all(key in curve for curve in curves)]:
         of_seeds = [curve[key] for curve in curves]
-        if key == "reliability":
+        if isinstance(of_seeds[0], Mapping):
             combined[key] = added(of_seeds)
         else:
             length = min(len(line) for line in of_seeds)

@@ -3,50 +3,26 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from debiased_laplace.evaluation.judge.conditions import STRONG
 from debiased_laplace.evaluation.predictors.edges import MARK
 from debiased_laplace.evaluation.report import verdicts
-from debiased_laplace.evaluation.report.numbers import number, plus_minus, seeds, unit, with_interval
+from debiased_laplace.evaluation.report.cells import SCORES, errors, if_calibrated, in_cell, marks
+from debiased_laplace.evaluation.report.numbers import plus_minus, seeds, unit, with_interval
+from debiased_laplace.evaluation.report.reliability import by_class
 from debiased_laplace.evaluation.report.statement import failures
 from debiased_laplace.evaluation.report.table import Table
 from debiased_laplace.evaluation.report.verdicts import (
     Summary,
     by_role,
     is_undirected,
-    is_worse_than_uniform,
     judged,
     judged_in,
 )
 from debiased_laplace.evaluation.scores.calibration import N_BINS
 from debiased_laplace.evaluation.scores.cells import geometric_mean
-
-#: Column title, number of digits and factor of every score.
-SCORES = {
-    "accuracy": ("accuracy %", 1, 100.0),
-    "nll": ("NLL", 3, 1.0),
-    "brier": ("Brier", 3, 1.0),
-    "ece": ("ECE %", 1, 100.0),
-    "adaptive_ece": ("adaptive ECE %", 1, 100.0),
-    "classwise_ece": ("classwise ECE %", 2, 100.0),
-    "aurc": ("AURC %", 2, 100.0),
-    "auroc": ("AUROC %", 1, 100.0),
-    "aupr": ("AUPR %", 1, 100.0),
-    "fpr95": ("FPR95 %", 1, 100.0),
-    "rmse": ("RMSE", 3, 1.0),
-    "crps": ("CRPS", 3, 1.0),
-    "coverage_50": ("50 % interval holds %", 1, 100.0),
-    "coverage_90": ("90 % holds %", 1, 100.0),
-    "coverage_95": ("95 % holds %", 1, 100.0),
-    "width_50": ("50 % width", 3, 1.0),
-    "width_90": ("90 % width", 3, 1.0),
-    "width_95": ("95 % width", 3, 1.0),
-    "calibration_error": ("calibration error %", 1, 100.0),
-}
-#: At scores that equal probabilities for all classes would beat.
-OF_NO_USE = "†"
 
 
 def tables(summary: Summary) -> list[Table]:
@@ -63,7 +39,7 @@ def by_topic(summary: Summary) -> dict[str, list[Table]]:
     scores, shifts = "All scores on the test data", "Shifts, one by one"
     posteriors = "Against a single batch and all the training data"
     topics = {
-        scores: [_test(summary)],
+        scores: [_test(summary), _parts(summary), by_class(summary)],
         shifts: [_strong(summary), *(_shifts(summary, s) for s in ("nll", "rmse" if summary["regression"] else "ece"))],
         "Unknown inputs: out-of-distribution data": [_out_of_distribution(summary)],
         posteriors: [_distances(summary)],
@@ -78,65 +54,52 @@ def by_topic(summary: Summary) -> dict[str, list[Table]]:
     return {topic: group for topic, group in filled.items() if group}
 
 
-def _cell(cell: Sequence[float], score: str, summary: Summary | None = None) -> str:
-    _, digits, scale = SCORES[score]
-    text = plus_minus(cell, digits, scale=scale)
-    worse = summary is not None and is_worse_than_uniform(summary, score, cell)
-    return f"{text} {OF_NO_USE}" if worse else text
-
-
-def _marks(summary: Summary, cells: Iterable[str]) -> str:
-    """What marks mean, if there are some."""
-    marked = any(OF_NO_USE in cell for cell in cells)
-    return f" {OF_NO_USE} Worse than saying 1/{summary['task']['n_outputs']} for every class." if marked else ""
-
-
-def _errors(summary: Summary) -> str:
-    if len(summary["seeds"]) == 1:
-        return f"value ± standard error of the bootstrap ({summary['n_resamples']:,} resamples of the data)"
-    return f"mean over {seeds(summary)} ± standard error" + (
-        ", which holds the bootstrap error of the data that all seeds share" if summary["same_data"] else ""
-    )
+#: Scores of a classifier in the table of what is lost by miscalibration.
+PARTS = ("nll_calibration", "nll_refinement", "brier_calibration", "brier_refinement", "top_label_ece")
 
 
 def _test(summary: Summary) -> Table:
-    scores = summary["test"]["scores"]
-    names = list(next(iter(scores.values())))
+    names = [name for name in next(iter(summary["test"]["scores"].values())) if name not in PARTS]
     how = (
         "NLL in nats for each datum, RMSE, CRPS and widths in the units of the target."
         if summary["regression"]
         else f"NLL in nats. Brier score summed over classes. ECE with {N_BINS} equal-width bins; adaptive with "
-        f"{N_BINS} equally full ones; classwise: the mean over classes. AURC: mean error of the most "
-        "confident part, over all parts."
+        f"{N_BINS} equally full ones; {'SmoothECE without bins; ' if 'smooth_ece' in names else ''}classwise: the mean "
+        "over classes. AURC: mean error of the most confident part, over all parts."
+        + (" AUGRC: the share of data that are kept and wrong, likewise." if "augrc" in names else "")
     )
-    failed = ["failed", *[""] * (len(names) - 1)]
-    rows = [
-        [
-            name,
-            *(
-                [_cell(scores[name][s], s, summary) + _if_calibrated(summary["test"], name, s) for s in names]
-                if name in scores
-                else failed
-            ),
-        ]
-        for name in summary["predictors"]
-    ]
     calibrated = "" if summary["regression"] else (
         " Beside calibration errors: what the predictor would have on so many data if it were calibrated, with its "
         "95 % interval, from targets drawn from its probabilities."
     )  # fmt: skip
-    caption = " ".join([f"{how}{calibrated} Cells: {_errors(summary)}.", *failures(summary)])
-    caption += _marks(summary, (cell for row in rows for cell in row))
+    rows = _of_methods(summary, names)
+    caption = " ".join([f"{how}{calibrated} Cells: {errors(summary)}.", *failures(summary)])
+    caption += marks(summary, (cell for row in rows for cell in row))
     return Table("Test data", caption, ["method", *(SCORES[s][0] for s in names)], [("", rows)])
 
 
-def _if_calibrated(entry: Mapping[str, Any], name: str, score: str) -> str:
-    """The calibration error that a predictor would have if it were calibrated, in brackets and a line of its own."""
-    expected = entry.get("calibrated", {}).get(name, {}).get(score)
-    if expected is None:
-        return ""
-    value, low, high = (number(expected[i], SCORES[score][1], scale=100) for i in (0, 2, 3))
-    return f"\n(calibrated: {value} [{low}, {high}])"
+def _parts(summary: Summary) -> Table:
+    """What recalibration would remove, and what it would not; records of an earlier version lack it."""
+    scores = next(iter(summary["test"]["scores"].values()))
+    names = [name for name in PARTS if name in scores]
+    return Table(
+        "Calibration and refinement, test data",
+        "Calibration loss: the part of the NLL or the Brier score that the best temperature for the test data removes, "
+        "without what it owes to having been chosen on them: zero on average for what is calibrated. Refinement loss: "
+        "what is left; the same for the network at any temperature. Top-label: ECE of every predicted class by itself, "
+        f"averaged by how often it is predicted. Cells: {errors(summary)}.",
+        ["method", *(SCORES[s][0] for s in names)], [("", _of_methods(summary, names) if names else [])],
+    )  # fmt: skip
+
+
+def _of_methods(summary: Summary, names: Sequence[str]) -> list[list[str]]:
+    """Scores of all methods, a row for each; the failed ones too."""
+    scores, failed = summary["test"]["scores"], ["failed", *[""] * (len(names) - 1)]
+    return [
+        [name, *([in_cell(scores[name][s], s, summary) + if_calibrated(summary["test"], name, s) for s in names]
+                 if name in scores else failed)]
+        for name in summary["predictors"]
+    ]  # fmt: skip
 
 
 def _test_differences(summary: Summary, candidate: str) -> Table:
@@ -168,7 +131,7 @@ def _strong(summary: Summary) -> Table:
         return Table("Strong shift: mean NLL", "", [], [])
     others = list(strong["differences"])
     for name, scores in strong["scores"].items():
-        row = [name, _cell(scores["nll"], "nll", summary)]
+        row = [name, in_cell(scores["nll"], "nll", summary)]
         for second in others:
             cell = strong["differences"][second].get(name, {}).get("nll")
             row.append("" if cell is None else f"{with_interval(cell, 3)}\n({judged('nll', cell)})")
@@ -178,7 +141,7 @@ def _strong(summary: Summary) -> Table:
         f"which are one comparison: intervals over {unit(summary, strong['n'], sets=strong['sets'])}."
     )
     return Table(
-        "Strong shift: mean NLL", caption + _marks(summary, (cell for row in rows for cell in row)),
+        "Strong shift: mean NLL", caption + marks(summary, (cell for row in rows for cell in row)),
         ["method", "mean NLL", *(f"minus {second}" for second in others)], [("", rows)],
     )  # fmt: skip
 
@@ -238,15 +201,18 @@ def _shifts(summary: Summary, score: str) -> Table:
         rows = [
             [
                 method,
-                *(_cell(by_severity[s][method][score], score, summary) if s in by_severity else "" for s in severities),
+                *(
+                    in_cell(by_severity[s][method][score], score, summary) if s in by_severity else ""
+                    for s in severities
+                ),
             ]
             for method in entries[0]["scores"]
         ]
         sections.append((name, rows))
     return Table(
         f"Shifted data: {SCORES[score][0]}",
-        f"By severity. Cells: {_errors(summary)}."
-        + _marks(summary, (cell for _, rows in sections for row in rows for cell in row)),
+        f"By severity. Cells: {errors(summary)}."
+        + marks(summary, (cell for _, rows in sections for row in rows for cell in row)),
         ["method", *_headings(severities)], sections,
     )  # fmt: skip
 
@@ -274,7 +240,7 @@ def _out_of_distribution(summary: Summary) -> Table:
         for method, scores in entry["scores"].items():
             kinds = list(dict.fromkeys(key.rpartition(", ")[0] for key in scores))
             for kind in kinds:
-                cells = [_cell(scores[f"{kind}, {score}"], score) for score in ("auroc", "aupr", "fpr95")]
+                cells = [in_cell(scores[f"{kind}, {score}"], score) for score in ("auroc", "aupr", "fpr95")]
                 rows.append([f"{method}: {kind}", *cells])
         sections.append((f"{entry['name']} ({entry['n']:,})", rows))
     return Table(

@@ -35,7 +35,7 @@ MARK = {
     "both as if calibrated": "≈",
 }
 #: Scores of calibration, beside which stands what a calibrated predictor would have.
-CALIBRATION = ("ece", "adaptive_ece", "classwise_ece")
+CALIBRATION = ("ece", "adaptive_ece", "smooth_ece", "top_label_ece", "classwise_ece")
 #: Scores in the units of a regression's targets, which have no such margin.
 IN_UNITS = ("rmse", "crps", "width_50", "width_90", "width_95")
 

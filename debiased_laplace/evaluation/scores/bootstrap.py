@@ -24,6 +24,7 @@ import numpy as np
 
 from debiased_laplace.evaluation.scores import checks, classification, detection, intervals, regression
 from debiased_laplace.evaluation.scores.checks import Array
+from debiased_laplace.evaluation.scores.refinement import recalibrate
 from debiased_laplace.evaluation.scores.replicates import Replicates, ScoreKind
 from debiased_laplace.evaluation.scores.weighted import (
     check_weights,
@@ -34,10 +35,21 @@ from debiased_laplace.evaluation.scores.weighted import (
 
 # Weight of each kind of data where shares of it are weights: far above one, see the precision of the AUPR.
 _WEIGHT = 1e9
-_FRACTIONS = ("accuracy", "ece", "adaptive_ece", "classwise_ece", "aurc", "auroc", "aupr", "fpr95", "calibration_error")
+_FRACTIONS = (
+    "accuracy", "ece", "adaptive_ece", "smooth_ece", "top_label_ece", "classwise_ece", "aurc", "auroc", "aupr", "fpr95",
+    "calibration_error",
+)  # fmt: skip
 _COVERAGES = tuple(f"coverage_{percent}" for percent in regression.INTERVALS)
-_BOUNDS = dict.fromkeys((*_FRACTIONS, *_COVERAGES), (0.0, 1.0)) | {"brier": (0.0, 2.0)}
+_BOUNDS = dict.fromkeys((*_FRACTIONS, *_COVERAGES), (0.0, 1.0)) | {
+    "brier": (0.0, 2.0), "brier_refinement": (0.0, 2.0), "brier_calibration": (-2.0, 2.0), "augrc": (0.0, 0.5),
+    "nll_calibration": (-math.inf, math.inf),
+}  # fmt: skip
 _POSITIVE = 0.0, math.inf
+#: Scores of a classifier whose interval is not that of a calibration error.
+_KINDS: dict[str, ScoreKind] = {
+    "accuracy": "proportion", "nll": "mean", "brier": "mean", "aurc": "statistic", "augrc": "statistic",
+    **dict.fromkeys(("nll_refinement", "nll_calibration", "brier_refinement", "brier_calibration"), "statistic"),
+}  # fmt: skip
 
 
 def classification_replicates(
@@ -45,7 +57,8 @@ def classification_replicates(
 ) -> dict[str, Replicates]:
     """Scores of a classifier's probabilities, with resamples.
 
-    The bins of the adaptive calibration error are those of the whole sample in all resamples.
+    The bins of the adaptive calibration error are those of the whole sample in all resamples; temperatures of
+    recalibration are a Newton step from its own.
 
     Args:
         probabilities: ``[N, C]``.
@@ -55,9 +68,9 @@ def classification_replicates(
             give all predictors of the same data the same. By default the probabilities.
 
     Returns:
-        ``accuracy``, ``nll``, ``brier``, ``ece``, ``adaptive_ece``, ``classwise_ece`` and ``aurc``, in the units of
-        :func:`~debiased_laplace.evaluation.scores.classification.classification_metrics`. If a target has probability
-        zero, ``nll`` is infinite, and so are the replicates that hold this datum.
+        All numbers of :func:`~debiased_laplace.evaluation.scores.classification.classification_metrics`. If a target
+        has probability zero, ``nll`` and its refinement are infinite, their difference is undefined, and so are the
+        replicates that hold this datum.
 
     Raises:
         ValueError: For predictions that the scores refuse, or weights that are not counts of these data.
@@ -71,27 +84,28 @@ def classification_replicates(
     probabilities, targets = checks.check_predictions(probabilities, targets)
     weights, n = check_weights(weights, len(targets)), len(targets)
     data = classification.datum_scores(probabilities, targets)
+    found = recalibrate(probabilities, classification.one_hot(targets, probabilities.shape[1]))
+    every = np.concatenate([np.ones((1, n), weights.dtype), weights])  # the data themselves, and the resamples
     replicates = classifier_scores(
-        weights, probabilities, data, lambda first, last: targets[:, None] == np.arange(first, last)
+        every, probabilities, data, found, lambda first, last: targets[:, None] == np.arange(first, last)
     )
-    values = classification.classification_metrics(probabilities, targets)
 
     @lru_cache(maxsize=1)
     def with_other_labels(confidence: float) -> dict[str, Array]:
         share = intervals.unseen_share(n, confidence)
         labels = classification.other_labels(probabilities if others is None else np.asarray(others), targets) * share
         labels[np.arange(n), targets] += 1 - share
+        expected = classification.expected_datum_scores(probabilities, labels)
         return classifier_scores(
-            np.ones((1, n)), probabilities, classification.expected_datum_scores(probabilities, labels),
+            np.ones((1, n)), probabilities, expected, recalibrate(probabilities, labels),
             lambda first, last: labels[:, first:last],
         )  # fmt: skip
 
     scores = {}
     alike = float(np.ptp(data["accuracy"])) == 0
-    kinds: dict[str, ScoreKind] = {"accuracy": "proportion", "nll": "mean", "brier": "mean", "aurc": "statistic"}
     for name, array in replicates.items():
-        bounds = _BOUNDS.get(name, _POSITIVE)
-        score = Replicates(values[name], array, n, kinds.get(name, "calibration"), data.get(name), bounds)
+        kind, bounds = _KINDS.get(name, "calibration"), _BOUNDS.get(name, _POSITIVE)
+        score = Replicates(float(array[0]), array[1:], n, kind, data.get(name), bounds)
         if alike or (score.is_finite and score.is_constant):
             score = replace(score, unseen=partial(_scores_of, with_other_labels, name))
         scores[name] = score

@@ -17,6 +17,7 @@ from scipy import sparse
 from debiased_laplace.evaluation.scores import calibration, checks
 from debiased_laplace.evaluation.scores.calibration import N_BINS
 from debiased_laplace.evaluation.scores.checks import Array
+from debiased_laplace.evaluation.scores.smooth import cells, smooth_errors
 
 #: Sets of targets that are drawn; 200 fix the bounds of an interval to a tenth of its width.
 N_DRAWS = 200
@@ -33,10 +34,11 @@ def expected_errors(
         probabilities: ``[N, C]``.
         n_draws: Sets of targets.
         seed: Of NumPy's generator.
-        classwise: Also of every class, which costs C times as much.
+        classwise: Also of every class, which costs C times as much, and the smooth error.
 
     Returns:
-        For ``ece``, ``adaptive_ece`` and ``classwise_ece`` mean, standard deviation and 95 % interval over the draws.
+        For ``ece``, ``adaptive_ece``, ``smooth_ece``, ``top_label_ece`` and ``classwise_ece`` mean, standard deviation
+        and 95 % interval over the draws.
 
     Example:
         >>> mean, _, low, high = expected_errors([[0.9, 0.1]] * 100)["ece"]
@@ -56,6 +58,8 @@ def expected_errors(
     gap = confidence[:, None] - hits
     errors = {name: _errors(bins_of(confidence, N_BINS), gap) for name, bins_of in bins.items()}
     if classwise:
+        errors["smooth_ece"] = smooth_errors((cells(confidence) @ gap).T / n)
+        errors["top_label_ece"] = _errors(calibration.top_label_bins(values, confidence, N_BINS), gap)
         total = np.zeros(n_draws)
         for index in range(n_classes):
             column = values[:, index]

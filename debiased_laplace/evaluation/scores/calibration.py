@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from debiased_laplace.evaluation.scores.checks import Array, check_predictions
+from debiased_laplace.evaluation.scores.smooth import cells, smooth_errors
 
 #: Bins of the calibration error and of the reliability diagrams.
 N_BINS = 15
@@ -19,7 +20,7 @@ N_BINS = 15
 
 @dataclass(frozen=True)
 class Reliability:
-    """Confidence and accuracy in equal-width bins of the confidence.
+    """Confidence and accuracy in equal-width bins of the confidence, or of each predicted class.
 
     Attributes:
         counts: Number of data in each bin.
@@ -93,6 +94,29 @@ def classwise_calibration_error(probabilities: Any, targets: Any, n_bins: int = 
     return float(total / probabilities.size)
 
 
+def top_label_calibration_error(probabilities: Any, targets: Any, n_bins: int = N_BINS) -> float:
+    r"""Expected calibration error of the most probable class, for each predicted class by itself.
+
+    .. math:: \sum_c \sum_b \frac{N_{cb}}{N} \, |\mathrm{accuracy}_{cb} - \mathrm{confidence}_{cb}|
+
+    over the :math:`N_{cb}` data of which class :math:`c` is predicted with a confidence in bin :math:`b`. It is never
+    smaller than the ECE, in which classes predicted too surely and others predicted too carefully make up for
+    one another; and larger by noise, since there are C times as many bins.
+
+    Source: Gupta and Ramdas, "Top-label calibration and multiclass-to-binary reductions", arXiv 2107.08353.
+    """
+    probabilities, targets = check_predictions(probabilities, targets)
+    confidence, correct = confidence_and_hits(probabilities, targets)
+    index = top_label_bins(probabilities, confidence, n_bins)
+    return float(np.abs(np.bincount(index, weights=confidence - correct)).sum() / len(confidence))
+
+
+def smooth_calibration_error(probabilities: Any, targets: Any) -> float:
+    """SmoothECE of the most probable class, without bins; see :mod:`~debiased_laplace.evaluation.scores.smooth`."""
+    confidence, correct = confidence_and_hits(*check_predictions(probabilities, targets))
+    return float(smooth_errors((cells(confidence, confidence - correct).sum(1) / len(confidence))[None])[0])
+
+
 def reliability(probabilities: Any, targets: Any, n_bins: int = N_BINS) -> Reliability:
     """Counts, confidences and hits in equal-width bins; a bin holds its lower edge, the last one also 1."""
     confidence, correct = confidence_and_hits(*check_predictions(probabilities, targets))
@@ -101,6 +125,28 @@ def reliability(probabilities: Any, targets: Any, n_bins: int = N_BINS) -> Relia
         np.bincount(index, minlength=n_bins).tolist(),
         np.bincount(index, weights=confidence, minlength=n_bins).tolist(),
         np.bincount(index, weights=correct, minlength=n_bins).astype(int).tolist(),
+    )
+
+
+def by_class(probabilities: Any, targets: Any) -> tuple[Reliability, Reliability]:
+    """What a table by class shows.
+
+    Returns:
+        Of each class as prediction (top-label): how often it is predicted, with which sum of confidences, and how often
+        rightly; and of each class as a probability (classwise): the number of data, the sum of its probabilities, and
+        how often it is the target.
+    """
+    probabilities, targets = check_predictions(probabilities, targets)
+    confidence, correct = confidence_and_hits(probabilities, targets)
+    n, classes = probabilities.shape
+    top = probabilities.argmax(1)
+
+    def count(index: Array, weights: Array | None = None) -> Array:
+        return np.bincount(index, weights, classes)
+
+    return (
+        Reliability(count(top).tolist(), count(top, confidence).tolist(), count(top[correct]).tolist()),
+        Reliability([n] * classes, probabilities.sum(0).tolist(), count(targets).tolist()),
     )
 
 
@@ -113,6 +159,12 @@ def equally_full_bins(values: Array, n_bins: int) -> Array:
     """Index of the bin of each value, bins of equally many data as far as ties allow; equal values share a bin."""
     edges = np.unique(np.quantile(values, np.linspace(0, 1, check_bins(n_bins) + 1)[1:-1]))
     return np.searchsorted(edges, values, side="right")
+
+
+def top_label_bins(probabilities: Array, confidence: Array, n_bins: int) -> Array:
+    """Index of the predicted class and bin of confidence, together, of each datum; pairs without data have none."""
+    index = probabilities.argmax(1) * n_bins + equal_width_bins(confidence, n_bins)
+    return np.unique(index, return_inverse=True)[1].reshape(-1)
 
 
 def confidence_and_hits(probabilities: Array, targets: Array) -> tuple[Array, Array]:

@@ -18,8 +18,11 @@ from debiased_laplace.evaluation.scores.calibration import (
     confidence_and_hits,
     expected_calibration_error,
     reliability,
+    smooth_calibration_error,
+    top_label_calibration_error,
 )
 from debiased_laplace.evaluation.scores.checks import Array, check_predictions
+from debiased_laplace.evaluation.scores.refinement import recalibrate
 
 #: Points of a risk-coverage curve.
 CURVE_POINTS = 200
@@ -34,8 +37,9 @@ def classification_metrics(probabilities: Any, targets: Any) -> dict[str, Any]:
 
     Returns:
         ``accuracy``, ``nll`` (nats for each datum), ``brier`` (summed over classes, zero to two), ``ece``,
-        ``adaptive_ece``, ``classwise_ece``, ``aurc`` (fractions) and ``reliability`` (a dictionary of
-        :class:`Reliability`).
+        ``adaptive_ece``, ``smooth_ece``, ``top_label_ece``, ``classwise_ece``, ``aurc``, ``augrc`` (fractions),
+        ``nll_calibration`` and ``nll_refinement`` (which add up to the NLL), ``brier_calibration`` and
+        ``brier_refinement``, and ``reliability`` (a dictionary of :class:`Reliability`).
 
     Raises:
         ValueError: If shapes do not fit, rows do not sum to one, or something is not finite.
@@ -46,16 +50,33 @@ def classification_metrics(probabilities: Any, targets: Any) -> dict[str, Any]:
         (0.5, 0.53)
     """
     probabilities, targets = check_predictions(probabilities, targets)
-    return {
-        "accuracy": accuracy(probabilities, targets),
-        "nll": negative_log_likelihood(probabilities, targets),
-        "brier": brier_score(probabilities, targets),
+    data = datum_scores(probabilities, targets)
+    means = {name: float(values.mean()) for name, values in data.items()}
+    found = recalibrate(probabilities, one_hot(targets, probabilities.shape[1]))
+    refined = found.risks({name: column.mean() for name, column in found.columns.items()})
+    return with_calibration_losses({
+        **means,
         "ece": expected_calibration_error(probabilities, targets),
         "adaptive_ece": adaptive_calibration_error(probabilities, targets),
+        "smooth_ece": smooth_calibration_error(probabilities, targets),
+        "top_label_ece": top_label_calibration_error(probabilities, targets),
         "classwise_ece": classwise_calibration_error(probabilities, targets),
         "aurc": aurc(probabilities, targets),
-        "reliability": asdict(reliability(probabilities, targets)),
-    }
+        "augrc": augrc(probabilities, targets),
+        **{name: float(value) for name, value in refined.items()},
+    }) | {"reliability": asdict(reliability(probabilities, targets))}  # fmt: skip
+
+
+def with_calibration_losses(scores: dict[str, Any]) -> dict[str, Any]:
+    """Scores with calibration losses: what recalibration removes. Undefined where nothing could be finite."""
+    with np.errstate(invalid="ignore"):
+        of_loss = {loss: np.subtract(scores[loss], scores[f"{loss}_refinement"]) for loss in ("nll", "brier")}
+    return scores | {f"{loss}_calibration": part if part.ndim else float(part) for loss, part in of_loss.items()}
+
+
+def one_hot(targets: Array, n_classes: int) -> Array:
+    """Class indices ``[N]`` as ``[N, C]``."""
+    return np.eye(n_classes)[targets]
 
 
 def accuracy(probabilities: Any, targets: Any) -> float:
@@ -142,6 +163,41 @@ def aurc(probabilities: Any, targets: Any) -> float:
     Source: Geifman and El-Yaniv 2017, arXiv 1705.08500.
     """
     return float(_risks(probabilities, targets).mean())
+
+
+def augrc(probabilities: Any, targets: Any) -> float:
+    r"""Area under the generalised risk-coverage curve: how often an error is not noticed, over all thresholds.
+
+    The generalised risk is the share of *all* data that are kept and wrong, so that every error counts by its rank
+    alone, whereas :func:`aurc` has those of the most confident data in many of its fractions. The area is that below
+    straight lines, from nothing kept to all kept; data of equal confidence are a line, the expected value over their
+    orders. It is
+
+    .. math:: \mathrm{acc}\,(1 - \mathrm{acc})\,(1 - \mathrm{AUROC_f}) + (1 - \mathrm{acc})^2 / 2
+
+    with AUROC_f that of telling right from wrong predictions by the confidence.
+
+    Args:
+        probabilities: ``[N, C]``.
+        targets: ``[N]``, class indices.
+
+    Returns:
+        Zero to one half.
+
+    Raises:
+        ValueError: For predictions that :func:`check_predictions` refuses.
+
+    Example:
+        >>> augrc([[0.9, 0.1], [0.2, 0.8]], [0, 0])
+        0.125
+
+    Source: Traub et al., "Overcoming common flaws in the evaluation of selective classification systems", NeurIPS 2024,
+    arXiv 2407.01032.
+    """
+    risks = _risks(probabilities, targets)
+    n = len(risks)
+    errors = risks * np.arange(1, n + 1)
+    return float((errors.sum() - errors[-1] / 2) / n**2)
 
 
 def risk_coverage(probabilities: Any, targets: Any) -> tuple[Array, Array]:

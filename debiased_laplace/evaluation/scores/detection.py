@@ -14,6 +14,9 @@ from numpy.typing import NDArray
 
 from debiased_laplace.evaluation.scores.checks import Array, as_array, check_probabilities
 
+#: Before the name of a further score among the arrays of a prediction.
+OOD = "ood: "
+
 
 def out_of_distribution_metrics(inside: Any, outside: Any) -> dict[str, float]:
     """How well the probabilities tell OOD data: AUROC, average precision and FPR95 of :func:`ood_score`.
@@ -117,4 +120,4 @@ def ood_scores(arrays: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
     for name in ("mutual_information", "functional_variance"):
         if name in arrays:
             scores[name.replace("_", " ")] = arrays[name]
-    return scores
+    return scores | {name.removeprefix(OOD): array for name, array in arrays.items() if name.startswith(OOD)}

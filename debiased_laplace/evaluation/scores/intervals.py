@@ -50,8 +50,10 @@ def unseen_share(n: int, confidence: float) -> float:
 
 
 @lru_cache(maxsize=4096)
-def proportion(successes: int, n: int, confidence: float) -> Interval:
+def proportion(successes: float, n: float, confidence: float) -> Interval:
     """Exact interval of a proportion (Clopper and Pearson 1934): it holds the truth at least as often as it says.
+
+    Numbers need not be whole: of counts over seeds that share data, those that they do not share.
 
     Example:
         >>> [round(bound, 3) for bound in proportion(20, 20, 0.95)]

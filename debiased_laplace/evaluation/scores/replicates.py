@@ -72,11 +72,11 @@ class Replicates:
         if not self.is_finite:
             return math.inf
         if self.n is None:
-            return float(self.replicates.std(ddof=1))
+            return _deviation(self.replicates, 1)
         if self.n == 1 or self.is_constant:
             low, high = self.interval(CONFIDENCE)
             return (high - low) / (2 * intervals.normal_quantile(CONFIDENCE))
-        return float(self.replicates.std(ddof=1)) * math.sqrt(self.n / (self.n - 1))
+        return _deviation(self.replicates, 1) * math.sqrt(self.n / (self.n - 1))
 
     def interval(self, confidence: float = CONFIDENCE) -> Interval:
         """The interval that fits the kind of score.
@@ -132,7 +132,7 @@ class Replicates:
             low, high = intervals.mean(self.contributions, confidence)
             return (math.sqrt(max(low, 0.0)), math.sqrt(max(high, 0.0))) if self.kind == "root" else (low, high)
         expanded = self._percentiles(intervals.expanded(confidence, n))
-        half = intervals.student_quantile(n, confidence) * float(self.replicates.std()) * math.sqrt(n / (n - 1))
+        half = intervals.student_quantile(n, confidence) * _deviation(self.replicates, 0) * math.sqrt(n / (n - 1))
         student = self.value - half, self.value + half
         if self.kind == "calibration":
             basic = 2 * self.value - expanded[1], 2 * self.value - expanded[0]
@@ -192,6 +192,12 @@ class Replicates:
             "mean" if self.kind == "root" else self.kind, contributions,
             (self.bounds[0] - other.bounds[1], self.bounds[1] - other.bounds[0]), unseen, (self, other),
         )  # fmt: skip
+
+
+def _deviation(values: Array, correction: int) -> float:
+    # Squares of tiny numbers would vanish.
+    scale = float(np.abs(values).max()) or 1.0
+    return scale * float((values / scale).std(ddof=correction))
 
 
 def _quantile(values: Array, probability: float) -> float:

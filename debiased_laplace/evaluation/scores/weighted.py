@@ -15,8 +15,11 @@ from typing import Any
 import numpy as np
 from scipy import sparse
 
-from debiased_laplace.evaluation.scores.calibration import N_BINS, equal_width_bins, equally_full_bins
+from debiased_laplace.evaluation.scores.calibration import N_BINS, equal_width_bins, equally_full_bins, top_label_bins
 from debiased_laplace.evaluation.scores.checks import Array, as_array
+from debiased_laplace.evaluation.scores.classification import with_calibration_losses
+from debiased_laplace.evaluation.scores.refinement import Recalibration
+from debiased_laplace.evaluation.scores.smooth import GRID, cells, smooth_errors
 
 #: Entries of a block of resampling weights (12 MB); about eight arrays of that size live at once.
 BLOCK_ENTRIES = 1_500_000
@@ -50,23 +53,29 @@ def resample_weights(n: int, n_resamples: int = 1000, seed: int = 0) -> Array:
 
 
 def classifier_scores(
-    weights: Array, probabilities: Array, data: dict[str, Array], columns: Callable[[int, int], Array]
-) -> dict[str, Array]:
+    weights: Array, probabilities: Array, data: dict[str, Array], found: Recalibration,
+    columns: Callable[[int, int], Array],
+) -> dict[str, Array]:  # fmt: skip
     """All scores of a classifier, ``[B]`` each.
 
     Args:
         weights: ``[B, N]``.
         probabilities: ``[N, C]``.
         data: ``accuracy``, ``nll`` and ``brier`` of each datum, ``[N]`` each.
+        found: The recalibration of the whole sample.
         columns: For a range of classes whether, or how probably, each is the target, ``[N, k]``.
     """
     confidence, hits = probabilities.max(1).clip(max=1.0), data["accuracy"]
-    scores, gap = weighted_means(weights, data), (confidence - hits)[:, None]
+    means, gap = weighted_means(weights, {**data, **found.columns}), confidence - hits
+    scores = {name: means[name] for name in data}
     for name, bins in (("ece", equal_width_bins), ("adaptive_ece", equally_full_bins)):
-        scores[name] = _binned_gaps(weights, bins(confidence, N_BINS)[:, None], gap)
+        scores[name] = _binned_gaps(weights, bins(confidence, N_BINS)[:, None], gap[:, None])
+    scores["smooth_ece"] = _smooth_gaps(weights, confidence, gap)
+    of_classes = top_label_bins(probabilities, confidence, N_BINS)
+    scores["top_label_ece"] = _binned_gaps(weights, of_classes[:, None], gap[:, None])
     scores["classwise_ece"] = _classwise_gaps(weights, probabilities, columns)
-    scores["aurc"] = _aurc(weights, confidence, 1 - hits)
-    return scores
+    scores["aurc"], scores["augrc"] = _areas(weights, confidence, 1 - hits)
+    return with_calibration_losses(scores | found.risks(means))
 
 
 def detection_scores(score: Array, is_outside: Array, weights: Array) -> dict[str, Array]:
@@ -144,12 +153,20 @@ def _classwise_gaps(weights: Array, probabilities: Array, columns: Callable[[int
     return total / classes
 
 
-def _aurc(weights: Array, confidence: Array, wrong: Array) -> Array:
-    # A tie of m data with error rate r, after a data with E errors, adds sum_{k=a+1}^{a+m} (E + r (k - a)) / k
-    # = r m + (E - r a) (H(a + m) - H(a)) with harmonic numbers H: copies of a datum are such a tie.
+def _smooth_gaps(weights: Array, confidence: Array, gap: Array) -> Array:
+    shares, result = cells(confidence, gap), np.empty((len(weights), GRID))
+    for rows, block in _blocks(weights):
+        result[rows] = ((shares @ block) / block.sum(0)).T
+    return smooth_errors(result)
+
+
+def _areas(weights: Array, confidence: Array, wrong: Array) -> tuple[Array, Array]:
+    # Below the risk-coverage curve: a tie of m data with error rate r, after a data with E errors, adds
+    # sum_{k=a+1}^{a+m} (E + r (k - a)) / k = r m + (E - r a) (H(a + m) - H(a)) with harmonic numbers H: copies of a
+    # datum are such a tie. Below the generalised one it is a trapezium, m (E + r m / 2).
     order, starts = _descending(confidence)
     harmonic = np.concatenate([[0.0], np.cumsum(1 / np.arange(1, weights.sum(1, dtype=np.float64).max() + 1))])
-    result = np.empty(len(weights))
+    areas = np.empty((2, len(weights)))
     for rows, block in _blocks(weights, order):
         errors = _sum_groups(block * wrong[order, None], starts)
         sizes = _sum_groups(block, starts)
@@ -158,8 +175,9 @@ def _aurc(weights: Array, confidence: Array, wrong: Array) -> Array:
         steps = harmonic[after.astype(np.int64)]
         steps[1:] -= steps[:-1].copy()
         earlier = errors.cumsum(0) - errors
-        result[rows] = (errors + (earlier - rates * before) * steps).sum(0) / after[-1]
-    return result
+        areas[0, rows] = (errors + (earlier - rates * before) * steps).sum(0) / after[-1]
+        areas[1, rows] = ((earlier + errors / 2) * sizes).sum(0) / after[-1] ** 2
+    return areas[0], areas[1]
 
 
 def _descending(values: Array) -> tuple[Array, Array]:

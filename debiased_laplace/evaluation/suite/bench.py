@@ -19,6 +19,7 @@ from debiased_laplace.evaluation.judge.predictions import reason
 from debiased_laplace.evaluation.methods import Method, Options
 from debiased_laplace.evaluation.predictors import edges
 from debiased_laplace.evaluation.predictors.baselines import (
+    detecting_predictor,
     ensemble_predictor,
     gaussian_predictor,
     outputs_of,
@@ -197,11 +198,23 @@ class Bench:
         if method.kind == "map":
             outputs, targets = outputs_of(self.point, self._validation())
             loss = float(nn.functional.cross_entropy(outputs, targets.long()))
-            return point_predictor(self.point), {"seconds": {}, "validation_nll": loss}
+            predictor, told = self._detecting()
+            return predictor, {"seconds": {}, "validation_nll": loss, "warnings": told}
         temperature, loss = tuned_temperature(self.point, self._validation(), **method.tune)
         result = {"temperature": temperature, "validation_nll": loss, "seconds": {"tune": time.perf_counter() - start}}
         result["edges"] = edges.of_temperature(temperature)
         return point_predictor(self.point, temperature=temperature), result
+
+    def _detecting(self) -> tuple[Predictor, list[str]]:
+        """The network with detectors of out-of-distribution data if there are such; why it lacks some of them."""
+        if not self.task.has("ood_loaders"):
+            return point_predictor(self.point), []
+        try:
+            return detecting_predictor(self.point, loader_of(self.task, "train_loader", self.context)), []
+        except TaskError:
+            raise
+        except Exception as error:
+            return detecting_predictor(self.point), [f"It has no Mahalanobis distances: {reason(error)}"]
 
     def _ensemble(self) -> tuple[Predictor, dict[str, Any]]:
         if isinstance(self.subject.members, str):

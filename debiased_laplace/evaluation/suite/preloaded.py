@@ -12,7 +12,6 @@ try:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         warnings.simplefilter("ignore", DeprecationWarning)
-        import netcal.metrics
         import PIL.Image
         import sklearn.datasets
         import sklearn.metrics
@@ -25,4 +24,4 @@ finally:
     gc.freeze()
     gc.enable()
 
-__all__ = ["PIL", "netcal", "seeds", "sklearn", "torch"]
+__all__ = ["PIL", "seeds", "sklearn", "torch"]
