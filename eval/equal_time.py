@@ -289,7 +289,10 @@ def main() -> None:
     parser.add_argument("--data-dir", type=Path, default=None, help="folder with FashionMNIST/raw, trec and cifar10")
     parser.add_argument("--scratch", type=Path, default=Path("eval/results"))
     parser.add_argument("--docs", type=Path, default=Path("docs"))
+    parser.add_argument("--quick", action="store_true", help="one network, two budgets, one draw")
     options = parser.parse_args()
+    if options.quick:
+        options.networks, options.budgets, options.draws = ["digits-cnn"], [16, 32], 1
     path = options.docs / "records" / "equal_time.json"
     for name in options.networks or [name for name in SIZES if options.data_dir or name.startswith("digits")]:
         usual = SIZES[name]

@@ -1,6 +1,6 @@
 """Memory of fits and predictions of Transformers of which the last block alone is trainable, and of whole ones.
 
-    python eval/frozen.py [--out docs/records]
+    python eval/frozen.py [--quick] [--docs docs]
 
 Beside them autograd's own forward and backward pass over the same 64 data at once, and a forward pass without a graph,
 which is what a frozen body needs at least. Every measurement is a fresh process; its number is the growth of the peak
@@ -108,15 +108,15 @@ def table(record: Mapping[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("docs/records"))
-    parser.add_argument("--document", type=Path, default=Path("docs/benchmarks_appendix.md"))
+    parser.add_argument("--docs", type=Path, default=Path("docs"))
+    parser.add_argument("--quick", action="store_true", help="one network")
     parser.add_argument("--one", nargs=3, metavar=("NETWORK", "TRAINABLE", "CALL"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
         print(json.dumps(measure(*options.one)))
         return
     networks: dict[str, Any] = {}
-    for network in NETWORKS:
+    for network in list(NETWORKS)[: 1 if options.quick else None]:
         for trainable in TRAINABLE:
             for call in CALLS:
                 done = subprocess.run(
@@ -128,8 +128,8 @@ def main() -> None:
                 print(network, trainable, call, result, file=sys.stderr)
                 networks.setdefault(network, {}).setdefault(trainable, {})[call] = result
     record = {"hardware": hardware("cpu"), "torch": torch.__version__, "data": DATA, "networks": networks}
-    write_json(options.out / "frozen.json", record)
-    fill(options.document, {"frozen": table(record)})
+    write_json(options.docs / "records" / "frozen.json", record)
+    fill(options.docs / "benchmarks.md", {"frozen": table(record)})
 
 
 if __name__ == "__main__":

@@ -187,8 +187,11 @@ def main() -> None:
     parser.add_argument("--data-dir", type=Path, help="folder with FashionMNIST/raw and cifar10")
     parser.add_argument("--scratch", type=Path, default=Path("eval/results"))
     parser.add_argument("--docs", type=Path, default=Path("docs"))
+    parser.add_argument("--quick", action="store_true", help="one network and seed")
     parser.add_argument("--one", nargs=7, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.quick:
+        options.networks, options.seeds = ["resnet20"], 1
     if options.one:
         name, budget, limit, seed, *paths = options.one
         print(json.dumps(measure(name, int(budget), int(limit), int(seed), *paths)))

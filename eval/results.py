@@ -69,8 +69,9 @@ def document(path: Path, summaries: Mapping[str, Summary]) -> None:
         if not summary["regression"] and picture is not None and summary["shifts"]:
             save_small(picture.png, path.parent / f"results-{name}.png")
     record = path.parent / "records" / "results.json"
-    record.parent.mkdir(parents=True, exist_ok=True)
-    write_json(record, {name: compact(summary) for name, summary in summaries.items()})
+    known = read_json(record) if record.exists() else {}
+    known |= {name: compact(summary) for name, summary in summaries.items()}
+    write_json(record, {name: known[name] for name in TASKS if name in known})
     fill(path, parts(read_json(record)))
 
 
@@ -118,7 +119,8 @@ def compact(summary: Summary) -> Summary:
     """Everything that tables and sentences show, five digits; of shifted data the differences of the candidate."""
     candidate = by_role(summary, "candidate")
     kept: Summary = rounded({key: entry for key, entry in summary.items() if key not in LEFT_OUT})
-    for entry in (*kept["shifts"], *kept["ood"]):
+    sets = [e["prediction_sets"] for e in (kept["test"], kept["strong_shift"]) if e and "prediction_sets" in e]
+    for entry in (*kept["shifts"], *kept["ood"], *sets):
         entry["differences"] = {
             second: {first: scores for first, scores in others.items() if first == candidate}
             for second, others in entry["differences"].items()

@@ -1,6 +1,6 @@
 """How time and memory grow with everything that can grow, and the largest networks, step by step.
 
-    python eval/scale.py [--only growth large] [--device cuda] [--out scale-results] [--document docs/benchmarks.md]
+    python eval/scale.py [--only growth large] [--device cuda] [--quick] [--out scale-results] [--docs docs]
 
 Growth: perceptrons and a small CNN with random weights; one quantity is doubled again and again, the others stay.
 Every measurement is a fresh process with one thread; the exponent is the slope of a line through the logarithms
@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import shutil
 import subprocess
 import sys
 import time
@@ -175,15 +176,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu", help="of the largest networks; growth is measured on a CPU")
     parser.add_argument("--out", type=Path, default=Path("scale-results"))
-    parser.add_argument(
-        "--document", type=Path, help="a document with a place for each table; otherwise they are printed"
-    )
+    parser.add_argument("--docs", type=Path, help="put the record and the tables there; otherwise they are printed")
+    parser.add_argument("--quick", action="store_true", help="growth alone, to a quarter of the sizes")
     parser.add_argument("--only", nargs="+", default=["growth", "large"], choices=["growth", "large"])
     parser.add_argument("--one", nargs=2, metavar=("WHAT", "VALUE"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
         print(json.dumps(measure(*options.one, options.device)))
         return
+    if options.quick:
+        options.only = ["growth"]
+        for what, (sizes, *about) in GROWTH.items():
+            GROWTH[what] = (tuple(max(1, size // 4) for size in sizes), *about)  # type: ignore[assignment]
     on_cpu = options.device == "cpu"
     path = options.out / ("scale.json" if on_cpu else f"scale-{options.device}.json")
     record = read_json(path) if path.exists() else {"growth": {}, "large": {}}
@@ -209,7 +213,9 @@ def main() -> None:
     parts = {"growth": growth_table} if "growth" in options.only else {}
     parts |= {"large": large_table} if "large" in options.only else {}
     tables = {name: table(record) for name, table in parts.items()}
-    show(tables, options.document)
+    if options.docs is not None:
+        shutil.copy(path, options.docs / "records")
+    show(tables, options.docs and options.docs / "benchmarks.md")
 
 
 if __name__ == "__main__":

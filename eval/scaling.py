@@ -1,6 +1,6 @@
 """What several processes save and what they send: measured with one and two here, and on paper for more.
 
-    python eval/scaling.py [--only paper measured] [--out scaling-results] [--document docs/distributed.md]
+    python eval/scaling.py [--only paper measured] [--quick] [--out scaling-results] [--docs docs]
 
 Paper: from the block sizes of ResNet-50 and ViT-B/16 (1,000 classes, 224 x 224), how the eigendecompositions of a
 default fit are dealt to 1 to 1,024 processes, by the cube of their size, and how many bytes a process receives. No
@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -78,13 +79,13 @@ def on_paper(name: str) -> dict[str, Any]:
     return result
 
 
-def fit_once() -> dict[str, Any]:
+def fit_once(n_data: int) -> dict[str, Any]:
     """In every process: a whole fit of its shard, with what was handed to gloo."""
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
     torch.manual_seed(0)
     model, sent = CifarResNet().eval(), 0
-    x, y = torch.randn(N_DATA, 3, 32, 32), torch.randint(10, (N_DATA,))
+    x, y = torch.randn(n_data, 3, 32, 32), torch.randint(10, (n_data,))
     several = "RANK" in os.environ
     if several:
         torch.distributed.init_process_group("gloo")
@@ -116,7 +117,7 @@ def fit_once() -> dict[str, Any]:
     seconds = time.perf_counter() - start
     start = time.perf_counter()
     with torch.no_grad():
-        for part in x[: N_DATA // 2].split(BATCH):
+        for part in x[: n_data // 2].split(BATCH):
             model(part)
     return {"seconds": seconds, "forward": 2 * (time.perf_counter() - start), "sent": sent}
 
@@ -132,7 +133,7 @@ def tensors_in(value: Any) -> list[torch.Tensor]:
     return []
 
 
-def measured(size: int) -> dict[str, Any]:
+def measured(size: int, quick: bool = False) -> dict[str, Any]:
     """A fit by so many processes: the first one's numbers."""
     with socket.socket() as listening:
         listening.bind(("127.0.0.1", 0))
@@ -142,11 +143,8 @@ def measured(size: int) -> dict[str, Any]:
     processes = []
     for rank in range(size):
         of_rank = {"RANK": str(rank), "WORLD_SIZE": str(size)} if size > 1 else {}
-        processes.append(
-            subprocess.Popen(
-                [sys.executable, __file__, "--one"], env=environment | of_rank, stdout=subprocess.PIPE, text=True
-            )
-        )
+        command = [sys.executable, __file__, "--one", *["--quick"] * quick]
+        processes.append(subprocess.Popen(command, env=environment | of_rank, stdout=subprocess.PIPE, text=True))
     outputs = [process.communicate()[0] for process in processes]
     if any(process.returncode for process in processes):
         sys.exit("A process failed.")
@@ -187,28 +185,31 @@ def measured_table(record: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("scaling-results"))
-    parser.add_argument(
-        "--document", type=Path, help="a document with a place for the tables; otherwise they are printed"
-    )
+    parser.add_argument("--docs", type=Path, help="put the record and the tables there; otherwise they are printed")
+    parser.add_argument("--quick", action="store_true", help="one network, and fits of 256 data, once")
     parser.add_argument("--only", nargs="+", default=["paper", "measured"], choices=["paper", "measured"])
     parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
-        print(json.dumps(fit_once()))
+        print(json.dumps(fit_once(256 if options.quick else N_DATA)))
         return
     path = options.out / "scaling.json"
     record = read_json(path) if path.exists() else {"paper": {}, "measured": {}}
     record |= {"hardware": hardware("cpu"), "torch": torch.__version__}
-    for name in ("ResNet-50", "ViT-B/16") if "paper" in options.only else ():
+    for name in ("ResNet-50", "ViT-B/16")[: 1 if options.quick else 2] if "paper" in options.only else ():
         record["paper"][name] = on_paper(name)
         write_json(path, record)
-    for _ in range(REPETITIONS if "measured" in options.only else 0):
+    for turn in range((1 if options.quick else REPETITIONS) if "measured" in options.only else 0):
         for size in (1, 2):
-            record["measured"].setdefault(str(size), []).append(measured(size))
-            write_json(path, record)
+            runs = record["measured"].setdefault(str(size), [])
+            if len(runs) <= turn:
+                runs.append(measured(size, options.quick))
+                write_json(path, record)
     tables = {"paper": paper_table(record)} if record["paper"] else {}
     tables |= {"measured": measured_table(record)} if record["measured"] else {}
-    show(tables, options.document)
+    if options.docs is not None:
+        shutil.copy(path, options.docs / "records")
+    show(tables, options.docs and options.docs / "distributed.md")
 
 
 if __name__ == "__main__":

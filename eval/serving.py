@@ -1,6 +1,6 @@
 """What serving is about: predictions in several threads, and the latency of one input.
 
-    python eval/serving.py [--seconds 3] [--rounds 5] [--out docs/records/serving.json]
+    python eval/serving.py [--seconds 3] [--rounds 5] [--quick] [--docs docs]
 
 Threads of Python call one posterior, each with different inputs; torch has one thread in each. Reported are
 predictions in a second, over those of one thread in the same round (median over rounds, smallest and largest), and the
@@ -22,6 +22,7 @@ from statistics import median
 from typing import Any
 
 import torch
+from documents import fill
 from networks import lenet
 from speed import gigaflops
 from torch import Tensor, nn
@@ -120,14 +121,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=2.0, help="of every measurement of a throughput")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--out", type=Path, default=Path("serving.json"))
+    parser.add_argument("--quick", action="store_true", help="one case, a moment")
+    parser.add_argument("--docs", type=Path, default=Path("docs"))
     options = parser.parse_args()
+    if options.quick:
+        options.seconds, options.rounds = 0.1, 1
     torch.set_num_threads(1)
-    records = [measure(*case, options.rounds, options.seconds) for case in CASES]
+    records = [measure(*case, options.rounds, options.seconds) for case in CASES[: 1 if options.quick else None]]
     machine: dict[str, Any] = {"cpus": os.cpu_count(), "python": platform.python_version(), "torch": torch.__version__}
     machine["gflops"] = round(gigaflops())
-    options.out.write_text(json.dumps({"machine": machine, "records": records}, indent=1) + "\n")
-    print(table(records))
+    path = options.docs / "records" / "serving.json"
+    path.write_text(json.dumps({"machine": machine, "records": records}, indent=1) + "\n")
+    fill(options.docs / "benchmarks.md", {"serving": table(records)})
 
 
 if __name__ == "__main__":

@@ -105,7 +105,10 @@ def main() -> None:
     parser.add_argument("--pool", type=int, default=256, help="data that stand for all")
     parser.add_argument("--data-dir", type=Path, default=None, help="folder with FashionMNIST/raw and trec")
     parser.add_argument("--out", type=Path, default=Path("eval/results"))
+    parser.add_argument("--quick", action="store_true", help="a Transformer on digits, 32 data, one seed")
     options = parser.parse_args()
+    if options.quick:
+        options.networks, options.pool, options.seeds = ["digits-transformer"], 32, 1
     for name in options.networks:
         problem = PROBLEMS[name](options.out / "cache", options.data_dir)
         for seed in range(options.seeds):

@@ -395,6 +395,8 @@ RUNS = (
     "--training --network lenet --draws 3 --epochs 5 --tuning-seeds 1 --budgets samples",
     "--training --network lenet --draws 3 --seconds 15 --budgets seconds",
 )
+#: Of each of them in a quick run.
+LITTLE = "--runs 3 --draws 1 --iterations 5 --epochs 1 --tuning-seeds 1 --evaluate 200"
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -406,6 +408,7 @@ def main(arguments: list[str] | None = None) -> None:
     for name in modes:
         parser.add_argument(f"--{name.replace('_', '-')}", action="store_true")
     parser.add_argument("--all", action="store_true", help="everything in the document, and the document")
+    parser.add_argument("--quick", action="store_true", help="of everything the parts on digits, a little, no document")
     parser.add_argument("--runs", type=int, default=100, help="of the noisy quadratic")
     parser.add_argument("--network", choices=list(NETWORKS), default="digits-cnn")
     parser.add_argument("--batch", type=int, default=128, help="data of the one batch, or of two halves")
@@ -428,7 +431,8 @@ def main(arguments: list[str] | None = None) -> None:
     if options.all:
         shared = ["--out", str(options.out), "--cache", str(options.cache), "--docs", str(options.docs)]
         shared += [] if options.data_dir is None else ["--data-dir", str(options.data_dir)]
-        for run in (*RUNS, "--document"):
+        quick = [f"{run} {LITTLE}" for run in RUNS if "lenet" not in run]
+        for run in quick if options.quick else (*RUNS, "--document"):
             main([*run.split(), *shared])
         return
     chosen = [run for name, run in modes.items() if getattr(options, name)]

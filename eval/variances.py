@@ -1,6 +1,6 @@
 """The README's figure: output variances from 64 data chosen at random, and chosen here, beside those from all of them.
 
-    python eval/variances.py [--draw] [--docs docs]
+    python eval/variances.py [--draw] [--quick] [--docs docs]
 
 The demonstration's network of seed 0 on scikit-learn's digits, prior precision 1, untuned. The figure shows the first
 of 20 draws; the record has the distances of all. Writes ``<docs>/records/variances.json`` and ``<docs>/variances.png``;
@@ -33,7 +33,7 @@ METHODS = {
 }
 
 
-def measure() -> dict[str, Any]:
+def measure(n_draws: int = N_DRAWS) -> dict[str, Any]:
     """Variances of the first draw, and mean absolute log ratios of all draws."""
     parts = digits.split(0)
     model = digits.trained(*parts.train, 0)
@@ -50,11 +50,11 @@ def measure() -> dict[str, Any]:
         "full": full.flatten().tolist(), "methods": {},
     }  # fmt: skip
     for name, (_, settings) in METHODS.items():
-        drawn = [variances(seed, **settings()) for seed in range(N_DRAWS)]
+        drawn = [variances(seed, **settings()) for seed in range(n_draws)]
         distances = [float((one / full).log().abs().mean()) for one in drawn]
         record["methods"][name] = {
             "first": drawn[0].flatten().tolist(), "distances": distances, "mean": statistics.fmean(distances),
-            "error": statistics.stdev(distances) / N_DRAWS**0.5,
+            "error": statistics.stdev(distances) / n_draws**0.5,
         }  # fmt: skip
     return record
 
@@ -84,10 +84,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--docs", type=Path, default=Path("docs"))
     parser.add_argument("--draw", action="store_true")
+    parser.add_argument("--quick", action="store_true", help="two draws")
     options = parser.parse_args()
     docs, path = options.docs, options.docs / "records" / "variances.json"
     if not options.draw:
-        write_json(path, measure())
+        write_json(path, measure(2 if options.quick else N_DRAWS))
     record = read_json(path)
     image = io.BytesIO()
     figure = figure_of(record)

@@ -1,24 +1,27 @@
 """How often two equal predictors are told apart: the rate of false verdicts of the evaluation's intervals.
 
-    python eval/verdicts.py [--trials 1000] [--sizes 2 5 10 20 40 100 300] [--docs docs]
+    python eval/verdicts.py [--trials 500] [--sizes 2 5 10 20 40 100 300] [--quick] [--docs docs]
 
 Targets are drawn from known probabilities. Two predictors see them with independent noise of one law, so that neither
 is better. Every trial draws data and predictors anew and asks the evaluation for its verdict on every score; beside it
 is what 95 % percentiles of the same resamples say of the NLL. Another pair is not exchangeable, but has equal expected
-NLL: a sharp and a flat predictor of a binary target, whose differences are as skewed as they come. The tables of
-``docs/evaluation.md`` between ``<!-- verdicts -->`` and ``<!-- end -->`` are filled.
+NLL: a sharp and a flat predictor of a binary target, whose differences are as skewed as they come. Writes
+``<docs>/records/verdicts.json``, and fills the tables of ``docs/evaluation.md`` between ``<!-- verdicts -->`` and
+``<!-- end -->``.
 """
 
 from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from documents import fill, markdown
 
+from debiased_laplace.evaluation.records import read_json, write_json
 from debiased_laplace.evaluation.report.verdicts import verdict
 from debiased_laplace.evaluation.scores import bootstrap, detection, weighted
 from debiased_laplace.evaluation.scores.cells import cell
@@ -97,29 +100,30 @@ def rates(draw: Draw, n: int, trials: int, seed: int = 0) -> dict[str, float]:
     return {score: float(np.mean(said)) for score, said in verdicts.items()}
 
 
-def main() -> None:
-    """Print the tables, or fill them in."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--trials", type=int, default=1000)
-    parser.add_argument("--sizes", type=int, nargs="+", default=[2, 5, 10, 20, 40, 100, 300])
-    parser.add_argument("--docs", type=Path, help="folder with evaluation.md; by default the tables are printed")
-    options = parser.parse_args()
+def tables(record: Mapping[str, Any]) -> str:
+    """A table for every pair, of the scores that have a better and a worse."""
     parts = []
-    for name, draw in PAIRS.items():
-        columns = [rates(draw, n, options.trials) for n in options.sizes]
-        undirected = ("coverage", "width")
-        rows = [
-            [score, *(f"{100 * column[score]:.1f}" for column in columns)]
-            for score in columns[0]
-            if not score.startswith(undirected)
-        ]
-        parts.append(f"**{name}**\n\n" + markdown(["n", *map(str, options.sizes)], rows))
-    text = "\n\n".join([*parts, f"{options.trials:,} trials: a rate of 5 % has a standard error of "
-                                f"{100 * math.sqrt(0.05 * 0.95 / options.trials):.1f} %."])  # fmt: skip
-    if options.docs is None:
-        print(text)
-    else:
-        fill(options.docs / "evaluation.md", {"verdicts": text})
+    for name, by_size in record["rates"].items():
+        scores = [score for score in next(iter(by_size.values())) if not score.startswith(("coverage", "width"))]
+        rows = [[score, *(f"{100 * rates[score]:.1f}" for rates in by_size.values())] for score in scores]
+        parts.append(f"**{name}**\n\n" + markdown(["n", *by_size], rows))
+    error = 100 * math.sqrt(0.05 * 0.95 / record["trials"])
+    return "\n\n".join([*parts, f"{record['trials']:,} trials: a rate of 5 % has a standard error of {error:.1f} %."])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--trials", type=int, default=500)
+    parser.add_argument("--sizes", type=int, nargs="+", default=[2, 5, 10, 20, 40, 100, 300])
+    parser.add_argument("--quick", action="store_true", help="five trials of two sizes")
+    parser.add_argument("--docs", type=Path, default=Path("docs"))
+    options = parser.parse_args()
+    if options.quick:
+        options.trials, options.sizes = 5, [5, 20]
+    found = {name: {str(n): rates(draw, n, options.trials) for n in options.sizes} for name, draw in PAIRS.items()}
+    path = options.docs / "records" / "verdicts.json"
+    write_json(path, {"trials": options.trials, "rates": found})
+    fill(options.docs / "evaluation.md", {"verdicts": tables(read_json(path))})
 
 
 if __name__ == "__main__":

@@ -39,18 +39,23 @@ class ViT(nn.Module):
     """A vision Transformer (Dosovitskiy et al., arXiv 2010.11929) that reads its class token.
 
     Args:
-        patch: Pixels along the side of a patch; it divides 28.
+        patch: Pixels along the side of a patch; it divides the side of an image.
         width: Of every token.
         depth: Layers, with the normalisation first.
         heads: Of the attention.
         n_classes: Number of outputs.
+        side: Pixels along the side of an image.
+        channels: Of an image.
     """
 
-    def __init__(self, patch: int = 7, width: int = 48, depth: int = 3, heads: int = 4, n_classes: int = 10) -> None:
+    def __init__(
+        self, patch: int = 7, width: int = 48, depth: int = 3, heads: int = 4, n_classes: int = 10, side: int = 28,
+        channels: int = 1,
+    ) -> None:  # fmt: skip
         super().__init__()
-        self.patches = nn.Conv2d(1, width, patch, patch)
+        self.patches = nn.Conv2d(channels, width, patch, patch)
         self.class_token = nn.Parameter(0.02 * torch.randn(1, 1, width))
-        self.positions = nn.Parameter(0.02 * torch.randn(1, 1 + (28 // patch) ** 2, width))
+        self.positions = nn.Parameter(0.02 * torch.randn(1, 1 + (side // patch) ** 2, width))
         layer = nn.TransformerEncoderLayer(
             width, heads, 2 * width, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
         )
@@ -58,7 +63,7 @@ class ViT(nn.Module):
         self.head = nn.Linear(width, n_classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Outputs ``[N, C]`` for images ``[N, 1, 28, 28]``."""
+        """Outputs ``[N, C]`` for images ``[N, channels, side, side]``."""
         tokens = self.patches(x).flatten(2).mT
         tokens = torch.cat([self.class_token.expand(len(x), -1, -1), tokens], 1) + self.positions
         return self.head(self.encoder(tokens)[:, 0])

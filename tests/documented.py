@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import importlib
 import json
 import math
 import re
@@ -20,11 +22,32 @@ ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 RECORDS = DOCS / "records"
 NUMBER = re.compile("[+\N{MINUS SIGN}-]?\\d[\\d,]*(?:\\.\\d+)?(?:e[+-]?\\d+)?")
-#: In prose: no part of a name (ResNet-20, 3C3D), of a version or of a citation.
-IN_PROSE = re.compile(r"(?<![\w.,-])(?<!ICLR )(?<!laplace-torch )\d+(?:,\d{3})*(?:\.\d+)?(?!\w|[.,]\d)")
+#: In prose: no part of a name (ResNet-20, 3C3D), of a version, of a citation or the number of an equation.
+IN_PROSE = re.compile(
+    r"(?<![\w.,-])(?<!ICLR )(?<!laplace-torch )(?<!equation )(?<!equation \()"
+    r"[+\N{MINUS SIGN}]?\d+(?:,\d{3})*(?:\.\d+)?(?!\w|[.,]\d)"
+)
+
+
+def constant(module: str, name: str) -> Any:
+    """A setting that a text states, as the code has it: of a module of the package, or a literal of a script."""
+    if not module.endswith(".py"):
+        return getattr(importlib.import_module(module), name)
+    for node in ast.parse((ROOT / module).read_text()).body:
+        if isinstance(node, ast.Assign) and any(isinstance(t, ast.Name) and t.id == name for t in node.targets):
+            return ast.literal_eval(node.value)
+    raise LookupError(f"{module} has no {name}.")
+
+
 #: What a formula may use beside the record.
-NAMES = {"abs": abs, "exp": math.exp, "len": len, "max": max, "mean": statistics.fmean, "median": statistics.median,
-         "min": min, "round": round, "sum": sum}  # fmt: skip
+NAMES = {
+    "abs": abs, "all": all, "error": lambda x: statistics.stdev(x) / len(x) ** 0.5, "exp": math.exp,
+    "float": float, "len": len, "log": math.log, "max": max, "min": min,
+    "mean": statistics.fmean, "median": statistics.median, "next": next, "round": round, "set": set, "sorted": sorted,
+    "sum": sum, "zip": zip,
+    "where": lambda rows, **fields: [row for row in rows if all(row[key] == one for key, one in fields.items())],
+    "constant": constant,
+}  # fmt: skip
 
 
 def generated(document: Path) -> dict[str, str]:
@@ -64,22 +87,38 @@ def remade() -> dict[str, dict[str, str]]:
         import evidence
         import frozen
         import links
+        import low_rank_evidence
         import max_factor
+        import paper_document
         import readme
+        import regenerate
         import report
         import results
         import scale
         import scaling
         import serving
+        import sets
+        import splits
         import steps_document
+        import verdicts
 
         names = {name: f"bias-{name}.json" for name in bias.OPTIONS}
         benchmarks = json.loads((RECORDS / "bench-cpu.json").read_text())["records"]
         result = {
             **readme.parts(DOCS),
             "bias.md": bias.parts({name: read_json(RECORDS / file) for name, file in names.items()}),
-            "evidence.md": evidence.parts(read_json(RECORDS / "evidence.json")),
+            "evidence.md": {
+                **evidence.parts(read_json(RECORDS / "evidence.json")),
+                "low ranks": low_rank_evidence.table(read_json(RECORDS / "low_rank_evidence.json")),
+            },
+            "evaluation.md": {
+                "verdicts": verdicts.tables(read_json(RECORDS / "verdicts.json")),
+                "splits": splits.table(read_json(RECORDS / "splits.json")),
+            },
+            "records.md": regenerate.parts(regenerate.finished(DOCS)),
+            "sets.md": sets.parts(read_json(RECORDS / "sets.json")),
             "posterior.md": {"classes": classes.table(read_json(RECORDS / "classes.json"))},
+            "paper.md": paper_document.parts(read_json(RECORDS / "paper.json")),
             "beyond.md": {
                 name: part
                 for module in (beyond, active, continual)
@@ -146,10 +185,11 @@ def claims() -> dict[str, Any]:
 
 
 def prose(document: Path) -> str:
-    """The text of a document that somebody wrote: no code, links, tables, and nothing that is generated."""
+    """The text of a document that somebody wrote: no code, links, tables or formulas, and nothing generated."""
     text = re.sub(r"<!-- (?!end -->)[\w -]+? -->\n.*?<!-- end -->", "", document.read_text(), flags=re.DOTALL)
     text = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
     text = "\n".join(line for line in text.splitlines() if not line.startswith(("    ", "|")))
+    text = re.sub(r"\$\$.*?\$\$|\$[^$\n]*\$", "", text, flags=re.DOTALL)
     text = re.sub(r"`[^`\n]*`", "", text)
     text = re.sub(r"\]\([^)]*\)", "]", text)
     return " ".join(re.sub(r"https?://\S+", "", text).split())
@@ -171,8 +211,8 @@ def wrong(claim: dict[str, Any]) -> Iterator[str]:
     if len(printed) != len(claim["values"]):
         yield f"{claim['text']!r} has the numbers {printed}, and {len(claim['values'])} values."
         return
-    record = read_json(RECORDS / claim["record"])
+    record = read_json(RECORDS / claim["record"]) if "record" in claim else None
     for number, formula in zip(printed, claim["values"], strict=True):
         exact = float(eval(formula, {"__builtins__": {}, "record": record, **NAMES}))
         if not agree(number, exact):
-            yield f"{claim['text']!r}: {number} is {exact:.6g} in {claim['record']} ({formula})."
+            yield f"{claim['text']!r}: {number} is {exact:.6g} in {claim.get('record', 'the code')} ({formula})."

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from debiased_laplace._checks import UnsupportedLayerError
 from debiased_laplace.evaluation import Prediction, detecting_predictor, evaluate, point_predictor
 from debiased_laplace.evaluation.predictors import detectors
-from debiased_laplace.evaluation.predictors.detectors import Features
+from debiased_laplace.evaluation.predictors.detectors import PenultimateFeatures
 from debiased_laplace.evaluation.predictors.prediction import as_prediction
 from debiased_laplace.evaluation.scores import detection
 from tests.tolerances import EXACT
@@ -77,7 +77,7 @@ def test_directions_in_which_nothing_varies_and_classes_that_are_not_there() -> 
 def test_features_are_the_inputs_of_the_last_layer_and_the_model_stays_as_it_was() -> None:
     model, (inputs, _) = network(), draw(9)
     model.train()
-    features = Features(model, inputs)
+    features = PenultimateFeatures(model, inputs)
     logits, seen = features(inputs)
     assert torch.equal(seen, model[1](model[0](inputs)))  # without dropout
     assert torch.equal(logits, model[3](seen))
@@ -108,12 +108,12 @@ class Two(nn.Module):
 def test_last_layers_without_features_are_refused() -> None:
     inputs = torch.randn(4, 6)
     with pytest.raises(ValueError, match=r"Expected inputs \[N, I\] of the last layer.*got \(4, 6, 4\)"):
-        Features(Pixels(), inputs)(inputs)
+        PenultimateFeatures(Pixels(), inputs)(inputs)
     with pytest.raises(ValueError, match="Expected a last layer that is one module, got the parameters"):
-        Features(Two(), inputs)(inputs)
+        PenultimateFeatures(Two(), inputs)(inputs)
     frozen = network().float().requires_grad_(False)
     with pytest.raises((ValueError, UnsupportedLayerError), match="trainable"):
-        Features(frozen, inputs)
+        PenultimateFeatures(frozen, inputs)
 
 
 # -- into the tables -------------------------------------------------------------------------------

@@ -407,6 +407,29 @@ def test_products_of_statistics_are_in_full_precision_whatever_the_user_allows(a
     assert (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32) == (allowed, True)
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("curvature", ["ggn", "hessian"])
+def test_products_of_quadratics_are_in_full_precision(curvature: str, given_back: None) -> None:
+    torch.manual_seed(0)
+    model, x, y, other = lenet().eval(), images(8), classes(8), (images(6), classes(6))
+    torch.set_float32_matmul_precision("high")
+    torch.backends.cudnn.allow_tf32 = True
+    mode = PrecisionOfProducts()
+    with mode, torch.autocast("cpu", dtype=torch.bfloat16), torch.inference_mode():
+        batch = dl.Quadratic(model, (x, y), "classification", curvature)
+        _, rows = batch.eigenpairs(2)
+        for quadratic in (batch, dl.Quadratic(model, other, "classification", curvature)):
+            quadratic.slope(rows), quadratic.curvature(rows), quadratic.projected(rows), quadratic.matvec(rows[0])
+            quadratic.true_loss(quadratic.center + rows[0]), quadratic.per_datum(rows[0]), quadratic.gradient_rounding()
+        ggn = dl.GGN(model, x, y, "classification")
+        derivatives = ggn.directional_derivatives(ggn.eigenpairs(2)[1])
+        ggn.inverse_matvec(ggn.matvec(rows), 1.0), ggn.trace
+    full = {("highest", False)}
+    assert mode.seen[False] == full
+    assert (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32) == ("high", True)
+    assert derivatives.curvatures.dtype == torch.float64
+
+
 class Rounding(nn.Module):
     """A deep network whose products are rounded as a card rounds them while that is allowed."""
 

@@ -4,15 +4,26 @@ from __future__ import annotations
 
 import pytest
 
+from debiased_laplace.evaluation.report.numbers import MINUS
 from tests import documented
 from tests.documented import DOCS, RECORDS, ROOT, agree, claims, differing, generated, prose, unclaimed, wrong
 
 DOCUMENTS = (
     "README.md", "bias.md", "evidence.md", "posterior.md", "steps.md", "benchmarks.md",
-    "results.md", "fidelity.md", "distributed.md", "demonstration.md", "beyond.md",
+    "results.md", "fidelity.md", "distributed.md", "demonstration.md", "beyond.md", "evaluation.md", "records.md",
+    "paper.md", "sets.md",
 )  # fmt: skip
 #: Those where every number has its claim.
-CLAIMED = ("README.md", "demonstration.md")
+CLAIMED = (
+    "README.md",
+    "demonstration.md",
+    "results.md",
+    "results_appendix.md",
+    "evidence.md",
+    "fidelity.md",
+    "bias.md",
+    "paper.md",
+)
 
 
 def path(name: str):
@@ -68,6 +79,8 @@ def test_a_number_that_nothing_claims_is_found():
         assert number in text
     assert unclaimed("It took 38 s.", ["took 38 s"]) == []
     assert len(unclaimed("It took 38 s.", ["took 39 s"])) == 1
+    assert unclaimed("By equation (5) of the paper, and equation 6.", []) == []
+    assert len(unclaimed(f"[{MINUS}0.25, +0.46]", ["0.25"])) == 2  # the sign belongs to it
 
 
 def test_a_claim_that_is_not_true_is_found(monkeypatch, tmp_path):
@@ -78,6 +91,18 @@ def test_a_claim_that_is_not_true_is_found(monkeypatch, tmp_path):
     assert list(wrong(claim | {"values": ["median(record['x'])", "50"]})) == [
         "'2.0 times, 50 %': 2.0 is 3.02 in a.json (median(record['x']))."
     ]
+    signed = {"text": f"{MINUS}2.0 and +0.5", "record": "a.json", "values": ["-record['x'][0]", "record['share']"]}
+    assert list(wrong(signed)) == []
+    assert len(list(wrong(signed | {"text": f"2.0 and {MINUS}0.5"}))) == 2
+    setting = {
+        "text": "at 95 %",
+        "values": ["100 * constant('debiased_laplace.evaluation.scores.intervals', 'CONFIDENCE')"],
+    }
+    assert list(wrong(setting)) == []
+    (said,) = wrong(setting | {"text": "at 99 %"})
+    assert said.startswith("'at 99 %': 99 is 95 in the code")
+    of_script = {"text": "5,000", "values": ["5000 + constant('eval/evidence.py', 'POOLS')['cifar10'] - 3000"]}
+    assert list(wrong(of_script)) == []
     assert list(wrong(claim | {"values": ["1"]})) == ["'2.0 times, 50 %' has the numbers ['2.0', '50'], and 1 values."]
 
 

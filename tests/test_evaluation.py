@@ -967,7 +967,7 @@ def test_a_page_with_little_on_it(tmp_path: Path, n: int) -> None:
     summarised = summarise(run(task, tmp_path, [0], Context(), methods=methods, options=OPTIONS))
     paths = write_outputs(tmp_path / "out", summarised)
     check_page(paths["report.html"].read_text())
-    assert len(tables(summarised)) == 4 + (n == 2)
+    assert len(tables(summarised)) == 5 + 2 * (n == 2)
 
 
 @pytest.mark.usefixtures("undrawn")

@@ -25,9 +25,9 @@ MODULES = sorted(path.relative_to(ROOT).with_suffix("") for path in ROOT.rglob("
 
 #: Data flow one way, and so do imports: a module imports from those before it alone.
 ORDER = [
-    "_checks", "_guards", "_ranks", "_data", "_plain", "_files", "_store", "likelihoods", "sampling", "network",
-    "curvature", "posterior", "fitting", "quadratic", "testing", "laplace", "integrations", "laplace_torch",
-    "evaluation", "cli", "__main__",
+    "_checks", "_arrays", "_guards", "_ranks", "_data", "_plain", "_files", "_store", "conformal", "likelihoods",
+    "sampling", "network", "curvature", "posterior", "fitting", "quadratic", "testing", "laplace", "integrations",
+    "laplace_torch", "evaluation", "cli", "__main__",
 ]  # fmt: skip
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import math
 import re
 import warnings
@@ -28,7 +29,7 @@ from debiased_laplace.evaluation.report.statement import deciding_table, protoco
 from debiased_laplace.evaluation.report.tables import tables
 from debiased_laplace.evaluation.report.verdicts import comparisons, is_worse_than_uniform
 from debiased_laplace.evaluation.scores.calibrated import expected_errors
-from debiased_laplace.evaluation.scores.cells import combine
+from debiased_laplace.evaluation.scores.cells import combine, cross_fitted
 from debiased_laplace.evaluation.scores.classification import classification_metrics
 from debiased_laplace.evaluation.scores.intervals import mean as interval_of_mean
 from debiased_laplace.evaluation.scores.intervals import overlap_factor
@@ -41,6 +42,7 @@ from debiased_laplace.posterior.temperature import (
     most_uncertain_temperature,
     temperature_scaling,
 )
+from tests.documented import ROOT
 from tests.test_suite import OPTIONS, TASKS, task_of
 from tests.tolerances import EXACT, FLOAT32, MONTE_CARLO_Z
 
@@ -305,6 +307,67 @@ def test_twenty_splits_have_no_more_data_than_there_are() -> None:
         assert combine(cells, False, overlap)[2:] == pytest.approx(
             [1 - 0.2 / math.sqrt(sets), 1 + 0.2 / math.sqrt(sets)]
         )
+
+
+@pytest.mark.parametrize("folds", [2, 3])
+def test_folds_in_turn_have_the_error_of_all_data(folds: int) -> None:
+    random = np.random.default_rng(0)
+    cells = [[value, 0.1 + 0.01 * i, value - 0.2, value + 0.3] for i, value in enumerate(random.standard_normal(12))]
+    values, errors = (np.array(cells)[:, column].reshape(-1, folds) for column in (0, 1))
+    of_splits, n = values.mean(1), 12 // folds
+    deviation = of_splits.std(ddof=1) / math.sqrt(n)
+    half = student.ppf(0.975, n - 1) * deviation
+    assert cross_fitted(cells, folds) == pytest.approx([
+        values.mean(),
+        math.sqrt(deviation**2 + (errors**2).mean() / folds),
+        values.mean() - math.sqrt(half**2 + 0.04 / folds),
+        values.mean() + math.sqrt(half**2 + 0.09 / folds),
+    ])  # fmt: skip
+    # One split: that the folds differ says nothing. The data's error alone is left, that of all of them.
+    mean, error, low, high = cross_fitted(cells[:folds], folds)
+    assert [mean - low, high - mean, error] == pytest.approx(
+        [0.2 / math.sqrt(folds), 0.3 / math.sqrt(folds), math.sqrt((errors[0] ** 2).mean() / folds)]
+    )
+    undefined = cross_fitted([[math.nan, math.inf, -math.inf, math.inf], *cells[1:]], folds)
+    assert math.isnan(undefined[0]) and undefined[1:] == [math.inf, -math.inf, math.inf]
+
+
+@pytest.mark.parametrize("what", ["temperature", "temperature and power"])
+def test_intervals_over_halves_in_turn_hold_and_are_no_longer_than_they_need(what: str, monkeypatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "eval")
+    splits = importlib.import_module("splits")
+    network, ways = splits.losses(np.random.default_rng(0))
+    found = splits.measure(1000, 4, ways[what], network, 300, 0)
+    assert found[splits.IN_TURN]["holds"] >= 0.92  # 300 trials: 95 % with an error of 1.3 %
+    assert 0.9 <= found[splits.IN_TURN]["length"] <= 1.3
+    assert found[splits.INDEPENDENT]["length"] > 1.4
+    assert found[splits.IN_TURN]["deviation"] < found[splits.INDEPENDENT]["deviation"]
+
+
+def test_seeds_that_judge_folds_in_turn(drawn: dict[str, Any]) -> None:
+    records = [copy.deepcopy(drawn) | {"seed": seed} for seed in (0, 1, 2, 3)]
+    for shift, record in enumerate(records):
+        record["test"]["targets"] = f"targets of {shift}"
+        record["task"] = record["task"] | {"folds": 2}
+        cell = record["test"]["scores"][CANDIDATE]["nll"]
+        record["test"]["scores"][CANDIDATE]["nll"] = [cell[0] + 0.1 * shift**2, *cell[1:]]
+    cells = [record["test"]["scores"][CANDIDATE]["nll"] for record in records]
+    summarised = summarise(records)
+    assert summarised["units"] == {"networks": 1, "splits": 4, "draws": 3, "rest": 0, "folds": 2}
+    assert summarised["test"]["scores"][CANDIDATE]["nll"] == cross_fitted(cells, 2)
+    for order in ([3, 0, 2, 1], [1, 0, 3, 2]):
+        other = summarise([records[i] for i in order])
+        assert other["seeds"] == [0, 1, 2, 3] and other["test"] == summarised["test"]
+    assert unit(summarised, 70).startswith(
+        "140 data, judged in 2 folds of which each is tuned on the other, in 2 splits"
+    )
+    # One fold without its others: splits that overlap. So it is with a method that failed for a seed.
+    assert summarise(records[:3])["units"] == {"networks": 1, "splits": 3, "draws": 3, "rest": 60}
+    assert summarise(records[:3])["test"]["scores"][CANDIDATE]["nll"] == combine(cells[:3], False, 70 / 60)
+    for part in ("scores", "differences"):
+        records[3]["test"][part] = copy.deepcopy(records[3]["test"][part])
+    del records[3]["test"]["scores"][CANDIDATE]
+    assert summarise(records)["test"]["scores"][CANDIDATE]["nll"] == combine(cells[:3], False, 1.0)
 
 
 def test_the_unit_of_splits_is_said(drawn: dict[str, Any]) -> None:

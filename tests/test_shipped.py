@@ -406,7 +406,10 @@ def test_cifar10(data_dir: Path, tmp_path: Path) -> None:
     shown = cifar10.images(torch.cat([inputs for inputs, _ in halves]))
     assert_equal(shown, raw[index].permute(0, 3, 1, 2).float() / 255, FLOAT32)
     assert_equal(halves[0][0][:, 1], (shown[:120, 1] - 0.456) / 0.224, FLOAT32)
-    assert not torch.equal(joined(cifar10.test_loader(seed=1, **context))[0], halves[1][0])
+    for one, other in zip(cifar10.halves(240, 6), reversed(cifar10.halves(240, 7)), strict=True):
+        assert torch.equal(one, other)  # the seeds of a pair take turns
+    assert torch.equal(joined(cifar10.test_loader(seed=1, **context))[0], halves[0][0])
+    assert not torch.equal(joined(cifar10.test_loader(seed=2, **context))[0], halves[1][0])
     quick = [
         len(joined(loader)[1])
         for loader in (
@@ -419,7 +422,8 @@ def test_cifar10(data_dir: Path, tmp_path: Path) -> None:
     assert list(cifar10.shifted_loaders(seed=0, quick=True, **context)) == ["noise", "rotation"]
     jpeg, _ = joined(cifar10.shifted_loaders(seed=0, **context)["jpeg"][5])  # normalised after the corruption
     assert_equal(cifar10.images(jpeg), shifts.corrupt(shown[120:], "jpeg", 5, seed=0), FLOAT32)
-    mnist, _ = joined(cifar10.ood_loaders(seed=0, **context)["MNIST"])
+    mnist, others = (joined(cifar10.ood_loaders(seed=seed, **context)["MNIST"])[0] for seed in (0, 1))
+    assert not torch.equal(mnist, others)
     assert mnist.shape == (120, 3, 32, 32)
     assert_equal(cifar10.images(mnist)[:, 0], cifar10.images(mnist)[:, 2], FLOAT32)
 

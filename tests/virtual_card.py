@@ -223,7 +223,7 @@ class _Operators(TorchDispatchMode):
     def _count(self, name: str, args: Any, kwargs: Any, leaves: list[Tensor], places: list[bool]) -> None:
         if name in WAITING:
             self._card.wait(name)
-        elif name in CHECKED and (kwargs.get("check_errors") or True in args[1:]):
+        elif name in CHECKED and (kwargs.get("check_errors") or any(arg is True for arg in args[1:])):
             self._card.wait(name)
         elif name == "repeat_interleave" and kwargs.get("output_size") is None:
             self._card.wait(name)

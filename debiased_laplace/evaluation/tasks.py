@@ -23,9 +23,9 @@ Constants, all optional: ``NAME``, ``DESCRIPTION``, ``LIKELIHOOD`` (``"classific
 ``"bernoulli"`` for one output that is a logit, with targets 0 and 1), ``N_DATA`` (size of the training set, if the
 loader does not yield all of it), ``BUDGET`` (training data spent on curvature), ``SEEDS`` (how many by default),
 ``SEEDS_NOTE`` (what a seed decides), ``INDEPENDENT_SEEDS`` (whether seeds with other test data have data that
-share nothing; otherwise they count as splits of one data set, and intervals allow for the overlap), ``NOTES`` (a
-sentence for each condition), ``CLASSES`` (names), ``DENSE`` (whether the network is small enough, some thousand
-parameters, for posteriors with the whole curvature matrix).
+share nothing; otherwise they count as splits of one data set, and intervals allow for the overlap), ``FOLDS`` (K, if
+seeds Kj to Kj + K - 1 judge the K folds of one data set in turn, each tuned on the others), ``NOTES`` (a sentence for
+each condition), ``CLASSES`` (names), ``DENSE`` (some thousand parameters at most: the whole curvature matrix, too).
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from debiased_laplace import _checks, _data
-from debiased_laplace._guards import global_random_state
+from debiased_laplace._guards import exact_derivatives, global_random_state
 from debiased_laplace.curvature.structures.lanczos import largest_eigenpairs
 from debiased_laplace.curvature.structures.lowrank import is_nonzero
 from debiased_laplace.likelihoods import Likelihood, resolve_likelihood
@@ -110,12 +110,12 @@ class Quadratic:
         snapshot = Snapshot.of(model)
         self._network = Network(snapshot, _names(snapshot, parameters, self._batches[0][0]))
         self.n_params = self._network.n_params
-        with torch.inference_mode(False):
+        with exact_derivatives():
             self.center = self._network.mean().double().clone()
         self._model = LossAtPoint(self._network, self.likelihood, self.center, self.kind)
         self._known_eigenpairs: tuple[Tensor, Tensor] | None = None
         self._rounding: Tensor | None = None
-        with torch.inference_mode(False):
+        with exact_derivatives():
             single = next((inputs for inputs, targets in self._chunks() if len(targets) == 1), None)
             if single is not None:
                 try_one(self._network, single)
@@ -134,7 +134,7 @@ class Quadratic:
         """Relative rounding error of products at best: that of the coarsest dtype among parameters and outputs."""
         return max(self._network.precision, torch.finfo(self._outputs_dtype).eps)
 
-    @torch.inference_mode(False)
+    @exact_derivatives()
     def gradient_rounding(self) -> Tensor:
         """What rounding makes of the gradient, ``[D]``: the difference of two that are equal but for rounding.
 
@@ -173,7 +173,7 @@ class Quadratic:
             matrix = self._outer(rows, "knc,lnc->kl") + self.l2 * (rows @ rows.mT)
         return rows @ self.gradient, (matrix + matrix.mT) / 2
 
-    @torch.inference_mode(False)
+    @exact_derivatives()
     def matvec(self, u: Tensor) -> Tensor:
         r""":math:`C u`, ``[D]`` or ``[K, D]``.
 
@@ -201,7 +201,7 @@ class Quadratic:
         values = self.loss + steps @ self.gradient + 0.5 * (steps * self.matvec(steps)).sum(-1)
         return values.reshape(point.shape[:-1])
 
-    @torch.inference_mode(False)
+    @exact_derivatives()
     def true_loss(self, point: Tensor) -> Tensor:
         """The mean loss itself, with the regulariser, at parameters ``[D]`` or ``[K, D]``; infinite if it overflows."""
         rows = self._vectors(point)
@@ -213,7 +213,7 @@ class Quadratic:
                     totals[index] += self._model.losses(outputs, targets).double().sum()
         return (totals / self.n_data + 0.5 * self.l2 * rows.square().sum(-1)).reshape(point.shape[:-1])
 
-    @torch.inference_mode(False)
+    @exact_derivatives()
     def per_datum(self, u: Tensor) -> DirectionalDerivatives:
         r"""Slopes and curvatures of every datum along directions: ``[D]`` or ``[K, D]`` gives ``[N, K]`` of both.
 
@@ -237,7 +237,7 @@ class Quadratic:
 
     # -- eigenpairs ----------------------------------------------------------------------------
 
-    @torch.inference_mode(False)
+    @exact_derivatives()
     def eigenpairs(self, k: int) -> tuple[Tensor, Tensor]:
         """The k largest eigenvalues ``[k]``, descending, and orthonormal eigenvectors ``[k, D]``, as rows.
 
@@ -327,7 +327,7 @@ class Quadratic:
         _checks.finite(gradient, "the gradient of the batch", "Look for an operation with an infinite derivative.")
         return loss, gradient
 
-    @torch.inference_mode(False)
+    @exact_derivatives()
     def _outer(self, rows: Tensor, contraction: str) -> Tensor:
         r"""Mean over data of the contraction of :math:`J_n u_k` and :math:`\nabla^2_f \ell_n J_n u_l`."""
         total: Tensor | None = None

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from debiased_laplace import _checks, _data
+from debiased_laplace._guards import exact_derivatives
 from debiased_laplace.curvature.basis import Basis
 from debiased_laplace.curvature.decomposition import eigh
 from debiased_laplace.curvature.parts.dense import DenseBasis
@@ -77,6 +78,7 @@ def _signal_to_noise(values: Tensor, weights: Tensor) -> Tensor:
     return mean.square() / (weights @ (values - mean).square())
 
 
+@exact_derivatives()
 def directional_derivatives(
     network: Network,
     basis: Basis,
@@ -156,6 +158,7 @@ class GGN:
         True
     """
 
+    @exact_derivatives()
     def __init__(
         self,
         model: nn.Module | Snapshot,
@@ -205,6 +208,7 @@ class GGN:
         return sum((gram.trace() for gram, _, _ in self._decompositions), torch.zeros(()).double())
 
     @cached_property
+    @exact_derivatives()
     def _decompositions(self) -> list[tuple[Tensor, Tensor, Tensor]]:
         """For every part, the Gram matrix, and its eigenvalues and eigenvectors."""
         decompositions = []
@@ -219,6 +223,7 @@ class GGN:
         values = torch.cat([values for _, values, _ in self._decompositions])
         return values.clamp_min(0).sort(descending=True).values
 
+    @exact_derivatives()
     def eigenpairs(self, rank: int | float) -> tuple[Tensor, Basis]:
         """Leading eigenvalues ``[K]`` and eigenvectors (of every part); fewer if the curvature has lower rank.
 
@@ -280,6 +285,7 @@ class GGN:
         applied = self._apply(vector, solve)
         return (vector.to(applied) - applied) / damping if damping else applied
 
+    @exact_derivatives()
     def _apply(self, vector: Tensor, inner: Any) -> Tensor:
         r""":math:`V M V^\top v` for every part, with a map M of coefficients ``[m, N V]``."""
         network, statistics = self.network, self.statistics

@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy.special import stdtrit
 
 from debiased_laplace.evaluation import records
 from debiased_laplace.evaluation.bias.measure import Record
 from debiased_laplace.evaluation.bias.pictures import pictures
 from debiased_laplace.evaluation.report import pages
 from debiased_laplace.evaluation.report.table import Table
+from debiased_laplace.evaluation.scores.intervals import CONFIDENCE, student_quantile
 
 __all__ = ["deciding_table", "findings", "statement", "tables", "write_outputs"]
 
@@ -110,7 +110,7 @@ def _verdict(record: Record, ratio: Record) -> str | None:
     """By Student's t over batches; None for what has no ratio or no error."""
     if ratio["value"] is None or ratio["error"] is None:
         return None
-    half = float(stdtrit(len(record["directions"]["n_data"]) - 1, 0.975)) * ratio["error"]
+    half = student_quantile(len(record["directions"]["n_data"]), CONFIDENCE) * ratio["error"]
     return OVERSTATED if ratio["value"] - half > 1 else UNDERSTATED if ratio["value"] + half < 1 else NEITHER
 
 

@@ -18,6 +18,7 @@ from debiased_laplace.evaluation.judge.groups import Groups
 from debiased_laplace.evaluation.judge.predictions import predict
 from debiased_laplace.evaluation.judge.preflight import Images, preflight
 from debiased_laplace.evaluation.judge.scored import StrongShift, condition_scores, detection_scores, strong_shift
+from debiased_laplace.evaluation.judge.sets import Sets
 from debiased_laplace.evaluation.judge.stored import file_name, still_valid, write
 from debiased_laplace.evaluation.predictors.prediction import Predictor
 from debiased_laplace.evaluation.scores.checks import Array
@@ -32,6 +33,7 @@ def evaluate(
     compare_with: Sequence[str] | Mapping[str, Sequence[str]] = ("MAP", "temperature scaling"),
     groups: Mapping[str, Sequence[str]] | None = None,
     highlight: str | None = None,
+    sets: Sequence[str] | None = None,
     images: Images | None = None,
     target_scale: float = 1.0,
     n_resamples: int = 1000,
@@ -59,6 +61,7 @@ def evaluate(
             and of their differences draw by draw, with an interval that knows data and draws. By default each
             predictor is a method.
         highlight: The predictor whose most uncertain inputs are kept; the last one by default.
+        sets: Methods whose prediction sets are judged; all by default.
         images: From inputs to images ``[N, channels, H, W]`` in [0, 1], to keep the most uncertain ones as pictures.
         target_scale: Of a regression: standard deviation by which targets were divided, so that scores are in the
             original units.
@@ -106,7 +109,7 @@ def evaluate(
     if n_resamples < 2:
         raise ValueError(f"Expected at least two resamples, got n_resamples={n_resamples}.")
     data = conditions(test, shifted, out_of_distribution)
-    judge = _Judge(names, groups, compare_with, target_scale, n_resamples, seed)
+    judge = _Judge(names, groups, compare_with, Sets(sets, n_resamples, target_scale), target_scale, n_resamples, seed)
     live = names
     with _ranks.together("evaluate", wanted=distributed) as ranks:
         ranks.agree("evaluate", {"predictors": ", ".join(names), "data": ", ".join(one.title for one in data)})
@@ -142,7 +145,7 @@ class _Judge:
 
     def __init__(
         self, names: Sequence[str], groups: Mapping[str, Sequence[str]], compare_with: Mapping[str, Sequence[str]],
-        target_scale: float, n_resamples: int, seed: int,
+        sets: Sets, target_scale: float, n_resamples: int, seed: int,
     ) -> None:  # fmt: skip
         self.groups, self.compare_with = dict(groups), compare_with
         self.target_scale, self.n_resamples, self.seed = target_scale, n_resamples, seed
@@ -152,6 +155,7 @@ class _Judge:
         self.entries: dict[str, list[dict[str, Any]]] = {"test": [], "shift": [], "ood": []}
         self._seeds: dict[str, int] = {}
         self._strong: list[StrongShift] = []
+        self._sets = sets
 
     def add(self, condition: Condition, predicted: Mapping[str, Any], shown_by: str) -> list[str]:
         """Score what was predicted; the predictors that go on."""
@@ -178,8 +182,11 @@ class _Judge:
                 risk=condition.kind == "test",
             )  # fmt: skip
             entry["targets"] = labels
+            if condition.kind == "test":
+                entry["prediction_sets"] = self._sets.of_test(arrays, targets, seed_of_data, among)
             if condition.kind == "shift" and is_strong({"severity": condition.severity}):
                 self._strong.append(StrongShift(condition.title, labels, losses))
+                self._sets.add_strong(arrays, targets, seed_of_data)
         entry = {"name": condition.name, "severity": condition.severity, "n": predicted["n"]} | entry
         if predicted["shown"]:
             entry["most_uncertain"] = {"predictor": shown_by, "inputs": predicted["shown"]}
@@ -188,10 +195,14 @@ class _Judge:
 
     def result(self) -> dict[str, Any]:
         """What :func:`evaluate` returns."""
-        among = Groups(self.groups, self.compare_with)
+        among, strong = Groups(self.groups, self.compare_with), None
+        if self._strong:
+            strong = strong_shift(self._strong, among, self.n_resamples) | {
+                "prediction_sets": self._sets.of_strong(among)
+            }
         return {
             "shifts": self.entries["shift"], "ood": self.entries["ood"], "test": self.entries["test"][0],
-            "strong_shift": strong_shift(self._strong, among, self.n_resamples) if self._strong else None,
+            "strong_shift": strong,
             "predictors": {name: {"seconds": {"predict": seconds}} for name, seconds in self.seconds.items()},
             "failures": self.failures, "regression": "mean" in next(iter(self.inside.values())),
             "n_resamples": self.n_resamples,

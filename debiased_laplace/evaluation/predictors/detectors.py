@@ -91,7 +91,7 @@ def _distances(means: Tensor, residuals: Tensor) -> Callable[[Tensor], Tensor]:
     return distances
 
 
-class Features:
+class PenultimateFeatures:
     """Logits ``[N, C]`` and features ``[N, I]`` of batches, by a copy of the modules: the model has no hook.
 
     Args:
@@ -127,13 +127,13 @@ class Features:
         return logits[:n], features[:n]
 
 
-def fitted_to(model: nn.Module, training: Iterable[Any]) -> tuple[Features, dict[str, Detector]]:
+def fitted_to(model: nn.Module, training: Iterable[Any]) -> tuple[PenultimateFeatures, dict[str, Detector]]:
     """Features of a network, and all detectors, those that learn from the first :data:`N_TRAINING` training data."""
     batches = _data.labelled(training)
     first = next(batches, None)
     if first is None:
         raise ValueError("Expected training data, got an empty loader. A generator can be read only once.")
-    features = Features(model, first[0])
+    features = PenultimateFeatures(model, first[0])
     known, labels, n = list[Tensor](), list[Tensor](), 0
     for inputs, targets, size in chain([first], batches):
         known.append(features(inputs)[1])

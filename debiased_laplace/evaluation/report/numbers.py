@@ -20,7 +20,12 @@ def unit(summary: Summary, n: int, *, sets: int = 0) -> str:
     """
     units = summary["units"]
     parts = [f"{n:,} data"]
-    if units["splits"] > 1:
+    if "folds" in units:
+        whole, others = f"{n * units['folds']:,} data", "the other" if units["folds"] == 2 else "the others"
+        times = units["splits"] // units["folds"]
+        parts[0] = f"{whole}, judged in {units['folds']} folds of which each is tuned on {others}"
+        parts[0] += f", in {times} splits" if times > 1 else ""
+    elif units["splits"] > 1:
         parts[0] = f"{units['splits']} splits with {parts[0]} each"
     if sets == 1:
         parts[0] += ", drawn together with all their copies"

@@ -1,20 +1,20 @@
 r"""Records of several seeds become one summary of the same layout.
 
-Of one record the cells stay; of several, see :func:`~debiased_laplace.evaluation.scores.cells.combine`. Scores may be
-infinite, or undefined (NaN: an infinite one minus an infinite one, or of a method that failed there).
+Of one record the cells stay; of several, see :func:`~debiased_laplace.evaluation.scores.cells.combine`, and
+:func:`~debiased_laplace.evaluation.scores.cells.cross_fitted` for a task with ``FOLDS``. Scores may be infinite, or
+undefined (NaN: an infinite one minus an infinite one, or of a method that failed there).
 """
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import numpy as np
 
 from debiased_laplace.evaluation import records as storage
-from debiased_laplace.evaluation.scores.cells import Cell, combine, geometric_mean, mean_of
+from debiased_laplace.evaluation.scores.cells import Cell, combine, cross_fitted, geometric_mean, mean_of
 
 
 def summarise(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -33,16 +33,19 @@ def summarise(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
     same_data = all(record["test"]["targets"] == first["test"]["targets"] for record in records)
     names = [name for name in first["predictors"] if any(name in record["test"]["scores"] for record in records)]
     units = _units(records, same_data)
+    if "folds" in units:
+        records = sorted(records, key=lambda record: record["seed"])
 
     def entry(entries: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        return _entry(entries, names, partial(combine, same_data=same_data, overlap=_overlap(units, entries[0]["n"])))
+        overlap = entries[0]["n"] / units["rest"] if units["rest"] else 0.0
+        return _entry(entries, names, _rule(units, len(records), same_data, overlap))
 
     strong = [record["strong_shift"] for record in records]
     return {
         "schema_version": storage.SCHEMA_VERSION,
         "task": first["task"],
         "settings": first["settings"],
-        "seeds": seeds,
+        "seeds": [record["seed"] for record in records],
         "made": [record["made"] for record in records],
         "same_data": same_data,
         "data": first["data"],
@@ -59,12 +62,18 @@ def summarise(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "shifts": [entry([record["shifts"][i] for record in records]) for i in range(len(first["shifts"]))],
         "ood": [entry([record["ood"][i] for record in records]) for i in range(len(first["ood"]))],
         "strong_shift": entry(strong) | {key: strong[0][key] for key in ("shifts", "sets")} if all(strong) else None,
-        "distances": _distances([record["distances"] for record in records if record["distances"]], same_data),
+        "distances": _distances(
+            [record["distances"] for record in records if record["distances"]],
+            _rule(units, len(records), same_data, 0.0),
+        ),
     }
 
 
 def _units(records: Sequence[dict[str, Any]], same_data: bool) -> dict[str, Any]:
-    """What a mean over seeds and draws is a mean over, and how far test data of different seeds overlap."""
+    """What a mean over seeds and draws is a mean over, and how far test data of different seeds overlap.
+
+    ``folds`` is there if seeds judge the folds of one data set in turn, and none of the folds is missing.
+    """
     draws = max(
         (len(about["draws"]) for r in records for about in r["predictors"].values() if "draws" in about), default=1
     )
@@ -72,24 +81,34 @@ def _units(records: Sequence[dict[str, Any]], same_data: bool) -> dict[str, Any]
     networks = len({record["inputs"]["network"] for record in records})
     # What a split divides: with one network for all, the data that tune and those that judge.
     rest = data["train"] if networks > 1 and data["train"] else data["validation"]
+    folds, seeds = records[0]["task"]["folds"], {record["seed"] for record in records}
+    whole = folds > 1 and all(seed - seed % folds + i in seeds for seed in seeds for i in range(folds))
     return {
         "networks": networks,
         "splits": len({record["test"]["targets"] for record in records}),
         "draws": draws,
         # Of seeds with different data nothing else is known: splits of one set, unless the task says otherwise.
-        "rest": 0 if same_data or independent or len(records) == 1 else rest,
-    }
+        "rest": 0 if same_data or independent or whole or len(records) == 1 else rest,
+    } | ({"folds": folds} if whole else {})  # fmt: skip
 
 
-def _overlap(units: Mapping[str, Any], n: int) -> float:
-    """Test data over the others of splits that share data; zero for data that share nothing."""
-    return n / units["rest"] if units["rest"] else 0.0
+def _rule(units: Mapping[str, Any], n_seeds: int, same_data: bool, overlap: float) -> Combine:
+    """How cells of seeds are combined; a method that failed for some has no whole folds."""
+
+    def rule(cells: Sequence[Cell]) -> Cell:
+        if "folds" in units:
+            if len(cells) == n_seeds:
+                return cross_fitted(cells, units["folds"])
+            return combine(cells, same_data, overlap=1 / (units["folds"] - 1))
+        return combine(cells, same_data, overlap)
+
+    return rule
 
 
+Combine = Callable[[Sequence[Cell]], Cell]
 _OF_EACH_SEED = (
     "prior_precision", "temperature", "noise", "validation_nll", "edges", "prior_precisions", "budget", "draws"
 )  # fmt: skip
-Combine = Callable[[Sequence[Cell]], Cell]
 
 
 def _entry(entries: Sequence[dict[str, Any]], names: Sequence[str], of: Combine) -> dict[str, Any]:
@@ -99,6 +118,9 @@ def _entry(entries: Sequence[dict[str, Any]], names: Sequence[str], of: Combine)
     equal = [entry["equal_settings"] for entry in entries if "equal_settings" in entry]
     if equal:
         result["equal_settings"] = _cells(equal, names, of)
+    if all("prediction_sets" in entry for entry in entries):
+        sets = [entry["prediction_sets"] for entry in entries]
+        result["prediction_sets"] = {"alpha": sets[0]["alpha"]} | _cells(sets, names, of)
     if first.get("calibrated"):
         result["calibrated"] = {
             name: {key: np.mean([errors[key] for errors in of_seeds], axis=0).tolist() for key in of_seeds[0]}
@@ -194,16 +216,14 @@ def _about(entries: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return summary
 
 
-def _distances(entries: Sequence[dict[str, Any]], same_data: bool) -> dict[str, Any]:
+def _distances(entries: Sequence[dict[str, Any]], of: Combine) -> dict[str, Any]:
     """Of the seeds that have them; a method that failed for one of these is left out."""
     if not entries:
         return {}
     names = [name for name in entries[0]["equal"] if all(name in entry["equal"] for entry in entries)]
     return {
         where: {
-            name: {
-                part: combine([entry[where][name][part] for entry in entries], same_data) for part in log_ratios[name]
-            }
+            name: {part: of([entry[where][name][part] for entry in entries]) for part in log_ratios[name]}
             for name in names
             if name != "prior_precision"
         }

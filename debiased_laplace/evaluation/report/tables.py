@@ -8,7 +8,7 @@ from typing import Any
 
 from debiased_laplace.evaluation.judge.conditions import STRONG
 from debiased_laplace.evaluation.predictors.edges import MARK
-from debiased_laplace.evaluation.report import verdicts
+from debiased_laplace.evaluation.report import sets, verdicts
 from debiased_laplace.evaluation.report.cells import SCORES, errors, if_calibrated, in_cell, marks
 from debiased_laplace.evaluation.report.numbers import plus_minus, seeds, unit, with_interval
 from debiased_laplace.evaluation.report.reliability import by_class
@@ -41,6 +41,7 @@ def by_topic(summary: Summary) -> dict[str, list[Table]]:
     topics = {
         scores: [_test(summary), _parts(summary), by_class(summary)],
         shifts: [_strong(summary), *(_shifts(summary, s) for s in ("nll", "rmse" if summary["regression"] else "ece"))],
+        "Prediction sets with a guarantee": sets.tables(summary),
         "Unknown inputs: out-of-distribution data": [_out_of_distribution(summary)],
         posteriors: [_distances(summary)],
         "Tuning and cost": [_cost(summary)],

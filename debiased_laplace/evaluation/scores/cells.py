@@ -64,6 +64,34 @@ def combine(cells: Sequence[Cell], same_data: bool, overlap: float = 0.0) -> Cel
     return [mean, joined(error_over_seeds, errors), mean - reach[0], mean + reach[1]]
 
 
+def cross_fitted(cells: Sequence[Cell], folds: int) -> Cell:
+    r"""The cell of seeds that judge the folds of one data set in turn, each tuned on the others.
+
+    The folds of one split are disjoint: their mean has the error of all data, :math:`\sqrt{\overline{d^2} / K}` for K
+    folds, and how far they are apart says nothing that the data's own errors do not. Splits judge the same data, and
+    are combined as such; of one split alone, nothing is known of what the split itself contributes.
+
+    Args:
+        cells: Of all folds of the first split, then of the second, and so on.
+        folds: K.
+
+    Returns:
+        As :func:`combine`.
+    """
+
+    def split(of_folds: Sequence[Cell]) -> Cell:
+        values, errors, low, high = np.array(of_folds, dtype=np.float64).T
+        if not np.isfinite(values).all():
+            return [mean_of(values.tolist()), math.inf, float(low.min()), float(high.max())]
+        mean = float(values.mean())
+        error, below, above = (
+            math.sqrt(float(np.square(part).mean()) / folds) for part in (errors, values - low, high - values)
+        )
+        return [mean, error, mean - below, mean + above]
+
+    return combine([split(cells[i : i + folds]) for i in range(0, len(cells), folds)], same_data=True)
+
+
 def mean_of(values: Sequence[float]) -> float:
     """Of finite, infinite and undefined numbers; infinite ones of both signs have none."""
     with np.errstate(invalid="ignore"):

@@ -43,10 +43,12 @@ CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "hors
 #: Size of the set the network was trained on; the train loader may yield fewer.
 N_DATA = 50_000
 BUDGET = 128
-SEEDS = 3
+SEEDS = 4
+#: Seeds 2j and 2j + 1 judge the halves of one split, so that of an even number of seeds all test images judge.
+FOLDS = 2
 SEEDS_NOTE = (
-    "A seed decides which of the test images tune and which judge, the data drawn for the fits, and the noise of the "
-    "shifts. The network is the same for every seed."
+    "A seed decides the data drawn for the fits and the noise of the shifts, a pair of seeds how the test images are "
+    "halved: one half tunes and the other judges, then the reverse. The network is the same for every seed."
 )
 SHIFTS = ("noise", "blur", "contrast", "rotation", "jpeg", "pixelate")
 QUICK_SHIFTS = ("noise", "rotation")
@@ -62,7 +64,7 @@ NOTES = {
         "White noise blurred with a standard deviation of 2 pixels, and the values of each channel of a test image "
         "laid out in its order."
     ),
-    "MNIST": "Handwritten digits, the first test images of MNIST, enlarged to 32 x 32 pixels and grey in each channel.",
+    "MNIST": "Handwritten digits, test images of MNIST, enlarged to 32 x 32 pixels and grey in each channel.",
 }
 MEAN, STD = (torch.tensor(values).view(3, 1, 1) for values in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
 
@@ -202,7 +204,7 @@ def shifted_loaders(
 def ood_loaders(*, seed: int, cache: Path, data_dir: Path | None = None, quick: bool = False) -> dict[str, Loader]:
     """Images of other things, one for each test image: shuffled patches, smooth blobs, and MNIST if it is there."""
     mnist = existing(data_dir, "MNIST/raw")
-    images, targets, _ = _test(seed, data_dir, cache, quick)
+    images, targets, index = _test(seed, data_dir, cache, quick)
 
     def make(kind: str) -> tuple[Tensor, Tensor]:
         if kind == "shuffled patches":
@@ -210,7 +212,8 @@ def ood_loaders(*, seed: int, cache: Path, data_dir: Path | None = None, quick: 
         if kind == "smooth blobs":
             return shifts.smooth_blobs(scaled(images), sigma=2.0, seed=seed), targets
         assert mnist is not None
-        digits, classes = (part[: len(images)] for part in read_mnist(mnist, "t10k"))
+        # Those in the places of the test images: seeds that judge other images see other digits.
+        digits, classes = (part[index % len(part)] for part in read_mnist(mnist, "t10k"))
         return F.interpolate(scaled(digits), (32, 32), mode="bilinear").expand(-1, 3, -1, -1), classes
 
     kinds = ["shuffled patches", "smooth blobs", *(["MNIST"] if mnist is not None else [])]
@@ -247,10 +250,12 @@ def halves(n: int, seed: int, quick: bool = False) -> tuple[Tensor, Tensor]:
     """Which of ``n`` test images are for validation and which for the test.
 
     Returns:
-        Indices of each, disjoint.
+        Indices of each, disjoint; those of seed 2j + 1 are those of 2j the other way round.
     """
-    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed // FOLDS))
     validation, test = order[: n // 2], order[n // 2 :]
+    if seed % FOLDS:
+        validation, test = test, validation
     return (validation[:QUICK_VALIDATION], test[:QUICK_TEST]) if quick else (validation, test)
 
 

@@ -79,6 +79,7 @@ class Bench:
                 predictors, *loaders_of(task, context, self.options, _ranks.current()),
                 compare_with=draws.pairs(names, list(about), groups), groups=groups,
                 highlight=candidate if candidate in predictors else None,
+                sets=[name for name in groups if not name.endswith(draws.EQUAL)],
                 images=task.definition.images if task.has("images") else None,
                 target_scale=self.subject.target_scale, n_resamples=self.options.n_resamples,
                 folder=self.work / "predictions", strict=False,

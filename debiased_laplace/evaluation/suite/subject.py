@@ -88,6 +88,7 @@ class Subject:
             "budget": task.budget, "seeds_note": task.constant("SEEDS_NOTE", ""),
             "notes": dict(task.constant("NOTES", {})), "classes": list(task.constant("CLASSES", [])),
             "n_outputs": n_outputs, "independent_seeds": bool(task.constant("INDEPENDENT_SEEDS", False)),
+            "folds": int(task.constant("FOLDS", 1)),
             "n_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         }  # fmt: skip
         target_scale = float(task.call("target_scale", context)) if task.has("target_scale") else 1.0
