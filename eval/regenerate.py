@@ -120,6 +120,7 @@ STEPS: dict[str, Step] = {
         "active.py {data} --out {out} --docs {docs}", "beyond.md", quick="--tasks digits --seeds 1 --rounds 2"
     ),
     "continual": Step("continual.py --out {out} --docs {docs}", "beyond.md", quick="--seeds 1 --strengths 1"),
+    "published": Step("published.py {data} --scratch {out} --docs {docs}", "published.md"),
     "paper": Step(
         "paper.py {data} --out {out} --docs {docs}", "paper.md",
         then="paper.py --document --out {out} --docs {docs}",

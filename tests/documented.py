@@ -90,6 +90,7 @@ def remade() -> dict[str, dict[str, str]]:
         import low_rank_evidence
         import max_factor
         import paper_document
+        import published_document
         import readme
         import regenerate
         import report
@@ -116,6 +117,7 @@ def remade() -> dict[str, dict[str, str]]:
                 "splits": splits.table(read_json(RECORDS / "splits.json")),
             },
             "records.md": regenerate.parts(regenerate.finished(DOCS)),
+            "published.md": published_document.parts(read_json(RECORDS / "published.json")),
             "sets.md": sets.parts(read_json(RECORDS / "sets.json")),
             "posterior.md": {"classes": classes.table(read_json(RECORDS / "classes.json"))},
             "paper.md": paper_document.parts(read_json(RECORDS / "paper.json")),

@@ -1,0 +1,419 @@
+r"""The numbers that others published on CIFAR-10, on the networks with which they measured them.
+
+    python eval/published.py --data-dir <folder> [--networks resnet20 resnet56] [--device cuda] [--docs docs]
+
+``<folder>/cifar10-bayesipy`` has the weights (chenyaofo/pytorch-cifar-models) that the numbers of
+Ludvins/FixedMeanGaussianProcesses were measured with, ``<folder>/cifar10`` the first 10,000 training and 1,000 test
+images. Every posterior is fitted once; the (co)variances of the outputs of all test data under a grid of prior
+precisions are kept in ``<scratch>/published``, so that an interrupted run goes on. What is tuned is tuned on one half
+of the test data and judged on the other, both ways (every datum is judged by settings that it had no part in), and
+that in :data:`SPLITS` random halvings: a datum's loss is its mean over these, and intervals are over data.
+
+The network alone and temperature scaling have the same halvings. ``docs/published.md`` is made from the record.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from documents import show
+from published_document import parts
+from results import rounded
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+import debiased_laplace as dl
+from debiased_laplace.curvature.structures import Diagonal, Full, Isotropic, LowRank
+from debiased_laplace.evaluation import shifts
+from debiased_laplace.evaluation.records import read_json, write_json
+from debiased_laplace.evaluation.scores.calibrated import expected_errors
+from debiased_laplace.evaluation.scores.calibration import N_BINS, equal_width_bins
+from debiased_laplace.fitting.fit import fit
+from debiased_laplace.likelihoods import Categorical
+from debiased_laplace.likelihoods._numerics import square_root
+from debiased_laplace.posterior.gaussian import standard_normals
+from debiased_laplace.posterior.predictive import functional_moments
+from debiased_laplace.posterior.temperature import most_uncertain_temperature, temperature_scaling
+
+MEAN, STD = (torch.tensor(v).view(3, 1, 1) for v in ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)))
+N_DATA, BATCH, BUDGET = 50_000, 250, 1024
+SPLITS = 20
+PRIORS = torch.logspace(0, 5, 11, dtype=torch.float64)
+TEMPERATURES = [2 ** (step / 4) for step in range(-8, 9)]
+LINKS, DRAWS = ("probit", "mean_field", "mc"), 1024
+LIKELIHOOD = Categorical()
+SHIFTS = (("noise", 3), ("blur", 3), ("contrast", 4))
+
+
+class Block(nn.Module):
+    """Two convolutions and a shortcut, with a convolution of size one where the shape changes."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(outputs)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(outputs)
+        self.downsample: nn.Module = nn.Identity()
+        if stride != 1 or inputs != outputs:
+            self.downsample = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Of ``[N, C, H, W]``."""
+        out = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
+        return F.relu(out + self.downsample(x))
+
+
+class ResNet(nn.Module):
+    """The ResNets of chenyaofo/pytorch-cifar-models: ``[N, 3, 32, 32]`` to 10 logits."""
+
+    def __init__(self, depth: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 16, 3, 1, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(16)
+        blocks = (depth - 2) // 6
+        stages = [(16, 16, 1), (16, 32, 2), (32, 64, 2)]
+        self.layer1, self.layer2, self.layer3 = (
+            nn.Sequential(Block(*first), *(Block(first[1], first[1], 1) for _ in range(blocks - 1))) for first in stages
+        )
+        self.fc = nn.Linear(64, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits ``[N, 10]``."""
+        out = self.layer3(self.layer2(self.layer1(F.relu(self.bn1(self.conv1(x))))))
+        return self.fc(out.mean((2, 3)))
+
+
+def network(name: str, data_dir: Path) -> nn.Module:
+    """``resnet20`` or ``resnet56`` with the published weights, in evaluation mode."""
+    model = ResNet(int(name.removeprefix("resnet")))
+    path = data_dir / "cifar10-bayesipy" / f"cifar10_{name}.pt"
+    model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+    return model.eval()
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to fit; ``share`` of the default's budget."""
+
+    fit: dict[str, Any] = field(default_factory=dict)
+    entries: int | None = None  # of the largest curvature, which the posterior is about
+
+
+METHODS = {
+    "identity": Method({"structure": Isotropic()}),
+    "last layer, K-FAC": Method({"parameters": "last_layer", "sampler": dl.UniformSampler(None)}),
+    "last layer, dense": Method({"parameters": "last_layer", "structure": Full(), "sampler": dl.UniformSampler(None)}),
+    "subnetwork, dense": Method({"structure": Full(), "sampler": dl.PrioritySampler(BUDGET)}, entries=1000),
+    "diagonal": Method({"structure": Diagonal(), "sampler": dl.PrioritySampler(2 * BUDGET)}),
+    "low rank": Method({"structure": LowRank(100), "sampler": dl.PrioritySampler(BUDGET // 8)}),
+    "K-FAC, single batch": Method({"sampler": dl.UniformSampler(BUDGET), "split": dl.Single()}),
+    "K-FAC, debiased": Method({"sampler": dl.PrioritySampler(BUDGET)}),
+}
+
+
+def images(path: Path) -> tuple[Tensor, Tensor]:
+    """Images ``[N, 3, 32, 32]`` in [0, 1] and labels ``[N]``."""
+    with np.load(path) as content:
+        return torch.from_numpy(content["images"]).permute(0, 3, 1, 2).float() / 255, torch.from_numpy(
+            content["labels"]
+        ).long()
+
+
+def conditions(x: Tensor) -> dict[str, Tensor]:
+    """Inputs of the network for every condition. "Rotated by 60" is, as published, by an angle drawn from -60 to 60."""
+    from torchvision.transforms import functional
+
+    angles = 120 * torch.rand(len(x), generator=torch.Generator().manual_seed(0)) - 60
+    inputs = (x - MEAN) / STD
+    turned = torch.stack([functional.rotate(one, float(angle)) for one, angle in zip(inputs, angles, strict=True)])
+    shifted = {f"{name} {level}": (shifts.corrupt(x, name, level) - MEAN) / STD for name, level in SHIFTS}
+    return {"test": inputs, "rotated": turned, **shifted}
+
+
+# -- posteriors, and what they say of all test data ----------------------------------------------------
+
+
+def fitted(model: nn.Module, loader: Any, method: Method, seed: int = 0) -> dl.Laplace:
+    """The posterior of all 50,000 training data from those at hand."""
+    settings = dict(method.fit)
+    if method.entries:
+        rough = dl.fit(model, loader, "classification", structure=Diagonal(), n_data=N_DATA, seed=seed)
+        of_entries = rough.posterior.basis.lift(rough.posterior.curvatures)
+        settings["indices"] = of_entries.topk(method.entries).indices.sort().values.cpu()
+    found = fit(model, loader, LIKELIHOOD, n_data=N_DATA, generator=seed, **settings)
+    return dl.Laplace(found, LIKELIHOOD, found.posterior, seed=seed)
+
+
+def moments(posterior: dl.Laplace, inputs: Tensor) -> tuple[Tensor, Tensor]:
+    """Outputs ``[N, C]`` and their covariances ``[R, N, C, C]`` at every prior precision."""
+    grid = [replace(posterior.posterior, prior_precision=p.reshape(1)) for p in PRIORS.to(inputs.device)]
+    parts = [functional_moments(posterior.network, grid, part) for part in inputs.split(BATCH)]
+    return torch.cat([f for f, _ in parts]), torch.cat([v for _, v in parts], 1)
+
+
+class Kept:
+    """What was computed of the posteriors of a network, in a folder: a fit goes on where it was interrupted."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def path(self, method: str, condition: str) -> Path:
+        """Of a posterior and a condition."""
+        return self.folder / f"{method}.{condition}.safetensors".replace(" ", "_")
+
+    def has(self, method: str, names: Iterable[str]) -> bool:
+        """Whether all of some conditions are there."""
+        return all(self.path(method, name).exists() for name in names)
+
+    def write(self, method: str, condition: str, of: tuple[Tensor, Tensor]) -> None:
+        """The upper triangles of symmetric covariances."""
+        rows, columns = torch.triu_indices(10, 10)
+        content = {"mean": of[0].cpu().contiguous(), "covariances": of[1][..., rows, columns].cpu().contiguous()}
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.path(method, condition)
+        save_file(content, path.with_suffix(".part"))
+        path.with_suffix(".part").replace(path)
+
+    def read(self, method: str, condition: str) -> tuple[Tensor, Tensor]:
+        """As :func:`moments` returned them."""
+        content = load_file(self.path(method, condition))
+        triangle, (rows, columns) = content["covariances"], torch.triu_indices(10, 10)
+        whole = triangle.new_zeros(*triangle.shape[:2], 10, 10)
+        whole[..., rows, columns] = whole[..., columns, rows] = triangle
+        return content["mean"].double(), whole
+
+
+class Predictions:
+    """Probabilities of some data by one link, at every setting; roots of covariances are kept for all temperatures."""
+
+    def __init__(self, mean: Tensor, covariances: Tensor, link: str, normals: Tensor) -> None:
+        self.mean, self.covariances, self.link, self.normals = mean, covariances, link, normals
+        self._root: tuple[int, Tensor] | None = None
+
+    def at(self, prior: int, temperature: float) -> Tensor:
+        """``[N, C]``, as the package predicts them; draws all at once."""
+        if self.link == "mc":
+            if self._root is None or self._root[0] != prior:
+                self._root = prior, square_root(self.covariances[prior].double()).float()
+            drawn = self.mean.float() + torch.einsum("mc,nkc->mnk", self.normals, self._root[1])
+            return (drawn / temperature).softmax(-1).mean(0).double()
+        covariance = self.covariances[prior].double() / temperature**2
+        wanted = covariance if LIKELIHOOD.needs_covariance(self.link) else covariance.diagonal(dim1=1, dim2=2)
+        return LIKELIHOOD.predictive(self.mean / temperature, wanted, self.link)
+
+
+class Table:
+    """Losses of all test data at every setting of a posterior and a link, for every condition.
+
+    Attributes:
+        settings: Prior precision and temperature of every row.
+        losses: ``[settings, N]`` by condition, nats, float64.
+    """
+
+    def __init__(self, of: Mapping[str, tuple[Tensor, Tensor]], labels: Tensor, link: str, normals: Tensor) -> None:
+        self.of = {name: Predictions(*moments, link, normals) for name, moments in of.items()}
+        self.labels = labels
+        self.settings = [(r, t) for r in range(len(PRIORS)) for t in temperatures(link)]
+        self.losses = {
+            name: torch.stack([self._losses(name, *setting) for setting in self.settings]).cpu() for name in of
+        }
+        self._kept: dict[tuple[str, int], np.ndarray] = {}
+
+    def _losses(self, name: str, prior: int, temperature: float) -> Tensor:
+        return LIKELIHOOD.log_loss(self.of[name].at(prior, temperature), self.labels)
+
+    def probabilities(self, name: str, row: int) -> np.ndarray:
+        """``[N, C]`` at one setting."""
+        if (name, row) not in self._kept:
+            self._kept[name, row] = self.of[name].at(*self.settings[row]).cpu().numpy()
+        return self._kept[name, row]
+
+    def tuned(self, data: Tensor, *, temperature: bool, rule: str) -> int:
+        """The row that some test data choose: the least loss, or the most uncertainty that they do not tell from it."""
+        rows = [i for i, (_, t) in enumerate(self.settings) if temperature or t == 1]
+        losses = self.losses["test"][rows][:, data]
+        best = int(losses.mean(1).argmin())
+        if rule == "best":
+            return rows[best]
+        per_prior = len(rows) // len(PRIORS)
+        for prior in range(len(PRIORS)):  # ascending: the smallest precision has the most uncertainty
+            of_prior = losses[prior * per_prior : (prior + 1) * per_prior]
+            row = int(of_prior.mean(1).argmin())
+            difference = of_prior[row] - losses[best]
+            if float(difference.mean()) <= float(difference.std()) / len(data) ** 0.5:
+                return rows[prior * per_prior + row]
+        return rows[best]
+
+
+def temperatures(link: str) -> list[float]:
+    """Averages over draws have none below one: draws would become certain."""
+    return [t for t in TEMPERATURES if link != "mc" or t >= 1]
+
+
+class Points:
+    """The network's own probabilities, divided by a temperature (None: as they are)."""
+
+    def __init__(self, of: Mapping[str, tuple[Tensor, Tensor]], labels: Tensor, choose: Any) -> None:
+        self.outputs = {name: mean.cpu() for name, (mean, _) in of.items()}
+        self.labels, self.choose = labels.cpu(), choose
+
+    def tuned(self, data: Tensor, **_: Any) -> float:
+        """The temperature that some test data choose."""
+        return self.choose(LIKELIHOOD, self.outputs["test"][data], self.labels[data]).value if self.choose else 1.0
+
+    def probabilities(self, name: str, temperature: float) -> np.ndarray:
+        """``[N, C]`` of a condition."""
+        return (self.outputs[name] / temperature).softmax(-1).numpy()
+
+
+def judged(table: Any, labels: np.ndarray, **how: Any) -> dict[str, Any]:
+    """Losses ``[SPLITS, N]`` and calibration errors by condition; every datum by settings that it did not choose."""
+    n, names = len(labels), list(table.of if isinstance(table, Table) else table.outputs)
+    result: dict[str, Any] = {"settings": [], "losses": {k: [] for k in names}, "ece": {k: [] for k in names}}
+    result |= {"accuracy": {k: [] for k in names}, "brier": {k: [] for k in names}, "first": {}}
+    for split in range(SPLITS):
+        halves = torch.randperm(n, generator=torch.Generator().manual_seed(split)).chunk(2)
+        rows = [table.tuned(half, **how) for half in halves]
+        result["settings"] += [table.settings[row] if isinstance(table, Table) else (None, row) for row in rows]
+        for name in names:
+            every = np.empty((n, 10))
+            for row, half in zip(rows, halves[::-1], strict=True):
+                every[half.numpy()] = table.probabilities(name, row)[half.numpy()]
+            of_target = every[np.arange(n), labels]
+            result["losses"][name].append(-np.log(np.maximum(of_target, 1e-300)))
+            result["ece"][name].append(calibration_error(every, labels))
+            result["accuracy"][name].append(float((every.argmax(1) == labels).mean()))
+            result["brier"][name].append(float((np.square(every).sum(1) - 2 * of_target + 1).mean()))
+            result["first"].setdefault(name, every)
+    return result
+
+
+def calibration_error(probabilities: np.ndarray, labels: np.ndarray) -> float:
+    """Of the most probable class, in equal-width bins."""
+    bins = equal_width_bins(probabilities.max(1), N_BINS)
+    return float(
+        np.abs(np.bincount(bins, probabilities.max(1) - (probabilities.argmax(1) == labels))).sum() / len(labels)
+    )
+
+
+def interval(values: np.ndarray) -> list[float]:
+    """Mean and its standard error over data, of ``[SPLITS, N]``."""
+    of_data = values.mean(0)
+    return [float(of_data.mean()), float(of_data.std(ddof=1) / len(of_data) ** 0.5)]
+
+
+def summary(found: Mapping[str, Any], points: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """What the record has of a way to predict: means over halvings, errors over data, and differences to the points."""
+    result: dict[str, Any] = {}
+    for name, losses in found["losses"].items():
+        losses = np.stack(losses)
+        of = {"nll": interval(losses), "between halvings": float(losses.mean(1).std(ddof=1))}
+        for point, other in points.items():
+            of[f"minus {point}"] = interval(losses - np.stack(other["losses"][name]))
+        of |= {key: float(np.mean(found[key][name])) for key in ("ece", "accuracy", "brier")}
+        of["ece if calibrated"] = expected_errors(found["first"][name], classwise=False)["ece"]
+        result[name] = of
+    priors = [float(PRIORS[r]) for r, _ in found["settings"] if r is not None]
+    result["prior precision"] = float(np.median(priors)) if priors else None
+    result["temperature"] = float(np.median([t for _, t in found["settings"]]))
+    return result
+
+
+def data_of(data_dir: Path, quick: bool) -> tuple[list[tuple[Tensor, Tensor]], dict[str, Tensor], Tensor]:
+    """Training batches, inputs of every condition, and their labels."""
+    x, y = images(data_dir / "cifar10" / "train_first10k.npz")
+    test, labels = images(data_dir / "cifar10" / "test_first1k.npz")
+    if quick:
+        x, y, test, labels = x[:300], y[:300], test[:60], labels[:60]
+    batches = list(zip(((x - MEAN) / STD).split(BATCH), y.split(BATCH), strict=True))
+    return batches, conditions(test), labels
+
+
+def compute(name: str, kept: Kept, options: argparse.Namespace) -> None:
+    """Fit what is not there yet, and keep what every posterior says of all test data."""
+    model, device = network(name, options.data_dir).to(options.device), torch.device(options.device)
+    batches, inputs, _ = data_of(options.data_dir, options.quick)
+    loader = [(a.to(device), b.to(device)) for a, b in batches]
+    for method in options.methods:
+        if kept.has(method, options.conditions):
+            continue
+        start = time.perf_counter()
+        posterior = fitted(model, loader, METHODS[method])
+        between = time.perf_counter()
+        for condition in options.conditions:
+            kept.write(method, condition, moments(posterior, inputs[condition].to(device)))
+        seconds = f"fit {between - start:.1f} s, predictions {time.perf_counter() - between:.1f} s"
+        print(f"{name}, {method}: {seconds}", file=sys.stderr, flush=True)
+
+
+def measure(name: str, kept: Kept, options: argparse.Namespace) -> dict[str, Any]:
+    """Everything of one network, from what was kept."""
+    labels = data_of(options.data_dir, options.quick)[2]
+    normals = standard_normals((DRAWS, 10), torch.zeros(()), torch.Generator().manual_seed(0))
+    record: dict[str, Any] = {"n": len(labels), "methods": {}}
+    points: dict[str, Any] = {}
+    controls: dict[str, Any] = {}  # of the first method, the identity, by way
+    for method in options.methods:
+        if not kept.has(method, options.conditions):
+            continue
+        of = {condition: kept.read(method, condition) for condition in options.conditions}
+        if not points:
+            points = {point: judged(Points(of, labels, choose), labels.numpy()) for point, choose in POINTS.items()}
+            record["points"] = {point: summary(found, points) for point, found in points.items()}
+        entry: dict[str, Any] = {}
+        for link in LINKS:
+            table = Table(of, labels, link, normals)
+            for temperature, rule in ((True, "best"), (True, "one standard error"), (False, "best")):
+                found = judged(table, labels.numpy(), temperature=temperature, rule=rule)
+                way = f"{link}, {'temperature' if temperature else 'no temperature'}, {rule}"
+                controls.setdefault(way, found)
+                entry[way] = summary(found, points | {"identity": controls[way]})
+            best = entry[f"{link}, temperature, best"]["test"]
+            print(f"{name}: {method}, {link}: {best['nll'][0]:.4f}, {best['minus MAP']}", file=sys.stderr, flush=True)
+        record["methods"][method] = entry
+    return record
+
+
+POINTS = {
+    "MAP": None, "temperature scaling": temperature_scaling,
+    "temperature, one standard error": most_uncertain_temperature,
+}  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--networks", nargs="+", default=["resnet20", "resnet56"])
+    parser.add_argument("--data-dir", type=Path, required=True)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--docs", type=Path, default=Path("docs"))
+    parser.add_argument("--scratch", type=Path, default=Path("eval/results/published"))
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--conditions", nargs="+", default=["test", "rotated"])
+    parser.add_argument("--compute", action="store_true", help="posteriors alone, no statistics")
+    parser.add_argument("--quick", action="store_true")
+    options = parser.parse_args()
+    path = options.docs / "records" / "published.json"
+    record = read_json(path) if path.exists() else {}
+    for name in options.networks:
+        kept = Kept(options.scratch / f"{name}{'.quick' * options.quick}")
+        compute(name, kept, options)
+        if options.compute:
+            continue
+        record[name] = rounded(measure(name, kept, options))
+        write_json(path, record)
+    if not options.compute:
+        show(parts(record), options.docs / "published.md")
+
+
+if __name__ == "__main__":
+    main()
