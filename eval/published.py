@@ -37,6 +37,7 @@ from debiased_laplace.evaluation import shifts
 from debiased_laplace.evaluation.records import read_json, write_json
 from debiased_laplace.evaluation.scores.calibrated import expected_errors
 from debiased_laplace.evaluation.scores.calibration import N_BINS, equal_width_bins
+from debiased_laplace.evaluation.shipped.common import read_npz, scaled
 from debiased_laplace.fitting.fit import fit
 from debiased_laplace.likelihoods import Categorical
 from debiased_laplace.likelihoods._numerics import square_root
@@ -51,7 +52,8 @@ PRIORS = torch.logspace(0, 5, 11, dtype=torch.float64)
 TEMPERATURES = [2 ** (step / 4) for step in range(-8, 9)]
 LINKS, DRAWS = ("probit", "mean_field", "mc"), 1024
 LIKELIHOOD = Categorical()
-SHIFTS = (("noise", 3), ("blur", 3), ("contrast", 4))
+SHIFTS = {"noise 3": ("noise", 3), "blur 3": ("blur", 3), "contrast 4": ("contrast", 4)}
+CONDITIONS, CONTROL = ("test", "rotated"), "identity"
 
 
 class Block(nn.Module):
@@ -103,10 +105,10 @@ def network(name: str, data_dir: Path) -> nn.Module:
 
 @dataclass(frozen=True)
 class Method:
-    """A way to fit; ``share`` of the default's budget."""
+    """Arguments of a fit, and how many parameters of the largest curvature it is about, if not all."""
 
     fit: dict[str, Any] = field(default_factory=dict)
-    entries: int | None = None  # of the largest curvature, which the posterior is about
+    entries: int | None = None
 
 
 METHODS = {
@@ -123,21 +125,21 @@ METHODS = {
 
 def images(path: Path) -> tuple[Tensor, Tensor]:
     """Images ``[N, 3, 32, 32]`` in [0, 1] and labels ``[N]``."""
-    with np.load(path) as content:
-        return torch.from_numpy(content["images"]).permute(0, 3, 1, 2).float() / 255, torch.from_numpy(
-            content["labels"]
-        ).long()
+    pixels, labels = read_npz(path, "images", "labels")
+    return scaled(torch.from_numpy(pixels).permute(0, 3, 1, 2)), torch.from_numpy(labels).long()
 
 
-def conditions(x: Tensor) -> dict[str, Tensor]:
-    """Inputs of the network for every condition. "Rotated by 60" is, as published, by an angle drawn from -60 to 60."""
+def condition(name: str, x: Tensor) -> Tensor:
+    """Inputs of the network. "Rotated by 60" is, as published, by an angle drawn from -60 to 60."""
+    if name in SHIFTS:
+        return (shifts.corrupt(x, *SHIFTS[name]) - MEAN) / STD
+    inputs = (x - MEAN) / STD
+    if name == "test":
+        return inputs
     from torchvision.transforms import functional
 
     angles = 120 * torch.rand(len(x), generator=torch.Generator().manual_seed(0)) - 60
-    inputs = (x - MEAN) / STD
-    turned = torch.stack([functional.rotate(one, float(angle)) for one, angle in zip(inputs, angles, strict=True)])
-    shifted = {f"{name} {level}": (shifts.corrupt(x, name, level) - MEAN) / STD for name, level in SHIFTS}
-    return {"test": inputs, "rotated": turned, **shifted}
+    return torch.stack([functional.rotate(one, float(angle)) for one, angle in zip(inputs, angles, strict=True)])
 
 
 # -- posteriors, and what they say of all test data ----------------------------------------------------
@@ -329,44 +331,42 @@ def summary(found: Mapping[str, Any], points: Mapping[str, Mapping[str, Any]]) -
     return result
 
 
-def data_of(data_dir: Path, quick: bool) -> tuple[list[tuple[Tensor, Tensor]], dict[str, Tensor], Tensor]:
-    """Training batches, inputs of every condition, and their labels."""
-    x, y = images(data_dir / "cifar10" / "train_first10k.npz")
-    test, labels = images(data_dir / "cifar10" / "test_first1k.npz")
-    if quick:
-        x, y, test, labels = x[:300], y[:300], test[:60], labels[:60]
-    batches = list(zip(((x - MEAN) / STD).split(BATCH), y.split(BATCH), strict=True))
-    return batches, conditions(test), labels
+def test_data(options: argparse.Namespace) -> tuple[Tensor, Tensor]:
+    """Images in [0, 1] and labels; a few of them if quick."""
+    x, y = images(options.data_dir / "cifar10" / "test_first1k.npz")
+    return (x[:60], y[:60]) if options.quick else (x, y)
 
 
 def compute(name: str, kept: Kept, options: argparse.Namespace) -> None:
     """Fit what is not there yet, and keep what every posterior says of all test data."""
     model, device = network(name, options.data_dir).to(options.device), torch.device(options.device)
-    batches, inputs, _ = data_of(options.data_dir, options.quick)
-    loader = [(a.to(device), b.to(device)) for a, b in batches]
+    x, y = images(options.data_dir / "cifar10" / "train_first10k.npz")
+    x, y = (part[: 300 if options.quick else None].to(device) for part in ((x - MEAN) / STD, y))
+    loader = list(zip(x.split(BATCH), y.split(BATCH), strict=True))
+    test, _ = test_data(options)
+    inputs = {name: condition(name, test).to(device) for name in options.conditions}
     for method in options.methods:
         if kept.has(method, options.conditions):
             continue
         start = time.perf_counter()
         posterior = fitted(model, loader, METHODS[method])
         between = time.perf_counter()
-        for condition in options.conditions:
-            kept.write(method, condition, moments(posterior, inputs[condition].to(device)))
+        for name_of, of in inputs.items():
+            kept.write(method, name_of, moments(posterior, of))
         seconds = f"fit {between - start:.1f} s, predictions {time.perf_counter() - between:.1f} s"
         print(f"{name}, {method}: {seconds}", file=sys.stderr, flush=True)
 
 
 def measure(name: str, kept: Kept, options: argparse.Namespace) -> dict[str, Any]:
     """Everything of one network, from what was kept."""
-    labels = data_of(options.data_dir, options.quick)[2]
+    _, labels = test_data(options)
     normals = standard_normals((DRAWS, 10), torch.zeros(()), torch.Generator().manual_seed(0))
     record: dict[str, Any] = {"n": len(labels), "methods": {}}
     points: dict[str, Any] = {}
-    controls: dict[str, Any] = {}  # of the first method, the identity, by way
-    for method in options.methods:
-        if not kept.has(method, options.conditions):
-            continue
-        of = {condition: kept.read(method, condition) for condition in options.conditions}
+    controls: dict[str, Any] = {}  # by way, what the others are compared with
+    there = [method for method in options.methods if kept.has(method, options.conditions)]
+    for method in sorted(there, key=lambda method: method != CONTROL):
+        of = {name_of: kept.read(method, name_of) for name_of in options.conditions}
         if not points:
             points = {point: judged(Points(of, labels, choose), labels.numpy()) for point, choose in POINTS.items()}
             record["points"] = {point: summary(found, points) for point, found in points.items()}
@@ -376,8 +376,9 @@ def measure(name: str, kept: Kept, options: argparse.Namespace) -> dict[str, Any
             for temperature, rule in ((True, "best"), (True, "one standard error"), (False, "best")):
                 found = judged(table, labels.numpy(), temperature=temperature, rule=rule)
                 way = f"{link}, {'temperature' if temperature else 'no temperature'}, {rule}"
-                controls.setdefault(way, found)
-                entry[way] = summary(found, points | {"identity": controls[way]})
+                if method == CONTROL:
+                    controls[way] = {CONTROL: found}
+                entry[way] = summary(found, points | controls.get(way, {}))
             best = entry[f"{link}, temperature, best"]["test"]
             print(f"{name}: {method}, {link}: {best['nll'][0]:.4f}, {best['minus MAP']}", file=sys.stderr, flush=True)
         record["methods"][method] = entry
@@ -398,10 +399,11 @@ def main() -> None:
     parser.add_argument("--docs", type=Path, default=Path("docs"))
     parser.add_argument("--scratch", type=Path, default=Path("eval/results/published"))
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
-    parser.add_argument("--conditions", nargs="+", default=["test", "rotated"])
+    parser.add_argument("--shifts", nargs="*", choices=SHIFTS, default=[], help="besides the turned images")
     parser.add_argument("--compute", action="store_true", help="posteriors alone, no statistics")
     parser.add_argument("--quick", action="store_true")
     options = parser.parse_args()
+    options.conditions = [*CONDITIONS, *options.shifts]
     path = options.docs / "records" / "published.json"
     record = read_json(path) if path.exists() else {}
     for name in options.networks:

@@ -7,6 +7,8 @@ from typing import Any
 
 from documents import markdown
 
+from debiased_laplace.evaluation.report.numbers import number, plus_minus
+
 #: CIFAR-10 test, as Ludvins/FixedMeanGaussianProcesses has them: NLL, ECE in %, seconds to train.
 PUBLISHED: dict[str, dict[str, tuple[float, float, int | None]]] = {
     "resnet20": {
@@ -35,15 +37,9 @@ def parts(record: Mapping[str, Any]) -> dict[str, str]:
     }  # fmt: skip
 
 
-def plus_minus(cell: list[float], digits: int = 4, signed: bool = False) -> str:
-    """A mean and its standard error."""
-    sign = "+" if signed else ""
-    return f"{cell[0]:{sign}.{digits}f} ± {cell[1]:.{digits}f}".replace("-", "\N{MINUS SIGN}")
-
-
 def difference(of: Mapping[str, Any], other: str, digits: int = 4) -> str:
     """To another way to predict the same data, with its standard error."""
-    return plus_minus(of[f"minus {other}"], digits, signed=True)
+    return plus_minus(of[f"minus {other}"], digits, sign=True)
 
 
 def calibration(of: Mapping[str, Any]) -> str:
@@ -67,7 +63,7 @@ def published(record: Mapping[str, Any]) -> str:
         theirs, map_of = PUBLISHED[name], PUBLISHED[name]["MAP"]
         for method, (nll, ece, seconds) in theirs.items():
             cost = "" if seconds is None else f"{seconds:,} s"
-            minus = "" if method == "MAP" else f"{nll - map_of[0]:+.4f}".replace("-", "\N{MINUS SIGN}")
+            minus = "" if method == "MAP" else number(nll - map_of[0], 4, sign=True)
             rows.append([NAMES[name], f"{method}, published", f"{nll:.4f}", minus, f"{ece:.2f}", cost])
         ways = {
             "identity, mean field": ("identity", f"mean_field, {BEST}"),
@@ -76,8 +72,8 @@ def published(record: Mapping[str, Any]) -> str:
         }
         for title, of in points_and(of_network, ways).items():
             test = of["test"]
-            minus = "" if title == "MAP" else plus_minus(test["minus MAP"], 4, signed=True)
-            rows.append([NAMES[name], f"**{title}, here**", plus_minus(test["nll"]), minus, calibration(test), ""])
+            minus = "" if title == "MAP" else difference(test, "MAP")
+            rows.append([NAMES[name], f"**{title}, here**", plus_minus(test["nll"], 4), minus, calibration(test), ""])
     return markdown(["network", "", "NLL", "minus its MAP", "ECE, % (if calibrated)", "trained for"], rows)
 
 
@@ -87,17 +83,11 @@ def methods(record: Mapping[str, Any]) -> str:
     for name, of_network in record.items():
         for method, of in of_network["methods"].items():
             cells = [NAMES[name], method]
-            for link in ("mean_field", "mc"):
+            for link in SHOWN_LINKS:
                 test = of[f"{link}, {BEST}"]["test"]
-                cells += [plus_minus(test["minus temperature scaling"], 4, signed=True), calibration(test)]
-            rows.append(
-                [
-                    *cells,
-                    plus_minus(
-                        of["mean_field, no temperature, best"]["test"]["minus temperature scaling"], 4, signed=True
-                    ),
-                ]
-            )
+                cells += [difference(test, "temperature scaling"), calibration(test)]
+            without = of["mean_field, no temperature, best"]["test"]
+            rows.append([*cells, difference(without, "temperature scaling")])
     columns = ["network", "posterior", "mean field", "ECE, %", "draws", "ECE, %", "mean field, no temperature"]
     return markdown(columns, rows)
 
@@ -106,7 +96,7 @@ def rotated(record: Mapping[str, Any]) -> str:
     """Under rotation, tuned on data as they are."""
     rows = []
     for method, nll in ROTATED.items():
-        minus = "" if method == "MAP" else f"{nll - ROTATED['MAP']:+.2f}".replace("-", "\N{MINUS SIGN}")
+        minus = "" if method == "MAP" else number(nll - ROTATED["MAP"], 2, sign=True)
         rows.append(["ResNet-20", f"{method}, published", f"{nll:.2f}", minus])
     for name, of_network in record.items():
         ways = {
@@ -119,7 +109,7 @@ def rotated(record: Mapping[str, Any]) -> str:
         of_points["temperature, one standard error"] = of_network["points"]["temperature, one standard error"]
         for title, of in of_points.items():
             cell = of["rotated"]
-            minus = "" if title == "MAP" else plus_minus(cell["minus MAP"], 2, signed=True)
+            minus = "" if title == "MAP" else difference(cell, "MAP", 2)
             rows.append([NAMES[name], f"**{title}, here**", plus_minus(cell["nll"], 2), minus])
     return markdown(["network", "", "NLL, rotated", "minus its MAP"], rows)
 
@@ -130,7 +120,7 @@ def links(record: Mapping[str, Any]) -> str:
     for name, of_network in record.items():
         for way, of in of_network["methods"][DEFAULT].items():
             settings = [f"{of['prior precision']:.3g}", f"{of['temperature']:.2f}"]
-            cells = [plus_minus(of["test"]["nll"]), difference(of["test"], "temperature scaling")]
+            cells = [plus_minus(of["test"]["nll"], 4), difference(of["test"], "temperature scaling")]
             rows.append([NAMES[name], way.replace("_", " "), *cells, plus_minus(of["rotated"]["nll"], 2), *settings])
     columns = [
         "network",
@@ -150,14 +140,9 @@ def curvature(record: Mapping[str, Any]) -> str:
     for name, of_network in record.items():
         for method, of in of_network["methods"].items():
             if method != "identity":
-                cells = [
-                    plus_minus(of[f"{link}, {BEST}"]["test"]["minus identity"], 4, signed=True)
-                    for link in ("mean_field", "mc")
-                ]
-                shifted = [
-                    plus_minus(of[f"{link}, {BEST}"]["rotated"]["minus identity"], 3, signed=True)
-                    for link in ("mean_field", "mc")
-                ]
+                ways = [of[f"{link}, {BEST}"] for link in SHOWN_LINKS]
+                cells = [difference(way["test"], "identity") for way in ways]
+                shifted = [difference(way["rotated"], "identity", 3) for way in ways]
                 rows.append([NAMES[name], method, *cells, *shifted])
     columns = ["network", "posterior", "mean field", "draws", "rotated, mean field", "rotated, draws"]
     return markdown(columns, rows)
