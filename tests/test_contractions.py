@@ -96,15 +96,31 @@ def test_second_moment(name, shared, memory, positions):
 
 
 @every
+@pytest.mark.parametrize("kind", ["any", "one-for-all"])
 @pytest.mark.parametrize("grid", [1, 3])
-def test_covariances_and_variances_under_a_grid_of_scales(name, shared, grid, memory, positions):
+def test_covariances_and_variances_under_a_grid_of_scales(name, shared, grid, kind, memory, positions):
     inputs, vectors = factors(name, shared)
     expected = formed(inputs, vectors)
     scales = normals(grid, *expected.shape[2:], seed=2).square()
     scales.flatten()[0] = 0.0  # a direction that does not count
+    if kind == "one-for-all":  # of a prior alone
+        scales = scales[..., -1:, -1:, -1:].expand(-1, *expected.shape[2:])
     covariances = torch.einsum("nvgoi,rgoi,nwgoi->rnvw", expected, scales, expected)
     assert_equal(FactoredGradients(inputs, vectors).covariances(scales), covariances)
     assert_equal(FactoredGradients(inputs, vectors).variances(scales), covariances.diagonal(dim1=2, dim2=3))
+
+
+def test_a_grid_of_priors_alone_is_one_contraction(monkeypatch):
+    """Numbers that are each for all entries are not contracted one by one, nor by pairs of vectors."""
+    monkeypatch.setattr(PairsOfPositions, "give_covariances", lambda _, n_scales, **__: n_scales > 1)
+    monkeypatch.setattr(contractions, "many_scales", lambda n_scales, _: n_scales > 1)
+    for way in (PairsOfPositions, contractions):
+        monkeypatch.setattr(way, "covariances" if way is PairsOfPositions else "covariances_of_rows", pytest.fail)
+    inputs, vectors = factors("positions")
+    priors = torch.linspace(0.1, 2, 50, dtype=torch.float64)
+    expected = torch.einsum("r,nvgoi,nwgoi->rnvw", priors, *2 * [formed(inputs, vectors)])
+    grid = priors[:, None, None, None].expand(-1, *formed(inputs, vectors).shape[2:])
+    assert_equal(FactoredGradients(inputs, vectors).covariances(grid), expected)
 
 
 def test_variances_take_scales_of_any_sign(positions):

@@ -121,6 +121,8 @@ class FactoredGradients:
             scales: ``h: [R, G, o, i]``, non-negative.
         """
         scales = scales.to(self.inputs.dtype).reshape(len(scales), *self.shape)
+        if (same := one_for_all(scales)) is not None:
+            return same[:, None, None, None] * self.covariances(torch.ones_like(scales[:1]))
         n, n_vectors = len(self.inputs), self.vectors.shape[2]
         if self._factored:
             weights = torch.einsum("ngi,rgoi->rngo", self.inputs[..., 0].square(), scales)
@@ -155,6 +157,8 @@ class FactoredGradients:
             scales: ``[R, G, o, i]``.
         """
         scales = scales.to(self.inputs.dtype).reshape(len(scales), *self.shape)
+        if (same := one_for_all(scales)) is not None:
+            return same[:, None, None] * self.variances(torch.ones_like(scales[:1]))
         if self._factored:
             weights = torch.einsum("ngi,rgoi->rngo", self.inputs[..., 0].square(), scales).flatten(2)
             squares = self.vectors[..., 0].square().transpose(1, 2).flatten(2)  # [N or 1, V, G * o]
@@ -310,6 +314,14 @@ class FactoredGradients:
 def projection_memory(device: torch.device) -> int:
     """Bytes of formed gradients at a time on a device."""
     return PROJECTION_MEMORY["cpu" if device.type == "cpu" else "accelerator"]
+
+
+def one_for_all(scales: Tensor) -> Tensor | None:
+    """``[R]`` if each of several ``h: [R, ...]`` is one number for all entries, as of a prior alone; else None."""
+    rows = scales.flatten(1)
+    if len(rows) == 1 or not rows.shape[1] or not bool((rows == rows[:, :1]).all()):
+        return None
+    return rows[:, 0]
 
 
 def covariances_of_rows(rows: Tensor, scales: Tensor) -> Tensor:
