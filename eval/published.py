@@ -47,7 +47,7 @@ from debiased_laplace.posterior.temperature import most_uncertain_temperature, t
 
 MEAN, STD = (torch.tensor(v).view(3, 1, 1) for v in ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)))
 N_DATA, BATCH, BUDGET = 50_000, 250, 1024
-SPLITS = 20
+SPLITS, N_TIMED = 20, 100
 PRIORS = torch.logspace(0, 5, 11, dtype=torch.float64)
 TEMPERATURES = [2 ** (step / 4) for step in range(-8, 9)]
 LINKS, DRAWS = ("probit", "mean_field", "mc"), 1024
@@ -120,6 +120,10 @@ METHODS = {
     "low rank": Method({"structure": LowRank(100), "sampler": dl.PrioritySampler(BUDGET // 8)}),
     "K-FAC, single batch": Method({"sampler": dl.UniformSampler(BUDGET), "split": dl.Single()}),
     "K-FAC, debiased": Method({"sampler": dl.PrioritySampler(BUDGET)}),
+    # As much as costs about one gradient of all training data at hand.
+    "diagonal, equal time": Method({"structure": Diagonal(), "sampler": dl.PrioritySampler(5 * BUDGET)}),
+    "low rank, equal time": Method({"structure": LowRank(100), "sampler": dl.PrioritySampler(BUDGET // 32)}),
+    "K-FAC, debiased, equal time": Method({"sampler": dl.PrioritySampler(BUDGET // 2)}),
 }
 
 
@@ -163,11 +167,33 @@ def moments(posterior: dl.Laplace, inputs: Tensor) -> tuple[Tensor, Tensor]:
     return torch.cat([f for f, _ in parts]), torch.cat([v for _, v in parts], 1)
 
 
+def gradient_seconds(model: nn.Module, loader: list[tuple[Tensor, Tensor]], n_batches: int = 4) -> float:
+    """Processor time of a gradient of all data, by a few batches of equal size."""
+    some = loader[:n_batches]
+    spent = []
+    for _ in range(2):  # the first warms up
+        start = time.process_time()
+        for x, y in some:
+            torch.autograd.grad(F.cross_entropy(model(x), y), list(model.parameters()))
+        spent.append(time.process_time() - start)
+    return min(spent) * len(loader) / len(some)
+
+
 class Kept:
     """What was computed of the posteriors of a network, in a folder: a fit goes on where it was interrupted."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+
+    @property
+    def costs(self) -> dict[str, dict[str, float]]:
+        """By method, in processor time of a gradient of all data at hand: the fit, and predictions of as many data."""
+        path = self.folder / "costs.json"
+        return read_json(path) if path.exists() else {}
+
+    def spent(self, method: str, gradients: Mapping[str, float]) -> None:
+        """Keep what a method cost."""
+        write_json(self.folder / "costs.json", self.costs | {method: dict(gradients)})
 
     def path(self, method: str, condition: str) -> Path:
         """Of a posterior and a condition."""
@@ -346,15 +372,18 @@ def compute(name: str, kept: Kept, options: argparse.Namespace) -> None:
     test, _ = test_data(options)
     inputs = {name: condition(name, test).to(device) for name in options.conditions}
     for method in options.methods:
-        if kept.has(method, options.conditions):
+        if kept.has(method, options.conditions) and method in kept.costs:
             continue
-        start = time.perf_counter()
+        gradient, start = gradient_seconds(model, loader), time.process_time()
         posterior = fitted(model, loader, METHODS[method])
-        between = time.perf_counter()
+        fit_seconds, start = time.process_time() - start, time.process_time()
+        posterior.predict(inputs["test"][:N_TIMED], link="mean_field")
+        each = (time.process_time() - start) / len(inputs["test"][:N_TIMED])
+        kept.spent(method, {"fit": fit_seconds / gradient, "predictions": each * len(x) / gradient})
+        print(f"{name}, {method}: {kept.costs[method]}", file=sys.stderr, flush=True)
         for name_of, of in inputs.items():
-            kept.write(method, name_of, moments(posterior, of))
-        seconds = f"fit {between - start:.1f} s, predictions {time.perf_counter() - between:.1f} s"
-        print(f"{name}, {method}: {seconds}", file=sys.stderr, flush=True)
+            if not kept.path(method, name_of).exists():
+                kept.write(method, name_of, moments(posterior, of))
 
 
 def measure(name: str, kept: Kept, options: argparse.Namespace) -> dict[str, Any]:

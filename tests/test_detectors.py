@@ -140,6 +140,31 @@ def test_the_network_has_all_of_them_on_out_of_distribution_data() -> None:
         assert all(cell == [0, 0, 0, 0] for cell in one["differences"]["MAP"]["plain"].values())
 
 
+def test_a_posterior_is_compared_with_the_networks_detectors() -> None:
+    """Pair by pair of the same resamples: the difference of two AUROCs that are not of the same kind of score."""
+    model, training, test, far = network(), draw(90), draw(40, seed=1), draw(30, seed=2)
+    detecting = detecting_predictor(model, [training])
+
+    def flatter(x: Tensor) -> Prediction:
+        return Prediction(probabilities=(detecting(x).probabilities.log() * 0.1 * (1 + x[:, :1].abs())).softmax(1))
+
+    predictors = {"MAP": detecting, "flatter": flatter, "plain": point_predictor(model)}
+    (entry,) = evaluate(predictors, [test], None, {"far": [(3 * far[0], far[1])]}, n_resamples=50)["ood"]
+    own, against = entry["scores"], entry["against_detectors"]
+    assert list(against) == ["MAP"] and list(against["MAP"]) == ["flatter", "plain"]
+    for name, cells in against["MAP"].items():
+        assert {key.rpartition(", ")[0] for key in cells} == {
+            "energy", "maximum logit", "Mahalanobis", "relative Mahalanobis"
+        }  # fmt: skip
+        for key, cell in cells.items():
+            used = f"maximum probability, {key.rpartition(', ')[2]}"
+            assert cell[0] == pytest.approx(own[name][used][0] - own["MAP"][key][0], abs=EXACT)
+            assert cell[2] <= cell[0] <= cell[3]
+    # Without a detector there is nothing to compare with.
+    (alone,) = evaluate({"a": flatter, "b": flatter}, [test], None, {"far": [far]}, n_resamples=20)["ood"]
+    assert alone["against_detectors"] == {}
+
+
 def test_without_training_data_there_are_those_of_logits() -> None:
     model, inputs = network(), draw(4)[0]
     prediction = detecting_predictor(model)(inputs)

@@ -172,7 +172,33 @@ def detection_scores(
         "scores": groups.scores(scores),
         "draws": groups.values(scores),
         "differences": groups.differences(scores, _twins(inside, outside)),
+        "against_detectors": _against_detectors(scores, inside, groups),
         "histograms": {name: histograms[draws[0]] for name, draws in groups.draws.items()},
+    }
+
+
+def _against_detectors(
+    scores: Mapping[str, Mapping[str, Replicates]], inside: Mapping[str, Mapping[str, Array]], groups: Groups
+) -> dict[str, dict[str, Any]]:
+    """The maximum probability of methods without detectors minus the detectors of those that have them.
+
+    As the network has: they need no posterior.
+    """
+    of = {name: [key.removeprefix(OOD) for key in arrays if key.startswith(OOD)] for name, arrays in inside.items()}
+    detectors = list(dict.fromkeys(detector for has in of.values() for detector in has))
+    paired = {
+        name: {
+            f"{detector}, {metric}": scores[name][f"{detector if of[name] else 'maximum probability'}, {metric}"]
+            for detector in (of[name] or detectors if "maximum probability, auroc" in scores[name] else ())
+            for metric in ("auroc", "aupr", "fpr95")
+        }
+        for name in scores
+    }
+    has = {name: bool(of[draws[0]]) for name, draws in groups.draws.items()}
+    return {
+        second: {first: cells for first, cells in firsts.items() if cells and not has[first]}
+        for second, firsts in groups.differences(paired, lambda *_: False).items()
+        if has[second]
     }
 
 

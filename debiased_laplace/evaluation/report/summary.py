@@ -135,6 +135,8 @@ def _entry(entries: Sequence[dict[str, Any]], names: Sequence[str], of: Combine)
         result["histograms"] = {
             name: next(e["histograms"][name] for e in entries if name in e["histograms"]) for name in names
         }
+    if all("against_detectors" in entry for entry in entries):  # records of an earlier version lack it
+        result["against_detectors"] = _differences([entry["against_detectors"] for entry in entries], names, of)
     if "most_uncertain" in first:
         result["most_uncertain"] = first["most_uncertain"]
     return result
@@ -142,17 +144,24 @@ def _entry(entries: Sequence[dict[str, Any]], names: Sequence[str], of: Combine)
 
 def _cells(entries: Sequence[dict[str, Any]], names: Sequence[str], of: Combine) -> dict[str, Any]:
     """Scores and differences; a method that failed for some seeds has the numbers of the others."""
-
-    def combined(parts: Sequence[Mapping[str, dict[str, Cell]]]) -> dict[str, dict[str, Cell]]:
-        return {name: _combined(cells, of) for name, cells in _of_seeds(parts, names).items()}
-
-    seconds = dict.fromkeys(second for entry in entries for second in entry["differences"])
     return {
-        "scores": combined([entry["scores"] for entry in entries]),
-        "differences": {
-            second: combined([entry["differences"].get(second, {}) for entry in entries]) for second in seconds
-        },
+        "scores": _of_methods([entry["scores"] for entry in entries], names, of),
+        "differences": _differences([entry["differences"] for entry in entries], names, of),
     }
+
+
+def _differences(
+    parts: Sequence[Mapping[str, Mapping[str, dict[str, Cell]]]], names: Sequence[str], of: Combine
+) -> dict[str, Any]:
+    """By the method that is subtracted."""
+    seconds = dict.fromkeys(second for part in parts for second in part)
+    return {second: _of_methods([part.get(second, {}) for part in parts], names, of) for second in seconds}
+
+
+def _of_methods(
+    parts: Sequence[Mapping[str, dict[str, Cell]]], names: Sequence[str], of: Combine
+) -> dict[str, dict[str, Cell]]:
+    return {name: _combined(cells, of) for name, cells in _of_seeds(parts, names).items()}
 
 
 def _of_seeds(parts: Sequence[Mapping[str, Any]], names: Sequence[str]) -> dict[str, list[Any]]:

@@ -42,7 +42,7 @@ def by_topic(summary: Summary) -> dict[str, list[Table]]:
         scores: [_test(summary), _parts(summary), by_class(summary)],
         shifts: [_strong(summary), *(_shifts(summary, s) for s in ("nll", "rmse" if summary["regression"] else "ece"))],
         "Prediction sets with a guarantee": sets.tables(summary),
-        "Unknown inputs: out-of-distribution data": [_out_of_distribution(summary)],
+        "Unknown inputs: out-of-distribution data": [_out_of_distribution(summary), _detectors(summary)],
         posteriors: [_distances(summary)],
         "Tuning and cost": [_cost(summary)],
     }
@@ -251,6 +251,25 @@ def _out_of_distribution(summary: Summary) -> Table:
         ["method: score", *(SCORES[score][0] for score in ("auroc", "aupr", "fpr95"))],
         sections,
     )
+
+
+def _detectors(summary: Summary) -> Table:
+    """Posteriors against detectors that need none; records of an earlier version lack it."""
+    sections, detectors = [], []
+    for entry in summary["ood"]:
+        for second, firsts in entry.get("against_detectors", {}).items():
+            detectors = [key for key in next(iter(firsts.values()), {}) if key.endswith(", auroc")]
+            rows = [
+                [name, *(with_interval(cells[key], 1, scale=100) if key in cells else "" for key in detectors)]
+                for name, cells in firsts.items()
+            ]
+            sections.append((f"{entry['name']} ({entry['n']:,}): minus {second}'s", rows))
+    return Table(
+        "Maximum probability against detectors that need no posterior",
+        "AUROC in %, of one minus the maximum probability less that of the detector. Paired, with the 95 % interval; "
+        "above zero: the former is better.",
+        ["method", *(key.removesuffix(", auroc") for key in detectors)], sections,
+    )  # fmt: skip
 
 
 def _distances(summary: Summary) -> Table:

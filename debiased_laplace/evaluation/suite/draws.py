@@ -69,7 +69,7 @@ def apart(result: dict[str, Any]) -> None:
                 equal["differences"][plain] = {
                     key.removesuffix(EQUAL): difference for key, difference in differences.items()
                 }
-            for part in ("curves", "histograms", "calibrated", "draws"):
+            for part in ("curves", "histograms", "calibrated", "draws", "against_detectors"):
                 entry.get(part, {}).pop(name, None)
         if equal["scores"] and "histograms" not in entry:
             entry["equal_settings"] = equal
