@@ -37,6 +37,7 @@ from debiased_laplace.evaluation import shifts
 from debiased_laplace.evaluation.records import read_json, write_json
 from debiased_laplace.evaluation.scores.calibrated import expected_errors
 from debiased_laplace.evaluation.scores.calibration import N_BINS, equal_width_bins
+from debiased_laplace.evaluation.shipped.cifar10 import BasicBlock
 from debiased_laplace.evaluation.shipped.common import read_npz, scaled
 from debiased_laplace.fitting.fit import fit
 from debiased_laplace.likelihoods import Categorical
@@ -56,23 +57,18 @@ SHIFTS = {"noise 3": ("noise", 3), "blur 3": ("blur", 3), "contrast 4": ("contra
 CONDITIONS, CONTROL = ("test", "rotated"), "identity"
 
 
-class Block(nn.Module):
-    """Two convolutions and a shortcut, with a convolution of size one where the shape changes."""
+class Block(BasicBlock):
+    """With a convolution of size one for the shortcut where the shape changes (type B)."""
 
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(outputs)
-        self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
-        self.bn2 = nn.BatchNorm2d(outputs)
+        super().__init__(inputs, outputs, stride)
         self.downsample: nn.Module = nn.Identity()
         if stride != 1 or inputs != outputs:
             self.downsample = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Of ``[N, C, H, W]``."""
-        out = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
-        return F.relu(out + self.downsample(x))
+    def shortcut(self, x: Tensor) -> Tensor:
+        """By the convolution."""
+        return self.downsample(x)
 
 
 class ResNet(nn.Module):
@@ -390,7 +386,7 @@ def measure(name: str, kept: Kept, options: argparse.Namespace) -> dict[str, Any
     """Everything of one network, from what was kept."""
     _, labels = test_data(options)
     normals = standard_normals((DRAWS, 10), torch.zeros(()), torch.Generator().manual_seed(0))
-    record: dict[str, Any] = {"n": len(labels), "methods": {}}
+    record: dict[str, Any] = {"n": len(labels), "costs": kept.costs, "methods": {}}
     points: dict[str, Any] = {}
     controls: dict[str, Any] = {}  # by way, what the others are compared with
     there = [method for method in options.methods if kept.has(method, options.conditions)]

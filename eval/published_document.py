@@ -82,14 +82,15 @@ def methods(record: Mapping[str, Any]) -> str:
     rows = []
     for name, of_network in record.items():
         for method, of in of_network["methods"].items():
-            cells = [NAMES[name], method]
+            cost = of_network["costs"].get(method, {})
+            cells = [NAMES[name], method, *(f"{cost[part]:.2g}" if cost else "" for part in ("fit", "predictions"))]
             for link in SHOWN_LINKS:
                 test = of[f"{link}, {BEST}"]["test"]
                 cells += [difference(test, "temperature scaling"), calibration(test)]
             without = of["mean_field, no temperature, best"]["test"]
             rows.append([*cells, difference(without, "temperature scaling")])
-    columns = ["network", "posterior", "mean field", "ECE, %", "draws", "ECE, %", "mean field, no temperature"]
-    return markdown(columns, rows)
+    columns = ["network", "posterior", "fit costs", "predictions cost", "mean field", "ECE, %", "draws", "ECE, %"]
+    return markdown([*columns, "mean field, no temperature"], rows)
 
 
 def rotated(record: Mapping[str, Any]) -> str:

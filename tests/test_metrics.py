@@ -13,7 +13,8 @@ from scipy.integrate import quad
 from scipy.stats import entropy as scipy_entropy
 from scipy.stats import norm
 
-from debiased_laplace.evaluation.scores import calibration, checks, classification, detection, regression
+from debiased_laplace import _arrays
+from debiased_laplace.evaluation.scores import calibration, classification, detection, regression
 from tests.tolerances import EXACT, FLOAT32, MONTE_CARLO_Z
 
 pytestmark = pytest.mark.filterwarnings("error::RuntimeWarning")
@@ -109,7 +110,7 @@ def test_all_scores_are_reported() -> None:
 @pytest.mark.parametrize("logits", [[[2.0, -1.0]], [[0.3, 0.3]], [[4.0, 5.0]]])
 def test_logits_are_recognised(logits: list[list[float]]) -> None:
     with pytest.raises(ValueError, match=r"rows sum to one.*Apply softmax first: this looks like logits"):
-        checks.check_probabilities(logits)
+        _arrays.check_probabilities(logits)
 
 
 # -- selection ---------------------------------------------------------------------------------

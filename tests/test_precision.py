@@ -14,10 +14,10 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from debiased_laplace import GGN, Quadratic
+from debiased_laplace import GGN, Quadratic, _arrays
 from debiased_laplace.evaluation.predictors.baselines import gaussian_predictor
 from debiased_laplace.evaluation.predictors.prediction import as_prediction
-from debiased_laplace.evaluation.scores import checks, classification
+from debiased_laplace.evaluation.scores import classification
 from debiased_laplace.laplace_torch.noise import check_profile, profile
 from debiased_laplace.likelihoods import Bernoulli
 from debiased_laplace.network.network import Network
@@ -489,7 +489,7 @@ def test_rows_are_probabilities_as_far_as_their_dtype_tells(dtype, n_classes):
     targets = torch.arange(500) % n_classes
     p = logits.to(dtype).softmax(1)
     exact = p.double() / p.double().sum(1, keepdim=True)
-    assert_equal(torch.from_numpy(checks.check_probabilities(p)), exact)
+    assert_equal(torch.from_numpy(_arrays.check_probabilities(p)), exact)
     for score in (classification.negative_log_likelihood, classification.brier_score):
         assert score(p, targets) == pytest.approx(score(exact, targets), rel=1e-12)
     assert classification.accuracy(p, targets) == float((p.argmax(1) == targets).double().mean())
@@ -498,17 +498,17 @@ def test_rows_are_probabilities_as_far_as_their_dtype_tells(dtype, n_classes):
     assert_equal(prediction, exact)
     off = (p.double() * 1.02).to(dtype)
     with pytest.raises(ValueError, match="this looks like logits"):
-        checks.check_probabilities(off)
+        _arrays.check_probabilities(off)
     with pytest.raises(ValueError, match="these look like logits"):
         as_prediction(off, 500, "mine")
 
 
 def test_rows_of_a_finer_dtype_have_less_to_be_off():
     off = torch.tensor([[0.5, 0.505]])
-    assert float(checks.check_probabilities(off.bfloat16()).sum()) == 1
+    assert float(_arrays.check_probabilities(off.bfloat16()).sum()) == 1
     for dtype in (torch.float16, torch.float32, torch.float64):
         with pytest.raises(ValueError, match="rows sum to one"):
-            checks.check_probabilities(off.to(dtype))
+            _arrays.check_probabilities(off.to(dtype))
 
 
 def test_a_noise_variance_is_not_rounded_to_the_networks_dtype():

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from debiased_laplace import _ranks
+from debiased_laplace._arrays import Array
 from debiased_laplace.evaluation import records
 from debiased_laplace.evaluation.judge.conditions import Condition, ConditionError, Loader, conditions, is_strong
 from debiased_laplace.evaluation.judge.groups import Groups
@@ -21,7 +22,6 @@ from debiased_laplace.evaluation.judge.scored import StrongShift, condition_scor
 from debiased_laplace.evaluation.judge.sets import Sets
 from debiased_laplace.evaluation.judge.stored import file_name, still_valid, write
 from debiased_laplace.evaluation.predictors.prediction import Predictor
-from debiased_laplace.evaluation.scores.checks import Array
 
 
 def evaluate(

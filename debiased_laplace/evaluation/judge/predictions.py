@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 
 from debiased_laplace import _data
+from debiased_laplace._arrays import Array
 from debiased_laplace._ranks import Ranks, current
 from debiased_laplace.evaluation.judge.conditions import Condition
 from debiased_laplace.evaluation.judge.preflight import NO_DATA, Images, checked_targets, inputs_and_targets
 from debiased_laplace.evaluation.predictors.prediction import Predictor, as_prediction
 from debiased_laplace.evaluation.provenance import data_digest
 from debiased_laplace.evaluation.scores import detection
-from debiased_laplace.evaluation.scores.checks import Array
 
 T = TypeVar("T")
 

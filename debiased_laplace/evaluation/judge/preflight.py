@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from debiased_laplace import _data
+from debiased_laplace._arrays import Array
 from debiased_laplace.evaluation.judge.conditions import Condition, Loader
 from debiased_laplace.evaluation.predictors.prediction import Prediction, Predictor, as_prediction
-from debiased_laplace.evaluation.scores.checks import Array
 
 Images = Callable[[Any], Tensor]
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from debiased_laplace._arrays import Array
 from debiased_laplace.evaluation.judge.groups import Groups
 from debiased_laplace.evaluation.scores import bootstrap, calibrated, calibration, classification, regression, weighted
-from debiased_laplace.evaluation.scores.checks import Array
 from debiased_laplace.evaluation.scores.detection import OOD, ood_scores
 from debiased_laplace.evaluation.scores.replicates import Replicates
 

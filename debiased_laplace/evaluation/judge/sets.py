@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from debiased_laplace._arrays import Array
 from debiased_laplace.evaluation.judge.groups import Groups
-from debiased_laplace.evaluation.scores.checks import Array
 from debiased_laplace.evaluation.scores.replicates import Replicates
 from debiased_laplace.evaluation.scores.sets import ALPHA, SetScores
 from debiased_laplace.evaluation.scores.weighted import resample_weights

@@ -13,13 +13,13 @@ from typing import Any
 import numpy as np
 
 from debiased_laplace import _data
+from debiased_laplace._arrays import Array
 from debiased_laplace.evaluation import records
 from debiased_laplace.evaluation.judge.conditions import Condition
 from debiased_laplace.evaluation.judge.preflight import inputs_and_targets, peek
 from debiased_laplace.evaluation.names import slug
 from debiased_laplace.evaluation.predictors.prediction import Predictor, as_prediction
 from debiased_laplace.evaluation.provenance import data_digest
-from debiased_laplace.evaluation.scores.checks import Array
 
 
 def file_name(title: str) -> str:

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from debiased_laplace import _data
-from debiased_laplace.evaluation.scores.checks import row_sum_tolerance
+from debiased_laplace._arrays import row_sum_tolerance
 from debiased_laplace.evaluation.scores.detection import OOD
 
 

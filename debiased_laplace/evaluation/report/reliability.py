@@ -9,6 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from debiased_laplace._arrays import Array
 from debiased_laplace.evaluation.methods import MAP
 from debiased_laplace.evaluation.report.drawing import STYLES, Picture, png
 from debiased_laplace.evaluation.report.figures import drawn
@@ -18,7 +19,6 @@ from debiased_laplace.evaluation.report.table import Table
 from debiased_laplace.evaluation.report.verdicts import Summary, by_role
 from debiased_laplace.evaluation.scores import intervals
 from debiased_laplace.evaluation.scores.calibration import N_BINS
-from debiased_laplace.evaluation.scores.checks import Array
 
 #: Bins with fewer data are left out of reliability diagrams: their accuracy is noise.
 SMALLEST_BIN = 10

@@ -22,8 +22,9 @@ from typing import Any
 
 import numpy as np
 
-from debiased_laplace.evaluation.scores import checks, classification, detection, intervals, regression
-from debiased_laplace.evaluation.scores.checks import Array
+from debiased_laplace import _arrays
+from debiased_laplace._arrays import Array
+from debiased_laplace.evaluation.scores import classification, detection, intervals, regression
 from debiased_laplace.evaluation.scores.refinement import recalibrate
 from debiased_laplace.evaluation.scores.replicates import Replicates, ScoreKind
 from debiased_laplace.evaluation.scores.weighted import (
@@ -81,7 +82,7 @@ def classification_replicates(
         >>> scores["accuracy"].value, [round(bound, 3) for bound in scores["accuracy"].interval()]
         (0.5, [0.013, 0.987])
     """
-    probabilities, targets = checks.check_predictions(probabilities, targets)
+    probabilities, targets = _arrays.check_predictions(probabilities, targets)
     weights, n = check_weights(weights, len(targets)), len(targets)
     data = classification.datum_scores(probabilities, targets)
     found = recalibrate(probabilities, classification.one_hot(targets, probabilities.shape[1]))
@@ -178,7 +179,7 @@ def detection_replicates(
     Raises:
         ValueError: For scores that are not finite numbers ``[N]``, or weights that are not counts of these data.
     """
-    inside, outside = (checks.as_array(score, "scores") for score in (inside_score, outside_score))
+    inside, outside = (_arrays.as_array(score, "scores") for score in (inside_score, outside_score))
     if inside.ndim != 1 or outside.ndim != 1:
         raise ValueError(f"Expected scores of shapes [N] and [M], got {inside.shape} and {outside.shape}.")
     score, is_outside = np.concatenate([inside, outside]), np.repeat([False, True], [len(inside), len(outside)])

@@ -14,9 +14,10 @@ from typing import Any
 import numpy as np
 from scipy import sparse
 
-from debiased_laplace.evaluation.scores import calibration, checks
+from debiased_laplace import _arrays
+from debiased_laplace._arrays import Array
+from debiased_laplace.evaluation.scores import calibration
 from debiased_laplace.evaluation.scores.calibration import N_BINS
-from debiased_laplace.evaluation.scores.checks import Array
 from debiased_laplace.evaluation.scores.smooth import cells, smooth_errors
 
 #: Sets of targets that are drawn; 200 fix the bounds of an interval to a tenth of its width.
@@ -45,7 +46,7 @@ def expected_errors(
         >>> 0 < low < mean < high < 0.1
         True
     """
-    values = checks.as_array(probabilities, "probabilities")
+    values = _arrays.as_array(probabilities, "probabilities")
     n, n_classes = values.shape
     uniforms = np.random.default_rng(seed).random((n, n_draws))
     confidence, top = values.max(1).clip(max=1.0), values.argmax(1)

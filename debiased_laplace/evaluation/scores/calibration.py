@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from debiased_laplace.evaluation.scores.checks import Array, check_predictions
+from debiased_laplace._arrays import Array, check_predictions
 from debiased_laplace.evaluation.scores.smooth import cells, smooth_errors
 
 #: Bins of the calibration error and of the reliability diagrams.

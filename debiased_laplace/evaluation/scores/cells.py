@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from debiased_laplace.evaluation.scores.checks import Array
+from debiased_laplace._arrays import Array
 from debiased_laplace.evaluation.scores.intervals import CONFIDENCE, overlap_factor, student_quantile
 from debiased_laplace.evaluation.scores.replicates import Replicates
 

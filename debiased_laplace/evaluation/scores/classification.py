@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from debiased_laplace._arrays import Array, check_predictions
 from debiased_laplace.evaluation.scores.calibration import (
     adaptive_calibration_error,
     classwise_calibration_error,
@@ -21,7 +22,6 @@ from debiased_laplace.evaluation.scores.calibration import (
     smooth_calibration_error,
     top_label_calibration_error,
 )
-from debiased_laplace.evaluation.scores.checks import Array, check_predictions
 from debiased_laplace.evaluation.scores.refinement import recalibrate
 
 #: Points of a risk-coverage curve.

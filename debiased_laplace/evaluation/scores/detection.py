@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from debiased_laplace.evaluation.scores.checks import Array, as_array, check_probabilities
+from debiased_laplace._arrays import Array, as_array, check_probabilities
 
 #: Before the name of a further score among the arrays of a prediction.
 OOD = "ood: "

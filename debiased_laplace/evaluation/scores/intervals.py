@@ -15,7 +15,7 @@ import numpy as np
 from scipy.optimize import brentq
 from scipy.special import betaincinv, ndtr, ndtri, stdtrit
 
-from debiased_laplace.evaluation.scores.checks import Array
+from debiased_laplace._arrays import Array
 
 #: Differences of scores of fewer data are not judged: their interval is all that the score allows.
 MIN_DATA = 10

@@ -33,7 +33,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from debiased_laplace.evaluation.scores.checks import Array
+from debiased_laplace._arrays import Array
 
 #: Range of the temperatures, as everywhere.
 TEMPERATURES = 1 / 20, 20.0

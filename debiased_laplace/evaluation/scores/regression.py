@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from scipy.special import ndtr, ndtri
 
-from debiased_laplace.evaluation.scores.checks import Array, as_array
+from debiased_laplace._arrays import Array, as_array
 
 #: Expected coverages of the central intervals of a calibration curve: 0.05 to 0.95.
 LEVELS: Array = np.arange(1, 20) / 20

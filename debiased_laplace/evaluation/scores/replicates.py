@@ -9,8 +9,8 @@ from typing import Literal
 
 import numpy as np
 
+from debiased_laplace._arrays import Array
 from debiased_laplace.evaluation.scores import intervals
-from debiased_laplace.evaluation.scores.checks import Array
 from debiased_laplace.evaluation.scores.intervals import CONFIDENCE, Interval
 
 ScoreKind = Literal["statistic", "mean", "root", "proportion", "calibration"]

@@ -18,8 +18,8 @@ import numpy as np
 from scipy import sparse
 from scipy.special import ndtri
 
+from debiased_laplace._arrays import Array
 from debiased_laplace.conformal import APS, CQR, RAPS, THR, AbsoluteResidual, NormalisedResidual
-from debiased_laplace.evaluation.scores.checks import Array
 from debiased_laplace.evaluation.scores.intervals import MIN_DATA
 from debiased_laplace.evaluation.scores.replicates import Replicates, ScoreKind
 

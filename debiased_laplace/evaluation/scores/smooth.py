@@ -20,7 +20,7 @@ from __future__ import annotations
 import numpy as np
 from scipy import fft, sparse
 
-from debiased_laplace.evaluation.scores.checks import Array
+from debiased_laplace._arrays import Array
 
 #: Cells of [0, 1].
 GRID = 256

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 from scipy import sparse
 
+from debiased_laplace._arrays import Array, as_array
 from debiased_laplace.evaluation.scores.calibration import N_BINS, equal_width_bins, equally_full_bins, top_label_bins
-from debiased_laplace.evaluation.scores.checks import Array, as_array
 from debiased_laplace.evaluation.scores.classification import with_calibration_losses
 from debiased_laplace.evaluation.scores.refinement import Recalibration
 from debiased_laplace.evaluation.scores.smooth import GRID, cells, smooth_errors

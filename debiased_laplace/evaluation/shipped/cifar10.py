@@ -69,7 +69,9 @@ NOTES = {
 MEAN, STD = (torch.tensor(values).view(3, 1, 1) for values in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
 
 
-class _BasicBlock(nn.Module):
+class BasicBlock(nn.Module):
+    """Two convolutions and a shortcut (He et al., arXiv 1512.03385), of type A: strided, and padded with zeros."""
+
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
@@ -79,14 +81,19 @@ class _BasicBlock(nn.Module):
         self.stride, self.widen = stride, outputs - inputs
 
     def forward(self, x: Tensor) -> Tensor:
+        """Of ``[N, C, H, W]``."""
         out = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
-        if self.stride != 1 or self.widen:
-            x = F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, self.widen // 2, self.widen // 2))
-        return F.relu(out + x)
+        return F.relu(out + self.shortcut(x))
+
+    def shortcut(self, x: Tensor) -> Tensor:
+        """The inputs, in the shape of the outputs."""
+        if self.stride == 1 and not self.widen:
+            return x
+        return F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, self.widen // 2, self.widen // 2))
 
 
 def _stage(inputs: int, outputs: int, blocks: int, stride: int) -> nn.Module:
-    first, others = _BasicBlock(inputs, outputs, stride), [_BasicBlock(outputs, outputs, 1) for _ in range(blocks - 1)]
+    first, others = BasicBlock(inputs, outputs, stride), [BasicBlock(outputs, outputs, 1) for _ in range(blocks - 1)]
     return nn.Sequential(first, *others)
 
 
