@@ -117,7 +117,7 @@ METHODS = {
     "K-FAC, single batch": Method({"sampler": dl.UniformSampler(BUDGET), "split": dl.Single()}),
     "K-FAC, debiased": Method({"sampler": dl.PrioritySampler(BUDGET)}),
     # As much as costs about one gradient of all training data at hand.
-    "diagonal, equal time": Method({"structure": Diagonal(), "sampler": dl.PrioritySampler(5 * BUDGET)}),
+    "diagonal, equal time": Method({"structure": Diagonal(), "sampler": dl.PrioritySampler(BUDGET)}),
     "low rank, equal time": Method({"structure": LowRank(100), "sampler": dl.PrioritySampler(BUDGET // 32)}),
     "K-FAC, debiased, equal time": Method({"sampler": dl.PrioritySampler(BUDGET // 2)}),
 }
