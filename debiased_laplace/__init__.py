@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from debiased_laplace.network.selection import by_sensitivity
     from debiased_laplace.posterior.gaussian import Posterior
     from debiased_laplace.posterior.prediction import Predictive
-    from debiased_laplace.posterior.sensitivity import Sensitivity, sensitivities
+    from debiased_laplace.posterior.sensitivity import Sensitivity
     from debiased_laplace.quadratic.quadratic import Quadratic
     from debiased_laplace.quadratic.spectrum import GGN, directional_derivatives
     from debiased_laplace.sampling.samplers import PrioritySampler, UniformSampler
@@ -54,7 +54,6 @@ _HOMES = {
     "DebiasedLowRankLaplace": "laplace_torch",
     "Posterior": "posterior.gaussian",
     "Sensitivity": "posterior.sensitivity",
-    "sensitivities": "posterior.sensitivity",
     "by_sensitivity": "network.selection",
     "Fit": "fitting.fitted",
     "Categorical": "likelihoods",
@@ -118,7 +117,6 @@ __all__ = [
     "directional_derivatives",
     "fit",
     "load",
-    "sensitivities",
 ]
 
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
+import shutil
+
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -9,12 +13,16 @@ from torch import nn
 import debiased_laplace as dl
 from debiased_laplace import testing
 from debiased_laplace.curvature.structures import Diagonal, Full, Isotropic, Kronecker, LowRank
+from debiased_laplace.evaluation.records import read_json
 from debiased_laplace.fitting.fit import fit
 from debiased_laplace.fitting.fitted import Fit
 from debiased_laplace.network.selection import entries_of, indices_of
 from debiased_laplace.posterior.predictive import functional_moments
 from debiased_laplace.posterior.sensitivity import sensitivities
+from tests.test_eval import ROOT, experiments, script
 from tests.tolerances import assert_equal
+
+__all__ = ["experiments"]
 
 PROBLEMS = testing.problems()
 ALL_DATA = {"split": dl.Single(), "sampler": dl.UniformSampler(None)}
@@ -265,3 +273,76 @@ def test_a_budget_of_memory_is_that_of_the_chosen_parameters():
     assert posterior.network.n_params == 39
     with pytest.raises(ValueError, match="memory_budget of at least"):
         dl.fit(model, loader, "classification", structure=Full(), memory_budget=600_000)
+
+
+# -- the experiment --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def experiment(experiments):
+    import sensitivity
+
+    return sensitivity
+
+
+@pytest.mark.parametrize("budget", [3, 4.3, 5])
+def test_no_other_bits_within_the_budget_cost_less(budget, experiment):
+    random, sizes, choices = np.random.default_rng(0), [40, 7, 300], experiment.BITS
+    costs = random.random((3, 1)) * 4.0 ** -np.array(choices) * (1 + random.random((3, len(choices))))
+    chosen = experiment.allocate(costs, sizes, budget)
+    total = {
+        bits: sum(costs[i, choices.index(b)] for i, b in enumerate(bits))
+        for bits in itertools.product(choices, repeat=3)
+        if np.dot(bits, sizes) <= budget * sum(sizes)
+    }
+    assert total[tuple(chosen)] == min(total.values())
+
+
+def test_rounding_is_to_the_nearest_of_so_many_numbers(experiment):
+    weight = torch.linspace(-1, 0.7, 500).double()
+    for bits in (2, 3, 5):
+        rounded = experiment.rounded_to(weight, bits)
+        levels = torch.arange(1 - 2 ** (bits - 1), 2 ** (bits - 1)).double() / (2 ** (bits - 1) - 1)
+        assert len(levels) == 2**bits - 1
+        nearest = levels[(weight[:, None] - levels).abs().argmin(1)]
+        assert_equal(rounded, nearest)
+        assert experiment.squared_error(weight, bits) == pytest.approx(float((weight - nearest).square().sum()))
+
+
+def test_the_predicted_losses_are_quadratic_forms_of_the_dense_curvature(experiment):
+    problem = PROBLEMS[0]
+    ggn, generator = dense(problem), torch.Generator().manual_seed(0)
+    change = torch.randn(len(ggn), generator=generator, dtype=torch.float64)
+    network = fitted(problem, Diagonal()).network
+    found = experiment.quadratic(problem.model, network.from_vector(change), problem.data.inputs)
+    assert_equal(numbers([found]), 0.5 * (change @ ggn @ change)[None])
+
+
+def test_distances_of_variances(experiment):
+    generator = torch.Generator().manual_seed(0)
+    reference, noise = torch.rand(2, 30, generator=generator, dtype=torch.float64)
+    assert experiment.distances(0.25 * reference, reference)["kept"] == pytest.approx(0.25, rel=1e-12)
+    assert experiment.distances(0.25 * reference, reference)["error"] == pytest.approx(0, abs=1e-7)
+    best = torch.linalg.lstsq(noise[:, None], reference[:, None]).solution
+    expected = float((noise * best[0] - reference).norm() / reference.norm())
+    assert experiment.distances(noise, reference)["error"] == pytest.approx(expected, rel=1e-9)
+
+
+def test_a_quick_run_fills_the_page(tmp_path):
+    shutil.copy(ROOT / "docs" / "sensitivity.md", tmp_path)
+    (tmp_path / "records").mkdir()
+    arguments = ("--tasks", "digits", "--quick", "--out", str(tmp_path / "out"), "--docs", str(tmp_path))
+    done = script("sensitivity.py", *arguments, "--cache", str(tmp_path / "cache"))
+    assert done.returncode == 0, done.stderr
+    of = read_json(tmp_path / "records" / "sensitivity.json")["tasks"]["digits"]
+    (found,) = of["subnetworks"]
+    kept = {name: of["kept"] for name, of in found["variances"].items()}
+    assert 0 < kept["random"] < kept["largest curvature"] < 1.001
+    assert found["overstated"] > 0.5
+    assert set(of["bits"][0]["budgets"]) == {"3", "4", "5"}
+    text = (tmp_path / "sensitivity.md").read_text()
+    assert f"| digits | random | {100 * kept['random']:.1f} |" in text
+    assert (tmp_path / "sensitivity.png").stat().st_size > 5000
+    again = script("sensitivity.py", *arguments)  # what is there is used
+    assert again.returncode == 0, again.stderr
+    assert "subnetworks" not in again.stderr
