@@ -19,6 +19,7 @@ from debiased_laplace.fitting.fitted import Fit
 from debiased_laplace.network.selection import entries_of, indices_of
 from debiased_laplace.posterior.predictive import functional_moments
 from debiased_laplace.posterior.sensitivity import sensitivities
+from tests.documented import code_of, executed
 from tests.test_eval import ROOT, experiments, script
 from tests.tolerances import assert_equal
 
@@ -326,6 +327,14 @@ def test_distances_of_variances(experiment):
     best = torch.linalg.lstsq(noise[:, None], reference[:, None]).solution
     expected = float((noise * best[0] - reference).norm() / reference.norm())
     assert experiment.distances(noise, reference)["error"] == pytest.approx(expected, rel=1e-9)
+
+
+def test_the_page_s_code_runs(capsys):
+    model, loader = digits()
+    assert len(code_of(ROOT / "docs" / "sensitivity.md")) == 2
+    names = executed(ROOT / "docs" / "sensitivity.md", dl=dl, model=model, train_loader=loader)
+    assert capsys.readouterr().out.count("\n") == 2
+    assert repr(names["posterior"]) == "<Laplace posterior of 6 of 123 parameters>"
 
 
 def test_a_quick_run_fills_the_page(tmp_path):
