@@ -374,8 +374,8 @@ def variances_table(tasks: Mapping[str, Any]) -> str:
         seeds = of["subnetworks"]
         kept, overstated = (shown([one[key] for one in seeds], 1, scale=100) for key in ("kept", "overstated"))
         lines.append(
-            f"{task}: {seeds[0]['size']:,} of {seeds[0]['total']:,} parameters; on another draw of the data, the chosen "
-            f"entries have {kept} % of the trace, and the draw that chose them states {overstated} % of that."
+            f"{task}: {seeds[0]['size']:,} of {seeds[0]['total']:,} parameters; on another draw of the data, the "
+            f"chosen entries have {kept} % of the trace, and the draw that chose them states {overstated} % of that."
         )
     return "\n\n".join([table, *lines])
 
