@@ -43,7 +43,7 @@ from debiased_laplace.posterior.predictive import functional_moments
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of an experiment: seeds, data for curvature, directions of all parameters together, data to score on."""
+    """Of an experiment: seeds, data for curvature, directions of all parameters, data to score on, if that is done."""
 
     seeds: int
     budget: int
@@ -53,9 +53,10 @@ class Sizes:
     shifted: int = 300
     compared: int = 100
     rounded: int = 5000
+    scored: bool = True
 
 
-TASKS = {"digits": Sizes(4, 128, 500), "fashion-mnist": Sizes(1, 256, 500)}
+TASKS = {"digits": Sizes(4, 128, 500), "fashion-mnist": Sizes(1, 256, 500, compared=40, scored=False)}
 QUICK = Sizes(1, 32, 50, 60, 60, 30, 20, 200)
 SHIFTS, SEVERITIES = ("noise", "rotation", "blur"), (3, 5)
 LIKELIHOOD = Categorical()
@@ -108,7 +109,7 @@ def layers(data: Data) -> list[dict[str, Any]]:
 
 
 def subnetworks(data: Data) -> dict[str, Any]:
-    """Losses of posteriors over as many parameters as the last layer has, and how their variances differ from all."""
+    """Posteriors over as many parameters as the last layer has: how their variances differ from all, and losses."""
     rough, fresh = (data.fit(dl.Diagonal(), seed=seed).posterior for seed in (0, 10_000))
     diagonal, anew = (one.basis.lift(one.curvatures).double() for one in (rough, fresh))
     size = data.fit(parameters="last_layer").network.n_params
@@ -121,36 +122,43 @@ def subnetworks(data: Data) -> dict[str, Any]:
         RANDOM: {"indices": permuted[:size].sort().values},
         SMALLEST: {"indices": order[-size:].sort().values},
     }
+    everything = tuned(data.fit(), data)
+    prior, x = everything.posterior.prior_precision, data.test[0][: data.sizes.compared]
+    # The same data in one role for all, so that the parameters are the only difference.
+    alone = {"split": dl.Single()}
+    reference = variances(data.fit(dl.LowRank(data.sizes.rank), **alone), prior, x)
+    posteriors = {name: data.fit(dl.Full(), **choice, **alone) for name, choice in choices.items()}
+    network, chosen = posteriors[LARGEST].network, order[:size]
+    free = torch.ones(network.n_params) if network.free is None else network.free.double()
+    return {
+        "size": size,
+        "total": len(diagonal),
+        "overstated": float(diagonal[chosen].sum() / anew[chosen].sum()),
+        "kept": float(anew[chosen].sum() / anew.sum()),
+        "of layers": {name: float(part.mean()) for name, part in network.from_vector(free).items()},
+        "variances": {
+            name: distances(variances(posterior, prior, x), reference)
+            for name, posterior in (posteriors | {ALL: data.fit(**alone)}).items()
+        },
+        "scores": scores(data, choices, everything) if data.sizes.scored else {},
+    }
+
+
+def scores(data: Data, choices: Mapping[str, Mapping[str, Any]], everything: dl.Laplace) -> dict[str, Any]:
+    """Losses of tuned posteriors, and differences to that over the entries of the largest curvature."""
     temperature = tuned_temperature(data.model, data.validation)[0]
-    result: dict[str, Any] = {"size": size, "total": len(diagonal), "variances": {}}
     losses: dict[str, dict[str, Tensor]] = {}
     for name, factor in (("network", 1.0), ("temperature", temperature)):
         losses[name] = losses_of(data, lambda x, f=factor: (data.model(x) / f).softmax(-1))
-    everything = tuned(data.fit(), data)
     losses[ALL] = losses_of(data, lambda x: everything.predict(x).probabilities)
-    prior = everything.posterior.prior_precision
-    posteriors = {name: data.fit(dl.Full(), **choice) for name, choice in choices.items()}
-    for name, posterior in posteriors.items():
-        of_choice = tuned(posterior, data)
+    for name, choice in choices.items():
+        of_choice = tuned(data.fit(dl.Full(), **choice), data)
         losses[name] = losses_of(data, lambda x, of=of_choice: of.predict(x).probabilities)
-    result["scores"] = {
+    return {
         name: {
             where: {"nll": mean_of(of[where]), "minus": mean_of(of[where] - losses[LARGEST][where])} for where in of
         } for name, of in losses.items()
     }  # fmt: skip
-    # The same data in one role for all, so that the parameters are the only difference.
-    x, alone = data.test[0][: data.sizes.compared], {"split": dl.Single()}
-    reference = variances(data.fit(dl.LowRank(data.sizes.rank), **alone), prior, x)
-    for name, choice in choices.items():
-        result["variances"][name] = distances(variances(data.fit(dl.Full(), **choice, **alone), prior, x), reference)
-    result["variances"][ALL] = distances(variances(data.fit(**alone), prior, x), reference)
-    chosen = order[:size]
-    result["overstated"] = float(diagonal[chosen].sum() / anew[chosen].sum())
-    result["kept"] = float(anew[chosen].sum() / anew.sum())
-    network = posteriors[LARGEST].network
-    free = torch.ones(network.n_params) if network.free is None else network.free.double()
-    result["of layers"] = {name: float(part.mean()) for name, part in network.from_vector(free).items()}
-    return result
 
 
 def tuned(posterior: dl.Laplace, data: Data) -> dl.Laplace:
