@@ -3,8 +3,9 @@ r"""Which parameters a posterior is about: by name, by pattern, entry by entry, 
 Of a diagonal posterior the entry i adds :math:`J_i^2 / (\beta \lambda_i + \delta)` to the variance of an output, in the
 mean over the data :math:`\lambda_i / (\beta \lambda_i + \delta)`. That grows with the curvature :math:`\lambda_i`,
 whatever the prior precision: of all diagonal posteriors over so many entries, the one over those of the largest
-curvature keeps most of the output variance. Daxberger et al., "Bayesian deep learning via subnetwork inference", arXiv 2010.14689, take
-those of the largest posterior variance, which have the smallest curvature, to be near in the space of parameters.
+curvature keeps most of the output variance. Daxberger et al., "Bayesian deep learning via subnetwork inference", arXiv
+2010.14689, take those of the largest posterior variance, which have the smallest curvature, to be near in the space of
+parameters.
 """
 
 from __future__ import annotations
