@@ -30,8 +30,10 @@ if TYPE_CHECKING:
         Poisson,
         Sites,
     )
+    from debiased_laplace.network.selection import by_sensitivity
     from debiased_laplace.posterior.gaussian import Posterior
     from debiased_laplace.posterior.prediction import Predictive
+    from debiased_laplace.posterior.sensitivity import Sensitivity
     from debiased_laplace.quadratic.quadratic import Quadratic
     from debiased_laplace.quadratic.spectrum import GGN, directional_derivatives
     from debiased_laplace.sampling.samplers import PrioritySampler, UniformSampler
@@ -51,6 +53,8 @@ _HOMES = {
     "DebiasedLastLayerLaplace": "laplace_torch",
     "DebiasedLowRankLaplace": "laplace_torch",
     "Posterior": "posterior.gaussian",
+    "Sensitivity": "posterior.sensitivity",
+    "by_sensitivity": "network.selection",
     "Fit": "fitting.fitted",
     "Categorical": "likelihoods",
     "Gaussian": "likelihoods",
@@ -104,10 +108,12 @@ __all__ = [
     "PrioritySampler",
     "Quadratic",
     "Reduce",
+    "Sensitivity",
     "Single",
     "Sites",
     "TwoBatch",
     "UniformSampler",
+    "by_sensitivity",
     "directional_derivatives",
     "fit",
     "load",

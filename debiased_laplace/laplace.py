@@ -23,11 +23,13 @@ from debiased_laplace.fitting.fitted import Fit
 from debiased_laplace.fitting.settings import brief
 from debiased_laplace.likelihoods import LIKELIHOODS, Likelihood, of_outputs, resolve_likelihood
 from debiased_laplace.network.network import Network
+from debiased_laplace.network.selection import BySensitivity
 from debiased_laplace.posterior.certainty import Certainty, certainty_on
 from debiased_laplace.posterior.dense import predict_sites
 from debiased_laplace.posterior.evidence import maximise_marginal_likelihood, maximise_with_noise
 from debiased_laplace.posterior.gaussian import Posterior
 from debiased_laplace.posterior.prediction import Predictive, predict
+from debiased_laplace.posterior.sensitivity import Sensitivity, sensitivities
 from debiased_laplace.posterior.temperature import warn_of_no_evidence
 from debiased_laplace.posterior.tune import Tuned, agree, tune
 from debiased_laplace.sampling.samplers import Sampler
@@ -43,7 +45,7 @@ def fit(
     likelihood: str | Likelihood,
     *,
     structure: Structure | None = None,
-    parameters: str | Sequence[str] | None = None,
+    parameters: str | Sequence[str] | BySensitivity | None = None,
     sampler: Sampler | None = None,
     split: Split | None = None,
     n_data: int | None = None,
@@ -81,8 +83,8 @@ def fit(
             outputs, that of every site, and ``"next_token"`` for a language model; ``Sites`` has the choices.
         structure: Directions of the curvature: ``Kronecker()`` by default, ``LowRank(rank=50)``, ``Diagonal()``,
             ``Full()``, or ``Isotropic()``.
-        parameters: Which trainable parameters are uncertain: all, ``"last_layer"``, or names and patterns of
-            parameters and modules (:mod:`fnmatch`).
+        parameters: Which trainable parameters are uncertain: all, ``"last_layer"``, names and patterns of parameters
+            and modules (:mod:`fnmatch`), or those of the largest curvature, ``by_sensitivity(share=0.1)``.
         sampler: Which data to keep for the curvature: 1,024 drawn by importance by default,
             ``PrioritySampler(budget)``; ``UniformSampler(None)`` keeps all.
         split: Which of them choose directions and which measure curvatures along them; cross-fitted by default.
@@ -389,6 +391,10 @@ class Laplace:
     def coverage(self) -> str:
         """A table of what curvature every trainable parameter got."""
         return coverage(self.fitted, self.subset)
+
+    def sensitivities(self) -> list[Sensitivity]:
+        """Trace and largest eigenvalue of the curvature of every block, the largest mean trace first."""
+        return sensitivities(self.posterior)
 
     def __str__(self) -> str:
         """What was fitted on how many data, what it covers, and what was tuned."""

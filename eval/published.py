@@ -18,7 +18,7 @@ import argparse
 import sys
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,6 @@ from debiased_laplace.evaluation.scores.calibrated import expected_errors
 from debiased_laplace.evaluation.scores.calibration import N_BINS, equal_width_bins
 from debiased_laplace.evaluation.shipped.cifar10 import BasicBlock
 from debiased_laplace.evaluation.shipped.common import read_npz, scaled
-from debiased_laplace.fitting.fit import fit
 from debiased_laplace.likelihoods import Categorical
 from debiased_laplace.likelihoods._numerics import square_root
 from debiased_laplace.posterior.gaussian import standard_normals
@@ -99,27 +98,24 @@ def network(name: str, data_dir: Path) -> nn.Module:
     return model.eval()
 
 
-@dataclass(frozen=True)
-class Method:
-    """Arguments of a fit, and how many parameters of the largest curvature it is about, if not all."""
-
-    fit: dict[str, Any] = field(default_factory=dict)
-    entries: int | None = None
-
-
-METHODS = {
-    "identity": Method({"structure": Isotropic()}),
-    "last layer, K-FAC": Method({"parameters": "last_layer", "sampler": dl.UniformSampler(None)}),
-    "last layer, dense": Method({"parameters": "last_layer", "structure": Full(), "sampler": dl.UniformSampler(None)}),
-    "subnetwork, dense": Method({"structure": Full(), "sampler": dl.PrioritySampler(BUDGET)}, entries=1000),
-    "diagonal": Method({"structure": Diagonal(), "sampler": dl.PrioritySampler(2 * BUDGET)}),
-    "low rank": Method({"structure": LowRank(100), "sampler": dl.PrioritySampler(BUDGET // 8)}),
-    "K-FAC, single batch": Method({"sampler": dl.UniformSampler(BUDGET), "split": dl.Single()}),
-    "K-FAC, debiased": Method({"sampler": dl.PrioritySampler(BUDGET)}),
+#: Arguments of a fit.
+METHODS: dict[str, dict[str, Any]] = {
+    "identity": {"structure": Isotropic()},
+    "last layer, K-FAC": {"parameters": "last_layer", "sampler": dl.UniformSampler(None)},
+    "last layer, dense": {"parameters": "last_layer", "structure": Full(), "sampler": dl.UniformSampler(None)},
+    "subnetwork, dense": {
+        "parameters": dl.by_sensitivity(count=1000),
+        "structure": Full(),
+        "sampler": dl.PrioritySampler(BUDGET),
+    },
+    "diagonal": {"structure": Diagonal(), "sampler": dl.PrioritySampler(2 * BUDGET)},
+    "low rank": {"structure": LowRank(100), "sampler": dl.PrioritySampler(BUDGET // 8)},
+    "K-FAC, single batch": {"sampler": dl.UniformSampler(BUDGET), "split": dl.Single()},
+    "K-FAC, debiased": {"sampler": dl.PrioritySampler(BUDGET)},
     # As much as costs about one gradient of all training data at hand.
-    "diagonal, equal time": Method({"structure": Diagonal(), "sampler": dl.PrioritySampler(BUDGET)}),
-    "low rank, equal time": Method({"structure": LowRank(100), "sampler": dl.PrioritySampler(BUDGET // 32)}),
-    "K-FAC, debiased, equal time": Method({"sampler": dl.PrioritySampler(BUDGET // 2)}),
+    "diagonal, equal time": {"structure": Diagonal(), "sampler": dl.PrioritySampler(BUDGET)},
+    "low rank, equal time": {"structure": LowRank(100), "sampler": dl.PrioritySampler(BUDGET // 32)},
+    "K-FAC, debiased, equal time": {"sampler": dl.PrioritySampler(BUDGET // 2)},
 }
 
 
@@ -145,15 +141,9 @@ def condition(name: str, x: Tensor) -> Tensor:
 # -- posteriors, and what they say of all test data ----------------------------------------------------
 
 
-def fitted(model: nn.Module, loader: Any, method: Method, seed: int = 0) -> dl.Laplace:
+def fitted(model: nn.Module, loader: Any, settings: dict[str, Any]) -> dl.Laplace:
     """The posterior of all 50,000 training data from those at hand."""
-    settings = dict(method.fit)
-    if method.entries:
-        rough = dl.fit(model, loader, "classification", structure=Diagonal(), n_data=N_DATA, seed=seed)
-        of_entries = rough.posterior.basis.lift(rough.posterior.curvatures)
-        settings["indices"] = of_entries.topk(method.entries).indices.sort().values.cpu()
-    found = fit(model, loader, LIKELIHOOD, n_data=N_DATA, generator=seed, **settings)
-    return dl.Laplace(found, LIKELIHOOD, found.posterior, seed=seed)
+    return dl.fit(model, loader, "classification", n_data=N_DATA, **settings)
 
 
 def moments(posterior: dl.Laplace, inputs: Tensor) -> tuple[Tensor, Tensor]:

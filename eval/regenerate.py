@@ -115,6 +115,10 @@ STEPS: dict[str, Step] = {
     "sets": Step(
         "sets.py {data} --out {out} --cache {cache} --docs {docs}", "sets.md", quick="--tasks digits --seeds 1"
     ),
+    "sensitivity": Step(
+        "sensitivity.py {data} --out {out} --cache {cache} --docs {docs}", "sensitivity.md",
+        quick="--tasks digits --quick",
+    ),
     "beyond": Step("beyond.py {data} --out {out} --docs {docs}", "beyond.md"),
     "active": Step(
         "active.py {data} --out {out} --docs {docs}", "beyond.md", quick="--tasks digits --seeds 1 --rounds 2"

@@ -97,6 +97,7 @@ def remade() -> dict[str, dict[str, str]]:
         import results
         import scale
         import scaling
+        import sensitivity
         import serving
         import sets
         import splits
@@ -118,6 +119,7 @@ def remade() -> dict[str, dict[str, str]]:
             },
             "records.md": regenerate.parts(regenerate.finished(DOCS)),
             "published.md": published_document.parts(read_json(RECORDS / "published.json")),
+            "sensitivity.md": sensitivity.parts(read_json(RECORDS / "sensitivity.json")),
             "sets.md": sets.parts(read_json(RECORDS / "sets.json")),
             "posterior.md": {"classes": classes.table(read_json(RECORDS / "classes.json"))},
             "paper.md": paper_document.parts(read_json(RECORDS / "paper.json")),

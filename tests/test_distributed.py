@@ -85,6 +85,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "one batch": {"sampler": dl.PrioritySampler(60), "split": dl.Single()},
     "diag": {"structure": dl.Diagonal(), "sampler": dl.PrioritySampler(40)},
     "full": {"structure": dl.Full(), "sampler": dl.PrioritySampler(60), "split": dl.Single()},
+    "by sensitivity": {"structure": dl.Full(), "sampler": dl.PrioritySampler(60), "parameters": dl.by_sensitivity(0.4)},
     "low rank": {"structure": dl.LowRank(rank=6), "sampler": dl.PrioritySampler(60)},
     "isotropic": {"structure": dl.Isotropic(), "sampler": dl.PrioritySampler(40)},
     "reduce": {"structure": dl.Kronecker(sharing=dl.Reduce()), "sampler": dl.PrioritySampler(60)},

@@ -18,6 +18,7 @@ from debiased_laplace._guards import full_precision, global_random_state, warn_t
 from debiased_laplace._ranks import current, together
 from debiased_laplace.curvature.structures import Structure
 from debiased_laplace.fitting.checkpoint import Checkpoint
+from debiased_laplace.fitting.choice import pending
 from debiased_laplace.fitting.fitted import Fit
 from debiased_laplace.fitting.measurement import Measurement
 from debiased_laplace.fitting.probe import Probe
@@ -122,6 +123,7 @@ def fit(
             weights = {f"weights of {name}": str(value) for name, value in identity["weights"].items()}
             ranks.agree("fit", words_of | weights | {"checkpoint": "some" if checkpoint else "none"})
         progress = Checkpoint(checkpoint, identity)
+        chosen, choice = pending(chosen, previous, snapshot)
         discover = partial(chosen.discover, snapshot, likelihood=likelihood)
         budget = getattr(chosen.sampler, "budget", None)  # of the sampler's own making, it may have none
         plan = Plan(seed=generator.initial_seed()) if budget is None else Plan(budget, generator.initial_seed())
@@ -144,6 +146,12 @@ def fit(
         else:
             network = stream.network(data.inputs, data.targets)
         of_network = of_outputs(likelihood, network.sites)
+        if choice is not None:
+            assert chosen.split is not None
+            of_choice = _with_targets(drawn.sample, of_network, network).fold(chosen.split.final)
+            mc_samples = _resolve_mc_samples(chosen.mc_samples, network)
+            chosen = choice.made(network, of_choice, of_network, mc_samples, generator.initial_seed())
+            network = chosen.discover(snapshot, data.inputs, data.targets, likelihood)
         fitted = _measured(network, drawn, of_network, generator, chosen, previous, progress, words, progress_bar)
         if checkpoint is not None:
             progress.complete({"fit": fitted.state(), "seen": drawn.seen})

@@ -17,7 +17,7 @@ from debiased_laplace.fitting.memory import memory_of_chunks
 from debiased_laplace.likelihoods import Likelihood, site_layout
 from debiased_laplace.network.gradients import CURVATURE_VECTORS
 from debiased_laplace.network.network import Network
-from debiased_laplace.network.selection import match_parameters
+from debiased_laplace.network.selection import BySensitivity, match_parameters
 from debiased_laplace.network.snapshot import Snapshot
 from debiased_laplace.sampling.samplers import PrioritySampler, Sampler, UniformSampler
 from debiased_laplace.sampling.splits import CrossFit, Single, Split, TwoBatch
@@ -41,7 +41,8 @@ class FitSettings:
 
     Attributes:
         structure: Gives the directions; K-FAC by default.
-        parameters: Which trainable parameters the posterior is about: all, ``"last_layer"``, or names and patterns.
+        parameters: Which trainable parameters the posterior is about: all, ``"last_layer"``, names and patterns, or
+            those of the largest curvature (:mod:`debiased_laplace.fitting.choice`).
         dense: Whether outputs may be dense, ``[N, ..., C]`` or ``[N, C, ...]``.
         indices: Instead, single entries of the vector of all trainable parameters, ``[n]`` (not for K-FAC).
         sampler: Which data to keep of the stream; 1,024 by default, by importance (for ``"ggn"``: what a datum adds to
@@ -80,7 +81,7 @@ class FitSettings:
     """
 
     structure: Structure = field(default_factory=Kronecker)
-    parameters: str | Sequence[str] | None = None
+    parameters: str | Sequence[str] | BySensitivity | None = None
     dense: bool = True
     indices: Tensor | None = None
     sampler: Sampler | None = None
@@ -145,8 +146,9 @@ class FitSettings:
 
     def check_parameters(self, model: Snapshot) -> None:
         """Raise a ``ValueError`` for names that the model does not have."""
-        if self.parameters is not None and self.parameters != "last_layer":
-            match_parameters(model, self.parameters)
+        if self.parameters is None or self.parameters == "last_layer" or isinstance(self.parameters, BySensitivity):
+            return
+        match_parameters(model, self.parameters)
 
     def discover(
         self, model: Snapshot, inputs: _data.Inputs, targets: _data.Inputs, likelihood: Likelihood
@@ -157,6 +159,7 @@ class FitSettings:
             of_one = _data.take(targets, _data.positions_of_some(inputs, 1))
             return site_layout(likelihood, outputs, (outputs[0], *of_one.shape[1:]))
 
+        assert not isinstance(self.parameters, BySensitivity)  # which needs the network of all parameters
         network = Network.discover(
             model, inputs, parameters=self.parameters, indices=self.indices, separate_bias=self.separate_bias,
             feature_reduction=self.feature_reduction, find_sites=sites if self.dense else None,

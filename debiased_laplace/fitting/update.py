@@ -44,12 +44,17 @@ def updated_curvature(
         ValueError: If the earlier fit is one of other parameters or blocks, or of a low rank.
     """
     basis = previous.posterior.basis
-    if previous.network.shapes != network.shapes or previous.network.blocks != network.blocks:
+    of_earlier, of_these = (
+        torch.ones(one.n_params, dtype=torch.bool) if one.free is None else one.free.cpu()
+        for one in (previous.network, network)
+    )
+    same = previous.network.shapes == network.shapes and previous.network.blocks == network.blocks
+    if not same or not torch.equal(of_earlier, of_these):
         raise ValueError(
             "Expected the parameters and curvature blocks of the fit that was loaded, got others. Use the settings "
-            "that it was made with (subset of parameters, separate_bias), or fit on all data instead."
+            "that it was made with (parameters or their entries, separate_bias), or fit on all data instead."
         )
-    if not basis.complete:
+    if basis.rank < int(of_these.sum()):
         raise ValueError(
             "Expected a fit with all directions to add data to, got one of a low rank that was loaded: its directions "
             "are the leading ones of the earlier data alone. Fit on all data instead, or use another structure."

@@ -95,6 +95,12 @@ class DenseBasis(Part):
         columns = tuple(rows.unflatten(1, c.shape[1:]) for rows, c in zip(split, self.columns, strict=True))
         return DenseBasis(columns), squares
 
+    def block_eigenvalues(self, curvatures: Tensor) -> list[Tensor]:
+        if len(self.columns) == 1:
+            return [curvatures]
+        roots = curvatures.sqrt()[:, None]
+        return [torch.linalg.svdvals(roots * c.flatten(1).to(roots)).square() for c in self.columns]
+
     def scaled(self, scales: Sequence[Tensor]) -> DenseBasis:
         return DenseBasis(tuple(c * scale for c, scale in zip(self.columns, scales, strict=True)))
 

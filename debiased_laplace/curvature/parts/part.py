@@ -153,6 +153,16 @@ class Part(ABC):
         """
         raise NotImplementedError(f"The directions of {type(self).__name__} cannot be turned.")
 
+    def block_eigenvalues(self, curvatures: Tensor) -> list[Tensor]:
+        r"""Of :math:`U \mathrm{diag}(\lambda) U^\top` the eigenvalues of the diagonal block of every block.
+
+        Zeros are left out where they exceed the number of columns.
+
+        Args:
+            curvatures: Of the part's shape.
+        """
+        return [curvatures.flatten()]
+
     def scaled(self, scales: Sequence[Tensor]) -> Part:
         """The columns with their rows multiplied by matrices ``[G, O, I]``, which are one for all but turned parts."""
         return self
