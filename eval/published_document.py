@@ -82,7 +82,7 @@ def methods(record: Mapping[str, Any]) -> str:
     rows = []
     for name, of_network in record.items():
         for method, of in of_network["methods"].items():
-            cost = of_network["costs"].get(method, {})
+            cost = of_network.get("costs", {}).get(method, {})
             cells = [NAMES[name], method, *(f"{cost[part]:.2g}" if cost else "" for part in ("fit", "predictions"))]
             for link in SHOWN_LINKS:
                 test = of[f"{link}, {BEST}"]["test"]
