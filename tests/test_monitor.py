@@ -24,6 +24,7 @@ from debiased_laplace.quadratic.instruments import (
     suggest_batch_size,
 )
 from debiased_laplace.quadratic.monitor import SCALARS, CurvatureReading, Monitor
+from tests.documented import DOCS, executed
 from tests.tolerances import assert_equal
 
 K, SIZE, TOLERANCE = 2, 12, 0.1
@@ -414,3 +415,10 @@ def test_tensorboard_shows_what_is_kept(tmp_path):
     for name in SCALARS:
         read = [(event.step, event.value) for event in events.Scalars(f"curvature/{name}")]
         assert read == [(entry["step"], pytest.approx(entry[name], rel=1e-6)) for entry in monitor.history]
+
+
+def test_the_page_runs_as_it_stands(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = executed(DOCS / "monitor.md", __name__="page")
+    assert names["monitor"].history[0]["step"] == 20
+    assert set(EventAccumulator("runs").Reload().Tags()["scalars"]) >= {"curvature/bias", "curvature/cost"}
