@@ -1,11 +1,12 @@
 """What a monitor of the curvature of mini-batches sees of a training, against all the data, and what it costs.
 
-    python eval/monitor.py [--data-dir <folder>] [--quick] [--draw] [--docs docs]
+    python eval/monitor.py [--data-dir <folder>] [--out eval/results/monitor] [--quick] [--draw] [--docs docs]
 
-Trains the network of the task ``digits`` with Adam on batches of 64, with a measurement every 20 steps; every 60 steps
+Trains the network of the task ``digits`` with Adam on batches of 64, with a measurement every 20 steps; every 40 steps
 the same quantities are had from six other batches and all the training data. Then the same training with and without a
 monitor, by processor time, and single measurements on two networks. Writes ``<docs>/records/monitor.json`` and
-``<docs>/monitor.png``, and fills ``<docs>/monitor.md``; with ``--draw`` the latter two alone, from the record.
+``<docs>/monitor.png``, and fills ``<docs>/monitor.md``; with ``--draw`` the latter two alone, from the record. Parts
+that are finished are kept in ``--out``.
 """
 
 from __future__ import annotations
@@ -41,8 +42,8 @@ from debiased_laplace.quadratic.monitor import SCALARS, Monitor
 from debiased_laplace.quadratic.quadratic import Quadratic
 
 BATCH, LEARNING_RATE, DIRECTIONS, TOLERANCE = 64, 1e-3, 3, 0.1
-SEEDS, STEPS, EVERY, REFERENCE_EVERY, REFERENCE_BATCHES = 4, 420, 20, 60, 6
-COST_STEPS, COST_RUNS, BUDGETS = 4000, 2, (0.05, 0.2)
+SEEDS, STEPS, EVERY, REFERENCE_EVERY, REFERENCE_BATCHES = 3, 280, 20, 40, 6
+COST_STEPS, BUDGETS = 3000, (0.05, 0.2)
 TITLES = {
     "bias": "bias: curvature on the batch that\nchose the directions / on another",
     "alignment": "alignment of the directions\nof two batches",
@@ -158,29 +159,23 @@ def seconds_of(call: Callable[[], Any]) -> float:
     return time.process_time() - start
 
 
-def budgets(steps: int, n_runs: int) -> list[dict[str, Any]]:
+def budgets(steps: int) -> list[dict[str, Any]]:
     """Processor time of one training with a monitor over that without one, and what the monitor says of it."""
     data = digits.split(0).train
     train(network(0), data, 20, 0)  # what is imported first
-    measured: dict[float, list[tuple[float, Monitor]]] = {budget: [] for budget in BUDGETS}
-    without = []
-    for _ in range(n_runs):
-        without.append(seconds_of(lambda: train(network(0), data, steps, 0)))
-        for budget, of_budget in measured.items():
-            model = network(0)
-            monitor = Monitor(
-                model, "classification", every=100, budget=budget, n_directions=DIRECTIONS, clock=time.process_time
-            )
-            tell = lambda step, batch, monitor=monitor: monitor.step(batch)  # noqa: E731
-            of_budget.append((seconds_of(lambda m=model, t=tell: train(m, data, steps, 0, after=t)), monitor))
-    return [
-        {
-            "budget": budget, "ratio": statistics.fmean(of[0] for of in runs) / statistics.fmean(without) - 1,
-            "cost": statistics.fmean(of[1].cost for of in runs),
-            "measurements": statistics.fmean(len(of[1].history) for of in runs),
-        }
-        for budget, runs in measured.items()
-    ]  # fmt: skip
+    without = seconds_of(lambda: train(network(0), data, steps, 0))
+    rows = []
+    for budget in BUDGETS:
+        model = network(0)
+        monitor = Monitor(
+            model, "classification", every=100, budget=budget, n_directions=DIRECTIONS, clock=time.process_time
+        )
+        seconds = seconds_of(lambda m=model, t=monitor: train(m, data, steps, 0, after=lambda _, batch: t.step(batch)))
+        rows.append({
+            "budget": budget, "ratio": seconds / without - 1, "cost": monitor.cost,
+            "measurements": len(monitor.history),
+        })  # fmt: skip
+    return rows
 
 
 def single(folder: Path | None) -> list[dict[str, Any]]:
@@ -207,6 +202,13 @@ def single(folder: Path | None) -> list[dict[str, Any]]:
 
 
 # -- record, document, figure ----------------------------------------------------------------------
+
+
+def kept(path: Path, make: Callable[[], Any]) -> Any:
+    """What was measured, or is now."""
+    if not path.exists():
+        write_json(path, make())
+    return read_json(path)
 
 
 def rounded(value: Any) -> Any:
@@ -285,6 +287,7 @@ def figure_of(record: Mapping[str, Any]) -> Figure:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-dir", type=Path, help="folder with FashionMNIST/raw; without it digits alone")
+    parser.add_argument("--out", type=Path, default=Path("eval/results/monitor"))
     parser.add_argument("--docs", type=Path, default=Path("docs"))
     parser.add_argument("--draw", action="store_true")
     parser.add_argument("--quick", action="store_true", help="two short trainings")
@@ -292,12 +295,14 @@ def main() -> None:
     path = options.docs / "records" / "monitor.json"
     if not options.draw:
         torch.set_num_threads(1)
-        n_seeds, steps, cost_steps, n_runs = (2, 60, 120, 1) if options.quick else (SEEDS, STEPS, COST_STEPS, COST_RUNS)
-        runs = [observe(seed, steps) for seed in range(n_seeds)]
+        n_seeds, steps, cost_steps = (2, 60, 120) if options.quick else (SEEDS, STEPS, COST_STEPS)
+        runs = [kept(options.out / f"{seed}-{steps}.json", lambda s=seed: observe(s, steps)) for seed in range(n_seeds)]
+        folder = None if options.quick else options.data_dir
         record = {
-            "environment": environment(torch.device("cpu")), "cost_steps": cost_steps, "runs": runs,
-            "agreement": agreement(runs), "single": single(None if options.quick else options.data_dir),
-            "budgets": budgets(cost_steps, n_runs),
+            "environment": environment(torch.device("cpu")), "batch": BATCH, "directions": DIRECTIONS, "every": EVERY,
+            "batches": REFERENCE_BATCHES, "cost_steps": cost_steps, "runs": runs, "agreement": agreement(runs),
+            "single": kept(options.out / "single.json", lambda: single(folder)),
+            "budgets": kept(options.out / f"budgets-{cost_steps}.json", lambda: budgets(cost_steps)),
         }  # fmt: skip
         write_json(path, rounded(record))
     record = read_json(path)

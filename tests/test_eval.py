@@ -305,7 +305,7 @@ def test_what_can_be_tuned_without_validation_data(tmp_path):
 
 def test_a_monitored_training(tmp_path):
     shutil.copy(ROOT / "docs" / "monitor.md", tmp_path)
-    done = script("monitor.py", "--quick", "--docs", str(tmp_path))
+    done = script("monitor.py", "--quick", "--out", str(tmp_path / "out"), "--docs", str(tmp_path))
     assert done.returncode == 0, done.stderr
     record = json.loads((tmp_path / "records" / "monitor.json").read_text())
     for run in record["runs"]:

@@ -132,13 +132,24 @@ def test_the_numbers_are_those_of_the_instruments():
     assert set(reading.record()) == {"curve", "alignment", "signal_to_noise", "suggestion"}
 
 
+class Written(list):
+    """A writer that keeps what it is given."""
+
+    def add_scalar(self, tag: str, value: float, step: int) -> None:
+        self.append((tag, step, value))
+
+
 def test_what_is_lost_in_noise_is_none_and_not_written():
-    (x, y), *others = batches(3)
-    data = [*others, (100 * x, y)]  # batches that have nothing in common
-    quadratics = tuple(Quadratic(network(), batch, "classification") for batch in data)
-    scalars = CurvatureReading.of(quadratics, K, TOLERANCE).scalars()
-    assert scalars["suggested_batch_size"] is None
-    assert tuple(scalars) == SCALARS
+    (x, y), (x2, y2), (x3, y3) = batches(3)
+    writer = Written()
+    monitor = Monitor(network(), "classification", every=3, budget=None, n_directions=K, writer=writer)
+    for batch in ((x, y), (100 * x2, y2), (0 * x3, y3)):  # which have little in common
+        reading = monitor.step(batch)
+    assert reading.suggestion.predicted.isinf().all()
+    assert monitor.history[0]["suggested_batch_size"] is None
+    names = {tag.removeprefix("curvature/") for tag, _, _ in writer}
+    assert names == {*SCALARS, "cost"} - {"suggested_batch_size"}
+    assert tuple(reading.scalars()) == SCALARS
 
 
 @pytest.mark.parametrize(
@@ -267,10 +278,11 @@ def test_one_that_takes_longer_than_the_last_is_made_up_for():
 def test_without_a_budget_it_measures_every_n_steps_and_batches_are_asked_for_only_then():
     given = iter(batches(9))
     monitor = Monitor(network(), "classification", every=5, budget=None, n_directions=K)
-    asked = []
+    asked, state = [], torch.get_rng_state()
     for step in range(1, 16):
-        monitor.step(lambda: asked.append(step) or next(given))  # noqa: B023
-    assert asked == [3, 4, 5, 8, 9, 10, 13, 14, 15]
+        monitor.step(lambda: asked.append((step, torch.rand(1))) or next(given))  # noqa: B023
+    assert torch.equal(torch.get_rng_state(), state)
+    assert [step for step, _ in asked] == [3, 4, 5, 8, 9, 10, 13, 14, 15]
     assert [entry["step"] for entry in monitor.history] == [5, 10, 15]
 
 
@@ -310,13 +322,8 @@ def test_batches_that_are_all_too_small_are_told_of():
 
 
 def test_a_training_that_diverges_goes_on():
-    model, written = network(), []
-
-    class Writer:
-        def add_scalar(self, tag, value, step):
-            written.append((tag, step, value))
-
-    monitor = Monitor(model, "classification", every=3, budget=None, n_directions=K, writer=Writer(), tag="a")
+    model, written = network(), Written()
+    monitor = Monitor(model, "classification", every=3, budget=None, n_directions=K, writer=written, tag="a")
     for batch in batches(3):
         monitor.step(batch)
     with torch.no_grad():
