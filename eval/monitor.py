@@ -3,7 +3,7 @@
     python eval/monitor.py [--data-dir <folder>] [--out eval/results/monitor] [--quick] [--draw] [--docs docs]
 
 Trains the network of the task ``digits`` with Adam on batches of 64, with a measurement every 20 steps; every 40 steps
-the same quantities are had from six other batches and all the training data. Then the same training with and without a
+the same quantities are had from four other batches and all the training data. Then the same training with and without a
 monitor, by processor time, and single measurements on two networks. Writes ``<docs>/records/monitor.json`` and
 ``<docs>/monitor.png``, and fills ``<docs>/monitor.md``; with ``--draw`` the latter two alone, from the record. Parts
 that are finished are kept in ``--out``.
@@ -42,8 +42,8 @@ from debiased_laplace.quadratic.monitor import SCALARS, Monitor
 from debiased_laplace.quadratic.quadratic import Quadratic
 
 BATCH, LEARNING_RATE, DIRECTIONS, TOLERANCE = 64, 1e-3, 3, 0.1
-SEEDS, STEPS, EVERY, REFERENCE_EVERY, REFERENCE_BATCHES = 3, 280, 20, 40, 6
-COST_STEPS, BUDGETS = 3000, (0.05, 0.2)
+SEEDS, STEPS, EVERY, REFERENCE_EVERY, REFERENCE_BATCHES = 3, 240, 20, 40, 4
+COST_STEPS, BUDGETS = 2000, (0.05, 0.2)
 TITLES = {
     "bias": "bias: curvature on the batch that\nchose the directions / on another",
     "alignment": "alignment of the directions\nof two batches",
@@ -276,6 +276,8 @@ def figure_of(record: Mapping[str, Any]) -> Figure:
         axes.grid(color="0.9", linewidth=0.6)
         if name in ("slope_snr", "suggested_batch_size"):
             axes.set_yscale("log")
+        if name == "slope_snr":  # below it is noise
+            axes.axhline(1 / record["batch"], color="0.5", linestyle="--", linewidth=0.8)
         if name == "alignment":
             axes.set_ylim(0, 1.02)
         for side in ("top", "right"):
