@@ -129,11 +129,11 @@ class Monitor:
     network is measured in evaluation mode (a batch normalisation with its running statistics). It is called once a
     step with the batch of the step, and copies three of them for a measurement.
 
-    **Cost.** A measurement costs about as much as a hundred gradients with five directions
-    (``docs/monitor.md``), so that it is the budget that decides how often there is one. What the monitor takes is
-    timed, and so is the time between its calls: one that would take it beyond its share is left out. The first is made
-    in any case, since it tells what one costs. Memory: that of a gradient of a batch or of a part of it
-    (``chunk_size``), and some forty vectors of the length of the parameters in double precision.
+    **Cost.** A measurement costs about as much as a hundred steps of the training (``docs/monitor.md``), so that it is
+    the budget that decides how often there is one. What the monitor takes is timed, and so is the time between its
+    calls: a measurement that would take it beyond its share is left out. The first is made in any case, since it tells
+    what one costs. Memory: that of a gradient of a batch or of a part of it (``chunk_size``), and some forty vectors of
+    the length of the parameters in double precision.
 
     Args:
         model: The network that is trained, with outputs ``[N, C]``.
