@@ -83,6 +83,7 @@ STEPS: dict[str, Step] = {
     "low_rank_evidence": Step("low_rank_evidence.py --docs {docs}", "evidence.md"),
     "serving": Step("serving.py --docs {docs}", "benchmarks.md"),
     "frozen": Step("frozen.py --docs {docs}", "benchmarks.md"),
+    "monitor": Step("monitor.py {data} --out {out} --docs {docs}", "monitor.md"),
     "scaling": Step("scaling.py --out {out} --docs {docs}", "distributed.md"),
     "scale": Step("scale.py --out {out} --docs {docs}", "benchmarks.md"),
     "bench-cpu": Step("bench.py --out {out} --docs {docs}", "benchmarks.md"),

@@ -89,6 +89,7 @@ def remade() -> dict[str, dict[str, str]]:
         import links
         import low_rank_evidence
         import max_factor
+        import monitor
         import paper_document
         import published_document
         import readme
@@ -117,6 +118,7 @@ def remade() -> dict[str, dict[str, str]]:
                 "verdicts": verdicts.tables(read_json(RECORDS / "verdicts.json")),
                 "splits": splits.table(read_json(RECORDS / "splits.json")),
             },
+            "monitor.md": monitor.parts(read_json(RECORDS / "monitor.json")),
             "records.md": regenerate.parts(regenerate.finished(DOCS)),
             "published.md": published_document.parts(read_json(RECORDS / "published.json")),
             "sensitivity.md": sensitivity.parts(read_json(RECORDS / "sensitivity.json")),

@@ -301,3 +301,17 @@ def test_what_can_be_tuned_without_validation_data(tmp_path):
     assert "fitted" not in done.stderr
     assert [path.read_bytes() for path in paths] == before
     assert text_of("evidence", docs) == text
+
+
+def test_a_monitored_training(tmp_path):
+    shutil.copy(ROOT / "docs" / "monitor.md", tmp_path)
+    done = script("monitor.py", "--quick", "--out", str(tmp_path / "out"), "--docs", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    record = json.loads((tmp_path / "records" / "monitor.json").read_text())
+    for run in record["runs"]:
+        (reference,) = run["references"]
+        bias = next(entry["bias"] for entry in run["history"] if entry["step"] == reference["step"])
+        assert 1 / 1.5 < bias / reference["bias"] < 1.5
+    assert [of["measurements"] for of in record["budgets"]] == [1, 1]
+    assert "| digits | 9,818 | 64 |" in (tmp_path / "monitor.md").read_text()
+    assert (tmp_path / "monitor.png").stat().st_size > 0

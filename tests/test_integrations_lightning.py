@@ -1,4 +1,4 @@
-"""The callback of Lightning."""
+"""The callbacks of Lightning."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import debiased_laplace as dl
-from debiased_laplace.integrations.lightning import LaplaceCallback
+from debiased_laplace.integrations.lightning import LaplaceCallback, MonitorCallback
+from debiased_laplace.quadratic.monitor import SCALARS, Monitor
 from tests.tolerances import assert_equal
 
 PACKAGES = [lightning.pytorch, pytorch_lightning]
@@ -49,12 +50,12 @@ def loaders() -> dict[str, DataLoader]:
     return {name: DataLoader(TensorDataset(x[part], y[part]), 16) for name, part in parts.items()}
 
 
-def trained(package, callback, folder, *loaders, **settings):
+def trained(package, callback, folder, *loaders, module=None, **settings):
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "max_epochs": 2}
     trainer = package.Trainer(
-        max_epochs=2, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
-        enable_model_summary=False, callbacks=callback, default_root_dir=folder, **settings,
-    )  # fmt: skip
-    module = module_of(package)
+        accelerator="cpu", enable_model_summary=False, callbacks=callback, default_root_dir=folder, **quiet | settings
+    )
+    module = module_of(package) if module is None else module
     trainer.fit(module, *loaders)
     return module
 
@@ -165,3 +166,65 @@ def test_shards_are_refused(loaders, tmp_path):
     )
     with pytest.raises(ValueError, match=r"whole parameters, got shards of them .* in 'weight'"):
         LaplaceCallback("classification").on_train_end(trainer, module)
+
+
+# -- a monitor during training -----------------------------------------------------------------------
+
+
+def monitored(package, **settings) -> tuple[nn.Module, Monitor]:
+    module = module_of(package)
+    return module, Monitor(module, "classification", budget=None, n_directions=2, n_data=12, **settings)
+
+
+@pytest.mark.parametrize("package", PACKAGES, ids=lambda package: package.__name__)
+def test_a_monitor_sees_every_batch_and_leaves_the_training_alone(package, loaders, tmp_path):
+    states, histories = [], []
+    data = DataLoader(loaders["train"].dataset, 16, shuffle=True)
+    module, monitor = monitored(package, every=3)
+
+    class ByHand(package.Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            monitor.step(batch)
+
+    for callback in (None, MonitorCallback, ByHand):
+        module, monitor = monitored(package, every=3)
+        callbacks = [] if callback is None else [callback(monitor) if callback is MonitorCallback else callback()]
+        torch.manual_seed(3)
+        trained(package, callbacks, tmp_path, data, module=module)
+        states.append((module.training, torch.get_rng_state(), *module.state_dict().values()))
+        histories.append([{name: entry[name] for name in ("step", *SCALARS)} for entry in monitor.history])
+    for state in states[1:]:
+        assert all(torch.equal(torch.as_tensor(a), torch.as_tensor(b)) for a, b in zip(states[0], state, strict=True))
+    assert histories[0] == [] and histories[1] == histories[2]
+    assert [entry["step"] for entry in histories[1]] == [3, 6]
+
+
+def test_a_monitor_without_a_writer_writes_to_the_loggers_and_keeps_its_state_in_checkpoints(loaders, tmp_path):
+    package = PACKAGES[0]
+    logger = lightning.pytorch.loggers.CSVLogger(tmp_path)
+    module, monitor = monitored(package, every=3)
+    settings = {"logger": logger, "enable_checkpointing": True, "log_every_n_steps": 1}
+    trained(package, MonitorCallback(monitor), tmp_path, loaders["train"], module=module, **settings)
+    rows = (tmp_path / "lightning_logs" / "version_0" / "metrics.csv").read_text().splitlines()
+    steps, biases = (rows[0].split(",").index(name) for name in ("step", "curvature/bias"))
+    written = [(int(row.split(",")[steps]), row.split(",")[biases]) for row in rows[1:]]
+    assert [(entry["step"], pytest.approx(entry["bias"])) for entry in monitor.history] == [
+        (step, float(bias)) for step, bias in written if bias
+    ]
+    (checkpoint,) = tmp_path.rglob("*.ckpt")
+    again, continued = monitored(package, every=3)
+    trainer = package.Trainer(
+        max_epochs=3, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, callbacks=[MonitorCallback(continued)],
+    )  # fmt: skip
+    trainer.fit(again, loaders["train"], ckpt_path=checkpoint)
+    assert continued.history[:2] == monitor.history
+    assert [entry["step"] for entry in continued.history] == [3, 6, 11]
+
+
+def test_a_monitor_of_another_network_is_refused_before_the_training(loaders, tmp_path):
+    _, monitor = monitored(PACKAGES[0])
+    with pytest.raises(ValueError, match="a monitor of the network that the trainer trains"):
+        trained(PACKAGES[0], MonitorCallback(monitor), tmp_path, loaders["train"])
+    with pytest.raises(TypeError, match="Monitor, got str"):
+        MonitorCallback("classification")

@@ -1,4 +1,4 @@
-"""The callback of Hugging Face's Trainer, on tiny random models."""
+"""The callbacks of Hugging Face's Trainer, on tiny random models."""
 
 from __future__ import annotations
 
@@ -8,17 +8,19 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
     BertForTokenClassification,
     Trainer,
+    TrainerCallback,
     TrainingArguments,
 )
 
 import debiased_laplace as dl
-from debiased_laplace.integrations.transformers import LaplaceTrainerCallback
+from debiased_laplace.integrations.transformers import LaplaceTrainerCallback, MonitorTrainerCallback
+from debiased_laplace.quadratic.monitor import CurvatureReading, Monitor
 from tests.tolerances import assert_equal
 
 
@@ -144,3 +146,41 @@ def test_of_several_processes_each_has_its_shard_of_the_validation_data(tmp_path
     assert (likelihood, saves) == ("classification", rank == 0)
     assert torch.cat([batch["labels"] for batch in train]).tolist() == [0, 1, 2, 0]
     assert torch.cat([batch["labels"] for batch in validation]).tolist() == [row["y"] for row in data[4 + rank :: 2]]
+
+
+# -- a monitor during training -----------------------------------------------------------------------
+
+
+def test_a_monitor_draws_from_the_training_data_and_leaves_the_training_alone(tmp_path):
+    data, states = examples(36, three), []
+    for with_monitor in (False, True):
+        network = model(num_labels=3).double()
+        monitor = Monitor(network, "classification", every=3, budget=None, n_directions=2)
+        callback = MonitorTrainerCallback(monitor)
+        train(network, callback if with_monitor else TrainerCallback(), tmp_path, data)
+        states.append([*network.state_dict().values(), torch.get_rng_state()])
+    assert all(torch.equal(a, b) for a, b in zip(*states, strict=True))
+    (entry,) = monitor.history
+    generator = torch.Generator().manual_seed(0)
+    batches = [collate([data[i] for i in torch.randperm(24, generator=generator)[:8].tolist()]) for _ in range(3)]
+    quadratics = tuple(dl.Quadratic(network, batch, "classification") for batch in batches)
+    expected = CurvatureReading.of(quadratics, 2, 0.1).scalars()
+    assert entry["step"] == 3  # the last: the network has its weights
+    assert {name: entry[name] for name in expected} == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_monitor_refuses_streams_and_models_of_others_before_the_training(tmp_path):
+    class Stream(IterableDataset):
+        def __iter__(self):
+            return iter(examples(24, three))
+
+    network = model(num_labels=3)
+    callback = MonitorTrainerCallback(Monitor(network, "classification"))
+    with pytest.raises(ValueError, match=r"of another network.*model_init="):
+        train(model(num_labels=3), callback, tmp_path, examples(36, three))
+    arguments = TrainingArguments(
+        str(tmp_path), max_steps=2, report_to=[], use_cpu=True, disable_tqdm=True, remove_unused_columns=False
+    )
+    trainer = Trainer(network, arguments, train_dataset=Stream(), data_collator=collate, callbacks=[callback])
+    with pytest.raises(TypeError, match=r"Expected training data with a length.*monitor\.step\(inputs\)"):
+        trainer.train()

@@ -1,4 +1,4 @@
-"""A callback of Lightning that fits a posterior when training ends, of ``lightning`` and of ``pytorch_lightning``."""
+"""Callbacks of ``lightning`` and of ``pytorch_lightning``: a posterior after training, a monitor during it."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ from torch import nn
 from debiased_laplace._guards import global_random_state
 from debiased_laplace.integrations import require
 from debiased_laplace.integrations.after_training import AfterTraining
+from debiased_laplace.integrations.during_training import DuringTraining
 from debiased_laplace.likelihoods import Likelihood
 from debiased_laplace.network.snapshot import refuse_shards
 
-__all__ = ["LaplaceCallback"]
+__all__ = ["LaplaceCallback", "MonitorCallback"]
 
 _installed = [name for name in ("lightning", "pytorch_lightning") if importlib.util.find_spec(name) is not None]
 #: Each has a class of its own, and its trainer asks for that.
@@ -91,3 +92,51 @@ def _only(loaders: Any, name: str) -> Iterable[Any]:
             f"Expected a trainer with one {name} for LaplaceCallback, got {len(several)}. Pass {name}= to it."
         )
     return several[0]
+
+
+class MonitorCallback(DuringTraining, *_CALLBACKS):  # type: ignore[misc]
+    """Tells a :class:`~debiased_laplace.quadratic.monitor.Monitor` of every batch that is trained on.
+
+    With several processes the first one measures, on its own batches, and the others wait. The monitor's state is part
+    of the trainer's checkpoints.
+
+    Args:
+        monitor: Of the LightningModule, or of the network in it that gives the outputs; without a writer it writes to
+            the trainer's loggers.
+
+    Example:
+        >>> import torch
+        >>> from debiased_laplace.integrations.lightning import MonitorCallback
+        >>> from debiased_laplace.quadratic.monitor import Monitor
+        >>> callback = MonitorCallback(Monitor(torch.nn.Linear(4, 3), "classification"))  # Trainer(callbacks=...)
+    """
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Check the monitor, and give it a writer."""
+        self.check(pl_module)
+        if self.monitor.writer is None:
+            self.monitor.writer = _Loggers(trainer.loggers)
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Tell it."""
+        if trainer.is_global_zero:
+            self.monitor.step(batch, trainer.global_step)
+
+    def state_dict(self) -> dict[str, Any]:
+        """That of the monitor."""
+        return self.monitor.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on with it."""
+        self.monitor.load_state_dict(state_dict)
+
+
+class _Loggers:
+    """Loggers of Lightning as a writer."""
+
+    def __init__(self, loggers: list[Any]) -> None:
+        self.loggers = loggers
+
+    def add_scalar(self, tag: str, scalar_value: float, global_step: int) -> None:
+        for logger in self.loggers:
+            logger.log_metrics({tag: scalar_value}, step=global_step)

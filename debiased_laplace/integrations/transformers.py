@@ -1,21 +1,25 @@
-"""A callback of Hugging Face's Trainer that fits a posterior when training ends."""
+"""Callbacks of Hugging Face's Trainer: a posterior after training, a monitor during it."""
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from debiased_laplace.integrations import require
 from debiased_laplace.integrations.after_training import AfterTraining
+from debiased_laplace.integrations.during_training import DuringTraining
 from debiased_laplace.likelihoods import Likelihood
+from debiased_laplace.quadratic.monitor import Monitor
 
 require("transformers", "transformers")
 
 from transformers import TrainerCallback  # noqa: E402
 
-__all__ = ["LaplaceTrainerCallback"]
+__all__ = ["LaplaceTrainerCallback", "MonitorTrainerCallback"]
 
 #: What Transformers calls the losses of its heads.
 _PROBLEMS = {
@@ -76,3 +80,47 @@ class LaplaceTrainerCallback(AfterTraining, TrainerCallback):
             problem = getattr(getattr(model, "config", None), "problem_type", None)
             likelihood = _PROBLEMS.get(str(problem), "classification")
         self.fit(model, likelihood, train, validation, saves=state.is_world_process_zero)
+
+
+class MonitorTrainerCallback(DuringTraining, TrainerCallback):
+    """Tells a :class:`~debiased_laplace.quadratic.monitor.Monitor` of every step of the trainer.
+
+    The trainer gives its callbacks no batches, so that those of a measurement are drawn at random from its training
+    data, collated as it collates them, by a generator of their own. With several processes the first one measures, and
+    the others wait. A training that is continued from a checkpoint goes on with the number of its step.
+
+    Args:
+        monitor: Of the model that the trainer is given.
+
+    Example:
+        >>> import torch
+        >>> from debiased_laplace.integrations.transformers import MonitorTrainerCallback
+        >>> from debiased_laplace.quadratic.monitor import Monitor
+        >>> monitor = Monitor(torch.nn.Linear(4, 3), "classification")
+        >>> callback = MonitorTrainerCallback(monitor)  # Trainer(..., callbacks=[callback])
+    """
+
+    def __init__(self, monitor: Monitor) -> None:
+        super().__init__(monitor)
+        self._generator = torch.Generator().manual_seed(0)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Check the monitor and the data."""
+        self.check(kwargs["model"])
+        dataset = kwargs["train_dataloader"].dataset
+        if not (hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")):
+            raise TypeError(
+                f"Expected training data with a length, of which some can be drawn, got {type(dataset).__name__}. Of a "
+                "stream call monitor.step(inputs) in training_step of a Trainer of your own, which is given the batch."
+            )
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Tell it."""
+        if state.is_world_process_zero:
+            draw = partial(self._draw, kwargs["train_dataloader"], args.train_batch_size)
+            self.monitor.step(draw, state.global_step)
+
+    def _draw(self, loader: Any, size: int) -> Any:
+        dataset = loader.dataset
+        chosen = torch.randperm(len(dataset), generator=self._generator)[:size].tolist()
+        return loader.collate_fn([dataset[index] for index in chosen])

@@ -21,10 +21,10 @@ ROOT = Path(__file__).parents[2]
 PUBLIC = (
     "debiased_laplace", "debiased_laplace.conformal", "debiased_laplace.likelihoods",
     "debiased_laplace.curvature.structures", "debiased_laplace.laplace_torch",
-    "debiased_laplace.quadratic.instruments", "debiased_laplace.quadratic.optim", "debiased_laplace.evaluation",
-    "debiased_laplace.testing", "debiased_laplace.integrations.sklearn", "debiased_laplace.integrations.lightning",
-    "debiased_laplace.integrations.transformers", "debiased_laplace.integrations.export",
-    "debiased_laplace.integrations.botorch",
+    "debiased_laplace.quadratic.instruments", "debiased_laplace.quadratic.optim", "debiased_laplace.quadratic.monitor",
+    "debiased_laplace.evaluation", "debiased_laplace.testing", "debiased_laplace.integrations.sklearn",
+    "debiased_laplace.integrations.lightning", "debiased_laplace.integrations.transformers",
+    "debiased_laplace.integrations.export", "debiased_laplace.integrations.botorch",
 )  # fmt: skip
 #: Pages that are files outside of docs, which code hosts show.
 ABOVE = {"index.md": "README.md", "contributing.md": "CONTRIBUTING.md", "changelog.md": "CHANGELOG.md"}
