@@ -49,8 +49,8 @@ class LossAtPoint:
         self.network, self.likelihood, self.point, self.kind = network, likelihood, point, kind
         #: Whether the model's operations have forward mode; None until it was tried.
         self.has_forward_mode: bool | None = None
-        #: Whether the model can be mapped over data, as far as is known.
-        self.can_be_mapped = True
+        #: Whether the model can be mapped over data; None until it was tried.
+        self.can_be_mapped: bool | None = None
 
     def outputs(self, parameters: dict[str, Tensor], inputs: _data.Inputs) -> Tensor:
         """Outputs ``[N, C]`` with any parameters."""
@@ -199,13 +199,17 @@ class DataDerivatives:
     def per_datum(self, row: Tensor | None = None) -> list[Tensor]:
         r"""Gradient of every datum's loss, ``[N, D]``, and, with a vector ``[D]``, its Hessian times that, likewise.
 
-        The latter is the gradient of :math:`u^\top \nabla \ell_n`: forward mode of a backward pass is wrong for some
-        layers of torch. Mapped over data, or datum by datum for a model that cannot be mapped.
+        The latter is the gradient of :math:`u^\top \nabla \ell_n`. Mapped over data, or datum by datum for a model that
+        cannot be mapped; torch maps second derivatives of some layers wrongly, so that the first are checked.
         """
         columns = _data.columns(self._inputs)
-        if columns is not None and self._model.can_be_mapped:
+        if columns is not None and self._model.can_be_mapped is not False:
             try:
-                return self._mapped(row, *columns)
+                found = self._mapped(row, *columns)
+                if row is not None and self._model.can_be_mapped is None:
+                    self._model.can_be_mapped = self._adds_up(row, found[1])
+                if self._model.can_be_mapped is not False:
+                    return found
             except torch.OutOfMemoryError:
                 raise
             except (RuntimeError, ValueError, TypeError, NotImplementedError):  # what torch.func does not know
@@ -217,6 +221,12 @@ class DataDerivatives:
                 product = [] if row is None else [datum._hessian_product(row[None])[0]]
                 rows.append([datum.gradient(), *product])
         return [torch.stack(column) for column in zip(*rows, strict=True)]
+
+    def _adds_up(self, row: Tensor, products: Tensor) -> bool:
+        """Whether products of data with their Hessians have the sum that the Hessian of all of them gives."""
+        difference = float((products.sum(0) - self._hessian_product(row[None])[0]).norm())
+        precision = max(self._model.network.precision, torch.finfo(self.outputs.dtype).eps)
+        return difference <= 1e3 * precision * float(products.norm(dim=1).sum())
 
     def _mapped(
         self, row: Tensor | None, tensors: Sequence[Tensor], rebuilt: Callable[[Sequence[Tensor]], _data.Inputs]

@@ -8,8 +8,8 @@ the variances of a batch,
 
 what is known of the gradient is a Gaussian :math:`\mathcal N(m_t, P_t)`, by a Kalman filter (:func:`update`). Along the
 direction of :math:`-m_t` the loss is a Gaussian process (:class:`LineProcess`), and the step is the one that most
-probably takes something off. :math:`Q, \Sigma, P` are scalars times the identity: means over parameters, for the mean of
-the batch, from the gradients and products of its data.
+probably takes something off. :math:`Q, \Sigma, P` are scalars times the identity: means over parameters, for the mean
+of the batch, from the gradients and products of its data.
 
 Source: Chen, Choi, Balles, Duvenaud, Hennig, "Self-Tuning Stochastic Optimization with Curvature-Aware Gradient
 Filtering" (arXiv 2011.04803).
@@ -114,9 +114,10 @@ class FilteredSGD(ModelOptimizer):
     r"""Gradient descent on filtered gradients, with step sizes of its own.
 
     A step costs a gradient of every datum, a product of every datum's Hessian with the last step, and two derivatives
-    of every datum's loss along the new direction: at least four gradients (docs/steps.md has the measured cost), and
-    memory for 2 N D numbers, or ``2 chunk_size D``. ``lr`` and ``self_tuning`` in ``param_groups`` may be scheduled.
-    Data are seen in evaluation mode: no dropout, and normalisation layers keep the statistics they have.
+    of every datum's loss along the new direction: five gradients' work, or three with halves, and more time, as
+    gradients of data apart are slower (docs/steps.md). Memory: 2 N D numbers, or ``2 chunk_size D``. ``lr`` and
+    ``self_tuning`` in ``param_groups`` may be scheduled. Data are seen in evaluation mode: no dropout, and
+    normalisation layers keep the statistics they have.
 
     Args:
         model: The model whose parameters it moves.
@@ -159,6 +160,7 @@ class FilteredSGD(ModelOptimizer):
         self.likelihood = resolve_likelihood(likelihood)
         self.chunk_size = chunk_size
         self.last_line: LineProcess | None = None
+        self._can_be_mapped: bool | None = None
 
     @property
     def filtered_gradient(self) -> tuple[Tensor, float]:
@@ -195,7 +197,10 @@ class FilteredSGD(ModelOptimizer):
         with global_random_state():
             first, other = self._batches(batch, second)
             here = _Derivatives(self.model, self._chosen, self.likelihood, self.chunk_size)
-            return self._step(here, here.prepared(first), None if other is None else here.prepared(other))
+            here.point.can_be_mapped = self._can_be_mapped
+            loss = self._step(here, here.prepared(first), None if other is None else here.prepared(other))
+        self._can_be_mapped = here.point.can_be_mapped
+        return loss
 
     def _step(self, here: _Derivatives, first: _Data, other: _Data | None) -> float:
         group, state = self.param_groups[0], self._state
@@ -215,7 +220,7 @@ class FilteredSGD(ModelOptimizer):
             direction = -mean / length
             slope, curvature = here.along(first if other is None else other, direction)
             if other is None:
-                slope = _Moments(torch.tensor(-length), variance)
+                slope = _Moments(torch.tensor(-length, dtype=torch.float64), variance)
             line = LineProcess(*slope.numbers, *curvature.numbers, loss_variance)
             size *= line.best_step() / length
         vector = self._vector()
@@ -252,7 +257,7 @@ class _Derivatives:
 
     def __init__(self, model: nn.Module, names: list[str], likelihood: Likelihood, chunk_size: int | None) -> None:
         self._network = Network(Snapshot.of(model), names)
-        self._model = LossAtPoint(self._network, likelihood, self._network.mean().double(), "hessian")
+        self.point = LossAtPoint(self._network, likelihood, self._network.mean().double(), "hessian")
         self._likelihood, self._chunk_size = likelihood, chunk_size
 
     def prepared(self, batch: Any) -> _Data:
@@ -268,8 +273,8 @@ class _Derivatives:
         unit, scale = (None, None) if row is None else scaled_to_unit(row[None])
         sums = [torch.zeros((), dtype=torch.float64)] * 6
         for inputs, targets in self._chunks(batch):
-            with self._model.on(inputs, targets) as data:
-                losses = self._model.losses(data.outputs.detach(), targets).double()[:, None]
+            with self.point.on(inputs, targets) as data:
+                losses = self.point.losses(data.outputs.detach(), targets).double()[:, None]
                 columns = [losses, *data.per_datum(None if unit is None else unit[0])]
             for index, column in enumerate(columns):
                 sums[2 * index] = sums[2 * index] + column.sum(0)
@@ -288,7 +293,7 @@ class _Derivatives:
         """Of first and second derivative of the loss along a direction ``[D]`` of length one."""
         parts = []
         for inputs, targets in self._chunks(batch):
-            with self._model.on(inputs, targets) as data:
+            with self.point.on(inputs, targets) as data:
                 parts.append(torch.stack(data.along(direction)))
         both = torch.cat(parts, 1)
         _checks.finite(both, "derivatives along the direction", "Look for an operation with an infinite derivative.")
