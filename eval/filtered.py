@@ -4,10 +4,10 @@
     python eval/filtered.py --draw [--docs docs]
 
 Four parts: what a step costs in gradients; a noisy quadratic; how far filtered gradients are from those of all the
-data; training of the small CNN on scikit-learn's digits. Methods are compared at equal cost, counted in gradients of a batch
-of the same size, :data:`COST` for a step. Rates are tuned on seeds that are not shown. Writes
-``<docs>/records/filtered.json``, fills ``<docs>/steps.md``, and draws ``<docs>/steps-filtered.png``; parts that are not
-asked for stay as they are in the record.
+data; training of the small CNN on scikit-learn's digits. Methods are compared at equal cost, counted in gradients of
+a batch of the same size, :data:`COST` for a step. Rates are tuned on a seed that is not shown. Writes
+``<docs>/records/filtered.json``, fills ``<docs>/steps.md``, and draws ``<docs>/steps-filtered.png``; parts that are
+not asked for stay as they are in the record.
 """
 
 from __future__ import annotations
