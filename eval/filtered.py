@@ -77,12 +77,10 @@ def stepper(name: str, model: nn.Module, likelihood: str, rate: float | None) ->
     """A method's step on a model."""
     lr = 1.0 if rate is None else rate
     if name.startswith(("SGD", "Adam")):
-        optimizers = {
-            "SGD": lambda p: torch.optim.SGD(p, lr),
-            "SGD with momentum": lambda p: torch.optim.SGD(p, lr, momentum=0.9),
-            "Adam": lambda p: torch.optim.Adam(p, lr),
-        }  # fmt: skip
-        return first_order(model, likelihood, optimizers[name](model.parameters()))
+        moved = model.parameters()
+        adam, momentum = name == "Adam", 0.9 if "momentum" in name else 0.0
+        optimizer = torch.optim.Adam(moved, lr) if adam else torch.optim.SGD(moved, lr, momentum=momentum)
+        return first_order(model, likelihood, optimizer)
     if name.startswith("Newton"):
         damping = 0.1 if likelihood == "classification" else 0.0
         newton = DebiasedNewtonCG(model, likelihood, lr, n_steps=CG_STEPS, damping=damping, tolerance=1e-8)
@@ -271,7 +269,8 @@ def train(name: str, rate: float | None, seed: int, parts: Any, budget: int, loo
     """What is seen after equal parts of the budget."""
     model = seeded(seed)
     step, batches = stepper(name, model, "classification", rate), drawn(parts.train, seed)
-    curve, spent = [], 0
+    curve: list[dict[str, float]] = []
+    spent = 0
     for share in range(1, looks + 1):
         while spent + COST[name] <= budget * share / looks:
             try:

@@ -210,7 +210,7 @@ def test_products_that_are_wrong_once_mapped_are_noticed(monkeypatch):
 
     def mistaken(self, *arguments, original=DataDerivatives._mapped):
         gradients, products = original(self, *arguments)
-        return [gradients, products * torch.linspace(1, 1 + 1e-8, len(row)).double()]
+        return [gradients, products * torch.linspace(1, 1 + 1e-8, len(row), dtype=torch.float64)]
 
     monkeypatch.setattr(DataDerivatives, "_mapped", mistaken)
     with point.on(*batch) as derivatives:

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from debiased_laplace import _checks, _data
 from debiased_laplace._guards import exact_derivatives, global_random_state
-from debiased_laplace.likelihoods import Likelihood, resolve_likelihood
+from debiased_laplace.likelihoods import Likelihood
 from debiased_laplace.network.network import Network
 from debiased_laplace.network.snapshot import Snapshot
 from debiased_laplace.quadratic.derivatives import LossAtPoint, scaled_to_unit
@@ -157,7 +157,6 @@ class FilteredSGD(ModelOptimizer):
     ) -> None:
         _checks.chunk_size(chunk_size)
         super().__init__(model, likelihood, parameters, debiased, {"lr": lr, "self_tuning": self_tuning})
-        self.likelihood = resolve_likelihood(likelihood)
         self.chunk_size = chunk_size
         self.last_line: LineProcess | None = None
         self._can_be_mapped: bool | None = None

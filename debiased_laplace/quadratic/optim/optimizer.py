@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from debiased_laplace import _checks, _data
-from debiased_laplace.likelihoods import Likelihood
+from debiased_laplace.likelihoods import Likelihood, resolve_likelihood
 from debiased_laplace.network.selection import match_parameters
 
 __all__ = ["ModelOptimizer", "halves", "move", "names_of"]
@@ -59,7 +59,7 @@ class ModelOptimizer(torch.optim.Optimizer):
                 "model itself; choose among its parameters by their names with parameters=[...]."
             )
         _checks.nonnegative(defaults["lr"], "lr")
-        self.model, self.likelihood, self.debiased = model, likelihood, debiased
+        self.model, self.likelihood, self.debiased = model, resolve_likelihood(likelihood), debiased
         self._chosen = names_of(model, parameters)
         owned = dict(model.named_parameters())
         super().__init__([owned[name] for name in self._chosen], defaults)
