@@ -136,7 +136,7 @@ class NoisyQuadratic(nn.Module):
 
 def quadratic(quick: bool) -> dict[str, Any]:
     """Excess loss at the end, and on the way."""
-    budget, seeds, tuning = (40, 2, 1) if quick else (200, 10, 1)
+    budget, seeds, tuning = (40, 2, 1) if quick else (800, 6, 1)
 
     def run(name: str, rate: float | None, seed: int) -> list[float]:
         model, generator = NoisyQuadratic(), torch.Generator().manual_seed(seed)
@@ -359,7 +359,7 @@ def parts_of(record: Mapping[str, Any]) -> dict[str, str]:
 
 
 def figure_of(record: Mapping[str, Any]) -> Figure:
-    """The quadratic, training, and the curvature that it meets."""
+    """The quadratic, training, and the noise that it meets."""
     figure = Figure((11, 3.4), layout="constrained")
     left, middle, right = figure.subplots(1, 3)
     styles = {name: style for name, style in zip(COST, [*STYLES, *STYLES], strict=False)}
@@ -369,14 +369,14 @@ def figure_of(record: Mapping[str, Any]) -> Figure:
         left.plot(x, about["median"], color=color, linestyle=dashes, label=name)
     for name, about in record["training"]["methods"].items():
         color, _, dashes = styles[name]
-        for axes, key in ((middle, "train loss"), (right, "curvature")):
+        for axes, key in ((middle, "train loss"), (right, "noise")):
             values = np.array([[point[key] for point in curve] for curve in about["curves"] if key in curve[-1]])
             if len(values):
                 x = [point["spent"] for point in about["curves"][0]]
                 axes.plot(x, np.median(values, 0), color=color, linestyle=dashes, label=name)
     left.set(yscale="log", ylabel="excess loss, median", title="noisy quadratic", xlabel="gradients")
     middle.set(yscale="log", ylabel="training loss, median", title="digits", xlabel="gradients")
-    right.set(yscale="log", ylabel="curvature along the gradient", title="digits", xlabel="gradients")
+    right.set(yscale="log", ylabel="variance of a datum's gradient", title="digits", xlabel="gradients")
     figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
     return figure
 

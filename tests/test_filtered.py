@@ -19,6 +19,7 @@ from debiased_laplace.network.snapshot import Snapshot
 from debiased_laplace.quadratic.derivatives import DataDerivatives, LossAtPoint
 from debiased_laplace.quadratic.optim import FilteredSGD, LineProcess, halves
 from debiased_laplace.quadratic.optim.filtered import update
+from tests.documented import DOCS, executed
 from tests.tolerances import assert_equal
 
 D = 5
@@ -234,8 +235,8 @@ def test_two_steps_are_those_of_the_equations(how, chunk_size):
     believed: tuple[Tensor, float] | None = None
     step, loss_variance = torch.zeros(0), 0.0
     for seed in range(3):
-        whole = data(24, seed)
-        first, second = halves(whole) if how == "halves" else (whole, data(15, 100 + seed))
+        whole = data(10, seed)
+        first, second = halves(whole) if how == "halves" else (whole, data(7, 100 + seed))
         arguments = {"one batch": (whole,), "halves": (whole,), "two batches": (first, second),
                      "function of two": (lambda a=first, b=second: (a, b),)}[how]  # fmt: skip
         losses, gradients, _ = reference(model, first)
@@ -375,3 +376,13 @@ def test_the_optimizer_says_what_it_cannot_do():
         optimizer.step(data(4), data(1))
     with pytest.raises(RuntimeError, match="Expected a step before a filtered gradient is asked for"):
         _ = optimizer.filtered_gradient
+
+
+def test_the_code_of_the_page(capsys):
+    model = classifier()
+    names = executed(
+        DOCS / "steps.md", model=model, two_batches=(data(24), data(24, 1)), batch=data(24), other_batch=data(24, 1),
+        loader=[data(24, seed) for seed in range(2)],
+    )  # fmt: skip
+    assert torch.equal(names["gradient"], names["optimizer"].filtered_gradient[0])
+    assert capsys.readouterr().out.count("LineProcess(slope=-") == 2
