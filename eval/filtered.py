@@ -51,8 +51,8 @@ RATES: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
     "SGD": ((1e-4, 3e-4, 1e-3, 1.5e-3), (0.03, 0.1, 0.3, 1.0)),
     "SGD with momentum": ((3e-5, 1e-4, 3e-4, 1e-3), (0.01, 0.03, 0.1, 0.3)),
     "Adam": ((0.03, 0.1, 0.3, 1.0), (1e-3, 3e-3, 1e-2, 3e-2)),
-    "filtered, fixed step": ((3e-4, 1e-3, 1.5e-3), (0.1, 0.3, 1.0)),
-    "filtered, fixed step, debiased": ((3e-4, 1e-3, 1.5e-3), (0.1, 0.3, 1.0)),
+    "filtered, fixed step": ((1e-3, 1.5e-3), (0.1, 0.3, 1.0)),
+    "filtered, fixed step, debiased": ((1e-3, 1.5e-3), (0.1, 0.3, 1.0)),
     "Newton-CG, debiased": ((0.3, 1.0), (0.1, 0.3)),
 }
 
@@ -136,7 +136,7 @@ class NoisyQuadratic(nn.Module):
 
 def quadratic(quick: bool) -> dict[str, Any]:
     """Excess loss at the end, and on the way."""
-    budget, seeds, tuning = (40, 2, 1) if quick else (800, 6, 1)
+    budget, seeds, tuning = (22, 2, 1) if quick else (500, 4, 1)
 
     def run(name: str, rate: float | None, seed: int) -> list[float]:
         model, generator = NoisyQuadratic(), torch.Generator().manual_seed(seed)
@@ -285,7 +285,7 @@ def train(name: str, rate: float | None, seed: int, parts: Any, budget: int, loo
 def training(quick: bool) -> dict[str, Any]:
     """All methods at equal cost."""
     parts = digits.split(0)
-    budget, seeds, tuning, looks = (45, 1, 1, 1) if quick else (300, 4, 1, 5)
+    budget, seeds, tuning, looks = (22, 1, 1, 1) if quick else (300, 4, 1, 5)
     result: dict[str, Any] = {"budget": budget, "methods": {}}
     for name in COST:
         if name in ("SGD", "filtered, fixed step, debiased"):
