@@ -97,6 +97,7 @@ STEPS: dict[str, Step] = {
     "bias-fashion-mnist-vit": Step("bias.py --tasks fashion-mnist-vit {data} --out {out} --docs {docs}", "bias.md"),
     "bias-cifar10-all-cnn-c": Step("bias.py --tasks cifar10-all-cnn-c {data} --out {out} --docs {docs}", "bias.md"),
     "steps": Step("steps.py --all {data} --out {out} --cache {cache} --docs {docs}", "steps.md"),
+    "filtered": Step("filtered.py --docs {docs}", "steps.md"),
     "equal_time": Step("equal_time.py {data} --scratch {out} --docs {docs}", "fidelity.md"),
     "max_factor": Step("max_factor.py {data} --scratch {out} --docs {docs}", "fidelity.md"),
     "links": Step("links.py {data} --out {out} --cache {cache} --docs {docs}", "results.md"),

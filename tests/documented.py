@@ -85,6 +85,7 @@ def remade() -> dict[str, dict[str, str]]:
         import continual
         import equal_time
         import evidence
+        import filtered
         import frozen
         import links
         import low_rank_evidence
@@ -131,7 +132,10 @@ def remade() -> dict[str, dict[str, str]]:
                 if (record := RECORDS / f"{module.__name__}.json").exists()
                 for name, part in module.parts(read_json(record)).items()
             },
-            "steps.md": steps_document.parts_of(read_json(RECORDS / "steps.json")),
+            "steps.md": {
+                **steps_document.parts_of(read_json(RECORDS / "steps.json")),
+                **filtered.parts_of(read_json(RECORDS / "filtered.json")),
+            },
             "benchmarks.md": {
                 "cpu": bench.report(benchmarks),
                 "card": bench.report(json.loads((RECORDS / "bench-cuda.json").read_text())["records"]),

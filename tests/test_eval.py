@@ -279,6 +279,22 @@ def test_the_noisy_quadratic(tmp_path):
     assert "Expected at least one of --noisy-quadratic" in done.stderr
 
 
+def test_filtered_gradients(tmp_path):
+    docs = tmp_path / "docs"
+    docs.mkdir()
+    shutil.copy(ROOT / "docs" / "steps.md", docs)
+    done = script("filtered.py", "--quick", "--docs", str(docs))
+    assert done.returncode == 0, done.stderr
+    record = json.loads((docs / "records" / "filtered.json").read_text())
+    part = (docs / "steps.md").read_text().split("<!-- filtered quadratic -->")[1].split("<!-- end -->")[0]
+    rows = {cells[1].strip(): cells for line in part.strip().splitlines()[2:] if (cells := line.split("|"))}
+    assert rows.keys() == record["quadratic"]["methods"].keys()
+    assert int(rows["self-tuning"][3]) == record["quadratic"]["budget"] // 5
+    assert record["cost"]["SGD"] == 1
+    assert all(ratio > 0 for of in record["gradients"].values() for ratios in of.values() for ratio in ratios)
+    assert (docs / "steps-filtered.png").stat().st_size > 5000
+
+
 def test_what_can_be_tuned_without_validation_data(tmp_path):
     docs, out = tmp_path / "docs", tmp_path / "out"
     docs.mkdir()

@@ -17,7 +17,7 @@ Jacobian-vector products are in forward mode where the model's operations have i
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
@@ -49,6 +49,8 @@ class LossAtPoint:
         self.network, self.likelihood, self.point, self.kind = network, likelihood, point, kind
         #: Whether the model's operations have forward mode; None until it was tried.
         self.has_forward_mode: bool | None = None
+        #: Whether the model can be mapped over data; None until it was tried.
+        self.can_be_mapped: bool | None = None
 
     def outputs(self, parameters: dict[str, Tensor], inputs: _data.Inputs) -> Tensor:
         """Outputs ``[N, C]`` with any parameters."""
@@ -167,8 +169,11 @@ class DataDerivatives:
     def curvature_product(self, rows: Tensor) -> Tensor:
         """Products with the Gauss-Newton matrix or the Hessian of the summed loss, ``[k, D] -> [k, D]``."""
         if self._model.kind == "hessian":
-            return self._flat(vjp(self._gradients, self._parameters, self._shaped(rows)))
+            return self._hessian_product(rows)
         return self.vjp(self.loss_hessian_product(self.jvp(rows)))
+
+    def _hessian_product(self, rows: Tensor) -> Tensor:
+        return self._flat(vjp(self._gradients, self._parameters, self._shaped(rows)))
 
     @cached_property
     def _gradients(self) -> tuple[Tensor, ...]:
@@ -190,6 +195,61 @@ class DataDerivatives:
             second = second_directional_derivative(self.outputs, self._parameters, vectors)
             curvatures = curvatures + (residual * second.double()).sum(-1)
         return slopes, curvatures
+
+    def per_datum(self, row: Tensor | None = None) -> list[Tensor]:
+        r"""Gradient of every datum's loss, ``[N, D]``, and, with a vector ``[D]``, its Hessian times that, likewise.
+
+        The latter is the gradient of :math:`u^\top \nabla \ell_n`. Mapped over data, or datum by datum for a model that
+        cannot be mapped; torch maps second derivatives of some layers wrongly, so that the first are checked.
+        """
+        columns = _data.columns(self._inputs)
+        if columns is not None and self._model.can_be_mapped is not False:
+            try:
+                found = self._mapped(row, *columns)
+                if row is not None and self._model.can_be_mapped is None:
+                    self._model.can_be_mapped = self._adds_up(row, found[1])
+                if self._model.can_be_mapped is not False:
+                    return found
+            except torch.OutOfMemoryError:
+                raise
+            except (RuntimeError, ValueError, TypeError, NotImplementedError):  # what torch.func does not know
+                self._model.can_be_mapped = False
+        rows = []
+        for index in range(len(self.outputs)):
+            one = slice(index, index + 1)
+            with self._model.on(_data.take(self._inputs, one), self._targets[one]) as datum:
+                product = [] if row is None else [datum._hessian_product(row[None])[0]]
+                rows.append([datum.gradient(), *product])
+        return [torch.stack(column) for column in zip(*rows, strict=True)]
+
+    def _adds_up(self, row: Tensor, products: Tensor) -> bool:
+        """Whether products of data with their Hessians have the sum that the Hessian of all of them gives."""
+        difference = float((products.sum(0) - self._hessian_product(row[None])[0]).norm())
+        precision = max(self._model.network.precision, torch.finfo(self.outputs.dtype).eps)
+        return difference <= 1e3 * precision * float(products.norm(dim=1).sum())
+
+    def _mapped(
+        self, row: Tensor | None, tensors: Sequence[Tensor], rebuilt: Callable[[Sequence[Tensor]], _data.Inputs]
+    ) -> list[Tensor]:
+        model, shapes = self._model, self._model.network.shapes
+        at = {name: leaf.detach() for name, leaf in self._leaves.items()}
+
+        def loss(parameters: dict[str, Tensor], target: Tensor, *datum: Tensor) -> Tensor:
+            outputs = model.outputs(parameters, rebuilt([leaf[None] for leaf in datum]))
+            return model.losses(outputs, target[None])[0]
+
+        gradient_of: Callable[..., Any] = torch.func.grad(loss)
+        if row is not None:
+            vector = model.network.from_vector(row)
+
+            def slope(parameters: dict[str, Tensor], *datum: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+                gradient = torch.func.grad(loss)(parameters, *datum)
+                return torch.stack([(g * vector[name]).sum() for name, g in gradient.items()]).sum(), gradient
+
+            gradient_of = torch.func.grad(slope, has_aux=True)
+        result = torch.func.vmap(gradient_of, (None, *[0] * (1 + len(tensors))))(at, self._targets, *tensors)
+        parts = [result] if row is None else reversed(result)  # the product comes first, the gradient beside it
+        return [flatten(part, shapes).double() for part in parts]
 
     # -- vectors -------------------------------------------------------------------------------
 

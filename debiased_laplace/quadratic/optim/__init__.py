@@ -8,12 +8,16 @@ from debiased_laplace.quadratic.optim.directional import (
     directionally_damped_step,
     second_batch_damped_step,
 )
-from debiased_laplace.quadratic.optim.newton import DebiasedNewtonCG, halves, jacobi_preconditioner, newton_step
+from debiased_laplace.quadratic.optim.filtered import FilteredSGD, LineProcess
+from debiased_laplace.quadratic.optim.newton import DebiasedNewtonCG, jacobi_preconditioner, newton_step
+from debiased_laplace.quadratic.optim.optimizer import halves
 
 __all__ = [
     "CGResult",
     "DebiasedNewtonCG",
     "DirectionalStep",
+    "FilteredSGD",
+    "LineProcess",
     "QuadraticModel",
     "Stop",
     "conjugate_gradients",

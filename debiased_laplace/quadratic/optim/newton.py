@@ -5,20 +5,19 @@ Parameters are flattened to ``[D]`` in the order of ``model.named_parameters()``
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from debiased_laplace import _checks, _data
+from debiased_laplace import _checks
 from debiased_laplace._guards import global_random_state
 from debiased_laplace.likelihoods import Likelihood
-from debiased_laplace.network.selection import match_parameters
 from debiased_laplace.quadratic.optim.conjugate import CGResult, conjugate_gradients
+from debiased_laplace.quadratic.optim.optimizer import ModelOptimizer, move, names_of
 from debiased_laplace.quadratic.quadratic import Quadratic
 
-__all__ = ["DebiasedNewtonCG", "halves", "jacobi_preconditioner", "newton_step"]
+__all__ = ["DebiasedNewtonCG", "jacobi_preconditioner", "newton_step"]
 
 #: From the quadratic of the batch that gives the directions to a map ``[D] -> [D]``.
 Preconditioner = Callable[[Quadratic], Callable[[Tensor], Tensor]]
@@ -94,31 +93,12 @@ def newton_step(
         >>> model.weight.data.round(decimals=6).tolist()
         [[1.0, 1.0, 1.0]]
     """
-    names = _names(model, parameters)
+    names = names_of(model, parameters)
     first, other = _quadratics(model, batch, second, likelihood, curvature, l2, names, chunk_size)
     return _move(model, names, first, other, lr, n_steps, damping, tolerance, preconditioner)
 
 
-def halves(batch: Any) -> tuple[Any, Any]:
-    """The first and the second half of a batch ``(inputs, targets)``, or of a dictionary; the first has one more.
-
-    They are as good as two batches if the data come in random order, and not if they are sorted.
-
-    Raises:
-        ValueError: For fewer than two data.
-    """
-    _, targets, n = _data.only(batch)
-    if n < 2:
-        raise ValueError(f"Expected at least two data to split in halves, got {n}. Give a second batch, or more data.")
-    parts = slice(0, (n + 1) // 2), slice((n + 1) // 2, n)
-    if isinstance(batch, Mapping):
-        first, last = (_data.take(batch, part) for part in parts)
-    else:
-        first, last = ((_data.take(batch[0], part), targets[part]) for part in parts)
-    return first, last
-
-
-class DebiasedNewtonCG(torch.optim.Optimizer):
+class DebiasedNewtonCG(ModelOptimizer):
     r"""Newton's method with conjugate gradients: directions from one batch, magnitudes from another.
 
     A step costs two products with the curvature of half of the data for each step of CG, as much as one product with
@@ -173,33 +153,10 @@ class DebiasedNewtonCG(torch.optim.Optimizer):
         preconditioner: Preconditioner | None = None,
         chunk_size: int | None = None,
     ) -> None:
-        if not isinstance(model, nn.Module):
-            raise TypeError(
-                f"Expected a model (a torch.nn.Module), got {type(model).__name__}. Newton's method calls the model "
-                "itself; choose among its parameters by their names with parameters=[...]."
-            )
-        _checks.nonnegative(lr, "lr")
-        self.model, self.likelihood = model, likelihood
-        self.debiased, self.curvature, self.l2, self.preconditioner = debiased, curvature, l2, preconditioner
-        self.chunk_size = chunk_size
-        self.last_result: CGResult | None = None
-        self._chosen = _names(model, parameters)
-        owned = dict(model.named_parameters())
         defaults = {"lr": lr, "n_steps": n_steps, "damping": damping, "tolerance": tolerance}
-        super().__init__([owned[name] for name in self._chosen], defaults)
-
-    def __getstate__(self) -> dict[str, Any]:
-        """For copies and pickles, of which torch's optimizers leave out the model."""
-        return {key: value for key, value in vars(self).items() if not key.endswith("_hooks")}
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """There is one group only: a Newton step is one vector of all parameters."""
-        if self.param_groups:
-            raise NotImplementedError(
-                "Expected one group of parameters, got another. A Newton step couples all parameters; "
-                "make a new optimizer with the parameters it shall move."
-            )
-        super().add_param_group(param_group)
+        super().__init__(model, likelihood, parameters, debiased, defaults)
+        self.curvature, self.l2, self.preconditioner, self.chunk_size = curvature, l2, preconditioner, chunk_size
+        self.last_result: CGResult | None = None
 
     def step(self, batch: Any, second: Any = None) -> float:  # type: ignore[override]
         """One Newton step.
@@ -215,12 +172,7 @@ class DebiasedNewtonCG(torch.optim.Optimizer):
         Raises:
             NonFiniteError: If the loss, or a parameter after the step, is not finite; the parameters stay.
         """
-        if callable(batch):
-            batch = batch()
-            if isinstance(batch, tuple) and len(batch) == 2 and not isinstance(batch[1], Tensor):
-                batch, second = batch
-        if self.debiased and second is None:
-            batch, second = halves(batch)
+        batch, second = self._batches(batch, second)
         group = self.param_groups[0]
         first, other = _quadratics(
             self.model, batch, second, self.likelihood, self.curvature, self.l2, self._chosen, self.chunk_size
@@ -232,10 +184,6 @@ class DebiasedNewtonCG(torch.optim.Optimizer):
         if other is None:
             return first.loss
         return (first.n_data * first.loss + other.n_data * other.loss) / (first.n_data + other.n_data)
-
-
-def _names(model: nn.Module, parameters: str | Sequence[str] | None) -> list[str]:
-    return match_parameters(model, "*" if parameters is None else parameters)
 
 
 def _quadratics(
@@ -276,23 +224,5 @@ def _move(
             preconditioner=None if preconditioner is None else preconditioner(first),
             tolerance=tolerance,
         )
-    parameters = [dict(model.named_parameters())[name] for name in names]
-    parts = (lr * result.delta).split([p.numel() for p in parameters])
-    moved = [(p.detach().double() + part.view_as(p)).to(p) for p, part in zip(parameters, parts, strict=True)]
-    _assign(parameters, moved)  # rounded once
+    move(model, names, lr * result.delta)
     return result
-
-
-@torch.no_grad()
-def _assign(parameters: list[nn.Parameter], values: list[Tensor]) -> None:
-    """All of the values, or none."""
-    for value in values:
-        _checks.finite(value, "the parameters after the step", "Take a smaller lr, or more damping.")
-    before = [p.detach().clone() for p in parameters]
-    try:
-        for p, value in zip(parameters, values, strict=True):
-            p.copy_(value)
-    except BaseException:
-        for p, value in zip(parameters, before, strict=True):
-            p.copy_(value)
-        raise
