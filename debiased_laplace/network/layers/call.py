@@ -146,6 +146,10 @@ class Call(ABC):
         """
         return None
 
+    def input_sums(self, n_data: int, layout: Layout, dtype: torch.dtype, *, ones: bool) -> tuple[Tensor, int] | None:
+        """Sums of :meth:`inputs` over positions in a precision, ``[N, G, I, 1]``, and S, if there is a faster way."""
+        return None
+
     @abstractmethod
     def outputs(self, gradient: Tensor, n_data: int, layout: Layout) -> Tensor:
         """A back-propagated vector, ``[*output_shape] -> [N, G, O, S]``."""
