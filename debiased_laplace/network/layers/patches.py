@@ -31,6 +31,9 @@ ASSEMBLED = 400
 #: Products of a channel at a position in whose place there are Fourier transforms.
 TRANSFORMED = 20
 
+#: Positions at a time of which a backend sums products: one after the other, with errors that grow with their number.
+TOGETHER = 2**12
+
 #: Zeros before and after in every dimension; what is negative is cut off.
 Padding = Sequence[tuple[int, int]]
 
@@ -198,13 +201,16 @@ class Patches:
     def _products(self, images: Tensor) -> Tensor:
         """R at all displacements, ``[G, C, C, 2 K - 1, ...]``, as the weight gradient of a convolution."""
         reach = self._reach
-        shifted = padded(images, [(0, reach[0]), *((r, r) for r in reach[1:])])
         channels, dimensions = images.shape[1], len(self.kernel)
         shape = (channels, channels // self.groups, self.kernel[0], *(2 * k - 1 for k in self.kernel[1:]))
-        _, sums, _ = torch.ops.aten.convolution_backward(
-            images, shifted, images.new_empty(shape), None, [1] * dimensions, [0] * dimensions, list(self.dilation),
-            False, [0] * dimensions, self.groups, [False, True, False],
-        )  # fmt: skip
+        sums = images.new_zeros(shape)
+        for piece in images.split(max(1, TOGETHER // math.prod(images.shape[2:]))):
+            shifted = padded(piece, [(0, reach[0]), *((r, r) for r in reach[1:])])
+            _, of_piece, _ = torch.ops.aten.convolution_backward(
+                piece, shifted, sums, None, [1] * dimensions, [0] * dimensions, list(self.dilation), False,
+                [0] * dimensions, self.groups, [False, True, False],
+            )  # fmt: skip
+            sums += of_piece
         half = sums.unflatten(0, (self.groups, -1))  # [G, C, C, K, 2 K - 1, ...]: none is negative in the first
         other = half[:, :, :, 1:].flip([*range(3, 3 + dimensions)]).transpose(1, 2)
         return torch.cat([other, half], 3)
@@ -212,10 +218,11 @@ class Patches:
     def _powers(self, images: Tensor) -> Tensor:
         """The same of one channel in every group, as the Fourier transform of squared Fourier transforms."""
         size = [-(-(pixels + reach) // 4) * 4 for pixels, reach in zip(images.shape[2:], self._reach, strict=True)]
-        power = 0
-        for piece in images.split(8):
-            transformed = torch.fft.rfftn(piece, size, dim=tuple(range(2, images.ndim)))
-            power = power + torch.view_as_real(transformed).square().sum((0, -1))
+        powers = [
+            torch.view_as_real(torch.fft.rfftn(piece, size, dim=tuple(range(2, images.ndim)))).square().sum((0, -1))
+            for piece in images.split(8)
+        ]
+        power = torch.stack(powers).sum(0)
         sums = torch.fft.irfftn(
             torch.complex(power, torch.zeros_like(power)), size, dim=tuple(range(1, images.ndim - 1))
         )
