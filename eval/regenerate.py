@@ -97,6 +97,8 @@ STEPS: dict[str, Step] = {
     "bias-cifar10-all-cnn-c": Step("bias.py --tasks cifar10-all-cnn-c {data} --out {out} --docs {docs}", "bias.md"),
     "steps": Step("steps.py --all {data} --out {out} --cache {cache} --docs {docs}", "steps.md"),
     "equal_time": Step("equal_time.py {data} --scratch {out} --docs {docs}", "fidelity.md"),
+    "factors": Step("factors.py --docs {docs}", "fidelity.md"),
+    "convolutions": Step("convolutions.py --docs {docs}", "benchmarks.md"),
     "max_factor": Step("max_factor.py {data} --scratch {out} --docs {docs}", "fidelity.md"),
     "links": Step("links.py {data} --out {out} --cache {cache} --docs {docs}", "results.md"),
     "evidence": Step(

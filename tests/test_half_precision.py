@@ -13,6 +13,7 @@ import debiased_laplace as dl
 from debiased_laplace.curvature.moments import MomentSum
 from debiased_laplace.likelihoods import Gaussian
 from debiased_laplace.network.layers import patches as patches_module
+from debiased_laplace.network.layers.linear import LinearCall
 from debiased_laplace.network.layers.patches import Patches, second_moment
 from debiased_laplace.network.network import Network
 from tests.datasets import measure, weighted
@@ -154,3 +155,45 @@ def test_a_fit_in_half_precision_is_that_of_its_rounded_layers():
         posterior = dl.fit(model, list(zip(x.split(size), y.split(size), strict=True)), "classification")
         observed = posterior.fitted.observed.statistics
         assert_equal(observed.totals[0][0].double() / observed.counts[0], columns.mT @ columns / 120, SINGLE)
+
+
+class Autocast(nn.Module):
+    """Mixed precision in the model's own forward, with its outputs in single precision again if asked for."""
+
+    def __init__(self, inner: nn.Module, back: bool) -> None:
+        super().__init__()
+        self.inner, self.back = inner, back
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            outputs = self.inner(x)
+        return outputs.float() if self.back else outputs
+
+
+@pytest.mark.parametrize("back", [False, True])
+def test_layers_that_round_as_autocast_does_are_read_as_they_are(back):
+    """Gradients that are off by the rounding of bfloat16 are no other function than the layers'."""
+    torch.manual_seed(0)
+    inner = nn.Sequential(
+        nn.Linear(8, 24), nn.TransformerEncoderLayer(24, 4, 64, 0.0, batch_first=True), nn.Flatten(), nn.Linear(96, 10)
+    )
+    with torch.no_grad():
+        for parameter in inner.parameters():
+            parameter.mul_(2)  # as large as those of a trained one: differences of large numbers
+    x = torch.randn(6, 4, 8)
+    network = Network.discover(Autocast(inner.eval(), back), x)
+    assert (network.precision, network.dtype) == (torch.finfo(torch.bfloat16).eps, torch.float32)
+    assert network.gram_precision == torch.finfo(torch.bfloat16).eps ** 2
+    assert not network.apart
+    plain = Network.discover(inner.eval(), x)
+    assert [block.kind for block in network.blocks] == [block.kind for block in plain.blocks]
+    assert Network.restore(Autocast(inner.eval(), back), network.description()).precision == network.precision
+
+
+def test_a_layer_that_is_read_otherwise_is_noticed_in_half_precision(monkeypatch):
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 3)).bfloat16(), torch.randn(6, 5).bfloat16()
+    assert not Network.discover(model, x).apart
+    right = LinearCall.outputs
+    monkeypatch.setattr(LinearCall, "outputs", lambda *arguments: 1.25 * right(*arguments))
+    assert set(Network.discover(model, x).apart) == {name for name, _ in model.named_parameters()}
