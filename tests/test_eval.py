@@ -301,3 +301,19 @@ def test_what_can_be_tuned_without_validation_data(tmp_path):
     assert "fitted" not in done.stderr
     assert [path.read_bytes() for path in paths] == before
     assert text_of("evidence", docs) == text
+
+
+@pytest.mark.parametrize("name, options", [("factors", ["--networks", "convolutions"]), ("convolutions", [])])
+def test_factors_are_measured(name, options, tmp_path):
+    """Single precision is nearer to double precision than bfloat16 is, and all sides give the same matrices."""
+    command = [sys.executable, str(ROOT / "eval" / f"{name}.py"), "--quick", "--docs", str(tmp_path), *options]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    record = json.loads((tmp_path / "records" / f"{name}.json").read_text())
+    if name == "convolutions":
+        assert len(record["layers"]) == 2 and all(layer["difference"] < 1e-5 for layer in record["layers"].values())
+        return
+    ways = record["networks"]["convolutions"]["ways"]
+    assert (
+        ways["float32"]["factors"] < 1e-5 < ways["bfloat16"]["factors"] < ways["float32, sums in bfloat16"]["factors"]
+    )
