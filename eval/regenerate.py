@@ -99,6 +99,8 @@ STEPS: dict[str, Step] = {
     "steps": Step("steps.py --all {data} --out {out} --cache {cache} --docs {docs}", "steps.md"),
     "filtered": Step("filtered.py --docs {docs}", "steps.md"),
     "equal_time": Step("equal_time.py {data} --scratch {out} --docs {docs}", "fidelity.md"),
+    "factors": Step("factors.py --docs {docs}", "fidelity.md"),
+    "convolutions": Step("convolutions.py --docs {docs}", "benchmarks.md"),
     "max_factor": Step("max_factor.py {data} --scratch {out} --docs {docs}", "fidelity.md"),
     "links": Step("links.py {data} --out {out} --cache {cache} --docs {docs}", "results.md"),
     "evidence": Step(

@@ -83,9 +83,11 @@ def remade() -> dict[str, dict[str, str]]:
         import bias
         import classes
         import continual
+        import convolutions
         import equal_time
         import evidence
         import filtered
+        import factors
         import frozen
         import links
         import low_rank_evidence
@@ -142,6 +144,7 @@ def remade() -> dict[str, dict[str, str]]:
                 "growth": scale.growth_table(read_json(RECORDS / "scale.json")),
                 "large": scale.large_table(read_json(RECORDS / "scale.json")),
                 "frozen": frozen.table(read_json(RECORDS / "frozen.json")),
+                **convolutions.parts(read_json(RECORDS / "convolutions.json")),
                 "serving": serving.table(read_json(RECORDS / "serving.json")["records"]),
             },
             "distributed.md": {
@@ -159,6 +162,7 @@ def remade() -> dict[str, dict[str, str]]:
                 report.parts(read_json(RECORDS / "fidelity.json"))
                 | equal_time.parts(read_json(RECORDS / "equal_time.json"))
                 | max_factor.parts(read_json(RECORDS / "max_factor.json"))
+                | factors.parts(read_json(RECORDS / "factors.json"))
             )
         for name in set(sys.modules) - before:  # of the folder with experiments, whose names are anybody's
             if Path(getattr(sys.modules[name], "__file__", None) or "/").parent == ROOT / "eval":

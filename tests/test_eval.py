@@ -331,3 +331,17 @@ def test_a_monitored_training(tmp_path):
     assert [of["measurements"] for of in record["budgets"]] == [1, 1]
     assert "| digits | 9,818 | 64 |" in (tmp_path / "monitor.md").read_text()
     assert (tmp_path / "monitor.png").stat().st_size > 0
+@pytest.mark.parametrize("name, options", [("factors", ["--networks", "convolutions"]), ("convolutions", [])])
+def test_factors_are_measured(name, options, tmp_path):
+    """Single precision is nearer to double precision than bfloat16 is, and all sides give the same matrices."""
+    command = [sys.executable, str(ROOT / "eval" / f"{name}.py"), "--quick", "--docs", str(tmp_path), *options]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    record = json.loads((tmp_path / "records" / f"{name}.json").read_text())
+    if name == "convolutions":
+        assert len(record["layers"]) == 2 and all(layer["difference"] < 1e-5 for layer in record["layers"].values())
+        return
+    ways = record["networks"]["convolutions"]["ways"]
+    assert (
+        ways["float32"]["factors"] < 1e-5 < ways["bfloat16"]["factors"] < ways["float32, sums in bfloat16"]["factors"]
+    )

@@ -89,6 +89,7 @@ def test_the_sums_of_a_stream(size, monkeypatch):
     monkeypatch.setattr(module, "OBSERVED_PER_BUDGET", 1)
     monkeypatch.setattr(kron_module, "POSITIONS_PER_INPUT", 3)
     monkeypatch.setattr(patches_module, "GAIN", 0.0)
+    monkeypatch.setattr(patches_module, "ASSEMBLED", 0.0)
     plan = Plan(budget=12, seed=2)
     model, n = CASE.model(), 60
     inputs, labels = CASE.inputs(n), targets(Categorical(), n, 2)

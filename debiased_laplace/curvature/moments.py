@@ -171,7 +171,8 @@ class OuterProducts(SecondMoment):
 
     def dense(self) -> Tensor:
         columns = self.joined()
-        return self.scale * (columns @ columns.mT)
+        matrix = columns @ columns.mT
+        return matrix if self.scale == 1 else matrix.mul_(self.scale)
 
     def along(self, vectors: Tensor) -> Tensor:
         return self.scale * (vectors.mT @ self.joined()).square().sum(2)

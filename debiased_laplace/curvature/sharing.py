@@ -31,6 +31,8 @@ class WeightSharing(ABC):
 
     #: Whether A is the sum of outer products at all positions that have a gradient.
     sums_positions: ClassVar[bool]
+    #: Whether it is that of the means over positions that have a gradient.
+    means_positions: ClassVar[bool] = False
 
     @abstractmethod
     def inputs(self, inputs: LayerInputs, mask: Tensor | None) -> LayerInputs:
@@ -74,6 +76,7 @@ class Reduce(WeightSharing):
     """The positions of a datum are one: exact for a deep linear network whose outputs are averaged over positions."""
 
     sums_positions: ClassVar[bool] = False
+    means_positions: ClassVar[bool] = True
 
     def inputs(self, inputs: LayerInputs, mask: Tensor | None) -> LayerInputs:
         """Their mean over positions with a gradient."""

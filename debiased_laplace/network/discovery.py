@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+#: Rounding errors above this are those of half precision.
+HALF = 1e-4
+
 #: Relative error of outputs in units of a model's precision, where that is coarse.
 ROUNDING = 8
 
@@ -113,6 +116,7 @@ def _with_entries(network: Network, inputs: _data.Inputs) -> tuple[Factors, list
     while True:
         with HeldMemory() as memory:
             factors, recorder = network.forward(inputs)
+        network.note_precision([factors.outputs, *(call.input for call in factors.calls)])
         _checks.finite(
             factors.outputs, "the model's outputs", "Check the inputs and the weights for NaN before fitting."
         )
@@ -322,14 +326,24 @@ def _check_factors(network: Network, inputs: _data.Inputs) -> str | None:
 def _misread(
     network: Network, factors: Factors, vectors: Tensor, expected: dict[str, Tensor], largest: float
 ) -> str | None:
-    """The first parameter whose gradient is not what the factors give."""
-    tolerance = min(0.05, max(1e-4, 1e5 * network.precision))  # a model may compute in less than its parameters have
+    """The first parameter whose gradient is not what the factors give.
+
+    In half precision two forward passes differ, and a rectifier on its other side changes an entry by itself: there the
+    root mean squares of gradients are compared, which a layer that is read otherwise changes as a whole.
+    """
+    # A model may compute in less than its parameters have.
+    norm, relative, absolute = math.inf, max(1e-4, 1e5 * network.precision), 1e-4
+    if network.precision > HALF:
+        norm, relative, absolute = 2.0, 0.15, 1e-3
     back = [of_chunk for _, of_chunk in factors.backpropagate(vectors, network.vector_chunk)]
     for block, parts in zip(network.blocks, zip(*back, strict=True), strict=True):
         of_datum = torch.cat(parts, 2).diagonal(dim1=0, dim2=2)  # [G, O, S, N]: of the datum that the vector is for
         actual = block.scatter(gradients_of_data(of_datum, factors.inputs(block)))
         for name in (name for name in block.parameters if expected[name].numel()):
-            difference = float((actual[name] - expected[name]).abs().max())
-            if not difference <= tolerance * float(expected[name].abs().max()) + 1e-4 * largest:
+            size, difference = (
+                float(torch.linalg.vector_norm(tensor, norm)) / tensor.numel() ** (1 / norm)
+                for tensor in (expected[name], actual[name] - expected[name])
+            )
+            if not difference <= relative * size + absolute * largest:
                 return name
     return None

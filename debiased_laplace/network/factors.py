@@ -134,23 +134,39 @@ class Factors:
             among: Of which data; None for all.
             weights: Of each of these, ``[N]``; None if all are one.
         """
-        n, calls = len(self.outputs), self.calls_of(block)
-        among = among or slice(0, n)
-        if block.arrangement.stacked or not block.weight or not calls:
-            return None
-        self._check_unchanged(block)
-        total = None
-        for index in calls:
-            call = self.calls[index].narrow(among, self.n_run, self.layout(index))
-            if call is None:
-                return None
-            size = among.stop - among.start
+        among = among or slice(0, len(self.outputs))
+        size, total = among.stop - among.start, None
+        for call, _ in self._narrowed(block, among):
             of_images = None if weights is None else weights.repeat_interleave(call.output_shape[0] // size)
             new = call.second_moment(self.network.dtype, ones=block.bias, weights=of_images)
             if new is None:
                 return None
             total = new if total is None else total + new
         return total
+
+    def input_means(self, block: Block, among: slice) -> Tensor | None:
+        """Means of :meth:`inputs` of some data over positions, ``[N, G, I, 1]``, if no inputs are needed."""
+        found, size = self._narrowed(block, among), among.stop - among.start
+        sums = [call.input_sums(size, layout, self.network.dtype, ones=block.bias) for call, layout in found]
+        known = [one for one in sums if one is not None]
+        if not known or len(known) < len(sums):
+            return None
+        total, positions = (sum(each) for each in zip(*known, strict=True))
+        return total / positions
+
+    def _narrowed(self, block: Block, among: slice) -> list[tuple[Call, Layout]]:
+        """The calls of a block for some of the data alone; none if one has no such call, or there is no weight."""
+        if block.arrangement.stacked or not block.weight:
+            return []
+        self._check_unchanged(block)
+        found = []
+        for index in self.calls_of(block):
+            layout = self.layout(index)
+            call = self.calls[index].narrow(among, self.n_run, layout)
+            if call is None:
+                return []
+            found.append((call, layout))
+        return found
 
     def input_pieces(self, block: Block, among: slice | None = None) -> Iterator[tuple[slice, LayerInputs]]:
         """Inputs of a block for as many data at a time as a processor's cache holds, of all data or of some."""

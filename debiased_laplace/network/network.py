@@ -68,13 +68,11 @@ class Network:
         first = next(iter(trainable.values()))
         self.device = first.device
         self.dtype = first.dtype if first.dtype in (torch.float32, torch.float64) else torch.float32
-        #: Relative rounding error of what the model computes: that of the coarsest dtype of its parameters.
+        #: Relative rounding error of what the model computes: that of the coarsest dtype of its parameters; once the
+        #: layers are found, also of what they are given (under autocast, say).
         self.precision = max(
             torch.finfo(p.dtype).eps for p in self.snapshot.parameters.values() if p.dtype in COMPUTED_IN
         )
-        #: The same for inner products of gradients: their sums have the precision of :attr:`dtype`, and the rounding of
-        #: the gradients themselves, being of both factors, enters squared.
-        self.gram_precision = max(torch.finfo(self.dtype).eps, self.precision**2)
         #: Vectors to back-propagate at a time where they are few: one by one is faster on the CPU, batched on an
         #: accelerator. And what chooses where they are many.
         self.vector_chunk = 1 if self.device.type == "cpu" else 16
@@ -120,6 +118,20 @@ class Network:
         self.feature_reduction: str | None = None
         #: By how much outputs differed from the last layer of reduced features, relative to the largest output.
         self.reduction_error = 0.0
+
+    @property
+    def gram_precision(self) -> float:
+        """:attr:`precision` of inner products of gradients.
+
+        Their sums have the precision of :attr:`dtype`, and the rounding of the gradients themselves, being of both
+        factors, enters squared.
+        """
+        return max(torch.finfo(self.dtype).eps, self.precision**2)
+
+    def note_precision(self, tensors: Iterable[Tensor]) -> None:
+        """Tensors that the model computes, which may have a coarser dtype than its parameters."""
+        coarse = [torch.finfo(tensor.dtype).eps for tensor in tensors if tensor.dtype in COMPUTED_IN]
+        self.precision = max([self.precision, *coarse])
 
     def _run_with(self, trainable: dict[str, Tensor]) -> None:
         """Let copies of the model run with leaves of the autograd graph in the places of the trainable parameters."""

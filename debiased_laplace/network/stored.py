@@ -41,6 +41,7 @@ def description_of(network: Network) -> dict[str, Any]:
         "sites": network.sites,
         "row_size": network.row_size,
         "sites_are_positions": network.sites_are_positions,
+        "precision": network.precision,
     }
 
 
@@ -65,3 +66,4 @@ def set_description(network: Network, description: dict[str, Any]) -> None:
     network.fewest, network.sites = description.get("fewest", 1), description.get("sites")
     network.row_size = description.get("row_size", network.n_outputs)
     network.sites_are_positions = description.get("sites_are_positions", False)
+    network.precision = description.get("precision", network.precision)

@@ -203,7 +203,8 @@ class Kronecker(Structure):
             if of_all is not None:
                 total.add_matrix(of_all, factor)
                 return
-        for piece, inputs in factors.input_pieces(block, part):
+        means = factors.input_means(block, part) if mask is None and self.sharing.means_positions else None
+        for piece, inputs in factors.input_pieces(block, part) if means is None else [(part, means)]:
             columns = self.sharing.inputs(inputs, None if mask is None else mask[piece])
             some = None if weights is None else weights[piece.start - part.start : piece.stop - part.start]
             if not kind.rotates_inputs:

@@ -30,6 +30,11 @@ from debiased_laplace.network.kinds import KRONECKER, Kind
 from debiased_laplace.network.selected import SelectedInputs, gradients_of_data
 
 
+def at_least_float32(tensor: Tensor) -> Tensor:
+    """A tensor of half precision in single precision: of what a layer computes no further rounding is wanted."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
 @dataclass(frozen=True)
 class Layout:
     """Where the data are in the leading dimensions of a call's tensors.
@@ -144,6 +149,10 @@ class Call(ABC):
             ones: Whether a further input is one.
             weights: Of what the batch dimension of the input has, ``[B]``; None if all are one.
         """
+        return None
+
+    def input_sums(self, n_data: int, layout: Layout, dtype: torch.dtype, *, ones: bool) -> tuple[Tensor, int] | None:
+        """Sums of :meth:`inputs` over positions in a precision, ``[N, G, I, 1]``, and S, if there is a faster way."""
         return None
 
     @abstractmethod

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,6 +50,9 @@ class ConvolutionCall(Call):
     def second_moment(self, dtype: torch.dtype, *, ones: bool, weights: Tensor | None = None) -> Tensor | None:
         return second_moment(self._patches, self.input, dtype, ones, weights)
 
+    def input_sums(self, n_data: int, layout: Layout, dtype: torch.dtype, *, ones: bool) -> tuple[Tensor, int]:
+        return sums_of_images(self._patches, self.input.to(dtype), n_data, layout, ones)
+
     def outputs(self, gradient: Tensor, n_data: int, layout: Layout) -> Tensor:
         n, channels = gradient.shape[:2]
         return merge_images(gradient.reshape(n, self.groups, channels // self.groups, -1), n_data, layout)
@@ -59,6 +63,14 @@ def merge_images(columns: Tensor, n_data: int, layout: Layout) -> Tensor:
     if len(columns) == n_data and layout.is_regular:
         return columns
     return layout.by_datum(columns, n_data, 3).permute(0, 2, 3, 1, 4).flatten(3)
+
+
+def sums_of_images(
+    patches: Patches, images: Tensor, n_data: int, layout: Layout, ones: bool
+) -> tuple[Tensor, int]:  # fmt: skip
+    """:meth:`Patches.sums` of the images of every datum, ``[N, G, P, 1]``, and its number of positions."""
+    of_images = merge_images(patches.sums(images, ones=ones), n_data, layout)
+    return of_images.sum(-1, keepdim=True), of_images.shape[-1] * math.prod(patches.positions)
 
 
 def in_every_dimension(value: Any, dimensions: int) -> tuple[int, ...]:

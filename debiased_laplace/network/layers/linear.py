@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from debiased_laplace.network.layers.call import Arguments, Call, Layout, rule
+from debiased_laplace.network.layers.call import Arguments, Call, Layout, at_least_float32, rule
 
 
 @dataclass
@@ -31,5 +31,6 @@ def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Argume
 @rule(F.bilinear, torch.bilinear)
 def _bilinear(input1: Tensor, input2: Tensor, weight: Tensor, bias: Tensor | None = None) -> Arguments:
     """A linear layer on the products of the entries of two inputs."""
-    products = input1.detach()[..., :, None] * input2.detach()[..., None, :]
+    first, second = (at_least_float32(input.detach()) for input in (input1, input2))
+    products = first[..., :, None] * second[..., None, :]
     return Arguments(LinearCall, products.flatten(-2), weight, bias)

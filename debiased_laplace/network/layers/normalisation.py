@@ -44,7 +44,7 @@ class NormalisationCall(Call):
         parts = []
         if self.weight is not None:
             if self._normalised is None:
-                self._normalised = self.normalised(self.input)
+                self._normalised = self.normalised(self.input.to(gradient.dtype))  # not rounded as an output is
             parts.append(self._sum_positions(gradient * self._normalised, n_data, layout))
         if self.bias is not None:
             parts.append(self._sum_positions(gradient, n_data, layout))
@@ -68,6 +68,11 @@ class NormalisationCall(Call):
         return layout.by_datum(tensor, n_data, self.channel_dimensions).sum(1).flatten(1)
 
 
+def _like(x: Tensor, *arguments: Any) -> list[Any]:
+    """Arguments with the tensors among them in the precision of another one."""
+    return [argument.to(x) if isinstance(argument, Tensor) else argument for argument in arguments]
+
+
 def _arguments(
     input: Tensor, weight: Tensor | None, bias: Tensor | None, normalised: Callable[[Tensor], Tensor], **settings: Any
 ) -> Arguments:
@@ -85,13 +90,14 @@ def _batch_norm(
     if training:
         return None  # the statistics of the batch mix the data
     return _arguments(
-        input, weight, bias, lambda x: torch.batch_norm(x, None, None, running_mean, running_var, False, *rest)
-    )
+        input, weight, bias,
+        lambda x: torch.batch_norm(x, None, None, *_like(x, running_mean, running_var, False, *rest)),
+    )  # fmt: skip
 
 
 @rule(torch.instance_norm)
 def _instance_norm(input: Tensor, weight: Tensor | None, bias: Tensor | None, *rest: Any) -> Arguments:
-    return _arguments(input, weight, bias, lambda x: torch.instance_norm(x, None, None, *rest))
+    return _arguments(input, weight, bias, lambda x: torch.instance_norm(x, None, None, *_like(x, *rest)))
 
 
 @rule(torch.group_norm)

@@ -7,8 +7,9 @@ the edge, the sum of their products depends on nothing else,
     \sum_s a_{cks}\, a_{c'ls} = R_{cc'}(l - k), \qquad R_{cc'}(\delta) = \sum_u x_{cu}\, x_{c',u+\delta},
 
 so that of the 81 products of a kernel of 3 x 3, 15 are left. They are the weight gradient of a convolution of the
-images with themselves, which every backend has. The positions that the layer does not have, a line or two at every
-edge, are subtracted.
+images with themselves, which every backend has; of a large kernel that is for every channel alone, they are the
+Fourier transform of the power of the images. The positions that the layer does not have, a line or two at every edge,
+are subtracted.
 """
 
 from __future__ import annotations
@@ -22,7 +23,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 #: By how much there have to be fewer products of numbers: their rate is lower than that of products of matrices.
-GAIN = 3.5
+GAIN = 2.0
+
+#: Products of numbers in the time that it takes to put an entry of the matrix together, once for all images.
+ASSEMBLED = 400
+
+#: Products of a channel at a position in whose place there are Fourier transforms.
+TRANSFORMED = 20
+
+#: Positions at a time of which a backend sums products: one after the other, with errors that grow with their number.
+TOGETHER = 2**12
 
 #: Zeros before and after in every dimension; what is negative is cut off.
 Padding = Sequence[tuple[int, int]]
@@ -63,6 +73,8 @@ class Patches:
         """
         images = padded(images, self.padding)
         n, per_group = len(images), images.shape[1] // self.groups
+        if set(self.kernel + self.stride) == {1} and not ones:  # the images themselves
+            return images.reshape(n, self.groups, per_group, -1)
         # Kernel positions and output positions are both strides into the input: patches without arithmetic.
         by_sample, by_channel, *steps = images.stride()
         windows = images.as_strided(
@@ -80,13 +92,45 @@ class Patches:
         columns[:, :, size:] = 1
         return columns
 
-    def sums_displacements(self, size: Sequence[int]) -> bool:
-        """Whether :meth:`second_moment` of images of a size is fast: many fewer products than positions have."""
+    def sums(self, images: Tensor, *, ones: bool) -> Tensor:
+        """Sums of :meth:`columns` over positions, ``[N, G, C * kernel (+ 1), 1]``, one dimension after the other.
+
+        What an entry of the kernel sees at all positions is a line of pixels in every dimension: the sums are products
+        with matrices that tell how often, and no patch is formed.
+        """
+        sums = images
+        for dimension in reversed(range(len(self.kernel))):
+            entries, positions, pixels = (
+                torch.arange(size, device=images.device)
+                for size in (self.kernel[dimension], self.positions[dimension], images.shape[2 + dimension])
+            )
+            seen = positions * self.stride[dimension] - self.padding[dimension][0]
+            seen = seen + entries[:, None] * self.dilation[dimension]  # [K, positions]
+            counts = (pixels[:, None, None] == seen).sum(-1)  # [pixels, K]
+            # The last dimension is that of pixels still, since those of the kernel go to the front.
+            sums = (sums @ counts.to(sums)).movedim(-1, 2)
+        sums = sums.reshape(len(images), self.groups, -1, 1)
+        return F.pad(sums, (0, 0, 0, 1), value=float(math.prod(self.positions))) if ones else sums
+
+    def sums_displacements(self, images: Sequence[int]) -> bool:
+        """Whether :meth:`second_moment` of images of this shape is fast: many fewer products than positions have."""
+        n_images, channels, *size = images
         if set(self.stride) != {1} or math.prod(self.kernel) == 1:
             return False
-        needed = self.kernel[0] * math.prod(2 * k - 1 for k in self.kernel[1:]) * math.prod(size)
+        apart = min(self._n_displacements, TRANSFORMED) if channels == self.groups else self._n_displacements
+        needed = apart * math.prod(size)
         needed += sum(math.prod(edge.kernel) ** 2 * math.prod(edge.positions) for edge, *_ in self._edges(size))
-        return GAIN * needed < math.prod(self.kernel) ** 2 * math.prod(self.positions)
+        return GAIN * needed < math.prod(self.kernel) ** 2 * (math.prod(self.positions) - ASSEMBLED / n_images)
+
+    @property
+    def _reach(self) -> list[int]:
+        """Of the kernel in every dimension: pixels between its first and its last entry."""
+        return [step * (k - 1) for step, k in zip(self.dilation, self.kernel, strict=True)]
+
+    @property
+    def _n_displacements(self) -> int:
+        """How many there are up to their sign, with some twice."""
+        return self.kernel[0] * math.prod(2 * k - 1 for k in self.kernel[1:])
 
     def second_moment(self, images: Tensor, roots: Tensor | None) -> Tensor:
         r"""Sum of the outer products of :meth:`columns` over images and positions, with stride one.
@@ -124,7 +168,7 @@ class Patches:
             Their patches, of which lines of the images in a dimension, the dimension, these lines, and the entry of the
             kernel that is at the first of them.
         """
-        reach = [step * (k - 1) for step, k in zip(self.dilation, self.kernel, strict=True)]
+        reach = self._reach
         for dimension, (k, step, (before, _)) in enumerate(zip(self.kernel, self.dilation, self.padding, strict=True)):
             later = range(dimension + 1, len(size))
             for position in range(-reach[dimension], size[dimension]):  # of the first entry, in the images
@@ -143,17 +187,9 @@ class Patches:
 
     def _at_all_positions(self, images: Tensor) -> Tensor:
         """The sum over all positions, ``[G, C, *kernel, C, *kernel]``."""
-        reach = [step * (k - 1) for step, k in zip(self.dilation, self.kernel, strict=True)]
-        shifted = padded(images, [(0, reach[0]), *((r, r) for r in reach[1:])])
-        channels, dimensions = images.shape[1], len(self.kernel)
-        shape = (channels, channels // self.groups, self.kernel[0], *(2 * k - 1 for k in self.kernel[1:]))
-        _, sums, _ = torch.ops.aten.convolution_backward(
-            images, shifted, images.new_empty(shape), None, [1] * dimensions, [0] * dimensions, list(self.dilation),
-            False, [0] * dimensions, self.groups, [False, True, False],
-        )  # fmt: skip
-        half = sums.unflatten(0, (self.groups, -1))  # [G, C, C, K, 2 K - 1, ...]: none is negative in the first
-        other = half[:, :, :, 1:].flip([*range(3, 3 + dimensions)]).transpose(1, 2)
-        total = torch.cat([other, half], 3)
+        depthwise = images.shape[1] == self.groups
+        total = self._powers(images) if depthwise and self._n_displacements > TRANSFORMED else self._products(images)
+        dimensions = len(self.kernel)
         for dimension, k in enumerate(self.kernel):
             entries = torch.arange(k, device=images.device)
             apart = k - 1 + entries[None, :] - entries[:, None]  # [of the first, of the second]
@@ -161,6 +197,38 @@ class Patches:
             total = total.index_select(axis, apart.flatten()).unflatten(axis, (k, k))
         first, second = range(3, 3 + 2 * dimensions, 2), range(4, 4 + 2 * dimensions, 2)
         return total.permute(0, 1, *first, 2, *second).contiguous()
+
+    def _products(self, images: Tensor) -> Tensor:
+        """R at all displacements, ``[G, C, C, 2 K - 1, ...]``, as the weight gradient of a convolution."""
+        reach = self._reach
+        channels, dimensions = images.shape[1], len(self.kernel)
+        shape = (channels, channels // self.groups, self.kernel[0], *(2 * k - 1 for k in self.kernel[1:]))
+        sums = images.new_zeros(shape)
+        for piece in images.split(max(1, TOGETHER // math.prod(images.shape[2:]))):
+            shifted = padded(piece, [(0, reach[0]), *((r, r) for r in reach[1:])])
+            _, of_piece, _ = torch.ops.aten.convolution_backward(
+                piece, shifted, sums, None, [1] * dimensions, [0] * dimensions, list(self.dilation), False,
+                [0] * dimensions, self.groups, [False, True, False],
+            )  # fmt: skip
+            sums += of_piece
+        half = sums.unflatten(0, (self.groups, -1))  # [G, C, C, K, 2 K - 1, ...]: none is negative in the first
+        other = half[:, :, :, 1:].flip([*range(3, 3 + dimensions)]).transpose(1, 2)
+        return torch.cat([other, half], 3)
+
+    def _powers(self, images: Tensor) -> Tensor:
+        """The same of one channel in every group, as the Fourier transform of squared Fourier transforms."""
+        size = [-(-(pixels + reach) // 4) * 4 for pixels, reach in zip(images.shape[2:], self._reach, strict=True)]
+        powers = [
+            torch.view_as_real(torch.fft.rfftn(piece, size, dim=tuple(range(2, images.ndim)))).square().sum((0, -1))
+            for piece in images.split(8)
+        ]
+        power = torch.stack(powers).sum(0)
+        sums = torch.fft.irfftn(
+            torch.complex(power, torch.zeros_like(power)), size, dim=tuple(range(1, images.ndim - 1))
+        )
+        for axis, (k, step, length) in enumerate(zip(self.kernel, self.dilation, size, strict=True), start=1):
+            sums = sums.index_select(axis, torch.arange(1 - k, k, device=images.device) * step % length)
+        return sums[:, None, None]
 
 
 def second_moment(
@@ -170,7 +238,7 @@ def second_moment(
 
     Nor is it on a card, where few large products are faster than many small ones.
     """
-    if not len(images) or images.device.type != "cpu" or not patches.sums_displacements(images.shape[2:]):
+    if not len(images) or images.device.type != "cpu" or not patches.sums_displacements(images.shape):
         return None
     roots = images.new_ones(len(images), dtype=dtype) if weights is None else weights.to(images.device, dtype).sqrt()
     images = images.to(dtype)

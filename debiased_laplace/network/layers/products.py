@@ -18,7 +18,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from debiased_laplace.network.arrangement import Arrangement, Permuted
-from debiased_laplace.network.layers.call import Arguments, Call, IsUsed, Layout, See, composite, rule_of_used
+from debiased_laplace.network.layers.call import (
+    Arguments,
+    Call,
+    IsUsed,
+    Layout,
+    See,
+    at_least_float32,
+    composite,
+    rule_of_used,
+)
 from debiased_laplace.network.layers.pointwise import repeated
 
 
@@ -103,7 +112,7 @@ def product(
     left_over = [dim for dim, name in enumerate(of_input) if name not in of_output and name not in of_weight]
     columns = input.detach()
     if left_over:
-        columns = columns.sum(left_over)
+        columns = at_least_float32(columns).sum(left_over)
         of_input = [name for dim, name in enumerate(of_input) if dim not in left_over]
     columns = columns.permute([of_input.index(name) for name in (*shared, *groups, *summed)])
     settings = {

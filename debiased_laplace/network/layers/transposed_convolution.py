@@ -15,7 +15,7 @@ from torch import Tensor
 
 from debiased_laplace.network.arrangement import Arrangement, leading
 from debiased_laplace.network.layers.call import Arguments, Call, Layout, rule
-from debiased_laplace.network.layers.convolution import in_every_dimension, merge_images
+from debiased_laplace.network.layers.convolution import in_every_dimension, merge_images, sums_of_images
 from debiased_laplace.network.layers.patches import Patches, second_moment
 
 
@@ -89,9 +89,12 @@ class TransposedConvolutionCall(Call):
         return merge_images(self._patches.columns(self._with_zeros_between(), ones=ones), n_data, layout)
 
     def second_moment(self, dtype: torch.dtype, *, ones: bool, weights: Tensor | None = None) -> Tensor | None:
-        if not self._patches.sums_displacements(self._size_with_zeros):
+        if not self._patches.sums_displacements((*self.input.shape[:2], *self._size_with_zeros)):
             return None
         return second_moment(self._patches, self._with_zeros_between(), dtype, ones, weights)
+
+    def input_sums(self, n_data: int, layout: Layout, dtype: torch.dtype, *, ones: bool) -> tuple[Tensor, int]:
+        return sums_of_images(self._patches, self._with_zeros_between().to(dtype), n_data, layout, ones)
 
     def outputs(self, gradient: Tensor, n_data: int, layout: Layout) -> Tensor:
         n, channels = gradient.shape[:2]
