@@ -86,8 +86,8 @@ def remade() -> dict[str, dict[str, str]]:
         import convolutions
         import equal_time
         import evidence
-        import filtered
         import factors
+        import filtered
         import frozen
         import links
         import low_rank_evidence

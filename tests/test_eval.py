@@ -331,6 +331,8 @@ def test_a_monitored_training(tmp_path):
     assert [of["measurements"] for of in record["budgets"]] == [1, 1]
     assert "| digits | 9,818 | 64 |" in (tmp_path / "monitor.md").read_text()
     assert (tmp_path / "monitor.png").stat().st_size > 0
+
+
 @pytest.mark.parametrize("name, options", [("factors", ["--networks", "convolutions"]), ("convolutions", [])])
 def test_factors_are_measured(name, options, tmp_path):
     """Single precision is nearer to double precision than bfloat16 is, and all sides give the same matrices."""
