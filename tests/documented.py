@@ -86,6 +86,7 @@ def remade() -> dict[str, dict[str, str]]:
         import equal_time
         import evidence
         import frozen
+        import invariance
         import links
         import low_rank_evidence
         import max_factor
@@ -102,6 +103,7 @@ def remade() -> dict[str, dict[str, str]]:
         import splits
         import steps_document
         import verdicts
+        import width
 
         names = {name: f"bias-{name}.json" for name in bias.OPTIONS}
         benchmarks = json.loads((RECORDS / "bench-cpu.json").read_text())["records"]
@@ -118,6 +120,10 @@ def remade() -> dict[str, dict[str, str]]:
             },
             "records.md": regenerate.parts(regenerate.finished(DOCS)),
             "published.md": published_document.parts(read_json(RECORDS / "published.json")),
+            "theory.md": {
+                "invariance": invariance.table(read_json(RECORDS / "invariance.json")),
+                "width": width.table(read_json(RECORDS / "width.json")),
+            },
             "sets.md": sets.parts(read_json(RECORDS / "sets.json")),
             "posterior.md": {"classes": classes.table(read_json(RECORDS / "classes.json"))},
             "paper.md": paper_document.parts(read_json(RECORDS / "paper.json")),

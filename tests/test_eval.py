@@ -301,3 +301,16 @@ def test_what_can_be_tuned_without_validation_data(tmp_path):
     assert "fitted" not in done.stderr
     assert [path.read_bytes() for path in paths] == before
     assert text_of("evidence", docs) == text
+
+
+@pytest.mark.parametrize("trainable", ["1", "3", "all"])
+def test_a_fit_keeps_what_autograd_keeps_of_a_partly_frozen_network(experiments, trainable, monkeypatch):
+    """Nothing of the frozen blocks, and the inputs of the others once; of all a copy of the outputs of the first."""
+    import frozen
+
+    monkeypatch.setattr(frozen, "DATA", 4)
+    model, x = frozen.partly_frozen("ResNet-20", trainable)
+    by_autograd, by_fit = frozen.kept_for_gradients(model, x)
+    assert by_autograd <= by_fit <= 1.01 * by_autograd
+    frozen_whole = frozen.partly_frozen("ResNet-20", "all")
+    assert by_autograd <= frozen.kept_for_gradients(*frozen_whole)[0] * {"1": 0.06, "3": 0.2, "all": 1}[trainable]
