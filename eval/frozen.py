@@ -153,7 +153,9 @@ def table(record: Mapping[str, Any]) -> str:
         ]
         for network, of_network in record["networks"].items() for trainable, of_calls in of_network.items()
     ]  # fmt: skip
-    return markdown(["network", "trainable blocks", *COUNTED, *CALLS, "statistics and directions of a fit, at most"], rows)
+    return markdown(
+        ["network", "trainable blocks", *COUNTED, *CALLS, "statistics and directions of a fit, at most"], rows
+    )
 
 
 def main() -> None:

@@ -81,7 +81,7 @@ RESCALINGS: dict[str, tuple[Callable[[int], nn.Module], Callable[[nn.Sequential]
         f"ReLU layer, {a:g} and 1/{a:g}": (
             lambda _: nn.Identity(), lambda model, a=a: of_units(model, torch.full((WIDTH,), a, dtype=torch.float64))
         )
-        for a in (4.0, 16.0)
+        for a in (2.0, 4.0, 16.0)
     },
     "ReLU units, each its own": (lambda _: nn.Identity(), lognormal),
     "before LayerNorm, 4": (nn.LayerNorm, lambda model: before_normalisation(model, 4.0)),
@@ -102,17 +102,14 @@ def tuned(posterior: dl.Laplace, tuning: str, validation: list[tuple[Tensor, Ten
     if tuning == "untuned":
         return posterior
     number, by = tuning.split(", ")
+    settings = {"prior_structure": "scalar" if number == "one" else "layerwise"}
     if by == "evidence":
-        return posterior.tune(prior_structure="scalar" if number == "one" else "layerwise")
-    if number == "one":
-        return posterior.tune(validation)
-    return posterior.tune(validation, link="probit", prior_structure="layerwise")
+        return posterior.tune(**settings)
+    return posterior.tune(validation, link="probit", temperature=False, selection="best", **settings)
 
 
-def measured(
-    model: nn.Sequential, parts: digits.DigitsSplit, structure: str
-) -> dict[str, tuple[Tensor, float, list[float]]]:
-    """Log output variances of test data, test loss and prior precisions, for every tuning that the structure has."""
+def measured(model: nn.Sequential, parts: digits.DigitsSplit, structure: str) -> dict[str, tuple[Tensor, float]]:
+    """Log output variances of test data, and the test loss, for every tuning that the structure has."""
     train_data, validation, (inputs, targets) = ((x.double(), y) for x, y in parts)
     posterior = dl.fit(
         model, [train_data], "classification", sampler=dl.UniformSampler(None), split=dl.Single(),
@@ -120,11 +117,9 @@ def measured(
     )  # fmt: skip
     result = {}
     for tuning in TUNINGS[: 3 if structure == "full" else None]:
-        chosen = tuned(posterior, tuning, [validation])
-        prediction = chosen.predict(inputs[:N_TEST])
+        prediction = tuned(posterior, tuning, [validation]).predict(inputs[:N_TEST])
         loss = -prediction.probabilities.log().gather(1, targets[:N_TEST, None]).mean()
-        priors = [float(f"{prior:.4g}") for prior in chosen.posterior.prior_precision]
-        result[tuning] = prediction.logits_variance.log(), float(loss), priors
+        result[tuning] = prediction.logits_variance.log(), float(loss)
     return result
 
 
@@ -155,12 +150,12 @@ def measure(seeds: int, epochs: int) -> dict[str, Any]:
             off = float((other(x) - model(x)).abs().max() / model(x).abs().max())
             for structure in STRUCTURES:
                 after = measured(other, parts, structure)
-                for tuning, (variances, loss, priors) in after.items():
-                    was, loss_before, priors_before = before[structure][tuning]
+                for tuning, (variances, loss) in after.items():
+                    was, loss_before = before[structure][tuning]
                     distance = float((variances - was).abs().mean())
                     rows.append({"seed": seed, "rescaling": name, "structure": structure, "tuning": tuning,
-                                 "distance": distance, "loss": loss, "loss_before": loss_before, "outputs": off,
-                                 "priors": priors, "priors_before": priors_before})  # fmt: skip
+                                 "distance": distance, "loss": loss, "loss_before": loss_before,
+                                 "outputs": off})  # fmt: skip
     groups: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
     for row in rows:
         groups.setdefault((row["rescaling"], row["structure"], row["tuning"]), []).append(row)
@@ -168,8 +163,7 @@ def measure(seeds: int, epochs: int) -> dict[str, Any]:
         "environment": environment(torch.device("cpu")), "seeds": seeds, "outputs": max(row["outputs"] for row in rows),
         "cells": [
             {"rescaling": rescaling, "structure": structure, "tuning": tuning,
-             **{what: [float(f"{row[what]:.5g}") for row in of_cell] for what in ("distance", "loss", "loss_before")},
-             **{what: [row[what] for row in of_cell] for what in ("priors", "priors_before")}}
+             **{what: [float(f"{row[what]:.5g}") for row in of_cell] for what in ("distance", "loss", "loss_before")}}
             for (rescaling, structure, tuning), of_cell in groups.items()
         ],
     }  # fmt: skip

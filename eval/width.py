@@ -129,12 +129,23 @@ def table(record: Mapping[str, Any]) -> str:
         for width in dict.fromkeys((widths[0], widths[len(widths) // 2], widths[-1])):
             numbers = {what: of(record, prior, what)[width] for what in record["rows"][0] if what not in
                        ("width", "seed", "prior")}  # fmt: skip
+            found = [row for row in record["rows"] if (row["width"], row["prior"]) == (width, prior)]
+            precision = statistics.median(row["precision"] for row in found)
             cells = [
                 "{:.2f} ± {:.2f}".format(*numbers[what])
                 for what in ("remainder", "total_variation", "loss_network", "loss_linearised", "loss_sampled")
             ]
-            rows.append([label, str(width), f"{numbers['precision'][0]:.3g}", *cells])
-    columns = ["prior", "width", "precision", "remainder", "total variation", "loss, network", "linearised", "sampled"]
+            rows.append([label, str(width), f"{precision:.3g}", *cells])
+    columns = [
+        "prior",
+        "width",
+        "median precision",
+        "remainder",
+        "total variation",
+        "loss, network",
+        "linearised",
+        "sampled",
+    ]
     return markdown(columns, rows)
 
 
