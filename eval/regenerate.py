@@ -84,6 +84,8 @@ STEPS: dict[str, Step] = {
     "serving": Step("serving.py --docs {docs}", "benchmarks.md"),
     "frozen": Step("frozen.py --docs {docs}", "benchmarks.md"),
     "monitor": Step("monitor.py {data} --out {out} --docs {docs}", "monitor.md"),
+    "invariance": Step("invariance.py --docs {docs}", "theory.md"),
+    "width": Step("width.py --docs {docs}", "theory.md"),
     "scaling": Step("scaling.py --out {out} --docs {docs}", "distributed.md"),
     "scale": Step("scale.py --out {out} --docs {docs}", "benchmarks.md"),
     "bench-cpu": Step("bench.py --out {out} --docs {docs}", "benchmarks.md"),

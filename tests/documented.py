@@ -89,6 +89,7 @@ def remade() -> dict[str, dict[str, str]]:
         import factors
         import filtered
         import frozen
+        import invariance
         import links
         import low_rank_evidence
         import max_factor
@@ -107,6 +108,7 @@ def remade() -> dict[str, dict[str, str]]:
         import splits
         import steps_document
         import verdicts
+        import width
 
         names = {name: f"bias-{name}.json" for name in bias.OPTIONS}
         benchmarks = json.loads((RECORDS / "bench-cpu.json").read_text())["records"]
@@ -125,6 +127,10 @@ def remade() -> dict[str, dict[str, str]]:
             "records.md": regenerate.parts(regenerate.finished(DOCS)),
             "published.md": published_document.parts(read_json(RECORDS / "published.json")),
             "sensitivity.md": sensitivity.parts(read_json(RECORDS / "sensitivity.json")),
+            "theory.md": {
+                "invariance": invariance.table(read_json(RECORDS / "invariance.json")),
+                "width": width.table(read_json(RECORDS / "width.json")),
+            },
             "sets.md": sets.parts(read_json(RECORDS / "sets.json")),
             "posterior.md": {"classes": classes.table(read_json(RECORDS / "classes.json"))},
             "paper.md": paper_document.parts(read_json(RECORDS / "paper.json")),

@@ -17,6 +17,7 @@ from debiased_laplace.fitting.fit import fit
 from debiased_laplace.likelihoods import Bernoulli, Categorical, Gaussian
 from debiased_laplace.network.factors import Factors
 from debiased_laplace.network.gradients import CurvatureData
+from debiased_laplace.network.memory import HeldMemory
 from debiased_laplace.network.network import Network
 from debiased_laplace.sampling.sample import WeightedData
 from debiased_laplace.testing import check_curvatures, check_projection, dense_basis, dense_ggn, truncate
@@ -235,3 +236,21 @@ def test_several_bases_share_backward_passes(chunk_size, monkeypatch):
     n_chunks = {1: 7, 4: 2, None: 1}[chunk_size]
     assert len(passes) == n_chunks
     assert len(rotations) == n_chunks * len(first.parts)
+
+
+def test_the_inputs_of_one_layer_exist_at_a_time():
+    """Patches of a convolution are nine times its input; a layer more holds its output and the gradient there alone."""
+
+    def peak(depth: int) -> int:
+        layers = [layer for _ in range(depth) for layer in (nn.Conv2d(4, 4, 3, padding=1), nn.Tanh())]
+        model = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten()).double()
+        inputs = torch.randn(8, 4, 16, 16, dtype=torch.float64)
+        network = Network.discover(model, inputs)
+        data = CurvatureData(network, weighted(inputs), Gaussian(), mc_samples=1, chunk_size=8)
+        basis = Kronecker().eigenbasis(network, Kronecker().measure(network, data))
+        with HeldMemory() as memory:
+            projected_curvatures(network, basis, data)
+        return max(memory.held)
+
+    of_activations = 8 * 8 * 4 * 16 * 16  # bytes
+    assert peak(9) - peak(3) <= 6 * 2.5 * of_activations

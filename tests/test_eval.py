@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import runpy
 import shutil
 import subprocess
@@ -347,3 +348,31 @@ def test_factors_are_measured(name, options, tmp_path):
     assert (
         ways["float32"]["factors"] < 1e-5 < ways["bfloat16"]["factors"] < ways["float32, sums in bfloat16"]["factors"]
     )
+
+
+@pytest.mark.parametrize("trainable", ["1", "3", "all"])
+def test_a_fit_keeps_what_autograd_keeps_of_a_partly_frozen_network(experiments, trainable, monkeypatch):
+    """Nothing of the frozen blocks, and the inputs of the others once; of all a copy of the outputs of the first."""
+    import frozen
+
+    monkeypatch.setattr(frozen, "DATA", 4)
+    model, x = frozen.partly_frozen("ResNet-20", trainable)
+    by_autograd, by_fit = frozen.kept_for_gradients(model, x)
+    assert by_autograd <= by_fit <= 1.01 * by_autograd
+    frozen_whole = frozen.partly_frozen("ResNet-20", "all")
+    assert by_autograd <= frozen.kept_for_gradients(*frozen_whole)[0] * {"1": 0.06, "3": 0.2, "all": 1}[trainable]
+
+
+@pytest.mark.parametrize("name", ["invariance", "width"])
+def test_same_functions_and_wide_networks(name, tmp_path):
+    """The least of both: the record, the table and the picture."""
+    (tmp_path / "theory.md").write_text(f"<!-- {name} -->\n<!-- end -->\n")
+    done = script(f"{name}.py", "--quick", "--docs", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    text = (tmp_path / "theory.md").read_text()
+    if name == "width":
+        assert (tmp_path / "width.png").stat().st_size > 5000
+        assert "| prior precision = width | 64 | 64 |" in text
+    else:
+        assert re.search(r"\| before LayerNorm, 4 \| K-FAC \| [0-9.]+ ± 0.000 \| [^|]+ \| [^|]+ \| 0 \| ", text)
+        assert json.loads((tmp_path / "records" / "invariance.json").read_text())["outputs"] < 1e-12

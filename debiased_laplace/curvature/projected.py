@@ -6,7 +6,7 @@ the data they are measured on.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from debiased_laplace import _checks, _data
 from debiased_laplace.curvature.basis import Basis
+from debiased_laplace.network.factors import Factors
 from debiased_laplace.network.gradients import CHUNK_MEMORY, WeightedFactors
 from debiased_laplace.network.network import Network
 
@@ -44,19 +45,25 @@ def curvatures_along(
     """
     totals: list[list[Tensor]] = [[] for _ in bases]
     for chunk in data:
-        prepared = _prepared(bases, [chunk.factors.inputs(block) for block in network.blocks], len(chunk.vectors))
         size = _vectors_at_a_time(network, chunk)
+        prepared: Iterable[tuple[int, list[Any]]] = _prepared(bases, chunk.factors, len(chunk.vectors))
+        if size < len(chunk.vectors):
+            prepared = list(prepared)  # once for all vectors; otherwise those of one part exist at a time
+        roots = [None if m is None else m[chunk.positions].sqrt()[:, None, None, None, None] for m in multiples]
         for part in _data.slices(len(chunk.vectors), size):
             vectors = chunk.factors.backpropagate_all(chunk.vectors[part], again=part.stop < len(chunk.vectors))
-            for which, (basis, inputs, multiple) in enumerate(zip(bases, prepared, multiples, strict=True)):
-                weighted = vectors
-                if multiple is not None:
-                    roots = multiple[chunk.positions].sqrt().to(vectors[0])[:, None, None, None, None]
-                    weighted = [roots * of_block for of_block in vectors]
-                moments = [projected.second_moment() for projected in basis.project_gradients(inputs, weighted)]
-                known = totals[which]
-                totals[which] = [a.add_(b) for a, b in zip(known, moments, strict=True)] if known else moments
-            del vectors, weighted  # so that the next ones find their memory free
+            for index, of_bases in prepared:
+                for basis, inputs, root, known in zip(bases, of_bases, roots, totals, strict=True):
+                    weighted = [vectors[i] if root is None else root.to(vectors[i]) * vectors[i]
+                                for i in basis.members[index]]  # fmt: skip
+                    moment = basis.parts[index].project_gradients(inputs, weighted).second_moment()
+                    if index < len(known):
+                        known[index].add_(moment)
+                    else:
+                        known.append(moment)
+                    del weighted, moment, inputs
+                del of_bases
+            del vectors  # so that the next ones find their memory free
     for basis, of_basis in zip(bases, totals, strict=True):
         if not of_basis:  # of no data
             of_basis += basis.split(torch.zeros(basis.rank, dtype=network.dtype, device=network.device))
@@ -74,14 +81,16 @@ def _vectors_at_a_time(network: Network, chunk: WeightedFactors) -> int:
     return n_vectors
 
 
-def _prepared(bases: Sequence[Basis], inputs: Sequence[Any], n_vectors: int) -> list[list[Any]]:
-    """Inputs prepared for every basis; once for parts that prepare them alike."""
-    first = bases[0].prepare_inputs(inputs, n_vectors)
-    prepared = [first]
-    for basis in bases[1:]:
-        of_basis = []
-        for part, other, members, known in zip(basis.parts, bases[0].parts, basis.members, first, strict=True):
-            alike = part.prepares_like(other)
-            of_basis.append(known if alike else part.prepare_inputs([inputs[i] for i in members], n_vectors))
-        prepared.append(of_basis)
-    return prepared
+def _prepared(bases: Sequence[Basis], factors: Factors, n_vectors: int) -> Iterator[tuple[int, list[Any]]]:
+    """Inputs of one part after the other, prepared for every basis; once for bases that prepare them alike."""
+
+    def of_part(index: int, members: Sequence[int]) -> list[Any]:
+        inputs = [factors.inputs(factors.network.blocks[i]) for i in members]
+        first, *others = (basis.parts[index] for basis in bases)
+        known = first.prepare_inputs(inputs, n_vectors)
+        return [known] + [
+            known if part.prepares_like(first) else part.prepare_inputs(inputs, n_vectors) for part in others
+        ]
+
+    for index, members in enumerate(bases[0].members):
+        yield index, of_part(index, members)  # nothing of it is kept here
