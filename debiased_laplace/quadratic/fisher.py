@@ -122,6 +122,7 @@ class EmpiricalFisher(OuterProducts):
             for batch in _data.each(data):
                 self._add(*batch)
 
+    @exact_derivatives()
     def append(self, gradients: Tensor) -> None:
         """Gradients from anywhere, ``[k, D]``, the newest last: of mini-batches, or of a model that is in training.
 
@@ -162,7 +163,10 @@ class EmpiricalFisher(OuterProducts):
 
     @exact_derivatives()
     def inverse_diagonal(self, damping: float) -> Tensor:
-        r"""Diagonal of :math:`(\hat F + \delta I)^{-1}`, ``[D]``, float64, exact; 2 m^2 D operations."""
+        r"""Diagonal of :math:`(\hat F + \delta I)^{-1}`, ``[D]``, float64, exact; 2 m^2 D operations.
+
+        Rounding leaves it a relative error of about the spectral norm over the damping times 1e-16.
+        """
         damping, (values, vectors) = _checks.positive(damping, "damping"), self._decomposition
         scales = (self.n_gradients * (values.clamp_min(0) + damping)).rsqrt()
         root = (vectors * scales).mT
