@@ -83,6 +83,7 @@ def remade() -> dict[str, dict[str, str]]:
         import bias
         import classes
         import continual
+        import empirical_fisher
         import equal_time
         import evidence
         import frozen
@@ -112,6 +113,7 @@ def remade() -> dict[str, dict[str, str]]:
                 **evidence.parts(read_json(RECORDS / "evidence.json")),
                 "low ranks": low_rank_evidence.table(read_json(RECORDS / "low_rank_evidence.json")),
             },
+            "empirical_fisher.md": empirical_fisher.parts(read_json(RECORDS / "empirical_fisher.json")),
             "evaluation.md": {
                 "verdicts": verdicts.tables(read_json(RECORDS / "verdicts.json")),
                 "splits": splits.table(read_json(RECORDS / "splits.json")),

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import json
+import subprocess
+import sys
 from functools import partial
 
 import backpack
@@ -18,6 +21,7 @@ from debiased_laplace.likelihoods import Gaussian
 from debiased_laplace.quadratic import fisher as module
 from debiased_laplace.quadratic.optim import conjugate_gradients
 from debiased_laplace.testing.dense import all_tensors
+from tests.documented import DOCS, ROOT, executed
 from tests.test_spectrum import gradients_of
 from tests.test_vivit import convolutional
 from tests.tolerances import FLOAT32, assert_equal, assert_unbiased
@@ -271,3 +275,31 @@ def test_the_model_and_the_random_state_stay_as_they_were():
     EmpiricalFisher(problem.model, loader, problem.likelihood).add(loader)
     assert torch.equal(torch.get_rng_state(), state)
     assert all(p.grad is None and torch.equal(p, q) for p, q in zip(problem.model.parameters(), before, strict=True))
+
+
+# -- the page --------------------------------------------------------------------------------------
+
+
+def test_the_code_of_the_page_runs_as_it_stands():
+    problem = PROBLEMS[0]
+    batch = problem.data.inputs, problem.data.targets
+    names = executed(
+        DOCS / "empirical_fisher.md", dl=dl, model=problem.model, loader=[batch], x=batch[0], y=batch[1],
+        gradient=some_vectors(31), gradients=some_vectors(3, 31),
+    )  # fmt: skip
+    assert names["fisher"].n_gradients == 17
+    assert len(names["removed"]) == 27
+    assert names["posterior"].posterior.basis.rank == 7
+
+
+def test_the_experiment_has_a_quick_form(tmp_path):
+    (tmp_path / "records").mkdir()
+    page = tmp_path / "empirical_fisher.md"
+    page.write_text((DOCS / "empirical_fisher.md").read_text())
+    command = [sys.executable, "eval/empirical_fisher.py", "--quick", "--out", str(tmp_path), "--docs", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    record = json.loads((tmp_path / "records" / "empirical_fisher.json").read_text())
+    assert set(record["seeds"][0]["methods"]["magnitude"]) == {"0.9"}
+    assert record["costs"]["256"]["memory"] == 4 * 256 * 9818 + 16 * 256**2
+    assert "| empirical Fisher |" in page.read_text()
