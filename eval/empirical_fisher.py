@@ -30,7 +30,7 @@ from debiased_laplace.evaluation.shipped.common import one_thread
 
 WEIGHTS = ["0.weight", "3.weight", "7.weight", "9.weight"]
 SHARES = (0.5, 0.75, 0.85, 0.9)
-DAMPINGS = (1e-7, 1e-6, 1e-5, 1e-4)
+DAMPINGS = (1e-9, 1e-8, 1e-7, 1e-6, 1e-4)
 #: Gradients of the comparison with magnitudes, and of that of splits.
 MANY, FEW = 512, 256
 #: Dampings at which inverses are compared.
@@ -72,11 +72,11 @@ def methods_of(fisher: dl.EmpiricalFisher, name: str, *, each: bool = False) -> 
     }
 
 
-def of_a_fit(model: nn.Module, batches: list[Any], split: Any, seed: int) -> dl.EmpiricalFisher:
+def of_a_fit(model: nn.Module, batches: list[Any], n: int, split: Any, curvature: str, seed: int) -> dl.EmpiricalFisher:
     """The matrix whose directions and magnitudes are those of a posterior, as a matrix of as many gradients."""
     fitted = dl.fit(
-        model, batches, CLASSIFICATION, structure=dl.LowRank(FEW), curvature="empirical_fisher", parameters=WEIGHTS,
-        sampler=dl.UniformSampler(FEW), split=split, seed=seed,
+        model, batches, CLASSIFICATION, structure=dl.LowRank(n), curvature=curvature, parameters=WEIGHTS,
+        sampler=dl.UniformSampler(n), split=split, seed=seed, mc_samples=1,
     ).posterior  # fmt: skip
     rank = fitted.basis.rank
     rows = fitted.basis.lift(torch.eye(rank, dtype=torch.float64)) * (rank * fitted.curvatures.double()).sqrt()[:, None]
@@ -94,11 +94,11 @@ def of_seed(seed: int, quick: bool) -> dict[str, Any]:
     n = FEW if quick else MANY
     fisher = dl.EmpiricalFisher(model, (images[:n], labels[:n]), CLASSIFICATION, window=n, parameters=WEIGHTS)
     with torch.no_grad():
-        probabilities = model(images).softmax(-1)
-    own = torch.multinomial(probabilities, 1, generator=torch.Generator().manual_seed(seed))[:, 0]
-    drawn = dl.EmpiricalFisher(model, (images[:n], own[:n]), CLASSIFICATION, window=n, parameters=WEIGHTS)
-    splits = {name: of_a_fit(model, batches, split(), seed) for name, split in SPLITS.items()}
-    ways = methods_of(fisher, "empirical Fisher", each=True) | methods_of(drawn, "Fisher, labels drawn")
+        probabilities = model(images[:n]).softmax(-1)
+    drawn = torch.multinomial(probabilities, 1, generator=torch.Generator().manual_seed(seed))[:, 0]
+    ggn = of_a_fit(model, batches, n, dl.Single(), "ggn", seed)
+    splits = {name: of_a_fit(model, batches, FEW, split(), "empirical_fisher", seed) for name, split in SPLITS.items()}
+    ways = methods_of(fisher, "empirical Fisher", each=True) | methods_of(ggn, "Gauss-Newton matrix")
     for name, of_split in splits.items():
         ways |= methods_of(of_split, f"{FEW} gradients, {name}")
 
@@ -109,7 +109,10 @@ def of_seed(seed: int, quick: bool) -> dict[str, Any]:
         return float(F.cross_entropy(outputs, of[1])), 100 * float(right)
 
     dampings = DAMPINGS[::2] if quick else DAMPINGS
-    result: dict[str, Any] = {"whole": scored(fisher.network.mean(), parts.test), "methods": {}, "distances": {}}
+    result: dict[str, Any] = {
+        "whole": scored(fisher.network.mean(), parts.test), "differing": int((drawn != labels[:n]).sum()),
+        "methods": {}, "distances": {},
+    }  # fmt: skip
     for name, way in ways.items():
         result["methods"][name] = {}
         for share in SHARES[-1:] if quick else SHARES:
@@ -208,7 +211,12 @@ def parts(record: Mapping[str, Any]) -> dict[str, str]:
          *(f"{of[name]:.2g}" for name in ("product", "append", "eigenvectors", "diagonal", "anew"))]
         for window, of in record["costs"].items()
     ]  # fmt: skip
+    losses, differing = [of["whole"][0] for of in seeds], [of["differing"] for of in seeds]
     return {
+        "networks": (
+            f"{len(seeds)} seeds; the whole networks have a test loss of {interval(losses, 3)}. Of {MANY} labels drawn "
+            f"from their own predictives {min(differing)} to {max(differing)} differ from the targets."
+        ),
         "loss": markdown(["test loss", *titles], rows(lambda name: not is_few(name), "loss", 3)),
         "accuracy": markdown(["test accuracy %", *titles], rows(lambda name: not is_few(name), "accuracy", 1)),
         "differences": markdown(

@@ -39,7 +39,8 @@ class EmpiricalFisher(OuterProducts):
     r"""The empirical Fisher of the n newest gradients, :math:`\hat F = \frac1n \sum_i g_i g_i^\top`, by Woodbury.
 
     It is no approximation of the Hessian (Kunstner, Balles, Hennig, arXiv 1905.12558). With labels that are drawn from
-    the model's own predictive in the place of the targets it is an unbiased estimate of the Gauss-Newton matrix.
+    the model's own predictive in the place of the targets it is an unbiased estimate of the Gauss-Newton matrix, but a
+    poor one where nearly all of them are the targets.
 
     Args:
         model: The model; left as it was.
