@@ -89,7 +89,8 @@ def of_seed(seed: int, quick: bool) -> dict[str, Any]:
     """Test losses and accuracies of every method and share, and distances of inverses."""
     parts = digits.split(seed)
     model = digits.trained(*parts.train, seed, epochs=digits.QUICK_EPOCHS if quick else digits.EPOCHS)
-    images, labels = parts.train
+    images, labels = parts.train[0].double(), parts.train[1]
+    model = model.double()  # so that no direction is left out as rounding
     batches = list(zip(images.split(128), labels.split(128), strict=True))
     n = FEW if quick else MANY
     fisher = dl.EmpiricalFisher(model, (images[:n], labels[:n]), CLASSIFICATION, window=n, parameters=WEIGHTS)
@@ -104,7 +105,7 @@ def of_seed(seed: int, quick: bool) -> dict[str, Any]:
 
     def scored(weights: Tensor, of: tuple[Tensor, Tensor]) -> tuple[float, float]:
         with torch.no_grad():
-            outputs = torch.func.functional_call(model, fisher.network.from_vector(weights.float()), (of[0],))
+            outputs = torch.func.functional_call(model, fisher.network.from_vector(weights), (of[0].double(),))
         right = (outputs.argmax(-1) == of[1]).double().mean()
         return float(F.cross_entropy(outputs, of[1])), 100 * float(right)
 
