@@ -224,12 +224,8 @@ def parts(record: Mapping[str, Any]) -> dict[str, str]:
             ["test loss", *titles],
             [
                 difference("empirical Fisher", other)
-                for other in (
-                    "magnitude",
-                    "diagonal",
-                    "magnitude, others adapt by empirical Fisher",
-                    "Fisher, labels drawn",
-                )
+                for other in seeds[0]["methods"]
+                if other != "empirical Fisher" and not is_few(other)
             ],
         ),
         "splits": markdown(
