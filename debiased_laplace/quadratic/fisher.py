@@ -26,7 +26,7 @@ from debiased_laplace.network.blocks import flatten
 from debiased_laplace.network.gradients import CurvatureData
 from debiased_laplace.network.network import Network
 from debiased_laplace.network.snapshot import Snapshot
-from debiased_laplace.quadratic.outer_products import Inner, OuterProducts
+from debiased_laplace.quadratic.gram_products import GramProducts, Inner
 from debiased_laplace.sampling.sample import WeightedData
 
 __all__ = ["EmpiricalFisher"]
@@ -35,7 +35,7 @@ __all__ = ["EmpiricalFisher"]
 PIECE = 2**22
 
 
-class EmpiricalFisher(OuterProducts):
+class EmpiricalFisher(GramProducts):
     r"""The empirical Fisher of the n newest gradients, :math:`\hat F = \frac1n \sum_i g_i g_i^\top`, by Woodbury.
 
     It is no approximation of the Hessian (Kunstner, Balles, Hennig, arXiv 1905.12558). With labels that are drawn from

@@ -30,7 +30,7 @@ from debiased_laplace.network.blocks import flatten, unflatten
 from debiased_laplace.network.gradients import CurvatureData
 from debiased_laplace.network.network import Network
 from debiased_laplace.network.snapshot import Snapshot
-from debiased_laplace.quadratic.outer_products import Inner, OuterProducts
+from debiased_laplace.quadratic.gram_products import GramProducts, Inner
 from debiased_laplace.sampling.sample import WeightedData
 
 __all__ = ["GGN", "DirectionalDerivatives", "directional_derivatives", "eigenpairs_by_gram"]
@@ -129,7 +129,7 @@ def directional_derivatives(
     )
 
 
-class GGN(OuterProducts):
+class GGN(GramProducts):
     r"""The generalised Gauss-Newton matrix of a batch, :math:`\sum_n w_n J_n^\top \nabla^2_f\ell_n J_n`.
 
     Args:

@@ -18,7 +18,7 @@ from debiased_laplace.curvature.structures.lowrank import is_nonzero
 Inner = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
-class OuterProducts(ABC):
+class GramProducts(ABC):
     r"""A matrix :math:`C = V V^\top`, which is never formed, as a linear operator."""
 
     #: Relative precision of the entries of the Gram matrix.
