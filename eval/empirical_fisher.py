@@ -215,8 +215,8 @@ def parts(record: Mapping[str, Any]) -> dict[str, str]:
     losses, differing = [of["whole"][0] for of in seeds], [of["differing"] for of in seeds]
     return {
         "networks": (
-            f"{len(seeds)} seeds; the whole networks have a test loss of {interval(losses, 3)}. Of {record['n']} labels "
-            f"drawn from their own predictives {min(differing)} to {max(differing)} differ from the targets."
+            f"{len(seeds)} seeds; the whole networks have a test loss of {interval(losses, 3)}. Of {record['n']} "
+            f"labels drawn from their own predictives {min(differing)} to {max(differing)} differ from the targets."
         ),
         "loss": markdown(["test loss", *titles], rows(lambda name: not is_few(name), "loss", 3)),
         "accuracy": markdown(["test accuracy %", *titles], rows(lambda name: not is_few(name), "accuracy", 1)),
