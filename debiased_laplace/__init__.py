@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from debiased_laplace.posterior.gaussian import Posterior
     from debiased_laplace.posterior.prediction import Predictive
     from debiased_laplace.posterior.sensitivity import Sensitivity
+    from debiased_laplace.quadratic.fisher import EmpiricalFisher
     from debiased_laplace.quadratic.quadratic import Quadratic
     from debiased_laplace.quadratic.spectrum import GGN, directional_derivatives
     from debiased_laplace.sampling.samplers import PrioritySampler, UniformSampler
@@ -76,6 +77,7 @@ _HOMES = {
     "Kronecker": "curvature.structures",
     "LowRank": "curvature.structures",
     "GGN": "quadratic.spectrum",
+    "EmpiricalFisher": "quadratic.fisher",
     "directional_derivatives": "quadratic.spectrum",
     "Quadratic": "quadratic.quadratic",
 }
@@ -93,6 +95,7 @@ __all__ = [
     "DebiasedLowRankLaplace",
     "Diagonal",
     "Elementwise",
+    "EmpiricalFisher",
     "Expand",
     "Fit",
     "Full",

@@ -81,6 +81,7 @@ STEPS: dict[str, Step] = {
     "variances": Step("variances.py --docs {docs}", "README.md"),
     "splits": Step("splits.py --docs {docs}", "evaluation.md"),
     "low_rank_evidence": Step("low_rank_evidence.py --docs {docs}", "evidence.md"),
+    "empirical_fisher": Step("empirical_fisher.py --out {out} --docs {docs}", "empirical_fisher.md"),
     "serving": Step("serving.py --docs {docs}", "benchmarks.md"),
     "frozen": Step("frozen.py --docs {docs}", "benchmarks.md"),
     "monitor": Step("monitor.py {data} --out {out} --docs {docs}", "monitor.md"),

@@ -84,6 +84,7 @@ def remade() -> dict[str, dict[str, str]]:
         import classes
         import continual
         import convolutions
+        import empirical_fisher
         import equal_time
         import evidence
         import factors
@@ -119,6 +120,9 @@ def remade() -> dict[str, dict[str, str]]:
                 **evidence.parts(read_json(RECORDS / "evidence.json")),
                 "low ranks": low_rank_evidence.table(read_json(RECORDS / "low_rank_evidence.json")),
             },
+            "empirical_fisher.md": empirical_fisher.parts(read_json(RECORDS / "empirical_fisher.json"))
+            if (RECORDS / "empirical_fisher.json").exists()
+            else {},
             "evaluation.md": {
                 "verdicts": verdicts.tables(read_json(RECORDS / "verdicts.json")),
                 "splits": splits.table(read_json(RECORDS / "splits.json")),

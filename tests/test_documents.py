@@ -11,7 +11,7 @@ from tests.documented import DOCS, RECORDS, ROOT, agree, claims, differing, gene
 DOCUMENTS = (
     "README.md", "bias.md", "evidence.md", "posterior.md", "steps.md", "benchmarks.md",
     "results.md", "fidelity.md", "distributed.md", "demonstration.md", "beyond.md", "evaluation.md", "records.md",
-    "paper.md", "published.md", "sets.md", "sensitivity.md", "monitor.md", "theory.md",
+    "paper.md", "published.md", "sets.md", "sensitivity.md", "monitor.md", "theory.md", "empirical_fisher.md",
 )  # fmt: skip
 #: Those where every number has its claim.
 CLAIMED = (

@@ -166,14 +166,19 @@ def is_one(batch: Any) -> bool:
     return not isinstance(last, Mapping) and (isinstance(last, Tensor) or not tensors(last))
 
 
+def each(batch: Any) -> Iterator[tuple[Inputs, Tensor]]:
+    """One batch, or those of a loader one after the other, as pairs; raises what :func:`labelled` does."""
+    batches = [batch] if is_one(batch) or isinstance(batch, Mapping) else batch
+    return ((inputs, targets) for inputs, targets, _ in labelled(batches))
+
+
 def one_or_several(batch: Any) -> list[tuple[Inputs, Tensor]]:
     """One batch, or several of a loader that ends, as pairs of inputs and targets.
 
     Raises:
         ValueError: If there are no data; and what :func:`labelled` raises.
     """
-    batches = [batch] if is_one(batch) or isinstance(batch, Mapping) else batch
-    with_data = [(inputs, targets) for inputs, targets, _ in labelled(batches)]
+    with_data = list(each(batch))
     if not with_data:
         raise ValueError("Expected a batch with data, or a list of such batches, got none.")
     return with_data

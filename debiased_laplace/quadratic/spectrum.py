@@ -24,12 +24,13 @@ from debiased_laplace.curvature.decomposition import eigh
 from debiased_laplace.curvature.parts.dense import DenseBasis
 from debiased_laplace.curvature.structures import LowRank, LowRankStatistics
 from debiased_laplace.curvature.structures.base import eigenspaces
-from debiased_laplace.curvature.structures.lowrank import is_nonzero, known_eigenpairs, lift_eigenvectors
+from debiased_laplace.curvature.structures.lowrank import known_eigenpairs, lift_eigenvectors
 from debiased_laplace.likelihoods import Likelihood, resolve_likelihood
 from debiased_laplace.network.blocks import flatten, unflatten
 from debiased_laplace.network.gradients import CurvatureData
 from debiased_laplace.network.network import Network
 from debiased_laplace.network.snapshot import Snapshot
+from debiased_laplace.quadratic.gram_products import GramProducts, Inner
 from debiased_laplace.sampling.sample import WeightedData
 
 __all__ = ["GGN", "DirectionalDerivatives", "directional_derivatives", "eigenpairs_by_gram"]
@@ -128,7 +129,7 @@ def directional_derivatives(
     )
 
 
-class GGN:
+class GGN(GramProducts):
     r"""The generalised Gauss-Newton matrix of a batch, :math:`\sum_n w_n J_n^\top \nabla^2_f\ell_n J_n`.
 
     Args:
@@ -186,6 +187,7 @@ class GGN:
         self.data = WeightedData(inputs, targets, weights.double().cpu(), torch.arange(n))
         self.mc_samples = mc_samples
         self.chunk_size = chunk_size
+        self.gram_precision = self.network.gram_precision
         used = self.data
         if subsample is not None:
             if not 1 <= subsample <= n:
@@ -261,40 +263,16 @@ class GGN:
             generator=generator, chunk_size=self.chunk_size,
         )  # fmt: skip
 
-    def matvec(self, vector: Tensor, damping: float = 0.0) -> Tensor:
-        r""":math:`(G + \delta I) v`, ``[..., D] -> [..., D]``, float64."""
-        damping = _checks.nonnegative(damping, "damping")
-        product = self._apply(vector, lambda gram, values, vectors, c: c)
-        return product + damping * vector.to(product)
-
-    def inverse_matvec(self, vector: Tensor, damping: float = 0.0) -> Tensor:
-        r""":math:`(G + \delta I)^{-1} v`, ``[..., D] -> [..., D]``, float64; the pseudo-inverse if the damping is zero.
-
-        By the matrix inversion lemma, :math:`\frac1\delta (v - V (\delta I + V^\top V)^{-1} V^\top v)`.
-        """
-        damping = _checks.nonnegative(damping, "damping")
-
-        def solve(gram: Tensor, values: Tensor, vectors: Tensor, coefficients: Tensor) -> Tensor:
-            if damping:
-                scales = (values.clamp_min(0) + damping).reciprocal()
-            else:
-                nonzero = is_nonzero(values, len(values), self.network.gram_precision)
-                scales = torch.where(nonzero, values, torch.inf).square().reciprocal()
-            return ((coefficients @ vectors) * scales) @ vectors.mT
-
-        applied = self._apply(vector, solve)
-        return (vector.to(applied) - applied) / damping if damping else applied
-
     @exact_derivatives()
-    def _apply(self, vector: Tensor, inner: Any) -> Tensor:
-        r""":math:`V M V^\top v` for every part, with a map M of coefficients ``[m, N V]``."""
+    def _apply(self, vector: Tensor, inner: Inner) -> Tensor:
+        """Part by part."""
         network, statistics = self.network, self.statistics
         flat = vector.to(network.device).reshape(-1, vector.shape[-1]).double()
         matrices = [block.gather(unflatten(flat, network.shapes)) for block in network.blocks]
         result: dict[str, Tensor] = {}
-        for group, (gram, values, vectors) in zip(statistics.groups, self._decompositions, strict=True):
-            coefficients = sum(statistics.multiply(index, matrices[index]) for index in group)
-            mixed = inner(gram, values, vectors, coefficients)
+        for group, (_, values, vectors) in zip(statistics.groups, self._decompositions, strict=True):
+            coefficients = torch.stack([statistics.multiply(index, matrices[index]) for index in group]).sum(0)
+            mixed = inner(values, vectors, coefficients)
             for index in group:
                 block = network.blocks[index]
                 combined = statistics.combine(index, mixed)
