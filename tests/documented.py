@@ -120,9 +120,7 @@ def remade() -> dict[str, dict[str, str]]:
                 **evidence.parts(read_json(RECORDS / "evidence.json")),
                 "low ranks": low_rank_evidence.table(read_json(RECORDS / "low_rank_evidence.json")),
             },
-            "empirical_fisher.md": empirical_fisher.parts(read_json(RECORDS / "empirical_fisher.json"))
-            if (RECORDS / "empirical_fisher.json").exists()
-            else {},
+            "empirical_fisher.md": empirical_fisher.parts(read_json(RECORDS / "empirical_fisher.json")),
             "evaluation.md": {
                 "verdicts": verdicts.tables(read_json(RECORDS / "verdicts.json")),
                 "splits": splits.table(read_json(RECORDS / "splits.json")),
