@@ -284,7 +284,7 @@ def figure_of(record: Mapping[str, Any]) -> Figure:
         ax.set(title=f"{task}, mean of {of['seeds']} seeds", xlabel="labels", ylabel="test accuracy, %")
         for side in ("top", "right"):
             ax.spines[side].set_visible(False)
-    ax.legend(frameon=False, fontsize=8, loc="lower right")
+    figure.axes[0].legend(frameon=False, fontsize=8, loc="lower right")
     return figure
 
 
