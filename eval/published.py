@@ -112,7 +112,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "low rank": {"structure": LowRank(100), "sampler": dl.PrioritySampler(BUDGET // 8)},
     "K-FAC, single batch": {"sampler": dl.UniformSampler(BUDGET), "split": dl.Single()},
     "K-FAC, debiased": {"sampler": dl.PrioritySampler(BUDGET)},
-    # As much as costs about one gradient of all training data at hand.
+    # As many data as cost between one and two gradients of all that are at hand.
     "diagonal, equal time": {"structure": Diagonal(), "sampler": dl.PrioritySampler(BUDGET)},
     "low rank, equal time": {"structure": LowRank(100), "sampler": dl.PrioritySampler(BUDGET // 32)},
     "K-FAC, debiased, equal time": {"sampler": dl.PrioritySampler(BUDGET // 2)},
