@@ -319,7 +319,7 @@ def projection_memory(device: torch.device) -> int:
 def one_for_all(scales: Tensor) -> Tensor | None:
     """``[R]`` if each of several ``h: [R, ...]`` is one number for all entries, as of a prior alone; else None."""
     rows = scales.flatten(1)
-    if len(rows) == 1 or not rows.shape[1] or not bool((rows == rows[:, :1]).all()):
+    if scales.requires_grad or len(rows) == 1 or not rows.shape[1] or not bool((rows == rows[:, :1]).all()):
         return None
     return rows[:, 0]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from glob import escape
 
 import torch
 from torch import Tensor
@@ -63,7 +64,7 @@ class Choice:
         known = replace(self.settings, mc_samples=mc_samples)
         if isinstance(chosen, Tensor):
             return replace(known, parameters=None, indices=chosen)
-        return replace(known, parameters=chosen)
+        return replace(known, parameters=[escape(name) for name in chosen])
 
 
 def pending(settings: FitSettings, previous: Fit | None, model: Snapshot) -> tuple[FitSettings, Choice | None]:
@@ -79,7 +80,13 @@ def pending(settings: FitSettings, previous: Fit | None, model: Snapshot) -> tup
         choice = Choice(settings, settings.parameters)
         return choice.of_stream, choice
     earlier = previous.network
+    gone = [name for name in earlier.shapes if name not in model.trainable]
+    if gone:
+        raise ValueError(
+            f"Expected a model with the parameters of the earlier fit to be trainable, got one where {gone} are not. "
+            "Set requires_grad for them, or fit on all data instead."
+        )
     if earlier.free is None:
-        return replace(settings, parameters=list(earlier.shapes)), None
+        return replace(settings, parameters=[escape(name) for name in earlier.shapes]), None
     indices = indices_of(model, unflatten(earlier.free, earlier.shapes))
     return replace(settings, parameters=None, indices=indices), None

@@ -255,10 +255,12 @@ def _out_of_distribution(summary: Summary) -> Table:
 
 def _detectors(summary: Summary) -> Table:
     """Posteriors against detectors that need none; records of an earlier version lack it."""
-    sections, detectors = [], []
-    for entry in summary["ood"]:
-        for second, firsts in entry.get("against_detectors", {}).items():
-            detectors = [key for key in next(iter(firsts.values()), {}) if key.endswith(", auroc")]
+    every = [(entry, against) for entry in summary["ood"] for against in entry.get("against_detectors", {}).items()]
+    keys = dict.fromkeys(key for _, (_, firsts) in every for cells in firsts.values() for key in cells)
+    detectors = [key for key in keys if key.endswith(", auroc")]
+    sections = []
+    for entry, (second, firsts) in every:
+        if firsts:
             rows = [
                 [name, *(with_interval(cells[key], 1, scale=100) if key in cells else "" for key in detectors)]
                 for name, cells in firsts.items()

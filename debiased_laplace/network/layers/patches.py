@@ -100,22 +100,22 @@ class Patches:
         """
         sums = images
         for dimension in reversed(range(len(self.kernel))):
-            entries, positions, pixels = (
-                torch.arange(size, device=images.device)
-                for size in (self.kernel[dimension], self.positions[dimension], images.shape[2 + dimension])
-            )
+            pixels, k = images.shape[2 + dimension], self.kernel[dimension]
+            entries, positions = (torch.arange(size, device=images.device) for size in (k, self.positions[dimension]))
             seen = positions * self.stride[dimension] - self.padding[dimension][0]
             seen = seen + entries[:, None] * self.dilation[dimension]  # [K, positions]
-            counts = (pixels[:, None, None] == seen).sum(-1)  # [pixels, K]
+            inside = (seen >= 0) & (seen < pixels)
+            counts, one = sums.new_zeros(pixels, k), sums.new_ones(())
+            counts.index_put_((seen[inside], entries[:, None].expand_as(seen)[inside]), one, accumulate=True)
             # The last dimension is that of pixels still, since those of the kernel go to the front.
-            sums = (sums @ counts.to(sums)).movedim(-1, 2)
+            sums = (sums @ counts).movedim(-1, 2)
         sums = sums.reshape(len(images), self.groups, -1, 1)
         return F.pad(sums, (0, 0, 0, 1), value=float(math.prod(self.positions))) if ones else sums
 
     def sums_displacements(self, images: Sequence[int]) -> bool:
         """Whether :meth:`second_moment` of images of this shape is fast: many fewer products than positions have."""
         n_images, channels, *size = images
-        if set(self.stride) != {1} or math.prod(self.kernel) == 1:
+        if set(self.stride) != {1} or math.prod(self.kernel) == 1 or not n_images:
             return False
         apart = min(self._n_displacements, TRANSFORMED) if channels == self.groups else self._n_displacements
         needed = apart * math.prod(size)
