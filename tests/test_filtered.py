@@ -133,9 +133,16 @@ def test_steps_of_limits():
     assert LineProcess(-3.0, 0.0, 0.0, 4.0, 0.5).best_step() == pytest.approx((8 * 0.5 / 4) ** 0.25, rel=1e-12)
     assert LineProcess(3.0, 1.0, 2.0, 1.0, 1.0).best_step() == 0  # uphill
     assert LineProcess(0.0, 1.0, 2.0, 1.0, 1.0).best_step() == 0
-    assert LineProcess(-1.0, 1.0, 2.0, 1.0, 0.0).best_step() == 0  # the surest step is the smallest
+    assert LineProcess(-1.0, 1.0, 2.0, 1.0, 0.0).best_step() == 0.5  # and not the smallest, which is the surest
+    assert LineProcess(-1.0, 1.0, 0.0, 0.0, 0.0).best_step() == math.inf
+    assert LineProcess(-1.0, 1.0, -2.0, 3.0, 0.0).best_step() == pytest.approx(4 / 3, rel=1e-12)
     assert LineProcess(-1.0, 0.0, -2.0, 0.0, 1.0).best_step() == math.inf
     assert LineProcess(-1.0, 0.0, 0.0, 0.0, 0.0).best_step() == math.inf
+    without = LineProcess(-10.0, 5.0, 300.0, 0.0, 20.0).best_step()
+    for tiny in (
+        10.0**power for power in range(-36, -15)
+    ):  # coefficients that differ so much that roots of polynomials are lost
+        assert LineProcess(-10.0, 5.0, 300.0, tiny, 20.0).best_step() == pytest.approx(without, rel=1e-12)
     uncertain = [LineProcess(-1.0, p, 1.0, q, 0.1).best_step() for p, q in ((0, 0), (1, 0), (1, 1), (9, 9))]
     assert uncertain == sorted(uncertain, reverse=True)
 
@@ -215,6 +222,8 @@ def test_products_that_are_wrong_once_mapped_are_noticed(monkeypatch):
 
     monkeypatch.setattr(DataDerivatives, "_mapped", mistaken)
     with point.on(*batch) as derivatives:
+        derivatives.per_datum(0 * row)
+        assert point.can_be_mapped is None  # a step of zero shows nothing
         products = derivatives.per_datum(row)[1]
     assert point.can_be_mapped is False
     assert_equal(products, reference(model, batch)[2] @ row)

@@ -256,6 +256,9 @@ def test_what_is_refused():
         fisher.append(some_vectors(31))
     with pytest.raises(NonFiniteError, match="finite numbers in the gradients, got 1 of 62 that are not"):
         fisher.append(torch.cat([some_vectors(61), torch.tensor([torch.nan])]).view(2, 31))
+    single = EmpiricalFisher(nn.Linear(2, 2), (torch.randn(4, 2), torch.tensor([0, 1, 0, 1])), "classification")
+    with pytest.raises(NonFiniteError, match="finite numbers in the gradients, got 6 of 6 that are not"):
+        single.append(torch.full((1, 6), 1e39, dtype=torch.float64))  # infinite in the precision of the window
     assert_equal(fisher.matvec(some_vectors(31)), before)
     with pytest.raises(ValueError, match=r"a positive, finite damping, got 0"):
         fisher.inverse_diagonal(0.0)

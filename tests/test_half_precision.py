@@ -13,6 +13,7 @@ import debiased_laplace as dl
 from debiased_laplace.curvature.moments import MomentSum
 from debiased_laplace.likelihoods import Gaussian
 from debiased_laplace.network.layers import patches as patches_module
+from debiased_laplace.network.layers.embedding import EmbeddingCall
 from debiased_laplace.network.layers.linear import LinearCall
 from debiased_laplace.network.layers.patches import Patches, second_moment
 from debiased_laplace.network.network import Network
@@ -197,3 +198,16 @@ def test_a_layer_that_is_read_otherwise_is_noticed_in_half_precision(monkeypatch
     right = LinearCall.outputs
     monkeypatch.setattr(LinearCall, "outputs", lambda *arguments: 1.25 * right(*arguments))
     assert set(Network.discover(model, x).apart) == {name for name, _ in model.named_parameters()}
+
+
+def test_a_large_embedding_that_is_read_otherwise_is_noticed_in_half_precision(monkeypatch):
+    """Most of its rows have no part in the gradient, and none in the mean that is compared."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Embedding(20_000, 4), nn.Flatten(), nn.Linear(12, 8), nn.Tanh(), nn.Linear(8, 3)
+    ).bfloat16()
+    x = torch.randint(20_000, (6, 3))
+    assert not Network.discover(model, x).apart
+    right = EmbeddingCall.outputs
+    monkeypatch.setattr(EmbeddingCall, "outputs", lambda *arguments: 3 * right(*arguments))
+    assert "0.weight" in Network.discover(model, x).apart

@@ -294,6 +294,37 @@ def test_steps_may_have_numbers_and_several_batches():
     assert [entry["step"] for entry in monitor.history] == [1041, 1100]
 
 
+def test_steps_that_start_again_are_another_training():
+    clock = Clock()
+    monitor = Monitor(network(), "classification", every=10, budget=None, n_directions=K, clock=clock)
+    for _ in range(2):
+        for number in range(1, 24):
+            monitor.step(batches(1)[0], number)
+            clock.now += 1.0
+        clock.now += 1000.0  # between trainings
+    assert [entry["step"] for entry in monitor.history] == [10, 20, 10, 20]
+    assert monitor.training_time == 2 * 22
+
+
+def test_trouble_of_a_later_measurement_is_a_problem(monkeypatch):
+    monitor, data = Monitor(network(), "classification", every=3, budget=None, n_directions=K), batches(3)
+    for batch in data:
+        monitor.step(batch)
+
+    def failing(*_):
+        raise RuntimeError("linalg.eigh did not converge")
+
+    monkeypatch.setattr(CurvatureReading, "of", failing)
+    with pytest.warns(UserWarning, match="training goes on: linalg.eigh"):
+        for batch in data:
+            monitor.step(batch)
+    assert monitor.history[1]["problem"] == "linalg.eigh did not converge"
+    fresh = Monitor(network(), "classification", every=3, n_directions=K)
+    with pytest.raises(RuntimeError, match=r"linalg\.eigh"):
+        for batch in data:
+            fresh.step(batch)
+
+
 def test_small_and_empty_batches_are_passed_over_and_large_ones_cut():
     model = network()
     monitor = Monitor(model, "classification", every=4, budget=None, n_directions=K)
@@ -372,6 +403,8 @@ def test_what_cannot_be_measured_at_all_is_an_error_at_once():
         ({"tolerance": -1}, ValueError, "tolerance"),
         ({"n_directions": 0}, ValueError, "n_directions"),
         ({"n_data": 0}, ValueError, "n_data"),
+        ({"chunk_size": -3}, ValueError, "chunk_size"),
+        ({"model": "network"}, TypeError, "Expected a model"),
         ({"curvature": "fisher"}, ValueError, "a curvature out of"),
         ({"writer": []}, TypeError, r"add_scalar\(tag, value, step\).* got list"),
         ({"likelihood": "clasification"}, ValueError, "clasification"),
@@ -379,7 +412,7 @@ def test_what_cannot_be_measured_at_all_is_an_error_at_once():
 )
 def test_wrong_settings_are_errors_before_the_training(settings, error, words):
     with pytest.raises(error, match=words):
-        Monitor(network(), **{"likelihood": "classification", **settings})
+        Monitor(**{"model": network(), "likelihood": "classification", **settings})
 
 
 # -- checkpoints and TensorBoard ---------------------------------------------------------------------

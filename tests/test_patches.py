@@ -13,6 +13,7 @@ import debiased_laplace as dl
 from debiased_laplace.likelihoods import Gaussian
 from debiased_laplace.network.layers import patches as module
 from debiased_laplace.network.layers.patches import Patches, second_moment
+from debiased_laplace.network.memory import HeldMemory
 from debiased_laplace.network.network import Network
 from tests.datasets import measure, weighted
 from tests.tolerances import assert_equal
@@ -75,6 +76,16 @@ def test_sums_of_patches(name, ones, stride):
     patches = replace(patches, positions=positions, stride=(stride,) * len(positions))
     expected = patches.columns(images, ones=ones).sum(-1, keepdim=True)
     assert_equal(patches.sums(images, ones=ones), expected)
+
+
+def test_sums_of_a_long_signal_take_the_memory_of_a_short_kernel():
+    """A second of sound: what is put together has pixels times kernel entries, and no positions."""
+    signal = torch.arange(16_000, dtype=torch.float64).view(1, 1, -1)
+    patches = Patches((80,), ((16_000 - 80) // 4 + 1,), (4,), (1,), ((0, 0),), 1)
+    with HeldMemory() as memory:
+        sums = patches.sums(signal, ones=False)
+    assert_equal(sums, signal.unfold(2, 80, 4).sum(2).view(1, 1, 80, 1))
+    assert max(memory.held) < 4 * 8 * 16_000 * 80
 
 
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if len(case[0]) == 2])

@@ -209,6 +209,31 @@ def test_it_is_tuned_saved_loaded_and_goes_on_with_more_data(choice, tmp_path):
         assert (one is None and two is None) or torch.equal(one, two)
 
 
+def test_what_was_chosen_has_to_be_trainable_still():
+    model, loader = digits()
+    settings = {"structure": Full(), "parameters": dl.by_sensitivity(0.2)}
+    earlier = dl.fit(model, loader, "classification", **settings)
+    model[2].requires_grad_(False)
+    with pytest.raises(ValueError, match=r"got one where \['2.weight', '2.bias'\] are not"):
+        dl.fit(model, loader[:1], "classification", previous=earlier, **settings)
+
+
+def test_names_that_are_chosen_are_no_patterns():
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.p = nn.ParameterDict({"a[0]": torch.ones(3, 2), "b": torch.zeros(3)})
+
+        def forward(self, x):
+            return nn.functional.linear(x, self.p["a[0]"], self.p["b"])
+
+    x, y = torch.randn(40, 2), torch.arange(40) % 3
+    chosen = dl.by_sensitivity(share=1, blocks=True)
+    posterior = dl.fit(Named(), [(x, y)], "classification", structure=Full(), parameters=chosen)
+    assert set(posterior.network.shapes) == {"p.a[0]", "p.b"}
+    assert dl.fit(Named(), [(x, y)], "classification", structure=Full(), parameters=chosen, previous=posterior)
+
+
 def test_one_pass_over_any_stream_will_do_and_an_interrupted_fit_goes_on(tmp_path):
     model, loader = digits()
     settings = {"structure": Full(), "parameters": dl.by_sensitivity(0.2), "mc_samples": 2}

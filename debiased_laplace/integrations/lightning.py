@@ -114,7 +114,7 @@ class MonitorCallback(DuringTraining, *_CALLBACKS):  # type: ignore[misc]
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Check the monitor, and give it a writer."""
         self.check(pl_module)
-        if self.monitor.writer is None:
+        if self.monitor.writer is None or isinstance(self.monitor.writer, _Loggers):  # of an earlier trainer
             self.monitor.writer = _Loggers(trainer.loggers)
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:

@@ -206,7 +206,7 @@ class DataDerivatives:
         if columns is not None and self._model.can_be_mapped is not False:
             try:
                 found = self._mapped(row, *columns)
-                if row is not None and self._model.can_be_mapped is None:
+                if row is not None and self._model.can_be_mapped is None and found[1].any():
                     self._model.can_be_mapped = self._adds_up(row, found[1])
                 if self._model.can_be_mapped is not False:
                     return found

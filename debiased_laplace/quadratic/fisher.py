@@ -136,8 +136,8 @@ class EmpiricalFisher(GramProducts):
                 f"Expected gradients of shape [k, {self.network.n_params}], one entry for each parameter, got "
                 f"{tuple(gradients.shape)}."
             )
-        _checks.finite(gradients, "the gradients", "Look for NaN in the data, or for an overflow.")
         rows = gradients.detach()[-self.window :].to(self._rows)
+        _checks.finite(rows, "the gradients", "Look for NaN in the data, or for an overflow.")
         places = (self._next + torch.arange(len(rows), device=rows.device)) % self.window
         self._rows[places] = rows
         self._next = (self._next + len(rows)) % self.window

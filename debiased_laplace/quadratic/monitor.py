@@ -195,6 +195,9 @@ class Monitor:
         _checks.whole(every, "every")
         _checks.whole(n_directions, "n_directions")
         _checks.whole(n_data, "n_data", otherwise="None for those of the first batch")
+        _checks.chunk_size(chunk_size)
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"Expected a model (a torch.nn.Module), got {type(model).__name__}.")
         if curvature not in KINDS:
             raise ValueError(f"Expected a curvature out of {list(KINDS)}, got {curvature!r}.")
         if writer is not None and not callable(getattr(writer, "add_scalar", None)):
@@ -232,7 +235,7 @@ class Monitor:
         Args:
             batch: ``(inputs, targets)``, or what else :class:`Quadratic` takes for one batch; or a function that gives
                 one, called for the batches of a measurement alone.
-            step: Its number; by default one more than that of the last.
+            step: Its number; by default one more than that of the last. A smaller one begins another training.
 
         Returns:
             The measurement, if there was one.
@@ -242,6 +245,9 @@ class Monitor:
             ValueError: If the first measurement cannot be made. Trouble later on, and with numbers that are not finite
                 at any time, is kept as a problem in the history instead, and the training goes on.
         """
+        if step is not None and step < self.steps:
+            self.due, self._left = (step // self.every + 1) * self.every, None
+            self._batches.clear()
         self.steps = self.steps + 1 if step is None else step
         nearly_due = self.steps > self.due - N_BATCHES
         if nearly_due and torch.cuda.is_initialized():  # what the training has queued is its own time
@@ -279,10 +285,10 @@ class Monitor:
         return measured
 
     def _is_within_budget(self) -> bool:
-        """Whether a measurement that takes as long as the last one would be."""
-        if self.budget is None or not self.history:
-            return True
-        return self.own_time + self.history[-1]["seconds"] <= self.budget * self.training_time
+        """Whether a measurement that takes as long as the last whole one would be."""
+        whole = [entry["seconds"] for entry in self.history if "problem" not in entry]
+        seconds = (whole or [entry["seconds"] for entry in self.history])[-1:]
+        return self.budget is None or not seconds or self.own_time + seconds[0] <= self.budget * self.training_time
 
     def _postpone(self) -> None:
         self.due = (max(self.steps, self.due) // self.every + 1) * self.every
@@ -310,7 +316,7 @@ class Monitor:
                 Quadratic(snapshot, batch, self.likelihood, **self._settings) for batch in self._batches
             )
             return CurvatureReading.of((first, second, third), self.n_directions, self.tolerance), None
-        except (ValueError, _checks.ConvergenceError) as error:
+        except (ValueError, RuntimeError) as error:
             of_training = isinstance(error, (_checks.NonFiniteError, _checks.ConvergenceError))
             if not of_training and not self.history:
                 raise

@@ -22,7 +22,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -35,6 +34,9 @@ from debiased_laplace.quadratic.derivatives import LossAtPoint, scaled_to_unit
 from debiased_laplace.quadratic.optim.optimizer import ModelOptimizer, move
 
 __all__ = ["FilteredSGD", "LineProcess", "update"]
+
+#: Steps beyond this are infinite: their fourth power has to be a number.
+LONGEST = 1e60
 
 
 def update(
@@ -96,18 +98,32 @@ class LineProcess:
 
         Of the mean over its standard deviation, the derivative has the sign of :math:`2 s (\lambda t + \gamma)
         + \frac12 \lambda p t^3 - \frac14 \gamma q t^4`. If the slope is negative, that has one positive root whatever
-        the sign of the curvature (rule of Descartes), with :math:`-\gamma / \lambda` if nothing is uncertain. Zero if
-        the slope is not negative; infinite where nothing bounds it.
+        the sign of the curvature (rule of Descartes), found by bisection: companion matrices lose it where coefficients
+        differ much. It is :math:`-\gamma / \lambda` if the loss is certain (the others would have the smallest step
+        the best). Zero if the slope is not negative; infinite where nothing bounds it.
         """
-        s, p, q = self.loss_variance, self.slope_variance, self.curvature_variance
-        if not self.slope < 0:
+        slope, curvature, s = self.slope, self.curvature, self.loss_variance
+        p, q = self.slope_variance, self.curvature_variance
+        if not slope < 0:
             return 0.0
-        if not (s or p or q):
-            return -self.slope / self.curvature if self.curvature > 0 else math.inf
-        polynomial = (-self.slope * q / 4, self.curvature * p / 2, 0.0, 2 * s * self.curvature, 2 * s * self.slope)
-        roots = np.roots(np.array(polynomial) / max(map(abs, polynomial)))
-        positive = roots.real[(roots.imag == 0) & (roots.real > 0)]
-        return float(positive[0]) if len(positive) else (math.inf if self.curvature < 0 else 0.0)
+        if not s:
+            bound = 2 * curvature * p / slope / q if q and curvature < 0 else math.inf
+            return -slope / curvature if curvature > 0 else bound or math.inf
+
+        def falls(t: float) -> bool:
+            return 2 * s * (curvature * t + slope) + t**3 * (curvature * p / 2 - slope * q * t / 4) < 0
+
+        low = high = 1.0
+        while falls(high):
+            high *= 2
+            if high > LONGEST:
+                return math.inf
+        while low and not falls(low):
+            low /= 2
+        for _ in range(80):
+            middle = low + (high - low) / 2
+            low, high = (middle, high) if falls(middle) else (low, middle)
+        return high
 
 
 class FilteredSGD(ModelOptimizer):
