@@ -208,7 +208,7 @@ def parts(record: Mapping[str, Any]) -> dict[str, str]:
     ]
     columns = ["window", "memory", "product", "one gradient more", "eigenvectors", "diagonal", "Gram matrix anew"]
     of_costs = [
-        [window, f"{of['memory'] / 2**20:.1f} MB",
+        [window, f"{of['memory'] / 1e6:.1f} MB",
          *(f"{of[name]:.2g}" for name in ("product", "append", "eigenvectors", "diagonal", "anew"))]
         for window, of in record["costs"].items()
     ]  # fmt: skip
