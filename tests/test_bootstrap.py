@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 
+from debiased_laplace import _arrays
 from debiased_laplace.evaluation.scores import (
     bootstrap,
     calibration,
-    checks,
     classification,
     detection,
     refinement,
@@ -132,7 +132,7 @@ def test_classification(case: str) -> None:
     probabilities, targets = awkward()[case]
     weights = counts(len(targets))
     scores = bootstrap.classification_replicates(probabilities, targets, weights)
-    probabilities, targets = checks.check_predictions(probabilities, targets)
+    probabilities, targets = _arrays.check_predictions(probabilities, targets)
     whole = classification.classification_metrics(probabilities, targets)
     assert set(scores) == set(whole) - {"reliability"}
     found = refinement.recalibrate(probabilities, np.eye(probabilities.shape[1])[targets])
