@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from debiased_laplace import _data
-from debiased_laplace.curvature.pairs import PairsOfPositions, many_scales
+from debiased_laplace.curvature.pairs import PairsOfPositions, many_scales, one_for_all
 
 #: Bytes of formed gradients at a time: what a core's own cache holds, and more on an accelerator. Products of matrices
 #: that leave it take half as long again, if their rows begin anywhere in memory.
@@ -314,23 +314,6 @@ class FactoredGradients:
 def projection_memory(device: torch.device) -> int:
     """Bytes of formed gradients at a time on a device."""
     return PROJECTION_MEMORY["cpu" if device.type == "cpu" else "accelerator"]
-
-
-def one_for_all(scales: Tensor) -> Tensor | None:
-    """``[R]`` if each of several ``h: [R, ...]`` is one number for all entries, as of a prior alone; else None.
-
-    None on a card, which would have to be waited for.
-    """
-    rows = scales.flatten(1)
-    if (
-        scales.requires_grad
-        or scales.device.type != "cpu"
-        or len(rows) == 1
-        or not rows.shape[1]
-        or not bool((rows == rows[:, :1]).all())
-    ):
-        return None
-    return rows[:, 0]
 
 
 def covariances_of_rows(rows: Tensor, scales: Tensor) -> Tensor:

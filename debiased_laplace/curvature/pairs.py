@@ -31,6 +31,23 @@ def many_scales(n_scales: int, n_vectors: int) -> bool:
     return 2 * n_scales > n_vectors + 1
 
 
+def one_for_all(scales: Tensor) -> Tensor | None:
+    """``[R]`` if each of several ``h: [R, ...]`` is one number for all entries, as of a prior alone; else None.
+
+    None on a card, which would have to be waited for.
+    """
+    rows = scales.flatten(1)
+    if (
+        scales.requires_grad
+        or scales.device.type != "cpu"
+        or len(rows) == 1
+        or not rows.shape[1]
+        or not bool((rows == rows[:, :1]).all())
+    ):
+        return None
+    return rows[:, 0]
+
+
 class PairsOfPositions:
     """Gradients of one block by pairs of positions.
 

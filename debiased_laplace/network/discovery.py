@@ -340,8 +340,7 @@ def _misread(
         of_datum = torch.cat(parts, 2).diagonal(dim1=0, dim2=2)  # [G, O, S, N]: of the datum that the vector is for
         actual = block.scatter(gradients_of_data(of_datum, factors.inputs(block)))
         for name in (name for name in block.parameters if expected[name].numel()):
-            # Rows of an embedding that no datum selects have no part in the mean.
-            n_entries = max(1, int(((expected[name] != 0) | (actual[name] != 0)).sum()))
+            n_entries = max(1, int(((expected[name] != 0) | (actual[name] != 0)).sum()))  # rows that are selected
             size, difference = (
                 float(torch.linalg.vector_norm(tensor, norm)) / n_entries ** (1 / norm)
                 for tensor in (expected[name], actual[name] - expected[name])
