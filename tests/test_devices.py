@@ -144,6 +144,7 @@ UNIFORM = dl.UniformSampler(None)
 CASES = {
     "lenet-kronecker": Case(lenet, images, tune={"temperature": True}),
     "lenet-isotropic": Case(lenet, images, fit={"structure": dl.Isotropic(), "sampler": UNIFORM}),
+    "lenet-reduce": Case(lenet, images, fit={"structure": dl.Kronecker(sharing=dl.Reduce())}),
     "lenet-marginal-likelihood": Case(lenet, images, numbers, "regression", tune={"val_loader": None}),
     "transformer-kronecker": Case(Padded, tokens, numbers, "regression", fit={"mc_samples": 1}),
     "transformer-low-rank": Case(

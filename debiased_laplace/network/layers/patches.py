@@ -104,9 +104,9 @@ class Patches:
             entries, positions = (torch.arange(size, device=images.device) for size in (k, self.positions[dimension]))
             seen = positions * self.stride[dimension] - self.padding[dimension][0]
             seen = seen + entries[:, None] * self.dilation[dimension]  # [K, positions]
-            inside = (seen >= 0) & (seen < pixels)
-            counts, one = sums.new_zeros(pixels, k), sums.new_ones(())
-            counts.index_put_((seen[inside], entries[:, None].expand_as(seen)[inside]), one, accumulate=True)
+            # What is beyond the edges is counted in a line of its own on either side, without waiting for a card.
+            line, entry = (seen + 1).clamp_(0, pixels + 1), entries[:, None].expand_as(seen)
+            counts = sums.new_zeros(pixels + 2, k).index_put_((line, entry), sums.new_ones(()), accumulate=True)[1:-1]
             # The last dimension is that of pixels still, since those of the kernel go to the front.
             sums = (sums @ counts).movedim(-1, 2)
         sums = sums.reshape(len(images), self.groups, -1, 1)
