@@ -7,6 +7,7 @@ import math
 
 import numpy as np
 import pytest
+import relplot
 from scipy.optimize import brentq, minimize_scalar
 from sklearn.metrics import roc_auc_score
 
@@ -68,6 +69,17 @@ def test_smooth_error_is_nearly_the_one_without_cells(n: int, room: float) -> No
     assert calibration.smooth_calibration_error(binary(confidence), (~hits).astype(int)) == pytest.approx(
         expected, rel=room
     )
+
+
+@pytest.mark.parametrize("right", [1.0, 0.7, 0.3])
+@pytest.mark.parametrize("n", [300, 3000, 30_000])
+def test_smooth_error_is_that_of_its_authors(n: int, right: float) -> None:
+    """Within the last halving of the bandwidth in their search."""
+    generator = np.random.default_rng(n)
+    confidence = generator.uniform(0.5, 1, n)
+    hits = generator.random(n) < right * confidence
+    value = calibration.smooth_calibration_error(binary(confidence), (~hits).astype(int))
+    assert value == pytest.approx(relplot.smECE(confidence, hits.astype(float)), abs=2**-10)
 
 
 def test_smooth_error_by_hand() -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from debiased_laplace.evaluation.methods import ISOTROPIC, Method, Options, is_variant, methods_of
+from debiased_laplace.evaluation.methods import Method, Options, is_variant, methods_of
 from debiased_laplace.evaluation.report.summary import summarise
 from debiased_laplace.evaluation.shipped import digits
 from debiased_laplace.evaluation.shipped.common import one_thread
@@ -37,19 +37,15 @@ GRID_SIZE, GRID_SIZE_QUICK = 28, 16
 #: Gradients of the network that take as long as a seed, and as the rest of the command, quick or not: their shares of
 #: products and of Python are alike. From ``eval/demonstration.py``.
 GRADIENTS_OF_A_SEED, GRADIENTS_OF_A_SEED_QUICK, GRADIENTS_OF_THE_REST = 5400, 3600, 1700
-#: What would take longer than all else together is left to ``debiased-laplace evaluate digits``, and so are identity
-#: curvature, further rules of tuning and single batches; the temperature is shown by both rules.
+#: What would take longer than all else together is left to ``debiased-laplace evaluate digits``, and so are further rules
+#: of tuning and single batches; the temperature is shown by both rules.
 LEFT_OUT = ("laplace-torch", "ensemble")
 QUICK = "This was a quick run on few data: it shows that everything works, and decides nothing."
 
 
 def demo_methods(task: Task) -> tuple[Method, ...]:
     """What the demonstration compares."""
-    return tuple(
-        method
-        for method in methods_of(task)
-        if method.kind not in LEFT_OUT and method.name != ISOTROPIC and not is_variant(method.name)
-    )
+    return tuple(method for method in methods_of(task) if method.kind not in LEFT_OUT and not is_variant(method.name))
 
 
 def expected_seconds(
