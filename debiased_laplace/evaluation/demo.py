@@ -37,8 +37,8 @@ GRID_SIZE, GRID_SIZE_QUICK = 28, 16
 #: Gradients of the network that take as long as a seed, and as the rest of the command, quick or not: their shares of
 #: products and of Python are alike. From ``eval/demonstration.py``.
 GRADIENTS_OF_A_SEED, GRADIENTS_OF_A_SEED_QUICK, GRADIENTS_OF_THE_REST = 5400, 3600, 1700
-#: What would take longer than all else together is left to ``debiased-laplace evaluate digits``, and so are further rules
-#: of tuning and single batches; the temperature is shown by both rules.
+#: What would take longer than all else together is left to ``debiased-laplace evaluate digits``, and so are further
+#: rules of tuning and single batches; the temperature is shown by both rules.
 LEFT_OUT = ("laplace-torch", "ensemble")
 QUICK = "This was a quick run on few data: it shows that everything works, and decides nothing."
 
