@@ -15,7 +15,7 @@ from debiased_laplace.sampling.samplers import PrioritySampler, UniformSampler
 from debiased_laplace.sampling.splits import Single
 
 MAP, TEMPERATURE, TEMPERATURE_RULE = "MAP", "temperature scaling", "temperature, one standard error"
-ISOTROPIC = "identity curvature"
+ISOTROPIC, ENSEMBLE = "identity curvature", "deep ensemble"
 #: How posteriors of classifiers are tuned, for the reasons in docs/results.md: as much uncertainty as the validation
 #: data allow, with a temperature, and the covariance of the outputs.
 RECIPE = {"link_approx": "mean_field", "tune_temperature": True, "selection": "one_standard_error"}
@@ -207,9 +207,7 @@ def standard_methods(
         )  # fmt: skip
     members: tuple[Method, ...] = ()
     if ensemble:
-        members = (
-            Method("deep ensemble", "ensemble", description="The mean of networks trained from other random starts."),
-        )
+        members = (Method(ENSEMBLE, "ensemble", description="The mean of networks trained from other random starts."),)
     if likelihood == "regression":
         point = Method(MAP, "map", description="The network's output and one noise variance, tuned on validation data.")
         return (point, *common, *timed, *whole, *members)
