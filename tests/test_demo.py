@@ -19,8 +19,8 @@ from debiased_laplace.evaluation.shipped import digits
 
 runner = CliRunner()
 NAMES = [
-    "MAP", "temperature scaling", "temperature, one standard error", "last-layer Laplace", "single-batch K-FAC",
-    "debiased K-FAC", "full-data K-FAC", "debiased, probit", "debiased, layers",
+    "MAP", "temperature scaling", "temperature, one standard error", "last-layer Laplace", "identity curvature",
+    "single-batch K-FAC", "debiased K-FAC", "full-data K-FAC", "debiased, probit", "debiased, layers",
 ]  # fmt: skip
 
 

@@ -100,8 +100,8 @@ def test_a_record_is_complete_and_is_the_file(blobs: SimpleNamespace) -> None:
         assert ("prior_precisions" in about) == ("tune_temperature" in method.tune)
         assert "failed" not in about
     assert set(record["test"]["differences"]) == {
-        "MAP", "temperature scaling", "temperature, one standard error", "single-batch K-FAC", "full-data K-FAC",
-        "laplace-torch",
+        "MAP", "temperature scaling", "temperature, one standard error", "identity curvature", "single-batch K-FAC",
+        "full-data K-FAC", "laplace-torch",
     }  # fmt: skip
     assert [step for seed, step in blobs.steps if seed == 1] == [
         "model", *(f"fit: {method.name}" for method in methods), "predict: test", "predict: moved 1",
