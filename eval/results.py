@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -143,6 +143,8 @@ def titles(summary: Summary) -> list[str]:
 
 #: What a record leaves out of a summary: what figures alone show, and texts.
 LEFT_OUT = ("curves", "curve", "histograms", "most_uncertain", "coverage", "settings")
+#: Scores that it keeps of every single shift.
+OF_SHIFTS = ("accuracy", "nll", "ece", "rmse")
 
 
 def compact(summary: Summary) -> Summary:
@@ -150,12 +152,21 @@ def compact(summary: Summary) -> Summary:
     candidate = by_role(summary, "candidate")
     kept: Summary = rounded({key: entry for key, entry in summary.items() if key not in LEFT_OUT})
     sets = [e["prediction_sets"] for e in (kept["test"], kept["strong_shift"]) if e and "prediction_sets" in e]
+    scores = next(iter(kept["test"]["scores"].values()))
+    kept["shifts"] = [without(entry, set(scores) - set(OF_SHIFTS)) for entry in kept["shifts"]]
     for entry in (*kept["shifts"], *kept["ood"], *sets):
         entry["differences"] = {
             second: {first: scores for first, scores in others.items() if first == candidate}
             for second, others in entry["differences"].items()
         }
     return kept
+
+
+def without(value: Any, keys: Set[str]) -> Any:
+    """The same without these keys, at any depth."""
+    if isinstance(value, Mapping):
+        return {key: without(entry, keys) for key, entry in value.items() if key not in keys}
+    return [without(entry, keys) for entry in value] if isinstance(value, list) else value
 
 
 def rounded(value: Any) -> Any:
