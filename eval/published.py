@@ -47,12 +47,14 @@ from debiased_laplace.posterior.predictive import functional_moments
 from debiased_laplace.posterior.temperature import most_uncertain_temperature, temperature_scaling
 
 MEAN, STD = (torch.tensor(v).view(3, 1, 1) for v in ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)))
-N_DATA, BATCH, BUDGET = 50_000, 250, 1024
-SPLITS, N_TIMED = 20, 100
+N_DATA, BATCH, N_TIMED = 50_000, 250, 100
+BUDGET = 1024
+SPLITS = 20
 PRIORS = torch.logspace(0, 5, 11, dtype=torch.float64)
 SMALLER = torch.logspace(-3, -0.5, 6, dtype=torch.float64)  # for parts of a network: of few parameters one expects more
 TEMPERATURES = [2 ** (step / 4) for step in range(-16, 9)]
-LINKS, DRAWS = ("probit", "mean_field", "mc"), 1024
+LINKS = ("probit", "mean_field", "mc")
+DRAWS = 1024
 LIKELIHOOD = Categorical()
 SHIFTS = {"noise 3": ("noise", 3), "blur 3": ("blur", 3), "contrast 4": ("contrast", 4)}
 CONDITIONS, CONTROLS = ("test", "rotated"), ("identity", "K-FAC, single batch")

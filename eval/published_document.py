@@ -10,7 +10,7 @@ from documents import markdown
 from debiased_laplace.evaluation.report.numbers import number, plus_minus
 
 #: CIFAR-10 test, as Ludvins/FixedMeanGaussianProcesses has them: NLL, ECE in %, seconds to train.
-PUBLISHED: dict[str, dict[str, tuple[float, float, int | None]]] = {
+PUBLISHED = {
     "resnet20": {
         "MAP": (0.2815, 3.90, None), "last layer, K-FAC (laplace-torch)": (0.2659, 2.39, None),
         "last layer, dense (laplace-torch)": (0.2566, 2.04, None), "ELLA": (0.2310, 0.83, 1003),

@@ -136,7 +136,8 @@ def test_what_the_document_says_of_a_cell(published):
     assert document.calibration({"ece": 0.02, "ece by chance": [0.01, 0.03]}) == "2.00 (1.0 to 3.0)"
     assert document.calibration({"ece": 0.005, "ece by chance": [0.01, 0.03]}) == "0.50 (1.0 to 3.0)"
     assert document.calibration({"ece": 0.04, "ece by chance": [0.01, 0.03]}) == "**4.00** (1.0 to 3.0)"
-    assert document.of_calibration({"ece": 0.02, "ece by chance": [0.01, 0.03]}, 0.8).endswith(": no; chance alone makes more")
+    beyond = document.of_calibration({"ece": 0.02, "ece by chance": [0.01, 0.03]}, 0.8)
+    assert beyond.endswith(": no; chance alone makes more")
     assert document.of_calibration({"ece": 0.02, "ece by chance": [0.005, 0.03]}, 0.8).endswith(": no")
     assert document.of_calibration({"ece": 0.007, "ece by chance": [0.005, 0.03]}, 0.8).endswith(": yes")
     assert [document.marked({"at an end": ends}) for ends in ((0.5, 0.4), (0, 0.9), (0.4, 0.4))] == ["†", "‡", ""]
