@@ -108,7 +108,7 @@ def judgement(value: float, aim: float, error: float) -> str:
 
 
 def aims(record: Mapping[str, Any]) -> str:
-    """What was wanted, and what came out."""
+    """What was wanted, and what came out; all fits are of minutes."""
     rows = []
     for name, of_network in record.items():
         nll, ece, turned = AIMS[name]
@@ -128,7 +128,8 @@ def aims(record: Mapping[str, Any]) -> str:
             ]
         spent = [of_network["costs"].get(method) for method, _ in CHOSEN.values()]
         seconds = of_network["costs"]["gradient"]["seconds"]
-        made["a fit in minutes"] = ["", *("" if c is None else f"{c['fit'] * seconds / 60:.2g} min" for c in spent)]
+        fits = ["" if c is None else f"{c['fit'] * seconds / 60:.2g} min: yes" for c in spent]
+        made["a fit of minutes"] = ["", *fits]
         rows += [[NAMES[name], aim, *cells] for aim, cells in made.items()]
     return markdown(["network", "aim", "temperature scaling", *CHOSEN], rows)
 
@@ -150,7 +151,8 @@ def tries(record: Mapping[str, Any]) -> str:
     lines = []
     for name, of_network in record.items():
         of = of_network["methods"]
-        for what, condition, digits in (("NLL", "test", 4), ("NLL of turned images", "rotated", 2)):
+        turned = [("NLL of turned images", "rotated", 2)] if AIMS[name][2] is not None else []
+        for what, condition, digits in (("NLL", "test", 4), *turned):
             links = [f"{title} {of[DEFAULT][f'{link}, {BEST}'][condition]['nll'][0]:.{digits}f}"
                      for link, title in LINK_NAMES.items()]  # fmt: skip
             rules = [f"{title} {of[DEFAULT][f'mc, {way}'][condition]['nll'][0]:.{digits}f}"
@@ -223,7 +225,14 @@ def methods(record: Mapping[str, Any]) -> str:
         for name, method, of in each(record)
     ]
     count = counted(way["test"]["minus temperature scaling"] for *_, of in each(record) for way in shown_ways(of))
-    return f"{markdown(['network', 'posterior', *way_columns()], rows)}\n\n{count}"
+    return f"{markdown(['network', 'posterior', *way_columns()], rows)}\n\n{count}{unmeasured(record, 'methods')}"
+
+
+def unmeasured(record: Mapping[str, Any], what: str) -> str:
+    """Which posteriors one network has and another has not."""
+    every = list(dict.fromkeys(method for of_network in record.values() for method in of_network[what]))
+    lacking = {name: [m for m in every if m not in of_network[what]] for name, of_network in record.items()}
+    return "".join(f" Not measured on {NAMES[name]}: {'; '.join(which)}." for name, which in lacking.items() if which)
 
 
 def calibrations(record: Mapping[str, Any]) -> str:
@@ -246,7 +255,8 @@ def costs(record: Mapping[str, Any]) -> str:
                 rows.append([NAMES[name], method, f"{both[0]:.2g}", minutes[0], f"{both[1]:.2g}", minutes[1]])
     columns = ["network", "posterior", "fit, gradients", "minutes", "10,000 predictions, gradients", "minutes"]
     said = f"One gradient of the 10,000 images at hand, in processor time of one thread: {'; '.join(speeds)}"
-    return f"{said} in a single-precision product (`eval/speed.py`).\n\n{markdown(columns, rows)}"
+    said += f" in a single-precision product (`eval/speed.py`).{unmeasured(record, 'costs')}"
+    return f"{said}\n\n{markdown(columns, rows)}"
 
 
 def against(record: Mapping[str, Any], control: str, condition: str) -> str:
