@@ -17,7 +17,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,9 +26,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from documents import show
-from published_document import parts
+from published_document import DEFAULT, SHOWN_LINKS, parts
 from results import rounded
 from safetensors.torch import load_file, save_file
+from speed import gigaflops
 from torch import Tensor, nn
 
 import debiased_laplace as dl
@@ -46,14 +47,17 @@ from debiased_laplace.posterior.predictive import functional_moments
 from debiased_laplace.posterior.temperature import most_uncertain_temperature, temperature_scaling
 
 MEAN, STD = (torch.tensor(v).view(3, 1, 1) for v in ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)))
-N_DATA, BATCH, BUDGET = 50_000, 250, 1024
-SPLITS, N_TIMED = 20, 100
+N_DATA, BATCH, N_TIMED = 50_000, 250, 100
+BUDGET = 1024
+SPLITS = 20
 PRIORS = torch.logspace(0, 5, 11, dtype=torch.float64)
-TEMPERATURES = [2 ** (step / 4) for step in range(-8, 9)]
-LINKS, DRAWS = ("probit", "mean_field", "mc"), 1024
+SMALLER = torch.logspace(-3, -0.5, 6, dtype=torch.float64)  # for parts of a network: of few parameters one expects more
+TEMPERATURES = [2 ** (step / 4) for step in range(-16, 9)]
+LINKS = ("probit", "mean_field", "mc")
+DRAWS = 1024
 LIKELIHOOD = Categorical()
 SHIFTS = {"noise 3": ("noise", 3), "blur 3": ("blur", 3), "contrast 4": ("contrast", 4)}
-CONDITIONS, CONTROL = ("test", "rotated"), "identity"
+CONDITIONS, CONTROLS = ("test", "rotated"), ("identity", "K-FAC, single batch")
 
 
 class Block(BasicBlock):
@@ -119,6 +123,11 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 
 
+def priors(method: str) -> Tensor:
+    """The prior precisions that are tried, ascending."""
+    return torch.cat([SMALLER, PRIORS]) if "parameters" in METHODS[method] else PRIORS
+
+
 def images(path: Path) -> tuple[Tensor, Tensor]:
     """Images ``[N, 3, 32, 32]`` in [0, 1] and labels ``[N]``."""
     pixels, labels = read_npz(path, "images", "labels")
@@ -146,23 +155,44 @@ def fitted(model: nn.Module, loader: Any, settings: dict[str, Any]) -> dl.Laplac
     return dl.fit(model, loader, "classification", n_data=N_DATA, **settings)
 
 
-def moments(posterior: dl.Laplace, inputs: Tensor) -> tuple[Tensor, Tensor]:
+def moments(posterior: dl.Laplace, inputs: Tensor, priors: Tensor) -> tuple[Tensor, Tensor]:
     """Outputs ``[N, C]`` and their covariances ``[R, N, C, C]`` at every prior precision."""
-    grid = [replace(posterior.posterior, prior_precision=p.reshape(1)) for p in PRIORS.to(inputs.device)]
+    grid = [replace(posterior.posterior, prior_precision=p.reshape(1)) for p in priors.to(inputs.device)]
     parts = [functional_moments(posterior.network, grid, part) for part in inputs.split(BATCH)]
     return torch.cat([f for f, _ in parts]), torch.cat([v for _, v in parts], 1)
 
 
-def gradient_seconds(model: nn.Module, loader: list[tuple[Tensor, Tensor]], n_batches: int = 4) -> float:
+Clock = Callable[[], float]
+
+
+def gradient_seconds(
+    model: nn.Module, loader: list[tuple[Tensor, Tensor]], n_batches: int = 4, clock: Clock = time.process_time
+) -> float:
     """Processor time of a gradient of all data, by a few batches of equal size."""
     some = loader[:n_batches]
     spent = []
     for _ in range(2):  # the first warms up
-        start = time.process_time()
+        start = clock()
         for x, y in some:
             torch.autograd.grad(F.cross_entropy(model(x), y), list(model.parameters()))
-        spent.append(time.process_time() - start)
+        spent.append(clock() - start)
     return min(spent) * len(loader) / len(some)
+
+
+def fitted_at_cost(
+    model: nn.Module,
+    loader: list[tuple[Tensor, Tensor]],
+    inputs: Tensor,
+    settings: dict[str, Any],
+    clock: Clock = time.process_time,
+) -> tuple[dl.Laplace, dict[str, float]]:
+    """A posterior; and what the fit, and predictions of as many data, cost in gradients of all data."""
+    gradient, start = gradient_seconds(model, loader, clock=clock), clock()
+    posterior = fitted(model, loader, settings)
+    fit_seconds, start = clock() - start, clock()
+    posterior.predict(inputs, link="mean_field")
+    each, n_data = (clock() - start) / len(inputs), sum(len(x) for x, _ in loader)
+    return posterior, {"fit": fit_seconds / gradient, "predictions": each * n_data / gradient}
 
 
 class Kept:
@@ -173,33 +203,43 @@ class Kept:
 
     @property
     def costs(self) -> dict[str, dict[str, float]]:
-        """By method, in processor time of a gradient of all data at hand: the fit, and predictions of as many data."""
+        """By method in gradients (:func:`fitted_at_cost`); of a gradient in seconds, and the machine's speed."""
         path = self.folder / "costs.json"
         return read_json(path) if path.exists() else {}
 
-    def spent(self, method: str, gradients: Mapping[str, float]) -> None:
-        """Keep what a method cost."""
-        write_json(self.folder / "costs.json", self.costs | {method: dict(gradients)})
+    def spent(self, on: str, cost: Mapping[str, float]) -> None:
+        """Keep what something cost."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_json(self.folder / "costs.json", self.costs | {on: dict(cost)})
 
     def path(self, method: str, condition: str) -> Path:
         """Of a posterior and a condition."""
         return self.folder / f"{method}.{condition}.safetensors".replace(" ", "_")
 
-    def has(self, method: str, names: Iterable[str]) -> bool:
-        """Whether all of some conditions are there."""
-        return all(self.path(method, name).exists() for name in names)
-
-    def write(self, method: str, condition: str, of: tuple[Tensor, Tensor]) -> None:
-        """The upper triangles of symmetric covariances."""
-        rows, columns = torch.triu_indices(10, 10)
-        content = {"mean": of[0].cpu().contiguous(), "covariances": of[1][..., rows, columns].cpu().contiguous()}
-        self.folder.mkdir(parents=True, exist_ok=True)
+    def missing(self, method: str, condition: str, priors: Tensor) -> Tensor:
+        """The prior precisions that are not there."""
         path = self.path(method, condition)
+        return priors[~torch.isin(priors, load_file(path)["priors"])] if path.exists() else priors
+
+    def has(self, method: str, names: Iterable[str], priors: Tensor) -> bool:
+        """Whether all of some conditions are there."""
+        return all(len(self.missing(method, name, priors)) == 0 for name in names)
+
+    def add(self, method: str, condition: str, priors: Tensor, of: tuple[Tensor, Tensor]) -> None:
+        """The upper triangles of symmetric covariances, with those at other prior precisions that are there."""
+        rows, columns = torch.triu_indices(10, 10)
+        triangles, path = of[1][..., rows, columns].cpu(), self.path(method, condition)
+        if path.exists():
+            there = load_file(path)
+            priors, triangles = torch.cat([there["priors"], priors]), torch.cat([there["covariances"], triangles])
+        order = priors.argsort()
+        content = {"mean": of[0].cpu().contiguous(), "priors": priors[order], "covariances": triangles[order]}
+        self.folder.mkdir(parents=True, exist_ok=True)
         save_file(content, path.with_suffix(".part"))
         path.with_suffix(".part").replace(path)
 
     def read(self, method: str, condition: str) -> tuple[Tensor, Tensor]:
-        """As :func:`moments` returned them."""
+        """As :func:`moments` returned them, at all prior precisions that are there."""
         content = load_file(self.path(method, condition))
         triangle, (rows, columns) = content["covariances"], torch.triu_indices(10, 10)
         whole = triangle.new_zeros(*triangle.shape[:2], 10, 10)
@@ -219,32 +259,41 @@ class Predictions:
         if self.link == "mc":
             if self._root is None or self._root[0] != prior:
                 self._root = prior, square_root(self.covariances[prior].double()).float()
-            drawn = self.mean.float() + torch.einsum("mc,nkc->mnk", self.normals, self._root[1])
-            return (drawn / temperature).softmax(-1).mean(0).double()
+            drawn = self.mean.float().T[:, None] + torch.einsum("mc,nkc->kmn", self.normals, self._root[1])
+            return (drawn.contiguous() / temperature).softmax(0).mean(1).T.double()  # classes first: faster
         covariance = self.covariances[prior].double() / temperature**2
         wanted = covariance if LIKELIHOOD.needs_covariance(self.link) else covariance.diagonal(dim1=1, dim2=2)
         return LIKELIHOOD.predictive(self.mean / temperature, wanted, self.link)
 
 
 class Table:
-    """Losses of all test data at every setting of a posterior and a link, for every condition.
+    """Losses of all test data at every setting of a posterior and a link.
 
     Attributes:
-        settings: Prior precision and temperature of every row.
-        losses: ``[settings, N]`` by condition, nats, float64.
+        priors: Prior precisions, ascending.
+        settings: Number of the prior precision, and temperature, of every row.
+        losses: ``[settings, N]``, nats, float64, of the data as they are.
     """
 
-    def __init__(self, of: Mapping[str, tuple[Tensor, Tensor]], labels: Tensor, link: str, normals: Tensor) -> None:
+    def __init__(
+        self, of: Mapping[str, tuple[Tensor, Tensor]], priors: Tensor, labels: Tensor, link: str, normals: Tensor
+    ) -> None:
         self.of = {name: Predictions(*moments, link, normals) for name, moments in of.items()}
-        self.labels = labels
-        self.settings = [(r, t) for r in range(len(PRIORS)) for t in temperatures(link)]
-        self.losses = {
-            name: torch.stack([self._losses(name, *setting) for setting in self.settings]).cpu() for name in of
-        }
+        self.priors, self.temperatures, self.labels = priors, temperatures(link), labels
+        self.settings = [(r, t) for r in range(len(priors)) for t in self.temperatures]
+        losses = [LIKELIHOOD.log_loss(self.of["test"].at(*setting), labels) for setting in self.settings]
+        self.losses = torch.stack(losses).cpu()
         self._kept: dict[tuple[str, int], np.ndarray] = {}
 
-    def _losses(self, name: str, prior: int, temperature: float) -> Tensor:
-        return LIKELIHOOD.log_loss(self.of[name].at(prior, temperature), self.labels)
+    def chosen(self, row: int) -> tuple[float, float]:
+        """Prior precision and temperature of a row."""
+        prior, temperature = self.settings[row]
+        return float(self.priors[prior]), temperature
+
+    def ends(self, row: int) -> tuple[bool, bool]:
+        """Whether prior precision and temperature are at an end of what was tried; one, for draws, is none."""
+        prior, temperature = self.settings[row]
+        return prior in (0, len(self.priors) - 1), temperature in (TEMPERATURES[0], TEMPERATURES[-1])
 
     def probabilities(self, name: str, row: int) -> np.ndarray:
         """``[N, C]`` at one setting."""
@@ -255,12 +304,12 @@ class Table:
     def tuned(self, data: Tensor, *, temperature: bool, rule: str) -> int:
         """The row that some test data choose: the least loss, or the most uncertainty that they do not tell from it."""
         rows = [i for i, (_, t) in enumerate(self.settings) if temperature or t == 1]
-        losses = self.losses["test"][rows][:, data]
+        losses = self.losses[rows][:, data]
         best = int(losses.mean(1).argmin())
         if rule == "best":
             return rows[best]
-        per_prior = len(rows) // len(PRIORS)
-        for prior in range(len(PRIORS)):  # ascending: the smallest precision has the most uncertainty
+        per_prior = len(rows) // len(self.priors)
+        for prior in range(len(self.priors)):  # ascending: the smallest precision has the most uncertainty
             of_prior = losses[prior * per_prior : (prior + 1) * per_prior]
             row = int(of_prior.mean(1).argmin())
             difference = of_prior[row] - losses[best]
@@ -278,36 +327,42 @@ class Points:
     """The network's own probabilities, divided by a temperature (None: as they are)."""
 
     def __init__(self, of: Mapping[str, tuple[Tensor, Tensor]], labels: Tensor, choose: Any) -> None:
-        self.outputs = {name: mean.cpu() for name, (mean, _) in of.items()}
+        self.of = {name: mean.cpu() for name, (mean, _) in of.items()}
         self.labels, self.choose = labels.cpu(), choose
 
     def tuned(self, data: Tensor, **_: Any) -> float:
         """The temperature that some test data choose."""
-        return self.choose(LIKELIHOOD, self.outputs["test"][data], self.labels[data]).value if self.choose else 1.0
+        return self.choose(LIKELIHOOD, self.of["test"][data], self.labels[data]).value if self.choose else 1.0
+
+    def chosen(self, temperature: float) -> tuple[None, float]:
+        """No prior precision, and the temperature."""
+        return None, temperature
+
+    def ends(self, temperature: float) -> tuple[bool, bool]:
+        """There are none."""
+        return False, False
 
     def probabilities(self, name: str, temperature: float) -> np.ndarray:
         """``[N, C]`` of a condition."""
-        return (self.outputs[name] / temperature).softmax(-1).numpy()
+        return (self.of[name] / temperature).softmax(-1).numpy()
 
 
-def judged(table: Any, labels: np.ndarray, **how: Any) -> dict[str, Any]:
+def judged(table: Table | Points, labels: np.ndarray, **how: Any) -> dict[str, Any]:
     """Losses ``[SPLITS, N]`` and calibration errors by condition; every datum by settings that it did not choose."""
-    n, names = len(labels), list(table.of if isinstance(table, Table) else table.outputs)
-    result: dict[str, Any] = {"settings": [], "losses": {k: [] for k in names}, "ece": {k: [] for k in names}}
-    result |= {"accuracy": {k: [] for k in names}, "brier": {k: [] for k in names}, "first": {}}
+    n, names = len(labels), list(table.of)
+    result: dict[str, Any] = {"settings": [], "ends": [], "losses": {k: [] for k in names}, "first": {}}
+    result["ece"] = {k: [] for k in names}
     for split in range(SPLITS):
         halves = torch.randperm(n, generator=torch.Generator().manual_seed(split)).chunk(2)
         rows = [table.tuned(half, **how) for half in halves]
-        result["settings"] += [table.settings[row] if isinstance(table, Table) else (None, row) for row in rows]
+        result["settings"] += [table.chosen(row) for row in rows]
+        result["ends"] += [table.ends(row) for row in rows]
         for name in names:
             every = np.empty((n, 10))
             for row, half in zip(rows, halves[::-1], strict=True):
                 every[half.numpy()] = table.probabilities(name, row)[half.numpy()]
-            of_target = every[np.arange(n), labels]
-            result["losses"][name].append(-np.log(np.maximum(of_target, 1e-300)))
+            result["losses"][name].append(-np.log(np.maximum(every[np.arange(n), labels], 1e-300)))
             result["ece"][name].append(calibration_error(every, labels))
-            result["accuracy"][name].append(float((every.argmax(1) == labels).mean()))
-            result["brier"][name].append(float((np.square(every).sum(1) - 2 * of_target + 1).mean()))
             result["first"].setdefault(name, every)
     return result
 
@@ -326,20 +381,23 @@ def interval(values: np.ndarray) -> list[float]:
     return [float(of_data.mean()), float(of_data.std(ddof=1) / len(of_data) ** 0.5)]
 
 
-def summary(found: Mapping[str, Any], points: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """What the record has of a way to predict: means over halvings, errors over data, and differences to the points."""
+def summary(found: Mapping[str, Any], others: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """What the record has of a way to predict: means over halvings, errors over data, and differences to others."""
     result: dict[str, Any] = {}
     for name, losses in found["losses"].items():
         losses = np.stack(losses)
-        of = {"nll": interval(losses), "between halvings": float(losses.mean(1).std(ddof=1))}
-        for point, other in points.items():
-            of[f"minus {point}"] = interval(losses - np.stack(other["losses"][name]))
-        of |= {key: float(np.mean(found[key][name])) for key in ("ece", "accuracy", "brier")}
-        of["ece if calibrated"] = expected_errors(found["first"][name], classwise=False)["ece"]
+        of = {"nll": interval(losses)}
+        for other, found_of in others.items():
+            of[f"minus {other}"] = interval(losses - np.stack(found_of["losses"][name]))
+        if name == "test":
+            of["between halvings"] = float(losses.mean(1).std(ddof=1))
+            of["ece"] = float(np.mean(found["ece"][name]))
+            of["ece by chance"] = expected_errors(found["first"][name], classwise=False)["ece"][2:]
         result[name] = of
-    priors = [float(PRIORS[r]) for r, _ in found["settings"] if r is not None]
-    result["prior precision"] = float(np.median(priors)) if priors else None
-    result["temperature"] = float(np.median([t for _, t in found["settings"]]))
+    priors, temperatures = zip(*found["settings"], strict=True)
+    result["prior precision"] = None if priors[0] is None else float(np.median(priors))
+    result["temperature"] = float(np.median(temperatures))
+    result["at an end"] = [float(share) for share in np.mean(found["ends"], 0)]
     return result
 
 
@@ -357,19 +415,20 @@ def compute(name: str, kept: Kept, options: argparse.Namespace) -> None:
     loader = list(zip(x.split(BATCH), y.split(BATCH), strict=True))
     test, _ = test_data(options)
     inputs = {name: condition(name, test).to(device) for name in options.conditions}
+    if "gradient" not in kept.costs:
+        speed = gigaflops(clock=time.process_time)
+        kept.spent("gradient", {"seconds": gradient_seconds(model, loader), "gigaflops": speed})
     for method in options.methods:
-        if kept.has(method, options.conditions) and method in kept.costs:
+        missing = {of: kept.missing(method, of, priors(method)) for of in inputs}
+        if method in kept.costs and not any(map(len, missing.values())):
             continue
-        gradient, start = gradient_seconds(model, loader), time.process_time()
-        posterior = fitted(model, loader, METHODS[method])
-        fit_seconds, start = time.process_time() - start, time.process_time()
-        posterior.predict(inputs["test"][:N_TIMED], link="mean_field")
-        each = (time.process_time() - start) / len(inputs["test"][:N_TIMED])
-        kept.spent(method, {"fit": fit_seconds / gradient, "predictions": each * len(x) / gradient})
-        print(f"{name}, {method}: {kept.costs[method]}", file=sys.stderr, flush=True)
-        for name_of, of in inputs.items():
-            if not kept.path(method, name_of).exists():
-                kept.write(method, name_of, moments(posterior, of))
+        posterior, cost = fitted_at_cost(model, loader, inputs["test"][:N_TIMED], METHODS[method])
+        if method not in kept.costs:
+            kept.spent(method, cost)
+        print(f"{name}, {method}: {cost}", file=sys.stderr, flush=True)
+        for of, wanted in missing.items():
+            if len(wanted):
+                kept.add(method, of, wanted, moments(posterior, inputs[of], wanted))
 
 
 def measure(name: str, kept: Kept, options: argparse.Namespace) -> dict[str, Any]:
@@ -379,24 +438,27 @@ def measure(name: str, kept: Kept, options: argparse.Namespace) -> dict[str, Any
     record: dict[str, Any] = {"n": len(labels), "costs": kept.costs, "methods": {}}
     points: dict[str, Any] = {}
     controls: dict[str, Any] = {}  # by way, what the others are compared with
-    there = [method for method in options.methods if kept.has(method, options.conditions)]
-    for method in sorted(there, key=lambda method: method != CONTROL):
+    asked = [method for method in METHODS if method in (*CONTROLS, *options.methods)]
+    there = [method for method in asked if kept.has(method, options.conditions, priors(method))]
+    for method in sorted(there, key=lambda method: method not in CONTROLS):
         of = {name_of: kept.read(method, name_of) for name_of in options.conditions}
         if not points:
             points = {point: judged(Points(of, labels, choose), labels.numpy()) for point, choose in POINTS.items()}
+            shown = {point: points[point] for point in ("MAP", "temperature scaling")}
             record["points"] = {point: summary(found, points) for point, found in points.items()}
         entry: dict[str, Any] = {}
-        for link in LINKS:
-            table = Table(of, labels, link, normals)
+        for link in LINKS if method == DEFAULT else SHOWN_LINKS:
+            table = Table(of, priors(method), labels, link, normals)
             for temperature, rule in ((True, "best"), (True, "one standard error"), (False, "best")):
                 found = judged(table, labels.numpy(), temperature=temperature, rule=rule)
                 way = f"{link}, {'temperature' if temperature else 'no temperature'}, {rule}"
-                if method == CONTROL:
-                    controls[way] = {CONTROL: found}
-                entry[way] = summary(found, points | controls.get(way, {}))
+                entry[way] = summary(found, shown | controls.get(way, {}))
+                if method in CONTROLS:
+                    controls.setdefault(way, {})[method] = found
             best = entry[f"{link}, temperature, best"]["test"]
             print(f"{name}: {method}, {link}: {best['nll'][0]:.4f}, {best['minus MAP']}", file=sys.stderr, flush=True)
         record["methods"][method] = entry
+    record["methods"] = {method: record["methods"][method] for method in there}
     return record
 
 
@@ -413,7 +475,9 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--docs", type=Path, default=Path("docs"))
     parser.add_argument("--scratch", type=Path, default=Path("eval/results/published"))
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument(
+        "--methods", nargs="+", choices=METHODS, default=list(METHODS), help="others stay as they are in the record"
+    )
     parser.add_argument("--shifts", nargs="*", choices=SHIFTS, default=[], help="besides the turned images")
     parser.add_argument("--compute", action="store_true", help="posteriors alone, no statistics")
     parser.add_argument("--quick", action="store_true")
@@ -426,7 +490,9 @@ def main() -> None:
         compute(name, kept, options)
         if options.compute:
             continue
-        record[name] = rounded(measure(name, kept, options))
+        found, known = rounded(measure(name, kept, options)), record.get(name, {}).get("methods", {})
+        found["methods"] = {m: (known | found["methods"])[m] for m in METHODS if m in known | found["methods"]}
+        record[name] = found
         write_json(path, record)
     if not options.compute:
         show(parts(record), options.docs / "published.md")
