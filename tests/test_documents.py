@@ -24,6 +24,7 @@ CLAIMED = (
     "bias.md",
     "monitor.md",
     "paper.md",
+    "sets.md",
 )
 
 
