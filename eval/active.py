@@ -49,7 +49,10 @@ POSTERIORS: dict[str, tuple[float | None, dl.Structure, str]] = {
 }
 WAYS = (RANDOM, ENTROPY, *POSTERIORS)
 #: Labels at the start, and how many of these tune posteriors; draws of the outputs; candidates that are looked at.
-N_START, N_VALIDATION, N_DRAWS, N_CANDIDATES = 40, 20, 100, 500
+N_START = 40
+N_VALIDATION = 20
+N_DRAWS = 100
+N_CANDIDATES = 500
 BATCH = 32
 #: Prior precisions that are tried; curvature is a sum over few labels, and the largest make it vanish beside them.
 GRID = torch.logspace(-3, 7, 41, dtype=torch.float64)
@@ -183,7 +186,8 @@ def curve(task: str, way: str, seed: int, rounds: int, data_dir: Path | None) ->
             posterior = fitted(model, (inputs[fit], targets[fit]), (inputs[held], targets[held]), way, seed)
             record["prior"].append(float(posterior.posterior.prior_precision[0]))
             record["temperature"].append(posterior.output_temperature)
-            record["ends"].append(edges.of_posterior(posterior, GRID) if tuned else {})
+            if tuned:
+                record["ends"].append(edges.of_posterior(posterior, GRID))
         wanted = scores(way, model, posterior, inputs[pool[candidates]], 1000 * seed + number)
         chosen = candidates[wanted.topk(setting.added).indices]
         known = torch.cat([known, pool[chosen]])
@@ -260,7 +264,7 @@ def measure(task: str, options: argparse.Namespace) -> dict[str, Any]:
         "temperature": {way: [one["temperature"] for one in of] for way, of in curves.items() if of[0]["prior"]},
         "ends": {
             way: [[f"{what} {side}" for what, side in found.items()] for one in of for found in one["ends"]]
-            for way, of in curves.items() if of[0]["prior"]
+            for way, of in curves.items() if of[0]["ends"]
         },
     }  # fmt: skip
 
@@ -296,9 +300,8 @@ def table(record: Mapping[str, Any]) -> str:
 def at_the_end(ends: Sequence[Sequence[str]], what: str) -> str:
     """In how many rounds a setting was at which end of its search, of those in which it was tuned."""
     counts = {side: sum(f"{what} {side}" in of for of in ends) for side in edges.MARK}
-    if not any(ends):
-        return ""
-    return ", ".join(f"{n} {edges.MARK[side]}" for side, n in counts.items() if n) or "0"
+    found = ", ".join(f"{n} {edges.MARK[side]}" for side, n in counts.items() if n)
+    return f"{found or 0} of {len(ends)}" if ends else ""
 
 
 PICTURE = "\n\n![Test accuracy against the number of labels, a panel for each task, a line for each way](active.png)"

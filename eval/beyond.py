@@ -147,7 +147,8 @@ TABLES = ("concrete", "energy", "power-plant", "wine-quality-red")
 #: What the noise variance of a network is multiplied by, relative to the best for the network alone.
 SCALES = (1.0, 0.7, 0.5, 0.3)
 #: Draws of the outputs of a datum; a power of two.
-N_DRAWS, N_QUICK_DRAWS = 128, 16
+N_DRAWS = 128
+N_QUICK_DRAWS = 16
 N_SPLITS = 8
 ONE, OWN, SCALED = "one noise", "own noise", "own noise, scaled"
 NETWORK = "network"
