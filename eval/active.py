@@ -83,11 +83,13 @@ SETTINGS = {
     "digits": Setting(digits.network, lambda of: torch.optim.Adam(of, digits.LEARNING_RATE), 25, 20, 7, 0.95),
     "fashion-mnist": Setting(
         fashion_mnist.network,
-        lambda of: torch.optim.AdamW(of, fashion_mnist.LEARNING_RATE, weight_decay=fashion_mnist.WEIGHT_DECAY),
-        100, 40, 3, 0.65,
+        lambda of: torch.optim.AdamW(of, 5e-3, weight_decay=fashion_mnist.WEIGHT_DECAY),
+        60, 40, 3, 0.65,
     ),
 }  # fmt: skip
-N_POOL = 5000  # of the training images of Fashion-MNIST, others for each seed
+#: Of the training images of Fashion-MNIST, others for each seed; and of its test images, the first.
+N_POOL = 5000
+N_TEST = 4000
 
 
 @lru_cache(maxsize=2)
@@ -99,7 +101,7 @@ def data(task: str, seed: int, data_dir: Path | None) -> tuple[Tensor, Tensor, T
     folder = mnist_folder("FashionMNIST", data_dir, Path("eval/results/cache"))
     (images, labels), (test, answers) = read_mnist(folder, "train"), read_mnist(folder, "t10k")
     chosen = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))[:N_POOL]
-    return scaled(images[chosen]), labels[chosen], scaled(test), answers
+    return scaled(images[chosen]), labels[chosen], scaled(test[:N_TEST]), answers[:N_TEST]
 
 
 @lru_cache(maxsize=64)
@@ -256,7 +258,7 @@ def measure(task: str, options: argparse.Namespace) -> dict[str, Any]:
                 write_record(path, record)
             curves.setdefault(way, []).append(record["curve"])
     return {
-        "seeds": options.seeds, "level": setting.level, "labels": curves[RANDOM][0]["labels"],
+        "seeds": options.seeds, "level": setting.level, "epochs": setting.epochs, "labels": curves[RANDOM][0]["labels"],
         "ways": summarised(curves, setting.level),
         "accuracy": {way: [one["accuracy"] for one in of] for way, of in curves.items()},
         "loss": {way: [one["loss"] for one in of] for way, of in curves.items()},
@@ -264,7 +266,7 @@ def measure(task: str, options: argparse.Namespace) -> dict[str, Any]:
         "temperature": {way: [one["temperature"] for one in of] for way, of in curves.items() if of[0]["prior"]},
         "ends": {
             way: [[f"{what} {side}" for what, side in found.items()] for one in of for found in one["ends"]]
-            for way, of in curves.items() if of[0]["ends"]
+            for way, of in curves.items() if way in POSTERIORS and POSTERIORS[way][0] is None
         },
     }  # fmt: skip
 

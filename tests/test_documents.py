@@ -25,6 +25,7 @@ CLAIMED = (
     "monitor.md",
     "paper.md",
     "sets.md",
+    "beyond.md",
 )
 
 
