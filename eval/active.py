@@ -15,6 +15,7 @@ import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from results import rounded
 from torch import Tensor, nn
 
 import debiased_laplace as dl
+from debiased_laplace.evaluation.predictors import edges
 from debiased_laplace.evaluation.predictors.prediction import mutual_information
 from debiased_laplace.evaluation.records import environment, read_json, read_record, write_json, write_record
 from debiased_laplace.evaluation.report.numbers import plus_minus, with_interval
@@ -47,8 +49,13 @@ POSTERIORS: dict[str, tuple[float | None, dl.Structure, str]] = {
 }
 WAYS = (RANDOM, ENTROPY, *POSTERIORS)
 #: Labels at the start, and how many of these tune posteriors; draws of the outputs; candidates that are looked at.
-N_START, N_VALIDATION, N_DRAWS, N_CANDIDATES = 40, 20, 100, 500
-STEPS, BATCH = 120, 32
+N_START = 40
+N_VALIDATION = 20
+N_DRAWS = 100
+N_CANDIDATES = 500
+BATCH = 32
+#: Prior precisions that are tried; curvature is a sum over few labels, and the largest make it vanish beside them.
+GRID = torch.logspace(-3, 7, 41, dtype=torch.float64)
 
 
 @dataclass(frozen=True)
@@ -58,6 +65,7 @@ class Setting:
     Attributes:
         network: Its architecture.
         optimizer: For its parameters.
+        epochs: Passes through the labels that are there: enough for a training loss near zero, however few they are.
         added: Labels asked for in a round.
         rounds: How often.
         level: Accuracy of which the labels that it takes are counted.
@@ -65,22 +73,26 @@ class Setting:
 
     network: Callable[[], nn.Module]
     optimizer: Callable[[Any], torch.optim.Optimizer]
+    epochs: int
     added: int
     rounds: int
     level: float
 
 
 SETTINGS = {
-    "digits": Setting(digits.network, lambda of: torch.optim.Adam(of, digits.LEARNING_RATE), 20, 7, 0.95),
+    "digits": Setting(digits.network, lambda of: torch.optim.Adam(of, digits.LEARNING_RATE), 25, 20, 7, 0.95),
     "fashion-mnist": Setting(
         fashion_mnist.network,
-        lambda of: torch.optim.AdamW(of, fashion_mnist.LEARNING_RATE, weight_decay=fashion_mnist.WEIGHT_DECAY),
-        40, 7, 0.65,
+        lambda of: torch.optim.AdamW(of, 5e-3, weight_decay=fashion_mnist.WEIGHT_DECAY),
+        60, 40, 3, 0.65,
     ),
 }  # fmt: skip
-N_POOL = 5000  # of the training images of Fashion-MNIST, others for each seed
+#: Of the training images of Fashion-MNIST, others for each seed; and of its test images, the first.
+N_POOL = 5000
+N_TEST = 4000
 
 
+@lru_cache(maxsize=2)
 def data(task: str, seed: int, data_dir: Path | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Inputs and labels of a pool and of test data."""
     if task == "digits":
@@ -89,15 +101,19 @@ def data(task: str, seed: int, data_dir: Path | None) -> tuple[Tensor, Tensor, T
     folder = mnist_folder("FashionMNIST", data_dir, Path("eval/results/cache"))
     (images, labels), (test, answers) = read_mnist(folder, "train"), read_mnist(folder, "t10k")
     chosen = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))[:N_POOL]
-    return scaled(images[chosen]), labels[chosen], scaled(test), answers
+    return scaled(images[chosen]), labels[chosen], scaled(test[:N_TEST]), answers[:N_TEST]
 
 
-def trained(setting: Setting, inputs: Tensor, targets: Tensor, seed: int) -> nn.Module:
-    """A network from scratch."""
+@lru_cache(maxsize=64)
+def trained(task: str, seed: int, data_dir: Path | None, chosen: tuple[int, ...]) -> nn.Module:
+    """A network from scratch; ways that have asked for the same labels share it."""
+    setting, (inputs, targets, _, _) = SETTINGS[task], data(task, seed, data_dir)
+    index = torch.tensor(chosen)
     model, generator = initialised(setting.network, seed), torch.Generator().manual_seed(seed)
-    batches = (torch.randint(len(targets), (BATCH,), generator=generator) for _ in range(STEPS))
+    passes = (torch.randperm(len(index), generator=generator) for _ in range(setting.epochs))
+    batches = (batch for order in passes for batch in order.split(BATCH))
     with one_thread():
-        train(model, inputs, targets, F.cross_entropy, batches, setting.optimizer(model.parameters()))
+        train(model, inputs[index], targets[index], F.cross_entropy, batches, setting.optimizer(model.parameters()))
     return model.eval()
 
 
@@ -121,7 +137,7 @@ def fitted(
         if prior is not None:
             return dl.fit(model, [known], "classification", structure=structure, seed=seed, prior_precision=prior)
         fit = dl.fit(model, [known], "classification", structure=structure, seed=seed)
-        return fit.tune([held], prior_precisions=torch.logspace(-3, 4, 29, dtype=torch.float64))
+        return fit.tune([held], prior_precisions=GRID)
 
 
 def scores(way: str, model: nn.Module, posterior: dl.Laplace | None, inputs: Tensor, seed: int) -> Tensor:
@@ -143,7 +159,7 @@ def scores(way: str, model: nn.Module, posterior: dl.Laplace | None, inputs: Ten
 
 
 def curve(task: str, way: str, seed: int, rounds: int, data_dir: Path | None) -> dict[str, list[Any]]:
-    """Labels, test accuracy and, of a posterior, prior precision and temperature, round after round.
+    """Labels, test accuracy and training loss, round after round; of a posterior what is tuned, and what is at an end.
 
     Posteriors that are tuned are those of a network that has not seen the labels that they are tuned on; what is judged
     is trained on all labels, whatever the way to ask.
@@ -153,11 +169,12 @@ def curve(task: str, way: str, seed: int, rounds: int, data_dir: Path | None) ->
     order = torch.randperm(len(targets), generator=generator)
     known, pool = order[:N_START], order[N_START:]
     tuned = way in POSTERIORS and POSTERIORS[way][0] is None
-    record: dict[str, list[Any]] = {"labels": [], "accuracy": [], "prior": [], "temperature": []}
+    record: dict[str, list[Any]] = {key: [] for key in ("labels", "accuracy", "loss", "prior", "temperature", "ends")}
     for number in range(rounds + 1):
-        model = trained(setting, inputs[known], targets[known], seed)
+        model = trained(task, seed, data_dir, tuple(known.tolist()))
         with torch.no_grad():
             right = torch.cat([model(part).argmax(1) for part in test.split(1000)]) == answers
+            record["loss"].append(float(F.cross_entropy(model(inputs[known]), targets[known])))
         record["labels"].append(len(known))
         record["accuracy"].append(float(right.double().mean()))
         if number == rounds:
@@ -167,10 +184,12 @@ def curve(task: str, way: str, seed: int, rounds: int, data_dir: Path | None) ->
         if way in POSTERIORS:
             fit, held = known[N_VALIDATION if tuned else 0 :], known[:N_VALIDATION]
             if tuned:
-                model = trained(setting, inputs[fit], targets[fit], seed)
+                model = trained(task, seed, data_dir, tuple(fit.tolist()))
             posterior = fitted(model, (inputs[fit], targets[fit]), (inputs[held], targets[held]), way, seed)
             record["prior"].append(float(posterior.posterior.prior_precision[0]))
             record["temperature"].append(posterior.output_temperature)
+            if tuned:
+                record["ends"].append(edges.of_posterior(posterior, GRID))
         wanted = scores(way, model, posterior, inputs[pool[candidates]], 1000 * seed + number)
         chosen = candidates[wanted.topk(setting.added).indices]
         known = torch.cat([known, pool[chosen]])
@@ -227,7 +246,10 @@ def measure(task: str, options: argparse.Namespace) -> dict[str, Any]:
     rounds = options.rounds or setting.rounds
     for seed in range(options.seeds):
         for way in dict.fromkeys((RANDOM, ENTROPY, *options.ways)):
-            made_from = {"task": task, "way": way, "seed": seed, "rounds": rounds}
+            made_from = {
+                "task": task, "way": way, "seed": seed, "rounds": rounds, "epochs": setting.epochs,
+                "grid": [float(GRID[0]), float(GRID[-1]), len(GRID)],
+            }  # fmt: skip
             path = options.out / "active" / f"{task}.{way.replace(', ', '-').replace(' ', '-')}.{seed}.{rounds}.json"
             record = read_record(path, made_from)
             if record is None:
@@ -236,10 +258,16 @@ def measure(task: str, options: argparse.Namespace) -> dict[str, Any]:
                 write_record(path, record)
             curves.setdefault(way, []).append(record["curve"])
     return {
-        "seeds": options.seeds, "level": setting.level, "labels": curves[RANDOM][0]["labels"],
+        "seeds": options.seeds, "level": setting.level, "epochs": setting.epochs, "labels": curves[RANDOM][0]["labels"],
         "ways": summarised(curves, setting.level),
         "accuracy": {way: [one["accuracy"] for one in of] for way, of in curves.items()},
+        "loss": {way: [one["loss"] for one in of] for way, of in curves.items()},
         "prior": {way: [one["prior"] for one in of] for way, of in curves.items() if of[0]["prior"]},
+        "temperature": {way: [one["temperature"] for one in of] for way, of in curves.items() if of[0]["prior"]},
+        "ends": {
+            way: [[f"{what} {side}" for what, side in found.items()] for one in of for found in one["ends"]]
+            for way, of in curves.items() if way in POSTERIORS and POSTERIORS[way][0] is None
+        },
     }  # fmt: skip
 
 
@@ -262,12 +290,20 @@ def table(record: Mapping[str, Any]) -> str:
                 [
                     f"{task}, {100 * of['level']:.0f} %", way, label, shown[0][0], shown[1][0],
                     plus_minus(found["mean"], 1, scale=100), shown[0][1], shown[1][1],
+                    *(at_the_end(of["ends"].get(way, ()), what) for what in ("prior precision", "temperature")),
                 ]
             )  # fmt: skip
     return markdown(
         ["task, level", "asks by", "labels needed", "minus random", "minus network's entropy", "mean accuracy %",
-         "minus random", "minus network's entropy"], rows
+         "minus random", "minus network's entropy", "prior at an end", "temperature at an end"], rows
     )  # fmt: skip
+
+
+def at_the_end(ends: Sequence[Sequence[str]], what: str) -> str:
+    """In how many rounds a setting was at which end of its search, of those in which it was tuned."""
+    counts = {side: sum(f"{what} {side}" in of for of in ends) for side in edges.MARK}
+    found = ", ".join(f"{n} {edges.MARK[side]}" for side, n in counts.items() if n)
+    return f"{found or 0} of {len(ends)}" if ends else ""
 
 
 PICTURE = "\n\n![Test accuracy against the number of labels, a panel for each task, a line for each way](active.png)"

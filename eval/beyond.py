@@ -49,10 +49,12 @@ CONDITIONS = {
     "scenes": (*(f"{name} {n}" for name in ("noise", "blur", "contrast") for n in (3, 5)), "shuffled patches"),
 }
 N_SHIFTED = 400
-#: How data that are none of the task's are told from those that are.
-DETECTED = ("entropy, auroc", "mutual information, auroc")
+#: How data that are none of the task's are told from those that are; and by the network alone, where it can.
+DETECTED = ("maximum probability", "entropy", "mutual information")
+DETECTORS = ("energy", "maximum logit", "Mahalanobis", "relative Mahalanobis")
 SINGLE, DEBIASED, FULL = "single-batch K-FAC", "debiased K-FAC", "full-data K-FAC"
-COMPARED = (MAP, TEMPERATURE, TEMPERATURE_RULE, ISOTROPIC, SINGLE, DEBIASED, FULL)
+POINTS = (MAP, TEMPERATURE, TEMPERATURE_RULE)
+COMPARED = (*POINTS, ISOTROPIC, SINGLE, DEBIASED, FULL)
 
 # -- through the suite -----------------------------------------------------------------------------
 
@@ -72,12 +74,18 @@ def classified(name: str, options: argparse.Namespace) -> dict[str, Any]:
     )  # fmt: skip
     summary = summarise(records)
     (ood,) = summary["ood"]
+    aurocs = [f"{score}, auroc" for score in (*DETECTED, *DETECTORS)]
+    detected = _only(ood, aurocs)
     return {
         "seeds": len(records), "n": summary["test"]["n"], "budget": task.budget, "ood": ood["name"],
         "train": summary["data"]["train"],
         "test": _only(summary["test"], ("nll", "ece", "accuracy")),
         "shift": _only(summary["strong_shift"], ("nll",)),
-        "detected": _only(ood, DETECTED),
+        "detected": {
+            "scores": detected["scores"], "differences": detected["differences"][MAP],
+            "against_detectors": _only({"scores": ood.get("against_detectors", {}).get(MAP, {}), "differences": {}},
+                                       aurocs)["scores"],
+        },
     }  # fmt: skip
 
 
@@ -91,24 +99,39 @@ def _only(entry: Mapping[str, Any], scores: Sequence[str]) -> dict[str, Any]:
 
 
 def classified_table(record: Mapping[str, Any]) -> str:
-    """A row for each method; differences to the temperature by the same rule, and to the posterior of all data."""
+    """A row for each method on test data and under strong shift; differences to all that others are measured by."""
     rows = []
-    for name in COMPARED:
-        scores = {part: record[part]["scores"][name] for part in ("test", "shift", "detected")}
-        cells = [name, plus_minus(scores["test"]["nll"], 3), plus_minus(scores["test"]["ece"], 1, scale=100)]
-        for part in ("test", "shift"):
-            if part == "shift":
-                cells.append(plus_minus(scores[part]["nll"], 3))
-            cells += [
-                _marked(record[part]["differences"][second].get(name, {}), "nll", 3)
-                for second in (TEMPERATURE_RULE, FULL)
-            ]
-        found = scores["detected"]
-        rows.append([*cells, *(plus_minus(found[score], 3) if score in found else "" for score in DETECTED)])
-    minus = ["minus temperature", "minus full data"]
-    detected = [f"AUROC of {record['ood']}: {score.partition(',')[0]}" for score in DETECTED]
-    made = markdown(["method", "NLL", "ECE %", *minus, "NLL, strong shift", *minus, *detected], rows)
-    return f"{made}\n\n{record['seeds']} seeds, {record['n']} test data each."
+    for part, title in (("test", "test"), ("shift", "strong shift")):
+        for name in COMPARED:
+            scores = record[part]["scores"][name]
+            minus = (record[part]["differences"][second].get(name, {}) for second in (*POINTS, FULL))
+            rows.append(
+                [title, name, plus_minus(scores["nll"], 3),
+                 plus_minus(scores["ece"], 1, scale=100) if "ece" in scores else "",
+                 *(_marked(differences, "nll", 3) for differences in minus)]
+            )  # fmt: skip
+    columns = ["data", "method", "NLL", "ECE %", *(f"NLL minus {name}" for name in (*POINTS, FULL))]
+    return f"{markdown(columns, rows)}\n\n{record['seeds']} seeds, {record['n']} test data each."
+
+
+def detected_table(record: Mapping[str, Any]) -> str:
+    """How well every score of every method tells data that are none of the task's: AUROC, and differences of it."""
+    detected, rows = record["detected"], []
+    detectors = [name for name in DETECTORS if f"{name}, auroc" in detected["scores"][MAP]]
+    for score in DETECTED:
+        key = f"{score}, auroc"
+        for name in COMPARED:
+            if key in (scores := detected["scores"][name]):
+                against = detected["against_detectors"].get(name, {}) if score == DETECTED[0] else {}
+                rows.append(
+                    [name, score, plus_minus(scores[key], 3), _marked(detected["differences"].get(name, {}), key, 3),
+                     *(_marked(against, f"{detector}, auroc", 3) for detector in detectors)]
+                )  # fmt: skip
+    for detector in detectors:
+        found = plus_minus(detected["scores"][MAP][f"{detector}, auroc"], 3)
+        rows.append([MAP, detector, found, *[""] * (1 + len(detectors))])
+    columns = ["method", "score", f"AUROC of {record['ood']}", f"minus {MAP}, same score"]
+    return markdown([*columns, *(f"minus {detector}" for detector in detectors)], rows)
 
 
 def _marked(differences: Mapping[str, Any], score: str, digits: int) -> str:
@@ -124,7 +147,8 @@ TABLES = ("concrete", "energy", "power-plant", "wine-quality-red")
 #: What the noise variance of a network is multiplied by, relative to the best for the network alone.
 SCALES = (1.0, 0.7, 0.5, 0.3)
 #: Draws of the outputs of a datum; a power of two.
-N_DRAWS, N_QUICK_DRAWS = 128, 16
+N_DRAWS = 128
+N_QUICK_DRAWS = 16
 N_SPLITS = 8
 ONE, OWN, SCALED = "one noise", "own noise", "own noise, scaled"
 NETWORK = "network"
@@ -400,7 +424,10 @@ def full_table(record: Mapping[str, Any]) -> str:
 
 def parts(record: Mapping[str, Any]) -> dict[str, str]:
     """The generated parts of the page, from the record."""
-    made = {name: classified_table(record[name]) for name in CLASSIFIERS if name in record}
+    made: dict[str, str] = {}
+    for name in CLASSIFIERS:
+        if name in record:
+            made |= {name: classified_table(record[name]), f"{name} detected": detected_table(record[name])}
     if "tables" in record:
         made |= {"tables": tables_table(record["tables"]), "all tables": full_table(record["tables"])}
     return made

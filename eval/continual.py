@@ -33,7 +33,8 @@ from debiased_laplace.evaluation.shipped import digits
 from debiased_laplace.evaluation.shipped.common import initialised, one_thread
 
 KINDS = {"permuted": 10, "parity": 2}  # number of outputs
-N_TASKS, HIDDEN, STEPS, BATCH, LEARNING_RATE = 5, 100, 200, 64, 3e-3
+N_TASKS, STEPS, BATCH, LEARNING_RATE = 5, 200, 64, 3e-3
+HIDDEN = 100
 #: Data of each task that a posterior measures curvature on, or that are replayed.
 BUDGET = 64
 #: Small, so that what the curvature does not determine is free; before the strength.

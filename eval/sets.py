@@ -2,9 +2,10 @@
 
     python eval/sets.py --data-dir <folder> [--tasks digits cifar10] [--only-document] [--docs docs]
 
-Every seed of a task has its network (or its split of one network's data); posteriors are fitted by ``dl.fit`` and tuned
-by ``tune`` on the validation data. Predictions of test and strongly shifted data are kept in ``<out>/sets``, what is
-there already is used, and all statistics are made from them. ``<docs>/records/sets.json`` has the tables' numbers, and
+Every seed of a task has its network (or one half of one network's test data, which the next seed has the other way
+round); posteriors are fitted by ``dl.fit`` and tuned by ``tune`` on the validation data. Predictions of test and
+strongly shifted data are kept in ``<out>/sets``, what is there already is used, methods that lack are added, and all
+statistics are made from them. ``<docs>/records/sets.json`` has the tables' numbers, and
 fills ``<docs>/sets.md`` between ``<!-- NAME -->`` and ``<!-- end -->``.
 """
 
@@ -22,6 +23,7 @@ import numpy as np
 import torch
 from documents import fill, markdown
 from results import rounded
+from torch import nn
 
 import debiased_laplace as dl
 from debiased_laplace import _data, conformal
@@ -29,7 +31,7 @@ from debiased_laplace.evaluation.judge.conditions import Condition
 from debiased_laplace.evaluation.judge.groups import Groups
 from debiased_laplace.evaluation.judge.predictions import predict
 from debiased_laplace.evaluation.judge.sets import Sets
-from debiased_laplace.evaluation.methods import ISOTROPIC, MAP, TEMPERATURE
+from debiased_laplace.evaluation.methods import ISOTROPIC, MAP, TEMPERATURE, TEMPERATURE_RULE
 from debiased_laplace.evaluation.predictors.baselines import (
     gaussian_predictor,
     point_predictor,
@@ -37,24 +39,35 @@ from debiased_laplace.evaluation.predictors.baselines import (
     tuned_temperature,
 )
 from debiased_laplace.evaluation.predictors.posterior import LaplacePredictor
+from debiased_laplace.evaluation.predictors.prediction import Predictor
 from debiased_laplace.evaluation.records import environment, read_json, write_json
 from debiased_laplace.evaluation.report.numbers import number, plus_minus, with_interval
-from debiased_laplace.evaluation.scores.cells import combine
+from debiased_laplace.evaluation.scores.cells import combine, cross_fitted
 from debiased_laplace.evaluation.tasks import Context, Task
 
 DEBIASED = "debiased K-FAC"
 #: Seeds of each task.
-CLASSIFIERS = {"digits": 8, "fashion-mnist": 2, "cifar10": 3}
+CLASSIFIERS = {"digits": 8, "fashion-mnist": 2, "cifar10": 2}
 REGRESSIONS = {"uci-concrete": 10, "uci-energy": 10, "uci-power-plant": 5, "uci-wine-quality-red": 10}
 SHIFTS = ("noise", "rotation", "blur")
 SEVERITIES = (3, 5)
 #: Test data of a task, and of each shift, at most.
 N_TEST, N_SHIFTED = 4000, 500
 LEVELS = {"classification": (0.1, 0.01), "regression": (0.1,)}
-N_RESAMPLES, BATCH, N_BATCHES = 400, 10, 2000
-#: First minus second.
-PAIRS = ((TEMPERATURE, MAP), (ISOTROPIC, MAP), (DEBIASED, MAP), (DEBIASED, TEMPERATURE), (DEBIASED, ISOTROPIC))
+N_RESAMPLES = 400
+#: Batches of new data, how many there are in one, and how many data calibrate each time.
+N_BATCHES = 2000
+BATCH = 10
+N_HELD = 200
+#: First minus second; posteriors and the temperature that they are compared with are chosen by one rule.
+PAIRS = (
+    (TEMPERATURE, MAP), (TEMPERATURE_RULE, MAP), (ISOTROPIC, MAP), (DEBIASED, MAP),
+    (DEBIASED, TEMPERATURE_RULE), (DEBIASED, ISOTROPIC),
+)  # fmt: skip
 Arrays = Mapping[str, Mapping[str, np.ndarray]]
+RULES = {TEMPERATURE: "best", TEMPERATURE_RULE: "one_standard_error"}
+STRUCTURES: dict[str, dl.Structure | None] = {ISOTROPIC: dl.Isotropic(), DEBIASED: None}
+METHODS = {"regression": (MAP, *STRUCTURES), "classes": (MAP, *RULES, *STRUCTURES)}
 
 
 # -- predictions -----------------------------------------------------------------------------------
@@ -62,49 +75,58 @@ Arrays = Mapping[str, Mapping[str, np.ndarray]]
 
 def predictions(name: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
     """Arrays of every method and targets of every condition, and how many data trained and tuned."""
-    path = options.out / "sets" / f"{name}.{seed}.npz"
-    if not path.exists():
+    path, arrays = options.out / "sets" / f"{name}.{seed}.npz", dict[str, np.ndarray]()
+    if path.exists():
+        with np.load(path) as file:
+            arrays = {key: file[key] for key in file.files}
+    there = {key.split("\n")[1] for key in arrays}
+    missing = [method for method in METHODS["regression" if name in REGRESSIONS else "classes"] if method not in there]
+    if missing:
         path.parent.mkdir(parents=True, exist_ok=True)
-        made = predicted(Task.load(name), Context(seed, options.data_dir, options.cache))
-        np.savez(path, **{"\n".join(key): array for key, array in made.items()})
-        print(f"{name}, seed {seed}: predicted", file=sys.stderr, flush=True)
+        made = predicted(Task.load(name), Context(seed, options.data_dir, options.cache), missing)
+        arrays |= {"\n".join(key): array for key, array in made.items()}
+        np.savez(path, **arrays)
+        print(f"{name}, seed {seed}: predicted {', '.join(missing)}", file=sys.stderr, flush=True)
     conditions: dict[str, Any] = {}
-    with np.load(path) as file:
-        for key in file.files:
-            condition, method, field = key.split("\n")
-            conditions.setdefault(condition, {}).setdefault(method, {})[field] = file[key]
+    for key, array in arrays.items():
+        condition, method, field = key.split("\n")
+        conditions.setdefault(condition, {}).setdefault(method, {})[field] = array
     return conditions
 
 
-def predicted(task: Task, context: Context) -> dict[tuple[str, str, str], np.ndarray]:
-    """Networks and posteriors of one seed on all of its data."""
+def predictor(method: str, model: nn.Module, task: Task, context: Context, validation: Sequence[Any]) -> Predictor:
+    """The network, with a temperature or noise variance of its own, or a posterior of it."""
+    regression = task.likelihood == "regression"
+    if method == MAP:
+        return gaussian_predictor(model, tuned_noise([model], validation)) if regression else point_predictor(model)
+    if method in RULES:
+        return point_predictor(model, temperature=tuned_temperature(model, validation, RULES[method])[0])
+    la = dl.fit(
+        model, task.call("train_loader", context), task.likelihood, structure=STRUCTURES[method],
+        sampler=dl.PrioritySampler(task.budget), n_data=task.n_data, seed=context.seed,
+    )  # fmt: skip
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # of the ends of the grid
+        return LaplacePredictor(la.tune(validation, **({} if regression else {"link": "mean_field"})))
+
+
+def predicted(task: Task, context: Context, methods: Sequence[str]) -> dict[tuple[str, str, str], np.ndarray]:
+    """What some methods say of all of the data of one seed."""
     model, validation = task.model(context), list(task.call("val_loader", context))
     regression = task.likelihood == "regression"
-    predictors: dict[str, Any] = {}
-    if regression:
-        predictors[MAP] = gaussian_predictor(model, tuned_noise([model], validation))
-    else:
-        predictors[MAP] = point_predictor(model)
-        predictors[TEMPERATURE] = point_predictor(model, temperature=tuned_temperature(model, validation)[0])
-    for name, structure in ((ISOTROPIC, dl.Isotropic()), (DEBIASED, None)):
-        la = dl.fit(
-            model, task.call("train_loader", context), task.likelihood, structure=structure,
-            sampler=dl.PrioritySampler(task.budget), n_data=task.n_data, seed=context.seed,
-        )  # fmt: skip
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # of the ends of the grid
-            predictors[name] = LaplacePredictor(la.tune(validation, **({} if regression else {"link": "mean_field"})))
+    predictors = {method: predictor(method, model, task, context, validation) for method in methods}
     loaders = {"test": _data.head(task.call("test_loader", context), N_TEST)}
     if task.has("shifted_loaders"):
         shifted = task.call("shifted_loaders", context)
         loaders |= {f"{s} {v}": _data.head(shifted[s][v], N_SHIFTED) for s in SHIFTS for v in SEVERITIES}
-    result = {("sizes", "", "train"): np.array(task.n_data or la.posterior.n_data)}
+    n_train = task.n_data or sum(size for *_, size in _data.labelled(task.call("train_loader", context)))
+    result = {("sizes", "", "train"): np.array(n_train)}
     result["sizes", "", "validation"] = np.array(sum(size for *_, size in _data.labelled(validation)))
     scale = float(task.call("target_scale", context)) if task.has("target_scale") else 1.0
     result["sizes", "", "scale"] = np.array(scale)
     for title, loader in loaders.items():
         kind = "test" if title == "test" else "shift"
-        made = predict(predictors, Condition(kind, title, None, loader), DEBIASED, None)
+        made = predict(predictors, Condition(kind, title, None, loader), methods[0], None)
         result[title, "", "targets"] = made["targets"]
         for method, fields in made["arrays"].items():
             wanted = ("mean", "variance") if regression else ("probabilities",)
@@ -122,13 +144,18 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
     targets = [conditions["test"][""]["targets"] for conditions in seeds]
     same = all(np.array_equal(one, targets[0]) for one in targets)
     sizes = seeds[0]["sizes"][""]
-    rest = int(sizes["validation" if name == "cifar10" else "train"])  # one network: splits share what tunes and judges
+    folds = int(Task.load(name).constant("FOLDS", 1))
+    if len(seeds) % folds:
+        sys.exit(f"Expected whole splits of {name}, each of {folds} seeds, got --seeds {len(seeds)}.")
 
     def joined(cells: Sequence[list[float]]) -> list[float]:
-        return combine(cells, same, 0.0 if same else len(targets[0]) / rest)
+        if folds > 1:
+            return cross_fitted(cells, folds)
+        return combine(cells, same, 0.0 if same else len(targets[0]) / int(sizes["train"]))
 
     record: dict[str, Any] = {
-        "seeds": len(seeds), "n": len(targets[0]), "validation": int(sizes["validation"]), "train": int(sizes["train"]),
+        "seeds": len(seeds), "folds": folds, "same": same, "n": len(targets[0]),
+        "validation": int(sizes["validation"]), "train": int(sizes["train"]),
         "shifts": [title for title in seeds[0] if title not in ("sizes", "test")], "levels": {},
     }  # fmt: skip
     if regression:
@@ -172,7 +199,7 @@ def _spread(fields: Mapping[str, np.ndarray]) -> float:
 
 def _entries(conditions: Mapping[str, Arrays], alpha: float) -> dict[str, Any]:
     """On the test data, and over all strong shifts."""
-    methods = [method for method in conditions["test"] if method]
+    methods = [method for method in METHODS["classes"] if method in conditions["test"]]
     groups = Groups(
         {m: [m] for m in methods}, {s: [one for one, two in PAIRS if two == s and one in methods] for s in methods}
     )
@@ -192,7 +219,7 @@ def _combined(parts: Sequence[Any], of: Any) -> Any:
 
 
 def batches(seeds: Sequence[Mapping[str, Arrays]]) -> dict[str, Any]:
-    """How often APS sets of ten test data hold together; each time 200 others calibrate."""
+    """How often APS sets of ten test data hold together; each time others calibrate."""
     ways = {
         "each alone": {}, "all ten": {"batch": BATCH}, "all ten, Bonferroni": {"alpha": 0.1 / BATCH},
         "at least nine of ten": {"batch": BATCH, "at_least": BATCH - 1},
@@ -201,7 +228,7 @@ def batches(seeds: Sequence[Mapping[str, Arrays]]) -> dict[str, Any]:
     for draw in range(N_BATCHES):
         test = seeds[draw % len(seeds)]["test"]
         probabilities, targets = test[DEBIASED]["probabilities"], test[""]["targets"]
-        drawn = np.random.default_rng(draw).permutation(len(targets))[: BATCH + 200]
+        drawn = np.random.default_rng(draw).permutation(len(targets))[: BATCH + N_HELD]
         new, held = drawn[:BATCH], drawn[BATCH:]
         for way, settings in ways.items():
             sets = conformal.calibrate(conformal.APS(), probabilities[held], targets[held], **settings, seed=draw)
@@ -222,11 +249,40 @@ def parts(record: Mapping[str, Any]) -> dict[str, str]:
     """The generated parts of the document, from its record."""
     tasks = record["tasks"]
     made = {f"sets {name}": classes(tasks[name]) for name in CLASSIFIERS if name in tasks}
-    made["sets differences"] = differences({name: tasks[name] for name in CLASSIFIERS if name in tasks})
+    shown = {name: tasks[name] for name in CLASSIFIERS if name in tasks}
+    made["sets data"] = data(tasks)
+    made["sets differences"] = f"{differences(shown)}\n\n{chance(shown)}"
     made["sets intervals"] = intervals({name: tasks[name] for name in REGRESSIONS if name in tasks})
     if "digits" in tasks:
         made["sets batches"] = of_batches(tasks["digits"]["batches"])
     return made
+
+
+def data(tasks: Mapping[str, Any]) -> str:
+    """How many data train, tune, and calibrate and judge; and what seeds of a task have in common."""
+    rows = []
+    for name in (*CLASSIFIERS, *REGRESSIONS):
+        if (of := tasks.get(name)) is not None:
+            if of["folds"] > 1:
+                what = f"1 network, {of['seeds'] // of['folds']} split, both halves of it in turn"
+            else:
+                what = f"{of['seeds']} networks, " + ("the same data" if of["same"] else "a split of the data each")
+            rows.append([name.removeprefix("uci-"), what, *(f"{of[part]:,}" for part in ("train", "validation", "n"))])
+    return markdown(["task", "seeds", "train", "tune", "calibrate and judge, in halves"], rows)
+
+
+def chance(tasks: Mapping[str, Any]) -> str:
+    """How many of all differences leave out zero, those included that no table shows."""
+    cells = [
+        cell
+        for record in tasks.values() for level in record["levels"].values() for where in level.values()
+        for first, second in PAIRS for cell in where["differences"][second][first].values()
+    ]  # fmt: skip
+    beyond = sum(cell[2] > 0 or cell[3] < 0 for cell in cells)
+    return (
+        f"With RAPS, coverage and the worst class there are {len(cells)} differences. {beyond} of them leave out zero; "
+        f"were there no difference at all, about {round(0.05 * len(cells))} would, and not independently."
+    )
 
 
 def classes(record: Mapping[str, Any]) -> str:

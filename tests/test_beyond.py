@@ -101,6 +101,29 @@ def test_the_information_is_that_of_the_draws(experiments):
         assert_equal(active.scores(way, model, posterior, inputs[:3], 5), torch.tensor(expected[value]).double())
 
 
+def test_networks_are_trained_to_the_end_and_shared(experiments):
+    import active
+
+    inputs, targets, *_ = active.data("digits", 0, None)
+    chosen = tuple(range(30))
+    model = active.trained("digits", 0, None, chosen)
+    with torch.no_grad():
+        assert float(nn.functional.cross_entropy(model(inputs[:30]), targets[:30])) < 0.05
+    assert active.trained("digits", 0, None, chosen) is model
+    assert active.trained("digits", 1, None, chosen) is not model
+
+
+def test_settings_at_an_end_are_counted(experiments):
+    import active
+
+    ends = [["prior precision largest"], [], ["prior precision smallest", "temperature smallest"], [],
+            ["prior precision largest"]]  # fmt: skip
+    assert active.at_the_end(ends, "prior precision") == "1 ↓, 2 ↑ of 5"
+    assert active.at_the_end(ends, "temperature") == "1 ↓ of 5"
+    assert active.at_the_end([[], []], "temperature") == "0 of 2"
+    assert active.at_the_end([], "temperature") == ""
+
+
 def test_ways_without_a_posterior(experiments):
     import active
 
@@ -214,9 +237,20 @@ def test_scenes_through_the_suite(docs, tmp_path, monkeypatch):
     done = script("beyond.py", "--parts", "scenes", "--quick", "--out", str(tmp_path), "--docs", str(docs))
     assert done.returncode == 0, done.stderr
     record = json.loads((docs / "records" / "beyond.json").read_text())["scenes"]
-    for method, nll, *_ in rows(docs, "scenes"):
-        assert float(nll.split("±")[0]) == pytest.approx(record["test"]["scores"][method]["nll"][0], abs=6e-4)
+    parts = {"test": "test", "strong shift": "shift"}
+    made = rows(docs, "scenes")
+    assert [row[0] for row in made] == [part for part in parts for _ in range(len(made) // 2)]
+    for part, method, nll, *_ in made:
+        assert float(nll.split("±")[0]) == pytest.approx(record[parts[part]]["scores"][method]["nll"][0], abs=6e-4)
     assert record["ood"] == "shuffled patches"
+    detected, found = record["detected"], rows(docs, "scenes detected")
+    for method, score, auroc, *_ in found:
+        assert float(auroc.split("±")[0]) == pytest.approx(detected["scores"][method][f"{score}, auroc"][0], abs=6e-4)
+    # Those of the network alone, and the differences to them, are of methods that have none.
+    assert [row[1] for row in found if row[0] == "MAP"] == ["maximum probability", "entropy", "energy", "maximum logit"]
+    (debiased,) = [row for row in found if row[:2] == ["debiased K-FAC", "maximum probability"]]
+    against = detected["against_detectors"]["debiased K-FAC"]["energy, auroc"]
+    assert float(debiased[4].split("[")[0].replace("\N{MINUS SIGN}", "-")) == pytest.approx(against[0], abs=6e-4)
 
 
 def test_scores_of_mixtures(experiments):

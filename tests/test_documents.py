@@ -25,6 +25,8 @@ CLAIMED = (
     "monitor.md",
     "paper.md",
     "published.md",
+    "sets.md",
+    "beyond.md",
 )
 
 

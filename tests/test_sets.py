@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,10 +12,15 @@ import torch
 
 from debiased_laplace import conformal
 from debiased_laplace.evaluation import evaluate
+from debiased_laplace.evaluation.predictors.baselines import tuned_temperature
 from debiased_laplace.evaluation.report.sets import tables
 from debiased_laplace.evaluation.report.tables import by_topic
 from debiased_laplace.evaluation.scores.sets import CLASS_SCORES, INTERVAL_SCORES, SetScores
 from debiased_laplace.evaluation.scores.weighted import resample_weights
+from debiased_laplace.evaluation.tasks import Context, Task
+from tests.test_eval import experiments
+
+__all__ = ["experiments"]
 
 N, C, B = 240, 6, 8
 
@@ -185,3 +191,86 @@ def test_records_without_sets_have_no_such_topic():
 
 def test_randomised_scores_of_the_suite_are_those_of_the_package():
     assert CLASS_SCORES == {"THR": conformal.THR(), "APS": conformal.APS(), "RAPS": conformal.RAPS()}
+
+
+# -- of the page -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def halves(experiments, tmp_path):
+    """Predictions of the two halves of one network's test data, with one strong shift."""
+    import sets
+
+    folder = tmp_path / "sets"
+    folder.mkdir()
+    for seed in (0, 1):
+        arrays = {"sizes\n\n" + name: np.array(n) for name, n in (("train", 900), ("validation", N), ("scale", 1.0))}
+        for place, condition in enumerate(("test", "noise 3")):
+            for method in sets.METHODS["classes"]:
+                p, y = classifier(seed=10 * seed + place)
+                sharper = p ** (1 + 0.1 * len(method) / 30 + seed)  # the halves differ by more than their errors
+                arrays[f"{condition}\n{method}\nprobabilities"] = sharper / sharper.sum(1, keepdims=True)
+                arrays[f"{condition}\n\ntargets"] = y
+        np.savez(folder / f"cifar10.{seed}.npz", **arrays)
+    return sets, SimpleNamespace(out=tmp_path, data_dir=None, cache=tmp_path, seeds=None)
+
+
+def test_halves_of_one_split_are_joined_as_folds(halves, monkeypatch):
+    sets, options = halves
+    monkeypatch.setattr(sets, "N_RESAMPLES", 40)
+    record = sets.measure("cifar10", options)
+    assert (record["seeds"], record["folds"], record["n"]) == (2, 2, N)
+    entries = [sets._entries(sets.predictions("cifar10", seed, options), 0.1)["test"] for seed in (0, 1)]
+    found = record["levels"]["0.1"]["test"]
+    for method in found["scores"]:
+        (a, s, *_), (b, t, *_) = (entry["scores"][method]["APS, size"] for entry in entries)
+        # Of all data: no scatter between the halves, and the error of twice as many.
+        expected = [(a + b) / 2, math.sqrt((s**2 + t**2) / 2) / math.sqrt(2)]
+        assert found["scores"][method]["APS, size"][:2] == pytest.approx(expected, rel=1e-12)
+    n = sum(
+        len(where["differences"][second][first])
+        for level in record["levels"].values() for where in level.values() for first, second in sets.PAIRS
+    )  # fmt: skip
+    assert f"there are {n} differences." in sets.chance({"cifar10": record})
+    assert "1 network, 1 split, both halves of it in turn | 900" in sets.data({"cifar10": record})
+    options.seeds = 1
+    with pytest.raises(SystemExit, match="Expected whole splits of cifar10, each of 2 seeds, got --seeds 1"):
+        sets.measure("cifar10", options)
+
+
+def test_methods_that_a_file_lacks_are_added_to_it(halves, monkeypatch):
+    sets, options = halves
+    path, rule = options.out / "sets" / "cifar10.0.npz", "temperature, one standard error"
+    with np.load(path) as file:
+        whole = {key: file[key] for key in file.files}
+    np.savez(path, **{key: array for key, array in whole.items() if key.split("\n")[1] != rule})
+    asked = []
+
+    def predicted(task, context, methods):
+        asked.append((context.seed, methods))
+        return {tuple(key.split("\n")): array for key, array in whole.items() if key.split("\n")[1] in methods}
+
+    monkeypatch.setattr(sets, "predicted", predicted)
+    for _ in range(2):  # once, and then it is there
+        found = sets.predictions("cifar10", 0, options)
+        assert np.array_equal(found["noise 3"][rule]["probabilities"], whole[f"noise 3\n{rule}\nprobabilities"])
+        assert set(found["test"]) == {"", *sets.METHODS["classes"]}
+    assert asked == [(0, [rule])]
+
+
+def test_every_method_is_its_own_predictor(experiments, tmp_path):
+    """The temperatures by both rules, and posteriors, on digits: as the package has them."""
+    import sets
+
+    task, context = Task.load("digits"), Context(0, None, tmp_path, quick=True)
+    model, validation = task.model(context), list(task.call("val_loader", context))
+    inputs = validation[0][0][:5]
+    with torch.no_grad():
+        outputs = model(inputs).double()
+    for method, selection in sets.RULES.items():
+        temperature, _ = tuned_temperature(model, validation, selection)
+        found = sets.predictor(method, model, task, context, validation)(inputs).probabilities
+        assert torch.allclose(found, (outputs / temperature).softmax(1), rtol=1e-9, atol=0)
+    found = sets.predictor(sets.DEBIASED, model, task, context, validation)(inputs).probabilities
+    assert not torch.allclose(found, outputs.softmax(1), atol=1e-4)
+    assert torch.equal(found.argmax(1), outputs.argmax(1))
