@@ -248,7 +248,8 @@ def measure(task: str, options: argparse.Namespace) -> dict[str, Any]:
         for way in dict.fromkeys((RANDOM, ENTROPY, *options.ways)):
             made_from = {
                 "task": task, "way": way, "seed": seed, "rounds": rounds, "epochs": setting.epochs,
-                "grid": [float(GRID[0]), float(GRID[-1]), len(GRID)],
+                "grid": [float(GRID[0]), float(GRID[-1]), len(GRID)], "added": setting.added, "batch": BATCH,
+                "test": N_TEST, "optimizer": repr(setting.optimizer([torch.zeros(1, requires_grad=True)])),
             }  # fmt: skip
             path = options.out / "active" / f"{task}.{way.replace(', ', '-').replace(' ', '-')}.{seed}.{rounds}.json"
             record = read_record(path, made_from)

@@ -264,7 +264,7 @@ def data(tasks: Mapping[str, Any]) -> str:
     for name in (*CLASSIFIERS, *REGRESSIONS):
         if (of := tasks.get(name)) is not None:
             if of["folds"] > 1:
-                what = f"1 network, {of['seeds'] // of['folds']} split, both halves of it in turn"
+                what = f"1 network, splits: {of['seeds'] // of['folds']}, both halves of each in turn"
             else:
                 what = f"{of['seeds']} networks, " + ("the same data" if of["same"] else "a split of the data each")
             rows.append([name.removeprefix("uci-"), what, *(f"{of[part]:,}" for part in ("train", "validation", "n"))])
