@@ -232,7 +232,7 @@ def test_halves_of_one_split_are_joined_as_folds(halves, monkeypatch):
         for level in record["levels"].values() for where in level.values() for first, second in sets.PAIRS
     )  # fmt: skip
     assert f"there are {n} differences." in sets.chance({"cifar10": record})
-    assert "1 network, 1 split, both halves of it in turn | 900" in sets.data({"cifar10": record})
+    assert "1 network, splits: 1, both halves of each in turn | 900" in sets.data({"cifar10": record})
     options.seeds = 1
     with pytest.raises(SystemExit, match="Expected whole splits of cifar10, each of 2 seeds, got --seeds 1"):
         sets.measure("cifar10", options)
