@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 import debiased_laplace as dl
 from debiased_laplace.evaluation import run
-from debiased_laplace.evaluation.methods import ISOTROPIC, MAP, TEMPERATURE, TEMPERATURE_RULE, Options, methods_of
+from debiased_laplace.evaluation.methods import ISOTROPIC, MAP, POINTS, Options, methods_of
 from debiased_laplace.evaluation.predictors.baselines import outputs_of
 from debiased_laplace.evaluation.records import environment, read_json, read_record, write_json, write_record
 from debiased_laplace.evaluation.report.numbers import number, plus_minus, with_interval
@@ -53,7 +53,6 @@ N_SHIFTED = 400
 DETECTED = ("maximum probability", "entropy", "mutual information")
 DETECTORS = ("energy", "maximum logit", "Mahalanobis", "relative Mahalanobis")
 SINGLE, DEBIASED, FULL = "single-batch K-FAC", "debiased K-FAC", "full-data K-FAC"
-POINTS = (MAP, TEMPERATURE, TEMPERATURE_RULE)
 COMPARED = (*POINTS, ISOTROPIC, SINGLE, DEBIASED, FULL)
 
 # -- through the suite -----------------------------------------------------------------------------

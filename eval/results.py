@@ -24,6 +24,7 @@ from debiased_laplace.evaluation.methods import (
     ENSEMBLE,
     ISOTROPIC,
     MAP,
+    POINTS,
     TEMPERATURE,
     TEMPERATURE_RULE,
     Options,
@@ -44,8 +45,6 @@ from debiased_laplace.evaluation.tasks import Context, Task, resolve_device
 TASKS = (
     "digits", "fashion-mnist", "cifar10", "uci-concrete", "uci-energy", "uci-power-plant", "uci-wine-quality-red",
 )  # fmt: skip
-#: What a posterior is compared with that has none.
-POINTS = (MAP, TEMPERATURE, TEMPERATURE_RULE)
 Summary = dict[str, Any]
 #: Where predictions of everything would take hours for each seed: every other severity, of so many images.
 FEWER: dict[str, dict[str, Any]] = {
@@ -57,8 +56,6 @@ FEWER: dict[str, dict[str, Any]] = {
         "n_shifted": 250,
     }
 }  # fmt: skip
-
-
 #: Draws of the data for curvature in each seed; two of the others. Networks of images tell more.
 DRAWS = {"digits": 4, "fashion-mnist": 1, "cifar10": 1}
 

@@ -16,6 +16,8 @@ from debiased_laplace.sampling.splits import Single
 
 MAP, TEMPERATURE, TEMPERATURE_RULE = "MAP", "temperature scaling", "temperature, one standard error"
 ISOTROPIC, ENSEMBLE = "identity curvature", "deep ensemble"
+#: What a posterior is compared with that has none.
+POINTS = (MAP, TEMPERATURE, TEMPERATURE_RULE)
 #: How posteriors of classifiers are tuned, for the reasons in docs/results.md: as much uncertainty as the validation
 #: data allow, with a temperature, and the covariance of the outputs.
 RECIPE = {"link_approx": "mean_field", "tune_temperature": True, "selection": "one_standard_error"}

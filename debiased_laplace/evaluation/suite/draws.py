@@ -10,7 +10,7 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from debiased_laplace.evaluation.methods import ENSEMBLE, ISOTROPIC, MAP, TEMPERATURE, TEMPERATURE_RULE
+from debiased_laplace.evaluation.methods import ENSEMBLE, ISOTROPIC, POINTS
 from debiased_laplace.evaluation.predictors.prediction import Predictor
 
 #: End of the names of predictors at equal settings.
@@ -36,7 +36,7 @@ def pairs(
     roles: Mapping[str, str], methods: Sequence[str], groups: Mapping[str, Sequence[str]]
 ) -> dict[str, list[str]]:
     """What is compared with what: second to firsts."""
-    against = [MAP, TEMPERATURE, TEMPERATURE_RULE, ISOTROPIC]
+    against = [*POINTS, ISOTROPIC]
     against += [roles[role] for role in ("baseline", "reference") if role in roles] + ["laplace-torch", ENSEMBLE]
     compared = {second: [name for name in methods if name in groups] for second in dict.fromkeys(against)}
     equal = [roles[role] + EQUAL for role in ("baseline", "candidate") if roles.get(role, "") + EQUAL in groups]
